@@ -1,0 +1,146 @@
+# The commands of the project. Each sets up what it needs: `make demo` and `make test` work in a
+# fresh clone on a machine with Python, gcc and make, and what is missing is named in one line.
+#
+#   make test PYTHON=python3.12 VENV=.venv-3.12     another Python, in an environment of its own
+#   make test PYTEST_ARGS='-x -k lock'              some of the tests
+#   CFLAGS=-O0 make test VENV=.venv-O0              CFLAGS and CC reach the build of the core
+
+PYTHON ?= python3
+VENV ?= .venv
+DIST ?= dist
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean FORCE
+
+py := $(VENV)/bin/python
+pip := $(py) -m pip --disable-pip-version-check
+core := shmdomains/_core
+handwritten := $(filter-out $(core)/core.c,$(wildcard $(core)/*.c))
+say := @printf '==> %s\n'
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.installed ## set up, then run the main job on the samples while workers are killed
+	$(say) 'demo: workers change the domains of tests/data/domains, some are killed, nothing is lost'
+	@$(VENV)/bin/shmdomains stress tests/data/domains --kill
+
+test: $(VENV)/.installed-test ## set up, then run the tests
+	$(say) 'test: pytest on tests, on the docstrings and on the README'
+	@$(py) -m pytest $(PYTEST_ARGS)
+
+lint: lint-ruff lint-mypy lint-cython lint-c ## set up, then run ruff, mypy, cython-lint and gcc's warnings
+
+lint-ruff: $(VENV)/.installed-lint
+	$(say) 'lint: ruff'
+	@$(py) -m ruff check .
+	@$(py) -m ruff format --check .
+
+lint-mypy: $(VENV)/.installed-lint
+	$(say) 'lint: mypy'
+	@$(py) -m mypy
+
+lint-cython: $(VENV)/.installed-lint
+	$(say) 'lint: cython-lint'
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(core)
+
+# What is written by hand compiles without a warning; what Cython writes is its own business.
+lint-c:
+	$(say) 'lint: the core in C, warnings are errors'
+	@for source in $(handwritten); do \
+	    $(CC) -std=c11 -O2 -fvisibility=hidden -pthread -Wall -Wextra -Werror \
+	        -I$(core) -c -o /dev/null $$source || exit 1; \
+	done
+
+format: $(VENV)/.installed-lint ## let ruff lay out the Python files
+	@$(py) -m ruff check --fix .
+	@$(py) -m ruff format .
+
+# The wheel is built from the sdist, so the sdist is known to be complete and nothing stale gets in.
+# Its tag is linux_x86_64 (or what the machine is): it runs on glibc at least as new as the builder's.
+wheel: $(VENV)/.installed-build ## build the sdist and the wheel into dist/
+	$(say) 'wheel: sdist and wheel into $(DIST)'
+	@rm -rf $(DIST)/shmdomains-*
+	@$(py) -m build --outdir $(DIST) . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@ls $(DIST)/shmdomains-*
+
+wheel-check: wheel ## install the wheel where there is no compiler, and use it
+	$(say) 'wheel-check: a fresh environment, no compiler in reach'
+	@$(py) .ci/check_wheel.py $(DIST)/shmdomains-*.whl tests/data/domains
+
+clean: ## remove what was built, the environment included
+	rm -rf build dist *.egg-info .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(core)/core.c $(core)/core.html $(core)/*.so
+	find shmdomains tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment --------------------------------------------------------------------------
+
+define check_machine
+@command -v $(PYTHON) > /dev/null || { echo 'shmdomains: there is no $(PYTHON): apt install python3' >&2; exit 1; }
+@$(PYTHON) .ci/check_machine.py
+endef
+
+# A PYTHON that is asked for is the one that is used.
+version = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
+ifneq ($(origin PYTHON),file)
+held := $(call version,$(py))
+ifneq ($(held),)
+ifneq ($(held),$(call version,$(PYTHON)))
+ifeq (,$(filter help clean,$(MAKECMDGOALS)))
+$(error $(VENV) holds another Python than $(PYTHON): name another VENV=, or remove this one)
+endif
+endif
+endif
+endif
+
+# An environment is made anew when its pip can not be imported (the set-up was interrupted, the
+# system's Python replaced) or it says it lies elsewhere (the tree was moved or copied, and its
+# scripts and the editable install still point to the old place). It is emptied first only if it was
+# filled here: VENV may name somebody's own, made without pip.
+venv_is_sound := grep -qF '$(abspath $(VENV))' $(VENV)/bin/activate && $(py) -c 'import pip'
+
+$(VENV)/pyvenv.cfg: $(shell { $(venv_is_sound); } 2> /dev/null || echo FORCE)
+	$(check_machine)
+	$(say) "setting up $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $$(test ! -e $(VENV)/.installed || echo --clear) $(VENV)
+	@touch $@
+
+# The package is installed editable: Python files are used where they lie, the core is built beside
+# them when one of its sources is newer than the installation. The stamp holds the path of the shared
+# object that belongs to it: when that is gone (git clean) or newer than the stamp (another
+# environment built it, maybe with other CFLAGS), the installation is made again. Nothing built
+# earlier is trusted, whatever its time: it may come from another checkout.
+build_inputs := pyproject.toml $(wildcard $(core)/*.pyx $(core)/*.pxd $(core)/*.h) $(handwritten)
+core_is_ours := core=$$(cat $(VENV)/.installed) && test -e "$$core" && ! test "$$core" -nt $(VENV)/.installed
+core_changed := $(shell { $(core_is_ours); } 2> /dev/null || echo FORCE)
+
+$(VENV)/.installed: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
+	$(call install,)
+
+$(VENV)/.installed-test: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
+	$(call install,[test])
+	@touch $@
+
+# The linters read sources: a changed one is no reason to build the core again.
+$(VENV)/.installed-lint: $(VENV)/pyvenv.cfg pyproject.toml
+	$(call install,[lint])
+	@touch $@
+
+$(VENV)/.installed-build: $(VENV)/pyvenv.cfg pyproject.toml
+	$(check_machine)
+	@$(pip) install --quiet 'build>=1.2'
+	@touch $@
+
+define install
+$(say) 'building the core, installing shmdomains$(1) and what it needs into $(VENV)'
+$(check_machine)
+@rm -f $(core)/core.c $(core)/core$$($(py) -c 'import sysconfig as s; print(s.get_config_var("EXT_SUFFIX"))')
+@$(pip) install --quiet --editable '.$(1)'
+@$(py) -c 'import shmdomains._core.core as core; print(core.__file__)' > $(VENV)/.installed.new
+@mv $(VENV)/.installed.new $(VENV)/.installed
+endef
+
+FORCE:

@@ -1,0 +1,81 @@
+"""shmdomains: one list of domains for all worker processes of a VM manager.
+
+In shared memory, each domain locked on its own, under the semantics of libvirt's `virDomainObjList`;
+survives the death of any worker at any instruction. Start with `DomainList`.
+"""
+
+import sys as _sys
+
+if not _sys.platform.startswith("linux"):
+    raise ImportError("shmdomains runs on Linux with the GNU C library only")
+
+from .config import LoadFailure, LoadReport
+from .definition import DomainDef, OSDef
+from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
+from .domain import Domain
+from .domain_list import (
+    AttachedProcess,
+    CheckReport,
+    DomainInfo,
+    DomainList,
+    ListInfo,
+    LockedDomains,
+    unlink,
+)
+from .errors import (
+    AlreadyLocked,
+    Busy,
+    ConfigError,
+    ContractError,
+    DefinitionError,
+    DomainActive,
+    DomainExists,
+    DomainInactive,
+    DomainLocked,
+    DomainNotFound,
+    DomainNotLocked,
+    DomainRemoved,
+    DomainTransient,
+    InDoubt,
+    InvalidName,
+    ListClosed,
+    ListNotLocked,
+    LockKindMismatch,
+    LockLost,
+    LockOrder,
+    LockTimeout,
+    NotOwner,
+    SegmentCorrupt,
+    SegmentError,
+    SegmentExists,
+    SegmentFull,
+    SegmentInUse,
+    SegmentMismatch,
+    SegmentNotFound,
+    SegmentPoisoned,
+    SegmentRefused,
+    ShmDomainsError,
+    TooManyLocks,
+    Unavailable,
+    UncommittedChanges,
+)
+from .holder import LockHolder
+from .segment_file import SegmentFile, segments
+from .states import (
+    BlockedReason,
+    CrashedReason,
+    DomainState,
+    NostateReason,
+    PausedReason,
+    PMSuspendedReason,
+    RunningReason,
+    ShutdownReason,
+    ShutoffReason,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [name for name in dir() if not name.startswith("_") and name[0].isupper()] + [
+    "segments",
+    "unlink",
+]

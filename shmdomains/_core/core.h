@@ -1,0 +1,339 @@
+/* core.h - what the files of the core offer each other and the binding.
+ *
+ * The core knows slots, locks, indexes and blobs; nothing of XML, nothing of libvirt's rules, and
+ * nothing of Python: a wait that must let other threads run or look at signals goes through
+ * sd_wait_hook, which the binding sets.
+ *
+ * Every function that can fail returns one of the SD_ codes below; SD_OK is 0.
+ */
+#ifndef SHMDOMAINS_CORE_H
+#define SHMDOMAINS_CORE_H
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "layout.h"
+
+enum {
+    SD_OK = 0,
+    SD_DIED,        /* locked, and the holder before us died */
+    SD_TIMEOUT,     /* the deadline passed */
+    SD_INTERRUPTED, /* the wait hook wants out (a signal handler raised) */
+    SD_NESTED,      /* a signal handler asks for a lock that its own thread was about to use */
+    SD_MISS,        /* not there */
+    SD_DOUBT,       /* not seen, but writers were about: look again under the lock */
+    SD_FULL,        /* no slot, no cell, no id left within the limits */
+    SD_NO_MEMORY,   /* the system would not commit more memory (errno says why) */
+    SD_CORRUPT,     /* a value in the segment can not be right */
+    SD_POISONED,    /* the segment says that a repair failed */
+    SD_MISMATCH,    /* another layout, machine, boot, PID namespace: see sd_map() */
+    SD_ERRNO        /* a system call failed; errno */
+};
+
+enum { SD_POISON_LIST = 1, SD_POISON_IDS = 2, SD_POISON_HEAP = 3 };
+
+#define SD_FOREVER UINT64_MAX
+#define SD_TRY 0ull
+#define SD_SLICE_NS 50000000ull /* one lock slice: 50 ms */
+#define SD_HELD_MAX 1000
+
+/* --- geometry: where everything lies, from two limits ------------------------------------------ */
+
+typedef struct {
+    uint64_t max_slots, heap_cells, total_bytes;
+    uint64_t attached, settings, slots, names, map, heap; /* offsets */
+    unsigned levels;                                      /* of each index */
+    uint64_t table[SD_INDEXES][SD_INDEX_LEVELS];          /* offsets */
+} sd_geometry;
+
+/* SD_FULL when the limits are out of range. */
+int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_cells);
+/* Bytes that a segment takes besides its heap and the heap's map. */
+uint64_t sd_geometry_fixed(uint64_t max_slots);
+
+/* --- a mapped segment, private to this process -------------------------------------------------- */
+
+typedef struct sd_segment {
+    unsigned char *base;
+    int fd;
+    dev_t device;
+    ino_t inode;
+    sd_geometry at;
+    uint64_t kind, seed, id[2];
+    sd_header *header;
+    sd_slot *slots;
+    sd_names *names;
+    sd_word *attached, *map, *heap;
+    sd_word *table[SD_INDEXES][SD_INDEX_LEVELS];
+    unsigned users;        /* DomainLists of this process that refer to it */
+    unsigned held;         /* slot locks held by threads of this process, list lock included */
+    uint64_t list_nonce;   /* the thread of ours that holds the list lock, or 0 */
+    uint64_t epoch;        /* fork epoch in which we entered the attached table */
+    struct sd_segment *next;
+} sd_segment;
+
+/* Format an empty file of any size as a segment (ours alone, not yet published).
+ * SD_FULL: limits out of range.  SD_NO_MEMORY.  SD_ERRNO. */
+int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells);
+
+/* Map the segment behind `fd`, or find it if this process has it mapped already (`*fresh` says
+ * which; if not, `fd` was not kept).  SD_MISMATCH with a reason in `why`; SD_CORRUPT; SD_ERRNO. */
+int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size);
+/* Drop one use; unmaps after the last one unless a lock of ours is held. */
+void sd_unmap(sd_segment *segment);
+/* The segment of this process with this identity, or NULL. */
+sd_segment *sd_mapped(const uint64_t id[2]);
+
+/* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno. */
+int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes);
+void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at);
+void sd_enter_attached(sd_segment *segment);
+void sd_leave_attached(sd_segment *segment);
+
+/* --- threads and processes ----------------------------------------------------------------------- */
+
+/* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
+typedef struct sd_orphan {
+    sd_segment *segment;
+    uint32_t slot;
+    struct sd_orphan *next;
+} sd_orphan;
+
+/* One thread of this process.  Nodes are handed on when a thread ends and never freed, so a handle
+ * may look at the node of its last owner: another nonce there says that the thread is gone. */
+typedef struct sd_thread {
+    uint64_t epoch;     /* of fork */
+    uint64_t nonce;     /* this thread; never used again in this process or its children */
+    uint64_t who;       /* see sd_identity() */
+    uint64_t pid;
+    unsigned held;      /* slots this thread holds, in all segments */
+    unsigned nested;    /* signal handlers running inside a wait of this thread */
+    void *records;      /* the binding's list of its locked handles */
+    sd_orphan *orphans;
+    struct sd_thread *next;
+} sd_thread;
+
+extern uint64_t sd_fork_epoch;
+extern _Thread_local sd_thread *sd_this_thread;
+sd_thread *sd_thread_begin(void);
+
+static inline sd_thread *sd_self(void)
+{
+    sd_thread *self = sd_this_thread;
+    if (__builtin_expect(self && self->epoch == sd_fork_epoch, 1)) return self;
+    return sd_thread_begin();
+}
+
+/* A thread, told apart from later ones of the same number by when its process started:
+ * tid | start << 22 (pids are below 2^22; start in clock ticks since boot). */
+uint64_t sd_identity(uint32_t tid, uint64_t start);
+/* Start of a process in clock ticks since boot, 0 when there is no such process. */
+uint64_t sd_process_start(uint32_t pid);
+/* The process that thread `tid` belongs to, 0 when there is none. */
+uint32_t sd_process_of(uint32_t tid);
+/* Does the thread with this identity still run? */
+bool sd_alive(uint64_t who);
+uint64_t sd_now(void);        /* CLOCK_MONOTONIC, ns */
+uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */
+
+/* --- lock.c -------------------------------------------------------------------------------------- */
+
+/* Waits at most until `deadline` and at most one slice; called with `mutex` seen busy, and never while
+ * one of the core's own short locks is held.  The binding's version lets other threads run and looks
+ * at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
+extern int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline);
+
+int sd_mutex_init(pthread_mutex_t *mutex);
+int sd_mutex_try(pthread_mutex_t *mutex);                       /* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT */
+int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline);  /* the same; no signals, no hook */
+int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline);   /* the same, SD_INTERRUPTED */
+int sd_mutex_lock_briefly(pthread_mutex_t *mutex);              /* one slice, signals left alone */
+int sd_mutex_consistent(pthread_mutex_t *mutex);
+void sd_mutex_unlock(pthread_mutex_t *mutex);
+uint32_t sd_mutex_owner(const pthread_mutex_t *mutex);          /* tid, 0 if free */
+
+/* The list lock.  lock = the mutex, then entered(); unlock = leaving(), then the mutex.  For
+ * lock="multiprocessing" the binding puts its own lock in the mutex's place. */
+int sd_list_lock(sd_segment *segment, uint64_t deadline);
+int sd_list_entered(sd_segment *segment, bool died);
+void sd_list_leaving(sd_segment *segment);
+void sd_list_unlock(sd_segment *segment);
+
+/* A slot's lock, likewise.  `given`: whether the holder was given the domain, so that it may clear
+ * what stands there about the death of an earlier one. */
+int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline);
+int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died);
+void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool given);
+void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given);
+
+/* lock="multiprocessing": become the owner in place of a dead one.  False: somebody else was first. */
+bool sd_take_over(sd_owner *owner, uint64_t dead);
+
+int sd_ids_lock(sd_segment *segment, uint64_t deadline);
+void sd_ids_unlock(sd_segment *segment);
+/* The heap's is the last lock and may be wanted while the id lock is held, so signals are left alone
+ * and it waits for a slice at most; who waits longer lets go of the id lock in between. */
+int sd_heap_lock_briefly(sd_segment *segment);
+void sd_heap_unlock(sd_segment *segment);
+
+/* --- index.c ------------------------------------------------------------------------------------- */
+
+uint64_t sd_hash_uuid(const sd_segment *segment, const uint64_t uuid[2]);
+uint64_t sd_hash_name(const sd_segment *segment, const unsigned char *name, size_t bytes);
+uint64_t sd_hash_id(const sd_segment *segment, int32_t id);
+
+typedef struct {
+    const sd_word *table;
+    uint64_t mask, at, left, tag;
+} sd_probe;
+
+int sd_probe_begin(const sd_segment *segment, int index, uint64_t hash, sd_probe *probe);
+int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot); /* SD_OK SD_MISS SD_CORRUPT */
+
+/* All of these with the index's lock held and its sequence odd. */
+int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot);
+int sd_index_delete(sd_segment *segment, int index, uint64_t hash, uint32_t slot);
+int sd_index_clear(sd_segment *segment, int index);
+/* Make room for one more, while the sequence is even.  SD_NO_MEMORY leaves all as it was. */
+int sd_index_reserve(sd_segment *segment, int index);
+sd_word *sd_index_sequence(sd_segment *segment, int index);
+void sd_sequence_begin(sd_word *sequence);
+void sd_sequence_end(sd_word *sequence);
+
+/* --- heap.c -------------------------------------------------------------------------------------- */
+
+#define SD_EXTENT_BYTES(extent) ((extent) & ((1ull << 25) - 1))
+#define SD_EXTENT_CELL(extent) ((extent) >> 25)
+#define SD_EXTENT(cell, bytes) ((uint64_t)(cell) << 25 | (bytes))
+
+static inline uint64_t sd_cells(uint64_t bytes)
+{
+    return (bytes + SD_CELL - 1) / SD_CELL;
+}
+
+/* Is it a descriptor that may be followed?  0 is not. */
+bool sd_extent_valid(const sd_segment *segment, uint64_t extent);
+static inline sd_word *sd_extent_at(const sd_segment *segment, uint64_t extent)
+{
+    return segment->heap + SD_EXTENT_CELL(extent) * (SD_CELL / 8);
+}
+
+/* Heap lock and slot lock held.  allocate: SD_FULL, SD_NO_MEMORY. */
+int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes);
+void sd_heap_free(sd_segment *segment, sd_word *descriptor);
+bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells);
+void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used);
+
+/* --- record.c ------------------------------------------------------------------------------------ */
+
+/* A private copy of the fields. */
+typedef struct {
+    int32_t id, pid;
+    uint16_t state, reason;
+    uint64_t flags;
+    uint64_t version[SD_BLOBS];
+} sd_values;
+
+typedef struct {
+    int what; /* SD_UUID_INDEX … SD_ID_INDEX */
+    uint64_t uuid[2];
+    unsigned char name[SD_NAME_MAX + 1]; /* length, then bytes */
+    int32_t id;
+} sd_key;
+
+/* A change to a blob: keep, clear (bytes NULL), or set. */
+typedef struct {
+    bool change;
+    const void *bytes;
+    uint64_t size;
+} sd_blob;
+
+/* Find without any lock; a hit must be verified under the slot lock.  SD_OK SD_MISS SD_DOUBT
+ * SD_CORRUPT.  Under the index's lock a miss is never in doubt. */
+int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot);
+/* Is it that domain?  A hint without the slot lock, the truth with it. */
+bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key);
+
+/* The committed values; slot lock held. */
+void sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values);
+/* The committed values while others may commit: those of a `cur` that stood still. */
+void sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values);
+/* name: 252 bytes, length first; slot lock or list lock held. */
+void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name);
+/* The extent of a blob that is present; slot lock held.  SD_CORRUPT. */
+int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
+                uint64_t *extent);
+
+/* Commit.  Slot lock held; with a new name also the list lock (and the caller has checked that
+ * nobody has it).  On failure nothing has changed. */
+int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
+              const sd_blob blobs[SD_BLOBS], const unsigned char *name, uint64_t deadline);
+/* The next id, never given out again.  Slot lock held. */
+int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline);
+
+/* A FREE slot to try: see record.c.  List lock held. */
+int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot);
+/* A new domain in that slot, committed.  List lock and the slot's lock held; the caller has checked
+ * for duplicates.  On failure nothing has changed. */
+int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t uuid[2],
+              const unsigned char *name, const sd_values *values, const sd_blob blobs[SD_BLOBS],
+              uint64_t deadline);
+/* Remove.  List lock and slot lock held. */
+int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline);
+/* Free what no field copy counts, after a death or where freeing was put off.  Slot lock held. */
+void sd_tidy(sd_segment *segment, uint32_t slot);
+
+/* A committed record without any lock: begin, copy what is wanted, then check that nothing moved.
+ * SD_OK, SD_MISS (not live), SD_DOUBT (a writer came in between: again). */
+typedef struct {
+    uint64_t life, cur;
+    uint64_t uuid[2];
+    sd_values values;
+    unsigned char name[SD_NAME_MAX + 1];
+} sd_view;
+
+int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view);
+int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
+                   uint64_t *extent); /* SD_OK, SD_MISS (none), SD_DOUBT */
+int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
+
+static inline uint32_t sd_slot_count(const sd_segment *segment)
+{
+    uint64_t count = sd_load_acquire(&segment->header->slot_count);
+    return (uint32_t)(count <= segment->at.max_slots ? count : segment->at.max_slots);
+}
+
+static inline const sd_fields *sd_copy_of(const sd_slot *slot, uint64_t cur)
+{
+    return (cur & 1) ? &slot->copy1 : &slot->copy0;
+}
+
+/* --- settings (list lock held to write) ------------------------------------------------------------ */
+
+int sd_settings_set(sd_segment *segment, const void *bytes, uint64_t size);
+/* Lock-free.  `out` has SD_SETTINGS_BYTES. */
+int sd_settings_get(const sd_segment *segment, void *out, uint64_t *size);
+
+/* --- recover.c: what the next holder repairs --------------------------------------------------------- */
+
+int sd_recover_list(sd_segment *segment);
+int sd_recover_ids(sd_segment *segment);
+int sd_recover_heap(sd_segment *segment);
+void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
+
+/* --- check.c: every invariant, from outside ------------------------------------------------------------ */
+
+typedef void (*sd_report)(void *context, const char *invariant, const char *what);
+typedef struct {
+    uint64_t domains, active, slots, extents, cells, garbage;
+} sd_tally;
+
+/* One look at everything, without a lock.  `*still` says whether nothing moved meanwhile; what was
+ * reported of a segment that moved may be no fault.  SD_ERRNO: no memory for the look. */
+int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tally, int *still);
+/* With the list lock held by the caller: hold the id and the heap lock too, so that the next look sees
+ * a segment that stands still (but for commits that touch neither). */
+int sd_check_hold(sd_segment *segment, uint64_t deadline);
+void sd_check_release(sd_segment *segment);
+
+#endif

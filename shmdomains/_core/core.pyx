@@ -1,0 +1,1751 @@
+# cython: language_level=3, binding=False, embedsignature=True, boundscheck=False, wraparound=False
+"""The binding: `Segment`, `Record` and `Info` over the C core.
+
+Thin: what is here is what must hold a Python object or look at a signal - handles, pending changes,
+the cache of decoded definitions, `multiprocessing` locks, exceptions. Which lock a call needs is
+checked here, before the C core is asked; what domains may do stands in domain.py and domain_list.py.
+
+Rules of this file. The GIL is held everywhere but inside one wait slice (`wait_hook`), and it guards
+all that is private to the process: mappings, thread nodes, lists of locked handles. A `Record` is
+held by the thread whose nonce it carries; a fork gives every thread a new nonce.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from cpython.ref cimport PyObject
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memcpy, memset, strerror
+from libc.errno cimport errno
+
+import warnings
+
+from shmdomains import errors
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals()
+    void PyErr_Fetch(PyObject **, PyObject **, PyObject **)
+    void PyErr_Restore(PyObject *, PyObject *, PyObject *)
+    const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
+    ctypedef object (*newfunc)(type, object, PyObject *)
+    ctypedef struct PyTypeObject:
+        newfunc tp_new
+
+cdef extern from "core.h" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct sd_word:
+        pass
+    ctypedef struct sd_owner:
+        sd_word who, pid, since
+    ctypedef struct sd_slot:
+        pthread_mutex_t mutex
+        sd_word life
+        sd_word died_who
+        sd_word died_pid
+        sd_word uuid[2]
+        sd_owner owner
+    ctypedef struct sd_header:
+        pthread_mutex_t list_mutex
+        sd_owner list_owner
+        sd_word poisoned, poisoned_at, live, active, slot_count, slots_committed, list_seq
+        sd_word heap_committed, heap_used, id_level, list_level[2]
+        uint64_t creator_who, creator_pid, created
+    ctypedef struct sd_geometry:
+        uint64_t max_slots, heap_cells, total_bytes
+    ctypedef struct sd_segment:
+        int fd
+        unsigned users, held
+        sd_geometry at
+        uint64_t kind
+        uint64_t id[2]
+        sd_header *header
+        sd_slot *slots
+        sd_word *attached
+        uint64_t list_nonce
+        uint64_t epoch
+    ctypedef struct sd_orphan:
+        sd_segment *segment
+        uint32_t slot
+        sd_orphan *next
+    ctypedef struct sd_thread:
+        uint64_t nonce, who, pid, epoch
+        unsigned held, nested
+        void *records
+        sd_orphan *orphans
+    ctypedef struct sd_values:
+        int32_t id, pid
+        uint16_t state, reason
+        uint64_t flags
+        uint64_t version[3]
+    ctypedef struct sd_key:
+        int what
+        uint64_t uuid[2]
+        unsigned char name[252]
+        int32_t id
+    ctypedef struct sd_blob:
+        bint change
+        const void *bytes
+        uint64_t size
+    ctypedef struct sd_view:
+        uint64_t life, cur
+        uint64_t uuid[2]
+        sd_values values
+        unsigned char name[252]
+    ctypedef struct sd_tally:
+        uint64_t domains, active, slots, extents, cells, garbage
+
+    enum:
+        SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_MISS, SD_DOUBT, SD_FULL
+        SD_NO_MEMORY, SD_CORRUPT, SD_POISONED, SD_MISMATCH, SD_ERRNO
+        SD_KIND_ROBUST, SD_KIND_MULTIPROCESSING
+        SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
+        SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA
+        SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
+        SD_CELL
+    uint64_t SD_FOREVER, SD_TRY, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
+    uint64_t SD_FLAG_PRESENT(int)
+
+    uint64_t sd_fork_epoch
+    sd_thread *sd_self()
+    uint64_t sd_load(const sd_word *)
+    uint64_t sd_load_acquire(const sd_word *)
+    void sd_store(sd_word *, uint64_t)
+    uint64_t sd_now()
+    uint64_t sd_process_start(uint32_t)
+    uint32_t sd_process_of(uint32_t)
+    bint sd_alive(uint64_t)
+    int sd_geometry_make(sd_geometry *, uint64_t, uint64_t)
+    uint64_t sd_geometry_fixed(uint64_t)
+    int sd_format(int, uint64_t, uint64_t, uint64_t)
+    int sd_map(int, sd_segment **, int *, char *, size_t)
+    void sd_unmap(sd_segment *)
+    sd_segment *sd_mapped(const uint64_t *)
+    void sd_enter_attached(sd_segment *)
+    int sd_mutex_slice(pthread_mutex_t *, uint64_t)
+    uint32_t sd_mutex_owner(const pthread_mutex_t *)
+    int sd_list_lock(sd_segment *, uint64_t)
+    int sd_list_entered(sd_segment *, bint)
+    void sd_list_leaving(sd_segment *)
+    void sd_list_unlock(sd_segment *)
+    int sd_slot_lock(sd_segment *, uint32_t, uint64_t)
+    int sd_slot_entered(sd_segment *, uint32_t, bint)
+    void sd_slot_leaving(sd_segment *, uint32_t, bint)
+    void sd_slot_unlock(sd_segment *, uint32_t, bint)
+    bint sd_take_over(sd_owner *, uint64_t)
+    void sd_recover_slot(sd_segment *, uint32_t, uint64_t, uint64_t)
+    int sd_ids_lock(sd_segment *, uint64_t)
+    void sd_ids_unlock(sd_segment *)
+    int sd_find(sd_segment *, const sd_key *, uint32_t *)
+    bint sd_matches(const sd_segment *, uint32_t, const sd_key *)
+    void sd_values_get(const sd_segment *, uint32_t, sd_values *)
+    void sd_name_get(const sd_segment *, uint32_t, uint64_t, unsigned char *)
+    int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, uint64_t *)
+    int sd_commit(sd_segment *, uint32_t, const sd_values *, const sd_blob *, const unsigned char *,
+                  uint64_t)
+    int sd_take_id(sd_segment *, int32_t *, uint64_t)
+    int sd_free_slot(sd_segment *, sd_word **, uint32_t *)
+    int sd_insert(sd_segment *, uint32_t, sd_word *, const uint64_t *, const unsigned char *,
+                  const sd_values *, const sd_blob *, uint64_t)
+    int sd_remove(sd_segment *, uint32_t, uint64_t)
+    int sd_view_begin(const sd_segment *, uint32_t, sd_view *)
+    int sd_view_extent(const sd_segment *, uint32_t, const sd_view *, int, uint64_t *)
+    int sd_view_check(const sd_segment *, uint32_t, const sd_view *)
+    uint32_t sd_slot_count(const sd_segment *)
+    int sd_settings_set(sd_segment *, const void *, uint64_t)
+    int sd_settings_get(const sd_segment *, void *, uint64_t *)
+    int sd_check_hold(sd_segment *, uint64_t)
+    void sd_check_release(sd_segment *)
+    uint64_t SD_EXTENT_BYTES(uint64_t)
+    sd_word *sd_extent_at(const sd_segment *, uint64_t)
+    void sd_copy_out(void *, const sd_word *, size_t)
+
+cdef extern from "core.h":
+    int (*sd_wait_hook)(pthread_mutex_t *, uint64_t) noexcept
+    ctypedef void (*sd_report)(void *, const char *, const char *) noexcept
+    int sd_check(sd_segment *, sd_report, void *, sd_tally *, int *)
+
+cdef object EMPTY = ()
+cdef object STATES = None       # tuple: number -> DomainState
+cdef object REASONS = None      # tuple: state -> {number: reason}
+cdef object DECODE = None       # three callables: blob -> value
+cdef object PARSE_UUID = None
+cdef object UUID = None
+cdef object HOLDERS = None      # module holder: who is behind a pid, and LockTimeout
+
+cdef enum:
+    CACHE_SIZE = 4096
+
+
+def configure(*, states, reasons, decode, parse_uuid, uuid_class, holders):
+    """Tell the core the types that it hands out. Called once, by the modules that define them."""
+    global STATES, REASONS, DECODE, PARSE_UUID, UUID, HOLDERS
+    STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
+    PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
+
+
+# --- waiting ----------------------------------------------------------------------------------------
+
+# An exception raised by a signal handler inside a wait travels past C code that knows nothing of
+# Python; it is kept here until `fail` raises it. The GIL is held from one to the other.
+cdef PyObject *kept_type = NULL
+cdef PyObject *kept_value = NULL
+cdef PyObject *kept_traceback = NULL
+
+
+cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
+    cdef int result = SD_OK
+    cdef int raised
+    cdef sd_thread *thread
+    if mutex != NULL:
+        with nogil:
+            result = sd_mutex_slice(mutex, deadline)
+        if result != SD_TIMEOUT:
+            return result
+    thread = sd_self()
+    thread.nested += 1
+    raised = PyErr_CheckSignals()
+    thread.nested -= 1
+    if raised:
+        PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
+        return SD_INTERRUPTED
+    return result
+
+
+sd_wait_hook = wait_hook
+
+
+cdef uint64_t deadline_of(timeout) except? 1:
+    """None for ever, 0 try, else seconds from now."""
+    cdef double seconds
+    if timeout is None:
+        return SD_FOREVER
+    seconds = timeout
+    if not seconds >= 0:
+        raise ValueError(f"timeout is {timeout!r}; None waits for ever, 0 tries, else seconds")
+    if seconds == 0:
+        return SD_TRY
+    if seconds > 1e9:
+        return SD_FOREVER
+    return sd_now() + <uint64_t>(seconds * 1e9)
+
+
+cdef int fail(int result, object what) except -1:
+    """Raise what a code of the core means, but for time-outs, which name the holder."""
+    global kept_type, kept_value, kept_traceback
+    if result == SD_INTERRUPTED:
+        PyErr_Restore(kept_type, kept_value, kept_traceback)
+        kept_type = kept_value = kept_traceback = NULL
+        return -1
+    if result == SD_TIMEOUT:
+        raise errors.LockTimeout(f"{what}: one of the segment's own short locks was not free in time")
+    if result == SD_NESTED:
+        raise errors.LockOrder(
+            f"{what}: asked by a signal handler that interrupted this thread in the middle of a change; "
+            "set a flag in the handler and do this after the interrupted call")
+    if result == SD_FULL:
+        raise errors.SegmentFull(
+            f"{what}: the segment is full; create it with larger max_domains or max_bytes")
+    if result == SD_NO_MEMORY:
+        raise errors.SegmentFull(
+            f"{what}: no memory for the segment ({strerror(errno).decode()}); free some in its file "
+            "system or memory cgroup and try again")
+    if result == SD_POISONED:
+        raise errors.SegmentPoisoned(
+            f"{what}: a repair of this segment failed; its domains can still be read: export them, "
+            "unlink it and create a new one")
+    if result == SD_ERRNO:
+        raise OSError(errno, strerror(errno).decode(), what)
+    raise errors.SegmentCorrupt(f"{what}: the segment holds a value that can not be right ({result})")
+
+
+cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
+    cdef bytes raw
+    if type(value) is bytes and PyBytes_GET_SIZE(value) == 16:
+        raw = value
+    elif isinstance(value, UUID):
+        raw = value.bytes
+    else:
+        raw = PARSE_UUID(value).bytes
+    memcpy(words, PyBytes_AS_STRING(raw), 16)
+    return 0
+
+
+cdef object uuid_object(const uint64_t *words):
+    return UUID(bytes=PyBytes_FromStringAndSize(<const char *>words, 16))
+
+
+cdef object name_object(const unsigned char *name):
+    return PyUnicode_DecodeUTF8(<const char *>name + 1, name[0], "replace")
+
+
+cdef bint set_name(unsigned char *to, object name) except -1:
+    """False: no domain can have this name."""
+    cdef Py_ssize_t size
+    cdef const char *text
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a str, not {type(name).__name__}")
+    try:
+        text = PyUnicode_AsUTF8AndSize(name, &size)
+    except UnicodeEncodeError:
+        return False
+    if size < 1 or size > SD_NAME_MAX:
+        return False
+    to[0] = <unsigned char>size
+    memcpy(to + 1, text, size)
+    return True
+
+
+# --- what stands in a record --------------------------------------------------------------------------
+
+cdef object state_of(const sd_values *values):
+    if values.state >= len(STATES):
+        raise errors.SegmentCorrupt(f"a domain has the unknown state {values.state}")
+    return STATES[values.state]
+
+
+cdef object reason_of(const sd_values *values):
+    if values.state >= len(REASONS):
+        raise errors.SegmentCorrupt(f"a domain has the unknown state {values.state}")
+    return REASONS[values.state].get(values.reason, values.reason)
+
+
+cdef object copy_extent(sd_segment *segment, uint64_t extent):
+    cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
+    blob = PyBytes_FromStringAndSize(NULL, size)
+    sd_copy_out(PyBytes_AS_STRING(blob), sd_extent_at(segment, extent), size)
+    return blob
+
+
+cdef class Info:
+    """One domain as it was committed at one moment. Immutable; reading it takes no lock.
+
+    Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself; the
+    set that a snapshot gives is not one moment's.
+    """
+    cdef Segment segment
+    cdef uint32_t slot
+    cdef uint64_t life
+    cdef uint64_t uuid_raw[2]
+    cdef sd_values values
+    cdef object name_text
+    cdef list blobs  # of the three blobs, or None: taken without
+
+    @property
+    def id(self):
+        """The id of the running domain, -1 when it is inactive."""
+        return self.values.id
+
+    @property
+    def name(self):
+        """The domain's name."""
+        return self.name_text
+
+    @property
+    def uuid(self):
+        """The domain's UUID (`uuid.UUID`)."""
+        return uuid_object(self.uuid_raw)
+
+    @property
+    def state(self):
+        """The `DomainState`."""
+        return state_of(&self.values)
+
+    @property
+    def reason(self):
+        """Why it is in this state: a member of the state's reason enumeration."""
+        return reason_of(&self.values)
+
+    @property
+    def persistent(self):
+        """Whether the domain outlives its deactivation."""
+        return self.values.flags & SD_FLAG_PERSISTENT != 0
+
+    @property
+    def autostart(self):
+        """Whether the domain is to be started with the host."""
+        return self.values.flags & SD_FLAG_AUTOSTART != 0
+
+    @property
+    def is_active(self):
+        """Whether it runs (``id != -1``; libvirt's virDomainObjIsActive)."""
+        return self.values.id != -1
+
+    @property
+    def pid(self):
+        """Process id of the hypervisor, or None."""
+        return None if self.values.pid == -1 else self.values.pid
+
+    cdef object blob(self, int which):
+        if self.blobs is None:
+            raise AttributeError(
+                "this DomainInfo was taken with definitions=False; take it with definitions=True")
+        return self.blobs[which]
+
+    @property
+    def definition(self):
+        """The live definition (`DomainDef`), decoded when first asked for."""
+        value = self.segment.cached(self.slot, self.life, self.values.version[SD_DEFINITION])
+        if value is None:
+            value = DECODE[SD_DEFINITION](self.blob(SD_DEFINITION))
+            self.segment.remember(self.slot, self.life, self.values.version[SD_DEFINITION], value)
+        return value
+
+    @property
+    def next_definition(self):
+        """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
+        blob = self.blob(SD_NEXT_DEFINITION)
+        return None if blob is None else DECODE[SD_NEXT_DEFINITION](blob)
+
+    @property
+    def data(self):
+        """The driver's own data, or None."""
+        blob = self.blob(SD_DATA)
+        return None if blob is None else DECODE[SD_DATA](blob)
+
+    def __repr__(self):
+        return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.values.id} "
+                f"state={state_of(&self.values).name}>")
+
+
+cdef struct cache_key:
+    uint64_t life, version
+    uint32_t slot
+
+
+cdef class Segment:
+    """A mapped segment: locks, look-ups, lock-free reading. `DomainList` adds the rules."""
+    cdef sd_segment *segment
+    cdef bint multiprocessing
+    cdef readonly bint closed
+    cdef object list_lock, slot_locks  # lock="multiprocessing"
+    cdef object record_class
+    cdef cache_key *keys
+    cdef list values
+    cdef object __weakref__
+    cdef dict __dict__
+
+    def __cinit__(self, *args, **kwargs):
+        self.segment = NULL
+        self.closed = True
+        self.keys = NULL
+
+    def __dealloc__(self):
+        if self.segment != NULL:
+            sd_unmap(self.segment)
+            self.segment = NULL
+        PyMem_Free(self.keys)
+
+    def _attach(self, int fd, record_class, list_lock=None, slot_locks=None):
+        """Map the segment behind `fd`. Returns whether `fd` was kept (else it is the caller's)."""
+        cdef char why[200]
+        cdef int fresh
+        cdef sd_segment *segment
+        self.keys = <cache_key *>PyMem_Calloc(CACHE_SIZE, sizeof(cache_key))
+        if self.keys == NULL:
+            raise MemoryError
+        cdef int result = sd_map(fd, &segment, &fresh, why, sizeof(why))
+        if result == SD_MISMATCH:
+            raise errors.SegmentMismatch(why.decode())
+        if result == SD_CORRUPT:
+            raise errors.SegmentCorrupt(why.decode())
+        if result != SD_OK:
+            fail(result, "attach")
+        self.segment = segment
+        self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
+        self.list_lock, self.slot_locks = list_lock, slot_locks
+        self.record_class = record_class
+        self.values = [None] * CACHE_SIZE
+        self.closed = False
+        return fresh
+
+    # --- state of this attachment ---
+
+    cdef int usable(self) except -1:
+        if self.closed:
+            raise errors.ListClosed("this DomainList is closed")
+        if self.segment.epoch != sd_fork_epoch:
+            sd_enter_attached(self.segment)
+        return 0
+
+    def _close(self):
+        """Give up this attachment; the mapping stays while handles refer to it."""
+        if self.closed:
+            return
+        if self.segment.list_nonce == sd_self().nonce:
+            self.release_list()
+        self.closed = True
+
+    cdef object cached(self, uint32_t slot, uint64_t life, uint64_t version):
+        cdef uint32_t at = slot & (CACHE_SIZE - 1)
+        if (self.keys[at].slot == slot and self.keys[at].life == life
+                and self.keys[at].version == version):
+            return self.values[at]
+        return None
+
+    cdef void remember(self, uint32_t slot, uint64_t life, uint64_t version, object value):
+        cdef uint32_t at = slot & (CACHE_SIZE - 1)
+        self.values[at] = value
+        self.keys[at] = cache_key(life, version, slot)
+
+    cdef object definition_of(self, uint32_t slot, uint64_t life, const sd_values *values):
+        cdef uint64_t extent
+        value = self.cached(slot, life, values.version[SD_DEFINITION])
+        if value is not None:
+            return value
+        if sd_blob_get(self.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
+            fail(SD_CORRUPT, "definition")
+        value = DECODE[SD_DEFINITION](copy_extent(self.segment, extent))
+        self.remember(slot, life, values.version[SD_DEFINITION], value)
+        return value
+
+    # --- locks ---
+
+    cdef int timed_out(self, sd_owner *owner, pthread_mutex_t *mutex, object what,
+                       object timeout) except -1:
+        cdef uint64_t who = sd_load(&owner.who)
+        cdef uint64_t since = sd_load(&owner.since)
+        cdef uint32_t tid = <uint32_t>(who & 0x3fffff) if who else sd_mutex_owner(mutex)
+        raise HOLDERS.lock_timeout(what, timeout, tid, sd_process_of(tid) if tid else 0,
+                                   who >> 22 if who else 0,
+                                   (sd_now() - since) / 1e9 if who and since else None)
+
+    cdef int take_mp(self, object lock, sd_owner *owner, uint64_t deadline) except -1:
+        """A multiprocessing.Lock; SD_DIED: its holder was dead and we stand in its place."""
+        cdef uint64_t who, now
+        cdef double pause
+        if lock is None:
+            raise errors.LockKindMismatch(
+                "this list uses multiprocessing locks, which only processes can have that inherited "
+                "the DomainList; a stranger may read it: snapshot(), list(), peek()")
+        if lock.acquire(False):
+            return SD_OK
+        while True:
+            who = sd_load_acquire(&owner.who)
+            if who and not sd_alive(who) and sd_take_over(owner, who):
+                return SD_DIED
+            now = sd_now()
+            if deadline != SD_FOREVER and now >= deadline:
+                return SD_TIMEOUT
+            pause = 0.05
+            if deadline != SD_FOREVER and deadline - now < 50000000:
+                pause = (deadline - now) / 1e9
+            if lock.acquire(True, pause):
+                return SD_OK
+
+    cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
+        cdef int result
+        cdef sd_segment *segment = self.segment
+        if not self.multiprocessing:
+            result = sd_list_lock(segment, deadline)
+        else:
+            result = self.take_mp(self.list_lock, &segment.header.list_owner, deadline)
+            if result == SD_OK or result == SD_DIED:
+                result = sd_list_entered(segment, result == SD_DIED)
+                if result != SD_OK:
+                    self.list_lock.release()
+        if result == SD_OK:
+            return 0
+        if result == SD_TIMEOUT:
+            self.timed_out(&segment.header.list_owner, &segment.header.list_mutex,
+                           "the list lock", timeout)
+        return fail(result, "lock the list")
+
+    cdef int release_list(self) except -1:
+        if not self.multiprocessing:
+            sd_list_unlock(self.segment)
+            return 0
+        sd_list_leaving(self.segment)
+        self.list_lock.release()
+        return 0
+
+    cdef int acquire_slot(self, uint32_t slot, uint64_t deadline) except -1:
+        """SD_OK or SD_TIMEOUT."""
+        cdef int result
+        cdef uint64_t who, pid
+        cdef sd_slot *record = &self.segment.slots[slot]
+        if not self.multiprocessing:
+            result = sd_slot_lock(self.segment, slot, deadline)
+        else:
+            who, pid = sd_load(&record.owner.who), sd_load(&record.owner.pid)
+            result = self.take_mp(None if self.slot_locks is None else self.slot_locks[slot],
+                                  &record.owner, deadline)
+            if result == SD_DIED:
+                sd_recover_slot(self.segment, slot, who, pid)
+                result = SD_OK
+            if result == SD_OK:
+                result = sd_slot_entered(self.segment, slot, False)
+                if result != SD_OK:
+                    self.slot_locks[slot].release()
+        if result == SD_OK or result == SD_TIMEOUT:
+            return result
+        return fail(result, "lock a domain")
+
+    cdef int release_slot(self, uint32_t slot, bint given) except -1:
+        if not self.multiprocessing:
+            sd_slot_unlock(self.segment, slot, given)
+            return 0
+        sd_slot_leaving(self.segment, slot, given)
+        self.slot_locks[slot].release()
+        return 0
+
+    cdef Record held_here(self, uint32_t slot, uint64_t life):
+        """This thread's locked handle to the slot, or None. `life` 0: whichever life."""
+        cdef void *at = sd_self().records
+        cdef Record record
+        while at != NULL:
+            record = <Record>at
+            if (record.slot == slot and record.segment.segment == self.segment
+                    and (life == 0 or record.life == life)):
+                return record
+            at = record.after
+        return None
+
+    cdef bint holds_any(self):
+        cdef void *at = sd_self().records
+        while at != NULL:
+            if (<Record>at).segment.segment == self.segment:
+                return True
+            at = (<Record>at).after
+        return False
+
+    cdef int may_wait(self, uint64_t deadline) except -1:
+        """Before a wait for a domain: a second one is waited for only under the list lock."""
+        cdef sd_thread *thread = sd_self()
+        if thread.orphans != NULL:
+            free_orphans(thread)
+        if thread.records == NULL:
+            return 0
+        if thread.held >= SD_HELD_MAX:
+            raise errors.TooManyLocks(
+                f"this thread holds {thread.held} domains; unlock some: the kernel frees a limited "
+                "number of locks when a thread dies")
+        if deadline == SD_TRY or self.segment.list_nonce == thread.nonce or not self.holds_any():
+            return 0
+        raise errors.LockOrder(
+            "this thread holds a domain and would wait for another; take both with lock_many(), "
+            "or hold the list lock, or use timeout=0")
+
+    cdef int need_list(self, object what) except -1:
+        cdef sd_thread *thread = sd_self()
+        self.usable()
+        if self.segment.list_nonce != thread.nonce:
+            raise errors.ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
+        if thread.nested:
+            fail(SD_NESTED, what)
+        return 0
+
+    @property
+    def is_locked(self):
+        """Whether this thread holds the list lock."""
+        return not self.closed and self.segment.list_nonce == sd_self().nonce
+
+    def lock(self, timeout=None):
+        """Take the list lock (the patch's driver lock).
+
+        `timeout` in seconds: None waits for ever, 0 tries. Raises `AlreadyLocked`, `LockOrder` (this
+        thread holds a domain of this list), `LockTimeout`, `ListClosed`.
+        """
+        cdef uint64_t deadline = deadline_of(timeout)
+        self.usable()
+        if self.segment.list_nonce == sd_self().nonce:
+            raise errors.AlreadyLocked("this thread holds the list lock already")
+        if sd_self().records != NULL and self.holds_any():
+            raise errors.LockOrder(
+                "this thread holds a domain; the list lock comes first: unlock the domain, or take "
+                "the list lock before it")
+        self.acquire_list(deadline, timeout)
+
+    def unlock(self):
+        """Release the list lock. Raises `ListNotLocked`, or `NotOwner` in another thread."""
+        cdef sd_thread *thread = sd_self()
+        self.usable()
+        if self.segment.list_nonce == thread.nonce:
+            self.release_list()
+            return
+        if self.segment.list_nonce and sd_load(&self.segment.header.list_owner.pid) == thread.pid:
+            raise errors.NotOwner("another thread of this process holds the list lock")
+        raise errors.ListNotLocked("this thread does not hold the list lock")
+
+    def acquire(self, block=True, timeout=None):
+        """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
+        try:
+            self.lock(0 if not block or (timeout is not None and timeout < 0) else timeout)
+        except errors.LockTimeout:
+            return False
+        return True
+
+    def release(self):
+        """`unlock` in the manner of `multiprocessing.Lock`."""
+        self.unlock()
+
+    # --- finding ---
+
+    cdef bint make_key(self, sd_key *key, object uuid, object name, object id) except -1:
+        """False: no domain can have this key."""
+        cdef object number
+        if (uuid is not None) + (name is not None) + (id is not None) != 1:
+            raise TypeError("give exactly one of uuid=, name=, id=")
+        if uuid is not None:
+            key.what = SD_UUID_INDEX
+            uuid_words(uuid, key.uuid)
+            return True
+        if name is not None:
+            key.what = SD_NAME_INDEX
+            return set_name(key.name, name)
+        if not isinstance(id, int):
+            raise TypeError(f"an id is an int, not {type(id).__name__}")
+        key.what = SD_ID_INDEX
+        if id < 0 or id > 0x7fffffff:
+            return False
+        key.id = id
+        return True
+
+    cdef int find_for_sure(self, const sd_key *key, uint32_t *slot, uint64_t deadline,
+                           object timeout) except -1:
+        """Once more, under the lock of the index. SD_OK or SD_MISS."""
+        cdef int result
+        if key.what == SD_ID_INDEX:
+            result = sd_ids_lock(self.segment, deadline)
+            if result != SD_OK:
+                return fail(result, "find by id")
+            result = sd_find(self.segment, key, slot)
+            sd_ids_unlock(self.segment)
+        else:
+            # While a domain is held the list lock may only be tried (its holder may want that one).
+            self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
+            result = sd_find(self.segment, key, slot)
+            self.release_list()
+        if result == SD_OK or result == SD_MISS:
+            return result
+        return fail(result, "find")
+
+    cdef Record look_up(self, const sd_key *key, object timeout):
+        """Probe, lock that one slot, verify; None: not there.
+
+        A hit that turns out to be another domain once it is locked was removed or renamed meanwhile;
+        the look-up begins again, for its key may have come back in another slot.
+        """
+        cdef uint64_t deadline = deadline_of(timeout)
+        cdef uint32_t slot
+        cdef int result
+        cdef Record record
+        self.may_wait(deadline)
+        while True:
+            result = sd_find(self.segment, key, &slot)
+            if result == SD_DOUBT:
+                if self.segment.list_nonce == sd_self().nonce and key.what != SD_ID_INDEX:
+                    fail(SD_CORRUPT, "find")
+                result = self.find_for_sure(key, &slot, deadline, timeout)
+            if result == SD_MISS:
+                return None
+            if result != SD_OK:
+                fail(result, "find")
+            record = self.take(slot, key, 0, deadline, timeout)
+            if record is not None:
+                return record
+
+    cdef Record take(self, uint32_t slot, const sd_key *key, uint64_t life, uint64_t deadline,
+                     object timeout):
+        """Lock the slot and hand out the domain if it is still the one that was meant."""
+        cdef sd_slot *at = &self.segment.slots[slot]
+        cdef Record record
+        if sd_self().records != NULL and self.held_here(slot, 0) is not None:
+            raise errors.AlreadyLocked("this thread holds this domain already")
+        if self.acquire_slot(slot, deadline) == SD_TIMEOUT:
+            self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
+        if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
+            self.release_slot(slot, False)
+            return None
+        try:
+            record = self.new_record(slot)
+        except BaseException:
+            self.release_slot(slot, False)
+            raise
+        record.own()
+        return record
+
+    cdef Record new_record(self, uint32_t slot):
+        cdef sd_slot *at = &self.segment.slots[slot]
+        cdef Record record = (<PyTypeObject *>self.record_class).tp_new(self.record_class, EMPTY, NULL)
+        record.segment = self
+        record.slot = slot
+        record.life = sd_load(&at.life)
+        record.uuid_raw[0] = sd_load(&at.uuid[0])
+        record.uuid_raw[1] = sd_load(&at.uuid[1])
+        return record
+
+    cdef object describe(self, uint32_t slot):
+        cdef sd_view view
+        if sd_view_begin(self.segment, slot, &view) == SD_OK:
+            return f"domain {name_object(view.name)!r}"
+        return "a domain"
+
+    cdef object missing(self, object uuid, object name, object id):
+        # libvirt's words (virDomainObjListFindBy*).
+        if uuid is not None:
+            if not isinstance(uuid, str):
+                uuid = UUID(bytes=uuid) if isinstance(uuid, bytes) else uuid
+            return errors.DomainNotFound(f"no domain with matching uuid '{uuid}'")
+        if name is not None:
+            return errors.DomainNotFound(f"no domain with matching name '{name}'")
+        return errors.DomainNotFound(f"no domain with matching id {id}")
+
+    def get(self, *, uuid=None, name=None, id=None, timeout=None):
+        """The domain with this uuid, name or id, locked. No list lock needed.
+
+        Exactly one key. `timeout` in seconds. Raises `DomainNotFound`, `LockTimeout`,
+        `LockOrder` (this thread holds another domain and would wait), `AlreadyLocked`.
+        """
+        cdef sd_key key
+        cdef Record record = None
+        self.usable()
+        if self.make_key(&key, uuid, name, id):
+            record = self.look_up(&key, timeout)
+        if record is None:
+            raise self.missing(uuid, name, id)
+        return record
+
+    def lookup(self, *, uuid=None, name=None, id=None, timeout=None):
+        """Like `get`, but None when there is no such domain."""
+        cdef sd_key key
+        self.usable()
+        if not self.make_key(&key, uuid, name, id):
+            return None
+        return self.look_up(&key, timeout)
+
+    def find_by_id(self, id, timeout=None):
+        """The active domain with this id, locked, or None. List lock held by the caller
+        (virDomainFindByID)."""
+        cdef sd_key key
+        self.need_list("find_by_id")
+        return self.look_up(&key, timeout) if self.make_key(&key, None, None, id) else None
+
+    def find_by_uuid(self, uuid, timeout=None):
+        """The domain with this UUID, locked, or None. List lock held by the caller
+        (virDomainFindByUUID)."""
+        cdef sd_key key
+        self.need_list("find_by_uuid")
+        return self.look_up(&key, timeout) if self.make_key(&key, uuid, None, None) else None
+
+    def find_by_name(self, name, timeout=None):
+        """The domain with this name, locked, or None. List lock held by the caller
+        (virDomainFindByName)."""
+        cdef sd_key key
+        self.need_list("find_by_name")
+        return self.look_up(&key, timeout) if self.make_key(&key, None, name, None) else None
+
+    # --- reading without any lock ---
+
+    cdef Info view(self, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
+        """A consistent view of the slot, or None when nothing lives there (or not `key`)."""
+        cdef sd_view view
+        cdef uint64_t extent
+        cdef int result, b
+        cdef Info info = None
+        cdef list found = None
+        cdef unsigned tries = 0
+        while True:
+            result = sd_view_begin(self.segment, slot, &view)
+            if result == SD_MISS:
+                return None
+            if result == SD_OK:
+                if key != NULL and not view_matches(&view, key):
+                    return None
+                if not blobs:
+                    break
+                found = [None, None, None]
+                for b in range(3):
+                    result = sd_view_extent(self.segment, slot, &view, b, &extent)
+                    if result == SD_OK:
+                        found[b] = copy_extent(self.segment, extent)
+                    elif result != SD_MISS:
+                        break
+                else:
+                    result = sd_view_check(self.segment, slot, &view)
+                if result == SD_CORRUPT:
+                    fail(result, "read")
+                if result == SD_OK:
+                    break
+            tries += 1
+            if tries > 100:
+                back_off(deadline)
+        info = Info.__new__(Info)
+        info.segment = self
+        info.slot = slot
+        info.life = view.life
+        info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
+        info.values = view.values
+        info.name_text = name_object(view.name)
+        info.blobs = found
+        return info
+
+    def peek(self, *, uuid=None, name=None, id=None, timeout=1.0):
+        """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
+        for one.
+
+        `timeout`: seconds after which a read that writers keep overtaking raises `Busy`.
+        """
+        cdef sd_key key
+        self.usable()
+        if not self.make_key(&key, uuid, name, id):
+            return None
+        return self.look(&key, True, deadline_of(timeout))
+
+    def _glance(self, *, uuid=None, name=None, id=None):
+        """`peek` without definitions and data."""
+        cdef sd_key key
+        self.usable()
+        if not self.make_key(&key, uuid, name, id):
+            return None
+        return self.look(&key, False, sd_now() + 1000000000)
+
+    cdef Info look(self, const sd_key *key, bint blobs, uint64_t deadline):
+        cdef uint32_t slot
+        cdef int result
+        cdef unsigned tries = 0
+        cdef Info info
+        while True:
+            result = sd_find(self.segment, key, &slot)
+            if result == SD_MISS:
+                return None
+            if result == SD_OK:
+                info = self.view(slot, key, blobs, deadline)
+                if info is not None:
+                    return info
+            elif result != SD_DOUBT:
+                fail(result, "peek")
+            tries += 1
+            if tries > 100:
+                self.wake_recovery()
+                back_off(deadline)
+
+    cdef int wake_recovery(self) except -1:
+        """An index that stays odd belongs to a dead holder: let whoever can repair it, without waiting."""
+        cdef sd_segment *segment = self.segment
+        if sd_load(&segment.header.poisoned) or segment.list_nonce == sd_self().nonce:
+            return 0
+        if sd_ids_lock(segment, SD_TRY) == SD_OK:
+            sd_ids_unlock(segment)
+        if not self.multiprocessing and sd_list_lock(segment, SD_TRY) == SD_OK:
+            sd_list_unlock(segment)
+        return 0
+
+    def snapshot(self, definitions=True):
+        """All domains as `DomainInfo`s of committed state. Takes no lock; each record is consistent in
+        itself, the set is not one moment's. `definitions=False` leaves definitions and data out and
+        is faster. Raises `Busy` for a record that writers kept overtaking for a second."""
+        return self._list(-1, -1, -1, 0xffffffff, definitions)
+
+    def _list(self, int active, int persistent, int autostart, unsigned states, bint definitions):
+        cdef uint32_t slot
+        cdef Info info
+        cdef list found = []
+        cdef uint64_t deadline = sd_now() + 1000000000
+        cdef bint filtered = (active & persistent & autostart) >= 0 or states != 0xffffffff
+        self.usable()
+        for slot in range(sd_slot_count(self.segment)):
+            if filtered and not self.chosen(slot, active, persistent, autostart, states):
+                continue
+            info = self.view(slot, NULL, definitions, deadline)
+            if info is not None and wanted(&info.values, active, persistent, autostart, states):
+                found.append(info)
+        return found
+
+    cdef bint chosen(self, uint32_t slot, int active, int persistent, int autostart, unsigned states):
+        """A first look that spares the copy of what the filter rejects."""
+        cdef sd_view view
+        cdef int result = sd_view_begin(self.segment, slot, &view)
+        return result == SD_DOUBT or (
+            result == SD_OK and wanted(&view.values, active, persistent, autostart, states))
+
+    def _count(self, int active, int persistent, int autostart, unsigned states):
+        cdef uint32_t slot
+        cdef uint64_t total = 0
+        cdef sd_view view
+        cdef int result
+        self.usable()
+        for slot in range(sd_slot_count(self.segment)):
+            result = sd_view_begin(self.segment, slot, &view)
+            while result == SD_DOUBT:
+                result = sd_view_begin(self.segment, slot, &view)
+            if result == SD_OK and wanted(&view.values, active, persistent, autostart, states):
+                total += 1
+        return total
+
+    def __len__(self):
+        self.usable()
+        return sd_load(&self.segment.header.live)
+
+    def __contains__(self, uuid):
+        cdef sd_key key
+        cdef uint32_t slot
+        cdef int result
+        cdef unsigned tries = 0
+        cdef uint64_t deadline = sd_now() + 1000000000
+        self.usable()
+        key.what = SD_UUID_INDEX
+        uuid_words(uuid, key.uuid)
+        while True:
+            result = sd_find(self.segment, &key, &slot)
+            if result == SD_OK or result == SD_MISS:
+                return result == SD_OK
+            if result != SD_DOUBT:
+                fail(result, "find")
+            tries += 1
+            if tries > 100:
+                self.wake_recovery()
+                back_off(deadline)
+
+    def __iter__(self):
+        return iter(self.snapshot())
+
+    # --- for the rules: what a store offers ---
+
+    def _create(self, uuid, name, bytes definition, bint persistent, timeout=None):
+        """A new record, committed and locked. List lock held; duplicates were looked for."""
+        cdef uint64_t words[2]
+        cdef unsigned char raw[252]
+        cdef sd_values values
+        cdef sd_blob blobs[3]
+        cdef uint32_t slot
+        cdef sd_word *link
+        cdef uint64_t deadline = deadline_of(timeout)
+        cdef Record record
+        cdef int result
+        self.need_list("assign_def")
+        self.may_wait(deadline)
+        uuid_words(uuid, words)
+        if not set_name(raw, name):
+            raise errors.InvalidName(f"{name!r} can not be a domain's name")
+        memset(&values, 0, sizeof(values))
+        memset(blobs, 0, sizeof(blobs))
+        values.id = values.pid = -1
+        values.state = 5
+        values.flags = SD_FLAG_PERSISTENT if persistent else 0
+        set_change(&blobs[SD_DEFINITION], definition)
+        self.lock_free_slot(&slot, &link, deadline, timeout)
+        result = sd_insert(self.segment, slot, link, words, raw, &values, blobs, deadline)
+        if result != SD_OK:
+            self.release_slot(slot, False)
+            fail(result, f"define domain {name!r}")
+        try:
+            record = self.new_record(slot)
+        except BaseException:
+            self.release_slot(slot, True)
+            raise
+        record.own()
+        return record
+
+    cdef int lock_free_slot(self, uint32_t *slot, sd_word **link, uint64_t deadline,
+                            object timeout) except -1:
+        cdef int result, passed = 0
+        cdef uint64_t patience = SD_TRY
+        link[0] = NULL
+        while True:
+            result = sd_free_slot(self.segment, link, slot)
+            if result == SD_FULL and passed and patience == SD_TRY:
+                # All that is left is held by somebody: now there is nothing but to wait for one.
+                link[0] = NULL
+                patience = deadline
+                continue
+            if result != SD_OK:
+                return fail(result, "define a domain")
+            if self.acquire_slot(slot[0], patience) == SD_OK:
+                return 0
+            if patience != SD_TRY or deadline == SD_TRY:
+                self.timed_out(&self.segment.slots[slot[0]].owner,
+                               &self.segment.slots[slot[0]].mutex, "a free slot", timeout)
+            passed += 1
+            if passed > 64:
+                patience = deadline
+
+    def _remove(self, Record record):
+        """Remove a record that this thread has locked; its lock is released. List lock held."""
+        cdef Record mine = record.mine()
+        self.need_list("remove")
+        cdef int result = sd_remove(self.segment, mine.slot, SD_FOREVER)
+        if result != SD_OK:
+            fail(result, "remove a domain")
+        mine.drop_changes()
+        mine.disown(True)
+
+    def _rename(self, Record record, name, bytes definition, bytes next_definition):
+        """Name and definitions in one commit. List lock held; duplicates were looked for."""
+        cdef Record mine = record.mine()
+        cdef unsigned char raw[252]
+        cdef sd_blob blobs[3]
+        self.need_list("rename")
+        if not set_name(raw, name):
+            raise errors.InvalidName(f"{name!r} can not be a domain's name")
+        memset(blobs, 0, sizeof(blobs))
+        set_change(&blobs[SD_DEFINITION], definition)
+        if next_definition is not None:
+            set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
+        cdef int result = sd_commit(self.segment, mine.slot, &mine.values, blobs, raw, SD_FOREVER)
+        if result != SD_OK:
+            fail(result, f"rename to {name!r}")
+        mine.reload()
+
+    def _lock_record(self, uint32_t slot, uint64_t life, timeout=None):
+        """The record in this slot, locked, if it still lives this life; else None."""
+        cdef uint64_t deadline = deadline_of(timeout)
+        self.usable()
+        self.may_wait(deadline)
+        if slot >= sd_slot_count(self.segment):
+            return None
+        return self.take(slot, NULL, life, deadline, timeout)
+
+    def _handle(self, uint32_t slot, uint64_t life, bytes uuid):
+        """An unlocked handle, for unpickling. It may be stale; locking it says so."""
+        cdef Record record
+        self.usable()
+        if slot >= sd_slot_count(self.segment) or len(uuid) != 16:
+            raise errors.DomainRemoved("this handle's domain does not exist in this list")
+        record = self.new_record(slot)
+        record.life = life
+        uuid_words(uuid, record.uuid_raw)
+        return record
+
+    def _live_handles(self):
+        """Unlocked handles to every live record, in slot order."""
+        cdef uint32_t slot
+        cdef Record record
+        cdef list found = []
+        self.usable()
+        for slot in range(sd_slot_count(self.segment)):
+            if sd_load(&self.segment.slots[slot].life) & 1:
+                found.append(self.new_record(slot))
+        return found
+
+    def _set_settings(self, bytes settings):
+        self.need_list("settings")
+        cdef int result = sd_settings_set(self.segment, PyBytes_AS_STRING(settings), len(settings))
+        if result != SD_OK:
+            fail(result, "settings")
+
+    def _settings(self):
+        cdef unsigned char *room = <unsigned char *>malloc(SD_SETTINGS_BYTES)
+        cdef uint64_t size
+        if room == NULL:
+            raise MemoryError
+        try:
+            self.usable()
+            if sd_settings_get(self.segment, room, &size) != SD_OK:
+                fail(SD_CORRUPT, "settings")
+            return PyBytes_FromStringAndSize(<char *>room, size)
+        finally:
+            free(room)
+
+    @property
+    def _identity(self):
+        """Random, the segment's own: 16 bytes."""
+        if self.segment == NULL:
+            raise errors.ListClosed("this DomainList is closed")
+        return PyBytes_FromStringAndSize(<char *>self.segment.id, 16)
+
+    @property
+    def _fd(self):
+        self.usable()
+        return self.segment.fd
+
+    @property
+    def _kind(self):
+        return "multiprocessing" if self.multiprocessing else "robust"
+
+    @property
+    def _locks(self):
+        return self.list_lock, self.slot_locks
+
+    def _statistics(self):
+        cdef sd_header *header
+        cdef unsigned i
+        self.usable()
+        header = self.segment.header
+        attached = [sd_load(&self.segment.attached[i]) for i in range(SD_ATTACHED_MAX)
+                    if sd_load(&self.segment.attached[i])]
+        return {
+            "domains": sd_load(&header.live),
+            "active": sd_load(&header.active),
+            "max_domains": self.segment.at.max_slots,
+            "slots": sd_load(&header.slot_count),
+            "bytes_max": self.segment.at.total_bytes,
+            "heap_max": self.segment.at.heap_cells * SD_CELL,
+            "heap_committed": sd_load(&header.heap_committed) * SD_CELL,
+            "heap_used": sd_load(&header.heap_used) * SD_CELL,
+            "creator": (header.creator_pid, header.creator_who >> 22),
+            "created": header.created / 1e9,
+            "poisoned": sd_load(&header.poisoned),
+            "attached": [(word & 0x3fffff, word >> 22) for word in attached],
+        }
+
+    def _check(self, bint hold, timeout=None):
+        """One look at every invariant: (problems, counts, whether nothing moved meanwhile).
+
+        `hold`: with the list lock, which the caller holds, and the id and heap locks."""
+        cdef sd_tally tally
+        cdef int still
+        cdef int result
+        cdef list found = []
+        self.usable()
+        if hold:
+            self.need_list("check")
+            result = sd_check_hold(self.segment, deadline_of(timeout))
+            if result != SD_OK:
+                fail(result, "check")
+        result = sd_check(self.segment, report, <void *>found, &tally, &still)
+        if hold:
+            sd_check_release(self.segment)
+        if result != SD_OK:
+            fail(result, "check")
+        return found, tally, bool(still)
+
+
+cdef void report(void *context, const char *invariant, const char *what) noexcept:
+    (<list>context).append((invariant.decode(), what.decode("utf-8", "replace")))
+
+
+cdef void free_orphans(sd_thread *thread):
+    """Locks of this thread whose handles another thread dropped."""
+    cdef sd_orphan *orphan
+    while thread.orphans != NULL:
+        orphan = thread.orphans
+        thread.orphans = orphan.next
+        sd_slot_unlock(orphan.segment, orphan.slot, True)
+        free(orphan)
+
+
+cdef int back_off(uint64_t deadline) except -1:
+    cdef int raised
+    if sd_now() >= deadline:
+        raise errors.Busy("writers kept overtaking this read; try again, or lock the domain")
+    raised = PyErr_CheckSignals()
+    if raised:
+        return -1
+    HOLDERS.pause()
+    return 0
+
+
+cdef bint view_matches(const sd_view *view, const sd_key *key) noexcept:
+    if key.what == SD_UUID_INDEX:
+        return view.uuid[0] == key.uuid[0] and view.uuid[1] == key.uuid[1]
+    if key.what == SD_NAME_INDEX:
+        return view.name[0] == key.name[0] and not memcmp(view.name + 1, key.name + 1, key.name[0])
+    return view.values.id == key.id
+
+
+cdef bint wanted(const sd_values *values, int active, int persistent, int autostart,
+                 unsigned states) noexcept:
+    """libvirt's virDomainObjMatchFilter: -1 does not ask."""
+    if active >= 0 and (values.id != -1) != active:
+        return False
+    if persistent >= 0 and (values.flags & SD_FLAG_PERSISTENT != 0) != persistent:
+        return False
+    if autostart >= 0 and (values.flags & SD_FLAG_AUTOSTART != 0) != autostart:
+        return False
+    return states == 0xffffffff or (values.state < 32 and (states >> values.state) & 1)
+
+
+cdef int set_change(sd_blob *blob, bytes value) except -1:
+    if len(value) > SD_BLOB_MAX:
+        raise errors.SegmentFull(f"a blob of {len(value)} bytes; the limit is 16 MiB")
+    blob.change = True
+    blob.bytes = PyBytes_AS_STRING(value)
+    blob.size = len(value)
+    return 0
+
+
+@cython.no_gc_clear
+cdef class Record:
+    """A handle to one domain's record. `Domain` adds what a domain may do.
+
+    A handle is locked by one thread at a time. Any handle to the same domain may be used by that
+    thread meanwhile: they lead to the one that was locked.
+    """
+    cdef Segment segment
+    cdef uint32_t slot
+    cdef uint64_t life
+    cdef uint64_t uuid_raw[2]
+    cdef uint64_t nonce      # of the thread that holds it through this handle, or 0
+    cdef sd_thread *thread
+    cdef void *before
+    cdef void *after         # neighbours among that thread's locked handles
+    cdef sd_values values    # as changed by the holder
+    cdef bint touched        # `values` differ from what is committed
+    cdef unsigned pending    # blobs to commit, one bit each
+    cdef list objects        # what they decode to
+    cdef list blobs          # what they are in the heap; None clears
+    cdef object __weakref__
+
+    def __dealloc__(self):
+        if self.nonce and self.thread.nonce == self.nonce:
+            abandon(self)
+
+    # --- who holds it ---
+
+    cdef Record mine_or_none(self):
+        cdef sd_thread *thread = sd_self()
+        if self.nonce == thread.nonce:
+            return self
+        if thread.records == NULL:
+            return None
+        return self.segment.held_here(self.slot, self.life)
+
+    cdef Record mine(self):
+        cdef Record mine = self.mine_or_none()
+        if mine is None:
+            raise errors.DomainNotLocked(
+                f"domain {uuid_object(self.uuid_raw)} is not locked by this thread: with dom: ...")
+        return mine
+
+    cdef void own(self):
+        cdef sd_thread *thread = sd_self()
+        self.nonce = thread.nonce
+        self.thread = thread
+        self.before = NULL
+        self.after = thread.records
+        if thread.records != NULL:
+            (<Record>thread.records).before = <void *>self
+        thread.records = <void *>self
+        self.pending = 0
+        self.touched = False
+        sd_values_get(self.segment.segment, self.slot, &self.values)
+
+    cdef void leave_thread(self):
+        if self.before != NULL:
+            (<Record>self.before).after = self.after
+        else:
+            self.thread.records = self.after
+        if self.after != NULL:
+            (<Record>self.after).before = self.before
+        self.nonce = 0
+
+    cdef int disown(self, bint given) except -1:
+        self.leave_thread()
+        return self.segment.release_slot(self.slot, given)
+
+    cdef void reload(self):
+        sd_values_get(self.segment.segment, self.slot, &self.values)
+        self.touched = False
+
+    cdef void drop_changes(self):
+        if self.pending:
+            self.pending = 0
+            self.objects = self.blobs = None
+
+    cdef int do_commit(self, uint64_t deadline) except -1:
+        cdef sd_blob changes[3]
+        cdef int b, result
+        if not self.touched and not self.pending:
+            return 0
+        memset(changes, 0, sizeof(changes))
+        for b in range(3):
+            if self.pending >> b & 1:
+                changes[b].change = True
+                if self.blobs[b] is not None:
+                    set_change(&changes[b], self.blobs[b])
+        result = sd_commit(self.segment.segment, self.slot, &self.values, changes, NULL, deadline)
+        if result != SD_OK:
+            self.drop_changes()
+            self.reload()
+            return fail(result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
+        self.reload()
+        if self.pending & 1 and self.objects[SD_DEFINITION] is not None:
+            self.segment.remember(self.slot, self.life, self.values.version[SD_DEFINITION],
+                                  self.objects[SD_DEFINITION])
+        self.drop_changes()
+        return 0
+
+    @property
+    def is_locked(self):
+        """Whether this thread holds the domain. Needs no lock."""
+        return self.mine_or_none() is not None
+
+    @property
+    def changed(self):
+        """Whether there are changes that were not committed. Domain lock."""
+        cdef Record mine = self.mine()
+        return bool(mine.touched or mine.pending)
+
+    def lock(self, timeout=None):
+        """Lock the domain (virDomainLock).
+
+        `timeout` in seconds: None waits for ever, 0 tries. Raises `LockTimeout` (it names the
+        holder), `DomainRemoved`, `AlreadyLocked`, `LockOrder` (this thread holds another domain of
+        the list, not the list lock, and would wait), `TooManyLocks`.
+        """
+        self.take(deadline_of(timeout), timeout)
+
+    cdef int take(self, uint64_t deadline, object timeout) except -1:
+        cdef sd_slot *at
+        self.segment.usable()
+        at = &self.segment.segment.slots[self.slot]
+        self.segment.may_wait(deadline)
+        if self.mine_or_none() is not None:
+            raise errors.AlreadyLocked(
+                f"this thread holds domain {uuid_object(self.uuid_raw)} already")
+        if self.segment.acquire_slot(self.slot, deadline) == SD_TIMEOUT:
+            self.segment.timed_out(&at.owner, &at.mutex, self.segment.describe(self.slot), timeout)
+        if sd_load(&at.life) != self.life:
+            self.segment.release_slot(self.slot, False)
+            raise errors.DomainRemoved(
+                f"domain {uuid_object(self.uuid_raw)} was removed; this handle outlived it")
+        self.own()
+        return 0
+
+    def try_lock(self):
+        """Lock the domain if it is free: True, else False. Always allowed, whatever is held."""
+        try:
+            self.take(SD_TRY, 0)
+        except errors.LockTimeout:
+            return False
+        return True
+
+    def unlock(self, timeout=None):
+        """Commit what was changed and release the lock (virDomainUnlock).
+
+        When the commit fails (`SegmentFull`, `LockTimeout` of the core's own locks after `timeout`
+        seconds, Ctrl-C) everything is rolled back, the domain is unlocked all the same, and the
+        error is raised. Raises `DomainNotLocked`, or `NotOwner` in another thread.
+        """
+        cdef Record mine = self.mine_or_none()
+        if mine is None:
+            self.not_mine()
+        if not mine.touched and not mine.pending:
+            mine.disown(True)
+            return
+        try:
+            mine.do_commit(deadline_of(timeout))
+        finally:
+            mine.disown(True)
+
+    cdef int not_mine(self) except -1:
+        if self.nonce and self.thread.nonce == self.nonce:
+            raise errors.NotOwner(
+                f"another thread of this process holds domain {uuid_object(self.uuid_raw)}")
+        raise errors.DomainNotLocked(
+            f"domain {uuid_object(self.uuid_raw)} is not locked by this thread")
+
+    def acquire(self, block=True, timeout=None):
+        """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
+        timeout = 0 if not block or (timeout is not None and timeout < 0) else timeout
+        try:
+            self.take(deadline_of(timeout), timeout)
+        except errors.LockTimeout:
+            return False
+        return True
+
+    def release(self):
+        """`unlock` in the manner of `multiprocessing.Lock`."""
+        self.unlock()
+
+    def commit(self, timeout=None):
+        """Commit what was changed so far and keep the lock: a point of no return. Domain lock.
+
+        On failure everything since the last commit is rolled back and the error raised.
+        """
+        self.mine().do_commit(deadline_of(timeout))
+
+    def rollback(self):
+        """Forget all changes since the last commit. Domain lock."""
+        cdef Record mine = self.mine()
+        mine.drop_changes()
+        mine.reload()
+
+    def __enter__(self):
+        if self.mine_or_none() is None:
+            self.take(SD_FOREVER, None)
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        cdef Record mine = self.mine_or_none()
+        if mine is None:
+            return
+        if kind is not None:
+            mine.drop_changes()
+            mine.touched = False
+        mine.unlock()
+
+    # --- fields ---
+
+    @property
+    def uuid(self):
+        """The domain's UUID. Needs no lock: it never changes."""
+        return uuid_object(self.uuid_raw)
+
+    @property
+    def id(self):
+        """The id of the running domain, -1 when it is inactive. Domain lock."""
+        return self.mine().values.id
+
+    @property
+    def is_active(self):
+        """Whether it runs: ``id != -1`` (virDomainIsActive). Domain lock."""
+        return self.mine().values.id != -1
+
+    @property
+    def name(self):
+        """The name. Domain lock; changed by `DomainList.rename`."""
+        cdef unsigned char raw[252]
+        cdef Record mine = self.mine()
+        sd_name_get(self.segment.segment, self.slot, mine.values.flags, raw)
+        return name_object(raw)
+
+    @property
+    def state(self):
+        """The `DomainState`. Domain lock. Assigning sets the reason to 0, unknown."""
+        return state_of(&self.mine().values)
+
+    @state.setter
+    def state(self, value):
+        cdef Record mine = self.mine()
+        cdef int number = value
+        if number < 0 or number >= len(STATES):
+            raise ValueError(f"{value!r} is no DomainState")
+        mine.values.state = <uint16_t>number
+        mine.values.reason = 0
+        mine.touched = True
+
+    @property
+    def reason(self):
+        """Why it is in this state: a member of the state's reason enumeration. Domain lock."""
+        return reason_of(&self.mine().values)
+
+    @reason.setter
+    def reason(self, value):
+        cdef Record mine = self.mine()
+        cdef int number = value
+        if number < 0 or number > 0xffff:
+            raise ValueError(f"a reason is a number from 0 to 65535, not {value!r}")
+        mine.values.reason = <uint16_t>number
+        mine.touched = True
+
+    @property
+    def persistent(self):
+        """Whether the domain outlives its deactivation. Domain lock."""
+        return self.mine().values.flags & SD_FLAG_PERSISTENT != 0
+
+    @persistent.setter
+    def persistent(self, bint value):
+        self.mine().set_flag(SD_FLAG_PERSISTENT, value)
+
+    @property
+    def autostart(self):
+        """Whether the domain is to be started with the host. Domain lock. Assigning changes the
+        record only; `DomainList.set_autostart` makes the link on disk too."""
+        return self.mine().values.flags & SD_FLAG_AUTOSTART != 0
+
+    @autostart.setter
+    def autostart(self, bint value):
+        self.mine().set_flag(SD_FLAG_AUTOSTART, value)
+
+    cdef int set_flag(self, uint64_t flag, bint value) except -1:
+        if value:
+            self.values.flags |= flag
+        else:
+            self.values.flags &= ~flag
+        self.touched = True
+        return 0
+
+    @property
+    def pid(self):
+        """Process id of the hypervisor, or None. Domain lock."""
+        cdef int32_t pid = self.mine().values.pid
+        return None if pid == -1 else pid
+
+    @pid.setter
+    def pid(self, value):
+        cdef Record mine = self.mine()
+        if value is not None and not 0 < value <= 0x7fffffff:
+            raise ValueError(f"{value!r} is no process id")
+        mine.values.pid = -1 if value is None else value
+        mine.touched = True
+
+    @property
+    def definition(self):
+        """The live definition (`DomainDef`). Domain lock.
+
+        The same object each time while it does not change. Assigning replaces it with the next
+        commit; its uuid and name must be the record's.
+        """
+        cdef Record mine = self.mine()
+        if mine.pending & 1:
+            return mine.objects[SD_DEFINITION]
+        return self.segment.definition_of(self.slot, self.life, &mine.values)
+
+    @definition.setter
+    def definition(self, value):
+        cdef Record mine = self.mine()
+        mine.set_blob(SD_DEFINITION, value, self._encode_definition(value))
+
+    @property
+    def next_definition(self):
+        """What becomes the definition once the domain is inactive (libvirt's newDef), or None.
+        Domain lock."""
+        return self.mine().blob_value(SD_NEXT_DEFINITION)
+
+    @next_definition.setter
+    def next_definition(self, value):
+        cdef Record mine = self.mine()
+        if value is None:
+            mine.set_blob(SD_NEXT_DEFINITION, None, None)
+        else:
+            mine.set_blob(SD_NEXT_DEFINITION, value, self._encode_definition(value))
+
+    @property
+    def data(self):
+        """The driver's own data: any MessagePack value, or None. Domain lock.
+
+        What is read is read-only (mappings are proxies, sequences tuples); assign to change it.
+        """
+        return self.mine().blob_value(SD_DATA)
+
+    @data.setter
+    def data(self, value):
+        cdef Record mine = self.mine()
+        if value is None:
+            mine.set_blob(SD_DATA, None, None)
+            return
+        encoded = self._encode_data(value)
+        mine.set_blob(SD_DATA, DECODE[SD_DATA](encoded), encoded)
+
+    cdef int set_blob(self, int which, object value, bytes encoded) except -1:
+        if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
+            raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
+        if not self.pending:
+            self.objects = [None, None, None]
+            self.blobs = [None, None, None]
+        self.objects[which] = value
+        self.blobs[which] = encoded
+        self.pending |= 1 << which
+        return 0
+
+    cdef object blob_value(self, int which):
+        cdef uint64_t extent
+        if self.pending >> which & 1:
+            return self.objects[which]
+        if not self.values.flags & SD_FLAG_PRESENT(which):
+            return None
+        if sd_blob_get(self.segment.segment, self.slot, &self.values, which, &extent) != SD_OK:
+            fail(SD_CORRUPT, "read")
+        return DECODE[which](copy_extent(self.segment.segment, extent))
+
+    @property
+    def previous_owner_died(self):
+        """The `LockHolder` that died holding this domain since it was last handed back in order, or
+        None. What it had not committed was rolled back. Domain lock."""
+        cdef sd_slot *at
+        cdef uint64_t who
+        self.mine()
+        at = &self.segment.segment.slots[self.slot]
+        who = sd_load(&at.died_who)
+        if not who:
+            return None
+        return HOLDERS.dead_holder(who & 0x3fffff if who != 1 else 0, sd_load(&at.died_pid),
+                                   who >> 22)
+
+    # --- for the rules ---
+
+    def _take_id(self, timeout=None):
+        """The next id, entered into this transaction; never given out again."""
+        cdef Record mine = self.mine()
+        cdef int32_t id
+        cdef int result = sd_take_id(self.segment.segment, &id, deadline_of(timeout))
+        if result == SD_FULL:
+            raise errors.SegmentFull("every id up to 2147483647 was given out; create a new segment")
+        if result != SD_OK:
+            fail(result, "next id")
+        mine.values.id = id
+        mine.touched = True
+        return id
+
+    def _drop_id(self):
+        cdef Record mine = self.mine()
+        mine.values.id = -1
+        mine.touched = True
+
+    @property
+    def _segment(self):
+        return self.segment
+
+    @property
+    def _key(self):
+        """(slot, life, uuid bytes): what a handle is in any process."""
+        return self.slot, self.life, PyBytes_FromStringAndSize(<char *>self.uuid_raw, 16)
+
+    def __eq__(self, other):
+        if not isinstance(other, Record):
+            return NotImplemented
+        return (self.slot == (<Record>other).slot and self.life == (<Record>other).life
+                and self.segment.segment == (<Record>other).segment.segment)
+
+    def __hash__(self):
+        return hash((self.slot, self.life))
+
+    def __repr__(self):
+        cdef Record mine = self.mine_or_none()
+        kind = type(self).__name__
+        if mine is None:
+            return f"<{kind} {uuid_object(self.uuid_raw)}>"
+        return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
+
+
+cdef void abandon(Record record) noexcept:
+    """A locked handle is going away: say so, roll back, and let its own thread free the lock."""
+    cdef sd_orphan *orphan
+    cdef sd_thread *self = sd_self()
+    cdef uint32_t slot = record.slot
+    cdef bint here = record.nonce == self.nonce
+    record.leave_thread()
+    if record.segment.multiprocessing:
+        sd_slot_leaving(record.segment.segment, slot, True)
+        record.segment.slot_locks[slot].release()
+    elif here:
+        sd_slot_unlock(record.segment.segment, slot, True)
+    else:
+        orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
+        if orphan != NULL:
+            orphan.segment = record.segment.segment
+            orphan.slot = slot
+            orphan.next = record.thread.orphans
+            record.thread.orphans = orphan
+    try:
+        warnings.warn("a Domain that was still locked was dropped; its changes are rolled back "
+                      "and the lock freed: use 'with'", ResourceWarning, stacklevel=1)
+    except ResourceWarning:
+        pass
+
+
+# --- creating a segment -----------------------------------------------------------------------------
+
+MAX_DOMAINS = SD_SLOTS_MAX
+
+
+def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
+    """Make the empty file behind `fd` a segment. `max_bytes` None: about 16 KiB a domain."""
+    cdef uint64_t fixed = sd_geometry_fixed(max_domains)
+    cdef uint64_t cells
+    if not fixed:
+        raise ValueError(f"max_domains is 1 to {SD_SLOTS_MAX}, not {max_domains}")
+    if max_bytes is None:
+        cells = max(max_domains * 256, 1 << 20)
+    elif max_bytes < fixed + (1 << 20):
+        raise ValueError(f"max_bytes for {max_domains} domains is at least {fixed + (1 << 20)}")
+    else:
+        cells = <uint64_t>((max_bytes - fixed - 8192) * 8 // (SD_CELL * 8 + 1))
+    cdef int result = sd_format(
+        fd, SD_KIND_MULTIPROCESSING if kind == "multiprocessing" else SD_KIND_ROBUST, max_domains, cells)
+    if result != SD_OK:
+        fail(result, "create the segment")
+
+
+def process_start(uint32_t pid):
+    """Start of a process in clock ticks since boot; 0: there is none."""
+    return sd_process_start(pid)
+
+
+def process_of(uint32_t tid):
+    """The process that a thread belongs to; 0: there is none."""
+    return sd_process_of(tid)

@@ -1,0 +1,151 @@
+/* heap.c - variable-size blobs, in cells of 64 bytes, with one bit a cell.
+ *
+ * What is in use is known twice: by the map, and by the descriptors in the slots, of which the
+ * descriptors are right (I2).  A death with the heap lock held rebuilds the map from them.  So the
+ * order is: allocate = descriptor, then map; free = descriptor cleared, then map.
+ *
+ * Where to look first is kept as hints (the last extent freed of each size, a rover); a hint is
+ * checked on the map before it is believed, so a dead writer's hint does no harm.  When neither
+ * hint nor rover finds room within a bounded search the heap is extended; only a heap that cannot
+ * be extended, or is more than half empty, is searched from end to end.
+ */
+#include "core.h"
+
+#define GROW_CELLS (1u << 14) /* 1 MiB */
+#define SEARCH_WORDS 512u
+
+bool sd_extent_valid(const sd_segment *segment, uint64_t extent)
+{
+    uint64_t bytes = SD_EXTENT_BYTES(extent), cell = SD_EXTENT_CELL(extent);
+    uint64_t committed = sd_load_acquire(&segment->header->heap_committed);
+    if (committed > segment->at.heap_cells) return false;
+    return bytes && bytes <= SD_BLOB_MAX && cell < committed && sd_cells(bytes) <= committed - cell;
+}
+
+/* The bits of [cell, cell + cells) that lie in word `w`. */
+static inline uint64_t bits_in(uint64_t w, uint64_t cell, uint64_t cells)
+{
+    uint64_t first = w * 64 > cell ? 0 : cell - w * 64;
+    uint64_t end = cell + cells - w * 64;
+    uint64_t low = ~0ull << first;
+    return end >= 64 ? low : low & ((1ull << end) - 1);
+}
+
+void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used)
+{
+    for (uint64_t w = cell / 64; w * 64 < cell + cells; w++) {
+        uint64_t bits = bits_in(w, cell, cells), word = sd_load(&segment->map[w]);
+        sd_store(&segment->map[w], used ? word | bits : word & ~bits);
+    }
+}
+
+bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells)
+{
+    for (uint64_t w = cell / 64; w * 64 < cell + cells; w++) {
+        uint64_t bits = bits_in(w, cell, cells);
+        if ((sd_load(&segment->map[w]) & bits) != bits) return false;
+    }
+    return true;
+}
+
+static bool is_free(const sd_segment *segment, uint64_t cell, uint64_t cells, uint64_t committed)
+{
+    if (cell >= committed || cells > committed - cell) return false;
+    for (uint64_t w = cell / 64; w * 64 < cell + cells; w++)
+        if (sd_load(&segment->map[w]) & bits_in(w, cell, cells)) return false;
+    return true;
+}
+
+/* First run of `cells` free cells that starts in [from, until).  False: none. */
+static bool search(const sd_segment *segment, uint64_t cells, uint64_t from, uint64_t until,
+                   uint64_t committed, uint64_t *found)
+{
+    uint64_t start = from, at = from;
+    while (start < until && at < committed) {
+        uint64_t word = sd_load(&segment->map[at / 64]) >> (at % 64);
+        uint64_t span = 64 - at % 64;
+        if (word == 0) {
+            at += span;
+        } else {
+            uint64_t gap = (uint64_t)__builtin_ctzll(word);
+            if (at + gap - start >= cells) break;
+            word >>= gap;
+            uint64_t taken = word == ~0ull ? 64 : (uint64_t)__builtin_ctzll(~word);
+            at += gap + taken;
+            start = at;
+        }
+        if (at - start >= cells) break;
+    }
+    if (start >= until || !is_free(segment, start, cells, committed)) return false;
+    *found = start;
+    return true;
+}
+
+/* Commit room for `cells` more, and their map, behind the watermark. */
+static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint64_t *found)
+{
+    uint64_t room = segment->at.heap_cells - committed;
+    if (cells > room) return SD_FULL;
+    uint64_t more = cells > GROW_CELLS ? cells : GROW_CELLS;
+    if (more > room) more = room;
+    uint64_t first = committed / 8, last = (committed + more + 7) / 8;
+    int result = sd_commit_memory(segment, segment->at.map + first, last - first);
+    if (result == SD_OK)
+        result = sd_commit_memory(segment, segment->at.heap + committed * SD_CELL, more * SD_CELL);
+    if (result != SD_OK) return result;
+    sd_publish(&segment->header->heap_committed, committed + more);
+    *found = committed;
+    return SD_OK;
+}
+
+static int find_room(sd_segment *segment, uint64_t cells, uint64_t *found)
+{
+    sd_header *header = segment->header;
+    uint64_t committed = sd_load(&header->heap_committed);
+    if (committed > segment->at.heap_cells) return SD_CORRUPT;
+    uint64_t hint = sd_load(&header->heap_hint[cells % SD_HINTS]);
+    if (hint && is_free(segment, hint - 1, cells, committed)) {
+        *found = hint - 1;
+        return SD_OK;
+    }
+    uint64_t rover = sd_load(&header->heap_rover);
+    if (rover >= committed) rover = 0;
+    uint64_t until = rover + SEARCH_WORDS * 64;
+    if (search(segment, cells, rover, until < committed ? until : committed, committed, found))
+        return SD_OK;
+    bool roomy = committed && sd_load(&header->heap_used) < committed / 2;
+    if (roomy && search(segment, cells, 0, committed, committed, found)) return SD_OK;
+    int result = extend(segment, cells, committed, found);
+    if (result == SD_OK || roomy) return result;
+    return search(segment, cells, 0, committed, committed, found) ? SD_OK : result;
+}
+
+int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes)
+{
+    sd_header *header = segment->header;
+    uint64_t cell, cells = sd_cells(bytes);
+    if (!bytes || bytes > SD_BLOB_MAX) return SD_FULL;
+    int result = find_room(segment, cells, &cell);
+    if (result != SD_OK) return result;
+    sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
+    sd_publish(descriptor, SD_EXTENT(cell, bytes));
+    sd_heap_mark(segment, cell, cells, true);
+    sd_store(&header->heap_used, sd_load(&header->heap_used) + cells);
+    sd_store(&header->heap_rover, cell + cells);
+    return SD_OK;
+}
+
+void sd_heap_free(sd_segment *segment, sd_word *descriptor)
+{
+    sd_header *header = segment->header;
+    uint64_t extent = sd_load(descriptor);
+    if (!extent) return;
+    uint64_t cells = sd_cells(SD_EXTENT_BYTES(extent));
+    bool valid = sd_extent_valid(segment, extent);
+    sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
+    sd_publish(descriptor, 0);
+    if (!valid) return;
+    sd_heap_mark(segment, SD_EXTENT_CELL(extent), cells, false);
+    sd_store(&header->heap_used, sd_load(&header->heap_used) - cells);
+    sd_store(&header->heap_hint[cells % SD_HINTS], SD_EXTENT_CELL(extent) + 1);
+}

@@ -1,0 +1,221 @@
+/* index.c - UUID, name and id -> slot.
+ *
+ * Open addressing, linear probing, one 64-bit word an entry:
+ *
+ *     hash (40 bits) << 24 | slot + 1        0: empty
+ *
+ * The hash carries the home position (its low bits) and rejects nearly every stranger without a
+ * look at the slot; growing and deleting need no look at the slots either.  Deletion shifts later
+ * entries back instead of leaving tombstones, so tables never wear out; that moves entries under
+ * the eyes of lock-free readers, who are covered by the sequence: a hit is verified under the
+ * slot's lock, a miss counts only if the sequence was even and unchanged (I5).
+ *
+ * Tables grow by doubling.  Table k lies at a fixed place; it is committed, zeroed and filled while
+ * the sequence is odd, then one store of `level` makes it the one that counts.  Old tables stay:
+ * a late reader may still be in one, finds hits that it verifies and misses that it doubts.
+ */
+#include "core.h"
+
+#define HASH_BITS 40
+#define HASH_MASK ((1ull << HASH_BITS) - 1)
+#define SLOT_BITS 24
+
+static inline uint64_t mix(uint64_t a, uint64_t b)
+{
+    uint64_t h = (a ^ (b << 32 | b >> 32)) * 0x9e3779b97f4a7c15ull;
+    h ^= h >> 32;
+    h = (h + b) * 0xd6e8feb86659fd93ull;
+    h ^= h >> 32;
+    return h;
+}
+
+static inline uint64_t finish(uint64_t h)
+{
+    h *= 0xd6e8feb86659fd93ull;
+    return (h ^ h >> 32) & HASH_MASK;
+}
+
+uint64_t sd_hash_uuid(const sd_segment *segment, const uint64_t uuid[2])
+{
+    return finish(mix(uuid[0] ^ segment->seed, uuid[1]));
+}
+
+uint64_t sd_hash_name(const sd_segment *segment, const unsigned char *name, size_t bytes)
+{
+    uint64_t h = segment->seed ^ bytes;
+    for (; bytes; name += 8) {
+        uint64_t word = 0;
+        size_t n = bytes < 8 ? bytes : 8;
+        memcpy(&word, name, n);
+        h = mix(h, word);
+        bytes -= n;
+    }
+    return finish(h);
+}
+
+uint64_t sd_hash_id(const sd_segment *segment, int32_t id)
+{
+    return finish(mix(segment->seed, (uint32_t)id));
+}
+
+static inline uint64_t entry_of(uint64_t hash, uint32_t slot)
+{
+    return hash << SLOT_BITS | (slot + 1);
+}
+
+sd_word *sd_index_sequence(sd_segment *segment, int index)
+{
+    return index == SD_ID_INDEX ? &segment->header->id_seq : &segment->header->list_seq;
+}
+
+static sd_word *level_of(const sd_segment *segment, int index)
+{
+    return index == SD_ID_INDEX ? &segment->header->id_level : &segment->header->list_level[index];
+}
+
+static sd_word *count_of(const sd_segment *segment, int index)
+{
+    return index == SD_ID_INDEX ? &segment->header->active : &segment->header->live;
+}
+
+void sd_sequence_begin(sd_word *sequence)
+{
+    sd_publish(sequence, sd_load(sequence) | 1);
+}
+
+void sd_sequence_end(sd_word *sequence)
+{
+    sd_publish(sequence, sd_load(sequence) + 1);
+}
+
+/* The table that counts.  SD_CORRUPT if the level can not be. */
+static int current(const sd_segment *segment, int index, sd_word **table, uint64_t *mask)
+{
+    uint64_t level = sd_load_acquire(level_of(segment, index));
+    if (level >= segment->at.levels) return SD_CORRUPT;
+    *table = segment->table[index][level];
+    *mask = (1ull << (SD_INDEX_BITS + level)) - 1;
+    return SD_OK;
+}
+
+int sd_probe_begin(const sd_segment *segment, int index, uint64_t hash, sd_probe *probe)
+{
+    sd_word *table;
+    int result = current(segment, index, &table, &probe->mask);
+    if (result != SD_OK) return result;
+    probe->table = table;
+    probe->at = hash & probe->mask;
+    probe->left = probe->mask + 1;
+    probe->tag = hash;
+    return SD_OK;
+}
+
+int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot)
+{
+    for (; probe->left; probe->left--) {
+        uint64_t entry = sd_load_acquire(&probe->table[probe->at]);
+        probe->at = (probe->at + 1) & probe->mask;
+        if (!entry) return SD_MISS;
+        if (entry >> SLOT_BITS != probe->tag) continue;
+        probe->left--;
+        *slot = (uint32_t)(entry & ((1u << SLOT_BITS) - 1)) - 1;
+        /* An entry is stored after its slot was counted; a larger number is damage. */
+        return *slot < sd_slot_count(segment) ? SD_OK : SD_CORRUPT;
+    }
+    return SD_MISS;
+}
+
+static int put(sd_word *table, uint64_t mask, uint64_t entry)
+{
+    uint64_t at = entry >> SLOT_BITS & mask;
+    for (uint64_t left = mask + 1; left; left--, at = (at + 1) & mask) {
+        if (sd_load(&table[at])) continue;
+        sd_publish(&table[at], entry);
+        return SD_OK;
+    }
+    return SD_CORRUPT;
+}
+
+int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot)
+{
+    sd_word *table;
+    uint64_t mask;
+    int result = current(segment, index, &table, &mask);
+    return result == SD_OK ? put(table, mask, entry_of(hash, slot)) : result;
+}
+
+/* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind the
+ * hole.  A copy is stored before the original goes, so nothing is out of the table in between. */
+static void shift_back(sd_word *table, uint64_t mask, uint64_t hole)
+{
+    uint64_t at = hole;
+    for (uint64_t left = mask; left; left--) {
+        at = (at + 1) & mask;
+        uint64_t entry = sd_load(&table[at]);
+        if (!entry) break;
+        uint64_t home = entry >> SLOT_BITS & mask;
+        if (((at - home) & mask) < ((at - hole) & mask)) continue;
+        sd_publish(&table[hole], entry);
+        hole = at;
+    }
+    sd_publish(&table[hole], 0);
+}
+
+int sd_index_delete(sd_segment *segment, int index, uint64_t hash, uint32_t slot)
+{
+    sd_word *table;
+    uint64_t mask, entry = entry_of(hash, slot);
+    int result = current(segment, index, &table, &mask);
+    if (result != SD_OK) return result;
+    uint64_t at = hash & mask;
+    for (uint64_t left = mask + 1; left; left--, at = (at + 1) & mask) {
+        uint64_t found = sd_load(&table[at]);
+        if (!found) return SD_CORRUPT;
+        if (found != entry) continue;
+        shift_back(table, mask, at);
+        return SD_OK;
+    }
+    return SD_CORRUPT;
+}
+
+int sd_index_clear(sd_segment *segment, int index)
+{
+    sd_word *table;
+    uint64_t mask;
+    int result = current(segment, index, &table, &mask);
+    if (result != SD_OK) return result;
+    for (uint64_t i = 0; i <= mask; i++)
+        if (sd_load(&table[i])) sd_store(&table[i], 0);
+    return SD_OK;
+}
+
+static int grow(sd_segment *segment, int index, const sd_word *table, uint64_t mask)
+{
+    sd_word *level = level_of(segment, index), *sequence = sd_index_sequence(segment, index);
+    uint64_t next = sd_load(level) + 1, wider = mask * 2 + 1;
+    if (next >= segment->at.levels) return SD_FULL;
+    int result = sd_commit_memory(segment, segment->at.table[index][next], (wider + 1) * 8);
+    if (result != SD_OK) return result;
+    sd_word *target = segment->table[index][next];
+    sd_sequence_begin(sequence);
+    /* An earlier grower may have died half-way and left entries here. */
+    for (uint64_t i = 0; i <= wider; i++)
+        if (sd_load(&target[i])) sd_store(&target[i], 0);
+    for (uint64_t i = 0; i <= mask; i++) {
+        uint64_t entry = sd_load(&table[i]);
+        if (entry) put(target, wider, entry);
+    }
+    sd_publish(level, next);
+    sd_sequence_end(sequence);
+    return SD_OK;
+}
+
+int sd_index_reserve(sd_segment *segment, int index)
+{
+    sd_word *table;
+    uint64_t mask;
+    int result = current(segment, index, &table, &mask);
+    if (result != SD_OK) return result;
+    if ((sd_load(count_of(segment, index)) + 1) * 2 <= mask + 1) return SD_OK;
+    return grow(segment, index, table, mask);
+}

@@ -1,0 +1,246 @@
+/* layout.h - the segment, byte by byte.
+ *
+ * One mapping, at its full size from the first moment; memory is committed region by region, before
+ * use, and nothing is ever moved or shrunk.  Offsets are not stored: they follow from two limits
+ * (slots, heap cells) by sd_geometry_make(), so a damaged header cannot point anywhere.
+ *
+ *   header       2 pages      limits, locks, counters
+ *   attached     4,096 words  who is attached
+ *   settings     2 x 8 KiB    what the list remembers for its users, double-buffered
+ *   indexes      3 x levels   UUID, name, id -> slot; table k has 1024 << k entries
+ *   slots        256 B each   mutex, identity, both field copies, extent descriptors
+ *   names        512 B each   two name buffers a slot
+ *   map          1 bit a cell which heap cells are in use
+ *   heap         64 B a cell  the blobs
+ *
+ * Locks and their order:  list -> slot (a second slot only under the list lock) -> id -> heap.
+ *
+ * Why it survives SIGKILL.  SIGKILL leaves a prefix of the stores the victim executed; the kernel
+ * marks the robust mutexes it held, and the next holder repairs what the lock protects.  So each
+ * rule below needs only compiler order, and every commit word is stored by sd_publish(): a release
+ * store *and* a release fence, because a release store alone lets later stores move above it.
+ *
+ * I1  life, uuid and names change only under list lock + slot lock; the store of `life` commits an
+ *     insert or a remove.
+ * I2  A descriptor changes only under slot lock + heap lock.  Allocate: write the descriptor that
+ *     does not count, then mark the map.  Free: clear the descriptor, then the map.  Every extent
+ *     in use is named by a descriptor, so the map can be rebuilt from descriptors alone, and the
+ *     rebuild keeps every extent that is named, whether or not it counts (the slot's holder may be
+ *     between allocating and committing).
+ * I3  Field copies and `cur` change only under the slot lock: the spare copy first, then `cur`.
+ *     Readers load life and cur, copy, and load both again.
+ * I4  The id index, its sequence and next_id belong to the id lock, which is held from the first
+ *     index store over the flip of `cur` to the last.  next_id is stored before an id is used.
+ * I5  A sequence is odd from before the first identity commit store to after the last index store,
+ *     and never while waiting for a lock.  Repair: seq |= 1, rebuild, seq + 1.  A lock-free hit is
+ *     verified under the slot lock; a lock-free miss counts only if the sequence was even and
+ *     unchanged.
+ *
+ * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
+ * the end of this file and by nothing else (mutexes are glibc's).
+ */
+#ifndef SHMDOMAINS_LAYOUT_H
+#define SHMDOMAINS_LAYOUT_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
+#define SD_LAYOUT 1u
+
+#define SD_CACHE_LINE 64
+#define SD_PAGE 4096u
+#define SD_ATTACHED_MAX 4096u
+#define SD_SETTINGS_BYTES 8192u
+#define SD_INDEXES 3
+#define SD_INDEX_BITS 10 /* entries of table 0: 1 << 10 */
+#define SD_INDEX_LEVELS 16
+#define SD_SLOTS_MAX ((1u << 24) - 2) /* an index entry has 24 bits for slot + 1 */
+#define SD_CELL 64u
+#define SD_BLOBS 3
+#define SD_BLOB_MAX (16u << 20)
+#define SD_NAME_MAX 251u
+#define SD_HINTS 64
+#define SD_ID_END (1ull << 31)
+
+typedef _Atomic uint64_t sd_word;
+
+enum { SD_KIND_ROBUST = 1, SD_KIND_MULTIPROCESSING = 2 };
+enum { SD_UUID_INDEX = 0, SD_NAME_INDEX = 1, SD_ID_INDEX = 2 };
+enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
+
+/* The changeable fields of a domain; two copies a slot, `cur & 1` says which one counts.
+ * Owner: the slot lock.  A dead writer leaves garbage in the copy that does not count. */
+typedef struct {
+    sd_word ids;               /* low half: id (int32, -1 inactive); high half: pid (int32, -1) */
+    sd_word status;            /* bits 0-15 state, 16-31 reason, 32.. SD_FLAG_* */
+    sd_word version[SD_BLOBS]; /* value of `cur` that brought this blob in: decoders cache by it */
+} sd_fields;
+
+#define SD_FLAG_PERSISTENT (1ull << 32)
+#define SD_FLAG_AUTOSTART (1ull << 33)
+#define SD_FLAG_NAME (1ull << 34)                /* which name buffer counts */
+#define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b counts */
+#define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
+
+/* Who holds a lock.  Written by the holder after it has the lock, `who` last; `who` = 0 again just
+ * before unlock, so empty means unknown, never an older owner.  A dead holder leaves its own name:
+ * the next one moves it to `died_*`. */
+typedef struct {
+    sd_word who;   /* tid | start of its process in clock ticks << 22: see sd_identity() */
+    sd_word pid;   /* the process's id */
+    sd_word since; /* CLOCK_MONOTONIC_COARSE, ns */
+} sd_owner;
+
+/* One domain.  Four cache lines; a find touches the first two or three. */
+typedef struct {
+    /* line 0 */
+    pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
+    sd_word life;          /* bit 0: LIVE; above: generation.  List + slot lock (I1) */
+    sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset */
+    sd_word died_who;      /* sticky: a holder died; cleared by the clean unlock of a holder that
+                              was given the domain, and by insert.  Slot lock; written before the
+                              mutex is made consistent */
+    /* line 1 */
+    sd_word uuid[2];     /* List + slot lock, while FREE (I1): a dead writer leaves a FREE slot */
+    sd_fields copy0;     /* Slot lock (I3) */
+    sd_word died_pid;    /* with died_who, stored before it */
+    /* line 2 */
+    sd_fields copy1;
+    sd_owner owner;      /* Slot lock */
+    /* line 3 */
+    sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  Slot + heap lock (I2) */
+    sd_word dirty;     /* not 0: uncounted descriptors wait to be freed.  Slot lock; set before the
+                          mutex is made consistent and where freeing had to be put off; cleared
+                          after the last one is freed */
+    sd_word next_free; /* next FREE slot + 1.  List lock; rebuilt by its recovery */
+} sd_slot;
+
+/* Two buffers a slot: one byte of length, then the name.  Changes under list + slot lock and only
+ * in the buffer that does not count (or in a FREE slot). */
+typedef struct {
+    sd_word word[2][32];
+} sd_names;
+
+/* sequence, then level.  The UUID and name indexes belong to the list lock and share one sequence;
+ * the id index belongs to the id lock.  `level` is stored once its table is committed and filled;
+ * a dead grower leaves the old level and an odd sequence. */
+typedef struct {
+    /* page 0, line 0..: written by the creator before the file has a name; constant since */
+    uint64_t magic, layout, signature;
+    uint64_t boot[2];
+    uint64_t pid_namespace;
+    uint64_t kind;
+    uint64_t total_bytes, max_slots, heap_cells;
+    uint64_t id[2]; /* of this segment, random */
+    uint64_t seed;  /* of the hash functions, random */
+    uint64_t creator_who, creator_pid, created; /* created: CLOCK_REALTIME, ns */
+
+    /* Set once, by whoever finds that a repair failed; any holder; never cleared. */
+    _Alignas(SD_CACHE_LINE) sd_word poisoned; /* SD_POISON_* */
+    sd_word poisoned_at;                      /* slot or index concerned */
+
+    /* The list lock and what it protects. */
+    _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
+    sd_owner list_owner;
+    _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: rebuilt by the next holder */
+    sd_word list_level[2];    /* of the UUID and the name index */
+    sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
+    sd_word live;             /* domains; derived: rebuilt by recovery */
+    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots whose mutex is initialised; stored after it */
+    sd_word slots_committed;  /* slots and names with memory behind them; stored after fallocate */
+    sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
+    sd_word settings_choice;  /* which settings buffer counts; the commit store of a change.
+                                 A dead writer leaves garbage in the other */
+
+    /* The id lock. */
+    _Alignas(SD_CACHE_LINE) pthread_mutex_t id_mutex;
+    _Alignas(SD_CACHE_LINE) sd_word id_seq;
+    sd_word id_level;
+    sd_word id_dirty;
+    sd_word next_id; /* stored before the id is used: a death wastes one, never repeats one */
+    sd_word active;  /* entries of the id index; derived: rebuilt by recovery */
+
+    /* The heap lock. */
+    _Alignas(SD_CACHE_LINE) pthread_mutex_t heap_mutex;
+    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory behind them, and their map */
+    sd_word heap_used;  /* cells; derived: rebuilt by recovery */
+    sd_word heap_dirty;
+    sd_word heap_rover; /* where the next search starts: a hint */
+    sd_word heap_turn;  /* counts map changes, so that a checker can look without the lock */
+    sd_word heap_hint[SD_HINTS]; /* cell + 1 of a freed extent by size: hints, checked on the map */
+} sd_header;
+
+_Static_assert(sizeof(sd_slot) == 256, "a slot is four cache lines");
+_Static_assert(offsetof(sd_slot, uuid) == 64 && offsetof(sd_slot, copy1) == 128 &&
+                   offsetof(sd_slot, extent) == 192,
+               "lines of a slot");
+_Static_assert(sizeof(sd_names) == 512, "two name buffers");
+_Static_assert(sizeof(sd_header) <= 2 * SD_PAGE, "the header has two pages");
+
+/* --- the only stores into a published segment ------------------------------------------------ */
+
+#ifdef SD_CRASH_POINTS
+void sd_crash_point(void);
+#else
+#define sd_crash_point() ((void)0)
+#endif
+
+static inline uint64_t sd_load(const sd_word *word)
+{
+    return atomic_load_explicit(word, memory_order_relaxed);
+}
+
+static inline uint64_t sd_load_acquire(const sd_word *word)
+{
+    return atomic_load_explicit(word, memory_order_acquire);
+}
+
+static inline void sd_store(sd_word *word, uint64_t value)
+{
+    sd_crash_point();
+    atomic_store_explicit(word, value, memory_order_relaxed);
+}
+
+/* A commit word: nothing before it may sink below it, nothing after it may rise above it. */
+static inline void sd_publish(sd_word *word, uint64_t value)
+{
+    sd_crash_point();
+    atomic_store_explicit(word, value, memory_order_release);
+    atomic_thread_fence(memory_order_release);
+}
+
+/* Relaxed words in and out of the segment; `bytes` need not be a multiple of 8, the last word is
+ * padded with zeros on the way in.  Space in the segment always is. */
+static inline void sd_copy_in(sd_word *to, const void *from, size_t bytes)
+{
+    const unsigned char *source = from;
+    for (; bytes >= 8; bytes -= 8, source += 8, to++) {
+        uint64_t value;
+        memcpy(&value, source, 8);
+        sd_store(to, value);
+    }
+    if (bytes) {
+        uint64_t value = 0;
+        memcpy(&value, source, bytes);
+        sd_store(to, value);
+    }
+}
+
+static inline void sd_copy_out(void *to, const sd_word *from, size_t bytes)
+{
+    unsigned char *target = to;
+    for (; bytes >= 8; bytes -= 8, target += 8, from++) {
+        uint64_t value = sd_load(from);
+        memcpy(target, &value, 8);
+    }
+    if (bytes) {
+        uint64_t value = sd_load(from);
+        memcpy(target, &value, bytes);
+    }
+}
+
+#endif

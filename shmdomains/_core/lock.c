@@ -1,0 +1,474 @@
+/* lock.c - robust, process-shared mutexes that survive what was measured to break them.
+ *
+ * 1. An untimed lock can sleep for ever after kill -9: a woken waiter may die before it sets the
+ *    waiters bit again.  So every wait is a timed one, in slices, looping.
+ * 2. A timed lock that gives up leaves the thread's list_op_pending dangling: the kernel would
+ *    look at that address when the thread dies.  Locking and unlocking a robust mutex of the
+ *    thread's own clears it, so that is done after every slice that ended in a time-out.
+ * 3. A mutex is initialised once, before anybody can find it, and never touched by memory
+ *    functions after that.
+ * 4. After EOWNERDEAD a mutex is repaired, then made consistent, then used or unlocked, in this
+ *    order.  If a repair fails the segment is poisoned first; unlocking without
+ *    pthread_mutex_consistent() would make the mutex useless for ever.
+ * 5. A flipped bit can make an owner that does not exist, and the kernel walks only 2,048 locks of
+ *    a dead thread.  So a wait that lasts checks that the owner runs, and marks its death as the
+ *    kernel would if it does not.  The kind word is compared before each lock for the same reason.
+ *
+ * Who holds what is checked by the callers before they come here: pthread is never asked.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* --- threads, processes, time -------------------------------------------------------------------- */
+
+uint64_t sd_fork_epoch = 1;
+_Thread_local sd_thread *sd_this_thread;
+static _Atomic uint64_t nonces = 1;
+static _Atomic(sd_thread *) idle_threads;
+static pthread_key_t thread_key;
+static uint64_t start_of_self, start_epoch;
+static int mutex_kind; /* what glibc puts into __kind for our attributes */
+
+/* The child owns none of its parent's locks: a new epoch makes every nonce of before foreign. */
+static void after_fork_in_child(void)
+{
+    sd_fork_epoch++;
+}
+
+static void push_idle(sd_thread *thread)
+{
+    thread->next = atomic_load(&idle_threads);
+    while (!atomic_compare_exchange_weak(&idle_threads, &thread->next, thread)) {}
+}
+
+static void thread_ended(void *thread)
+{
+    sd_thread *ended = thread;
+    ended->nonce = 0;
+    ended->orphans = NULL; /* its locks die with the thread */
+    sd_this_thread = NULL;
+    push_idle(ended);
+}
+
+/* Taking the whole list and putting the rest back needs no guard against reuse in between. */
+static sd_thread *pop_idle(void)
+{
+    sd_thread *first = atomic_exchange(&idle_threads, NULL);
+    if (!first) return NULL;
+    for (sd_thread *rest = first->next, *next; rest; rest = next) {
+        next = rest->next;
+        push_idle(rest);
+    }
+    return first;
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    pthread_mutex_t probe;
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+    pthread_key_create(&thread_key, thread_ended);
+    if (sd_mutex_init(&probe) == SD_OK) mutex_kind = probe.__data.__kind;
+}
+
+uint64_t sd_identity(uint32_t tid, uint64_t start)
+{
+    return (tid & ((1u << 22) - 1)) | start << 22;
+}
+
+/* State letter and start (ticks since boot) out of a stat file of /proc; false: no such file. */
+static bool read_stat(const char *path, char *state, uint64_t *start)
+{
+    char text[1024];
+    FILE *file = fopen(path, "re");
+    if (!file) return false;
+    size_t n = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[n] = 0;
+    /* The command in brackets may hold anything: count from behind it.  State is the third field,
+     * the start the 22nd. */
+    char *at = strrchr(text, ')');
+    if (!at || at[1] != ' ') return false;
+    *state = at[2];
+    for (int field = 2; field < 22 && at; field++) at = strchr(at + 1, ' ');
+    *start = at ? strtoull(at + 1, NULL, 10) : 0;
+    return at != NULL;
+}
+
+uint64_t sd_process_start(uint32_t pid)
+{
+    char path[40], state;
+    uint64_t start = 0;
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    return read_stat(path, &state, &start) ? start : 0;
+}
+
+uint32_t sd_process_of(uint32_t tid)
+{
+    char path[40], line[128];
+    unsigned pid = 0;
+    snprintf(path, sizeof path, "/proc/%u/status", tid);
+    FILE *file = fopen(path, "re");
+    if (!file) return 0;
+    while (fgets(line, sizeof line, file) && sscanf(line, "Tgid: %u", &pid) != 1) {}
+    fclose(file);
+    return pid;
+}
+
+bool sd_alive(uint64_t who)
+{
+    uint32_t tid = (uint32_t)(who & ((1u << 22) - 1));
+    uint32_t pid = sd_process_of(tid);
+    if (!pid) return tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH); /* /proc may be hidden */
+    if (sd_identity(tid, sd_process_start(pid)) != who) return false;
+    /* A zombie has files in /proc, and the leader of a running process may be one. */
+    char path[64], state;
+    uint64_t ignored;
+    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, tid);
+    return read_stat(path, &state, &ignored) && state != 'Z' && state != 'X';
+}
+
+sd_thread *sd_thread_begin(void)
+{
+    sd_thread *self = sd_this_thread;
+    if (start_epoch != sd_fork_epoch) {
+        start_of_self = sd_process_start((uint32_t)getpid());
+        start_epoch = sd_fork_epoch;
+    }
+    if (!self) {
+        self = pop_idle();
+        if (!self) self = calloc(1, sizeof *self);
+        if (!self) abort(); /* 80 bytes: nothing else in this process could go on either */
+        sd_this_thread = self;
+        pthread_setspecific(thread_key, self);
+    }
+    self->epoch = sd_fork_epoch;
+    self->nonce = atomic_fetch_add(&nonces, 1);
+    self->pid = (uint64_t)getpid();
+    self->who = sd_identity((uint32_t)syscall(SYS_gettid), start_of_self);
+    self->held = self->nested = 0;
+    self->records = NULL;
+    self->orphans = NULL;
+    return self;
+}
+
+static uint64_t read_clock(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+}
+
+uint64_t sd_now(void)
+{
+    return read_clock(CLOCK_MONOTONIC);
+}
+
+uint64_t sd_now_coarse(void)
+{
+    return read_clock(CLOCK_MONOTONIC_COARSE);
+}
+
+/* --- one mutex ------------------------------------------------------------------------------------ */
+
+int sd_mutex_init(pthread_mutex_t *mutex)
+{
+    pthread_mutexattr_t attributes;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+    pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+    int error = pthread_mutex_init(mutex, &attributes);
+    pthread_mutexattr_destroy(&attributes);
+    if (!error) return SD_OK;
+    errno = error;
+    return SD_ERRNO;
+}
+
+static int outcome(int error)
+{
+    switch (error) {
+    case 0: return SD_OK;
+    case EOWNERDEAD: return SD_DIED;
+    case EBUSY:
+    case ETIMEDOUT: return SD_TIMEOUT;
+    default: return SD_CORRUPT; /* ENOTRECOVERABLE, EINVAL: no path of ours leads there */
+    }
+}
+
+int sd_mutex_try(pthread_mutex_t *mutex)
+{
+    if (__atomic_load_n(&mutex->__data.__kind, __ATOMIC_RELAXED) != mutex_kind) return SD_CORRUPT;
+    return outcome(pthread_mutex_trylock(mutex));
+}
+
+uint32_t sd_mutex_owner(const pthread_mutex_t *mutex)
+{
+    return (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) & FUTEX_TID_MASK;
+}
+
+/* Clear list_op_pending of this thread (2. above). */
+static void forget_pending(void)
+{
+    static _Thread_local pthread_mutex_t own;
+    static _Thread_local uint64_t ready; /* fork epoch: in a child the owner word is our parent's */
+    if (ready != sd_fork_epoch) {
+        if (sd_mutex_init(&own) != SD_OK) return;
+        ready = sd_fork_epoch;
+    }
+    if (pthread_mutex_lock(&own) == 0) pthread_mutex_unlock(&own);
+}
+
+/* Mark the death of an owner that does not exist (5. above).  A thread that ends is taken off its
+ * locks by the kernel before its number can be free, so a number without a thread is no race.  A
+ * mutex that names *this* thread is an orphan too: the callers know that it does not hold it - but
+ * for a signal handler that runs in the middle of a wait, whose thread may hold a slot that is just
+ * being made; it is turned away. */
+static int bury_missing_owner(pthread_mutex_t *mutex)
+{
+    uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
+    uint32_t tid = word & FUTEX_TID_MASK;
+    if (!tid) return SD_TIMEOUT;
+    if (tid == (uint32_t)syscall(SYS_gettid)) {
+        if (sd_self()->nested) return SD_NESTED;
+    } else if (kill((pid_t)tid, 0) == 0 || errno != ESRCH) {
+        return SD_TIMEOUT;
+    }
+    uint32_t dead = (word & FUTEX_WAITERS) | FUTEX_OWNER_DIED;
+    __atomic_compare_exchange_n((uint32_t *)&mutex->__data.__lock, &word, dead, false,
+                                __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return SD_TIMEOUT;
+}
+
+int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    uint64_t until = sd_now() + SD_SLICE_NS;
+    if (until > deadline) until = deadline;
+    struct timespec at = {(time_t)(until / 1000000000ull), (long)(until % 1000000000ull)};
+    if (__atomic_load_n(&mutex->__data.__kind, __ATOMIC_RELAXED) != mutex_kind) return SD_CORRUPT;
+    int result = outcome(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &at));
+    if (result == SD_OK || result == SD_DIED) return result;
+    forget_pending();
+    return result == SD_TIMEOUT ? bury_missing_owner(mutex) : result;
+}
+
+static int wait_without_hook(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    return mutex ? sd_mutex_slice(mutex, deadline) : SD_OK;
+}
+
+int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline) = wait_without_hook;
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ volatile("yield" ::: "memory");
+#endif
+}
+
+/* Most holders are gone within a microsecond; waking a sleeper costs thirty-five. */
+static int try_and_spin(pthread_mutex_t *mutex)
+{
+    int result = sd_mutex_try(mutex);
+    for (int turn = 0; result == SD_TIMEOUT && turn < 40; turn++) {
+        for (int i = 0; i < 8; i++) relax();
+        if (!sd_mutex_owner(mutex)) result = sd_mutex_try(mutex);
+    }
+    return result;
+}
+
+int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    if (deadline == SD_TRY) {
+        int result = sd_mutex_try(mutex);
+        if (result == SD_TIMEOUT) result = bury_missing_owner(mutex);
+        return result == SD_TIMEOUT ? sd_mutex_try(mutex) : result;
+    }
+    int result = try_and_spin(mutex);
+    while (result == SD_TIMEOUT) {
+        if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
+        result = sd_wait_hook(mutex, deadline);
+    }
+    return result;
+}
+
+int sd_mutex_lock_briefly(pthread_mutex_t *mutex)
+{
+    int result = try_and_spin(mutex);
+    return result == SD_TIMEOUT ? sd_mutex_slice(mutex, SD_FOREVER) : result;
+}
+
+int sd_mutex_consistent(pthread_mutex_t *mutex)
+{
+    return pthread_mutex_consistent(mutex) ? SD_CORRUPT : SD_OK;
+}
+
+void sd_mutex_unlock(pthread_mutex_t *mutex)
+{
+    pthread_mutex_unlock(mutex);
+}
+
+/* --- owner records --------------------------------------------------------------------------------- */
+
+static void sign(sd_owner *owner)
+{
+    const sd_thread *self = sd_self();
+    sd_store(&owner->pid, self->pid);
+    sd_store(&owner->since, sd_now_coarse());
+    sd_publish(&owner->who, self->who);
+}
+
+bool sd_take_over(sd_owner *owner, uint64_t dead)
+{
+    sd_crash_point();
+    return atomic_compare_exchange_strong(&owner->who, &dead, sd_self()->who);
+}
+
+static inline bool poisoned(const sd_segment *segment)
+{
+    return __builtin_expect(sd_load(&segment->header->poisoned) != 0, 0);
+}
+
+/* --- the list lock ----------------------------------------------------------------------------------- */
+
+int sd_list_entered(sd_segment *segment, bool died)
+{
+    sd_header *header = segment->header;
+    if (died || sd_load(&header->list_dirty)) {
+        sd_store(&header->list_owner.who, 0);
+        sd_store(&header->list_dirty, 1);
+        int result = sd_recover_list(segment);
+        if (result != SD_OK) {
+            sd_poison(segment, SD_POISON_LIST, 0);
+            return SD_POISONED;
+        }
+        sd_publish(&header->list_dirty, 0);
+    }
+    if (poisoned(segment)) return SD_POISONED;
+    sign(&header->list_owner);
+    segment->list_nonce = sd_self()->nonce;
+    segment->held++;
+    return SD_OK;
+}
+
+int sd_list_lock(sd_segment *segment, uint64_t deadline)
+{
+    pthread_mutex_t *mutex = &segment->header->list_mutex;
+    int locked = sd_mutex_lock(mutex, deadline);
+    if (locked != SD_OK && locked != SD_DIED) return locked;
+    int result = sd_list_entered(segment, locked == SD_DIED);
+    if (locked == SD_DIED) sd_mutex_consistent(mutex);
+    if (result != SD_OK) sd_mutex_unlock(mutex);
+    return result;
+}
+
+void sd_list_leaving(sd_segment *segment)
+{
+    sd_publish(&segment->header->list_owner.who, 0);
+    segment->list_nonce = 0;
+    segment->held--;
+}
+
+void sd_list_unlock(sd_segment *segment)
+{
+    sd_list_leaving(segment);
+    sd_mutex_unlock(&segment->header->list_mutex);
+}
+
+/* --- a slot's lock ------------------------------------------------------------------------------------- */
+
+int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died)
+{
+    sd_slot *record = &segment->slots[slot];
+    if (died) {
+        sd_recover_slot(segment, slot, sd_load(&record->owner.who), sd_load(&record->owner.pid));
+        sd_publish(&record->owner.who, 0);
+    }
+    if (poisoned(segment)) return SD_POISONED;
+    sign(&record->owner);
+    segment->held++;
+    sd_self()->held++;
+    return SD_OK;
+}
+
+int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
+{
+    pthread_mutex_t *mutex = &segment->slots[slot].mutex;
+    int locked = sd_mutex_lock(mutex, deadline);
+    if (locked != SD_OK && locked != SD_DIED) return locked;
+    int result = sd_slot_entered(segment, slot, locked == SD_DIED);
+    if (locked == SD_DIED) sd_mutex_consistent(mutex);
+    if (result != SD_OK) sd_mutex_unlock(mutex);
+    return result;
+}
+
+void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool given)
+{
+    sd_slot *record = &segment->slots[slot];
+    if (given && sd_load(&record->died_who)) sd_publish(&record->died_who, 0);
+    sd_publish(&record->owner.who, 0);
+    segment->held--;
+    sd_self()->held--;
+}
+
+void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given)
+{
+    sd_slot_leaving(segment, slot, given);
+    sd_mutex_unlock(&segment->slots[slot].mutex);
+}
+
+/* --- the core's own short locks ---------------------------------------------------------------------------- */
+
+/* Entering a short lock: repair if its holder died or a repair was put off; on failure poison and
+ * let go, consistent all the same. */
+static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *dirty, int locked,
+                         int (*recover)(sd_segment *), uint64_t reason)
+{
+    if (locked != SD_OK && locked != SD_DIED) return locked;
+    int result = SD_OK;
+    if (locked == SD_DIED || sd_load(dirty)) {
+        sd_store(dirty, 1);
+        result = recover(segment);
+        if (result == SD_OK) sd_publish(dirty, 0);
+        else sd_poison(segment, reason, 0);
+    }
+    if (result == SD_OK && poisoned(segment)) result = SD_POISONED;
+    if (locked == SD_DIED) sd_mutex_consistent(mutex);
+    if (result != SD_OK) sd_mutex_unlock(mutex);
+    return result;
+}
+
+int sd_ids_lock(sd_segment *segment, uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    return entered_short(segment, &header->id_mutex, &header->id_dirty,
+                         sd_mutex_lock(&header->id_mutex, deadline), sd_recover_ids, SD_POISON_IDS);
+}
+
+void sd_ids_unlock(sd_segment *segment)
+{
+    sd_mutex_unlock(&segment->header->id_mutex);
+}
+
+
+int sd_heap_lock_briefly(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    return entered_short(segment, &header->heap_mutex, &header->heap_dirty,
+                         sd_mutex_lock_briefly(&header->heap_mutex), sd_recover_heap,
+                         SD_POISON_HEAP);
+}
+
+void sd_heap_unlock(sd_segment *segment)
+{
+    sd_mutex_unlock(&segment->header->heap_mutex);
+}

@@ -1,0 +1,475 @@
+/* record.c - find, read, change and commit one domain.
+ *
+ * A holder changes nothing in place.  sd_commit() writes new blobs into fresh extents, the fields
+ * into the copy that does not count, and then stores `cur`: that one store makes the new fields,
+ * the new blobs and the new name count at once.  What counted before is garbage from then on and is
+ * freed afterwards.  So a holder that dies leaves either the old record with some garbage, or the
+ * new one with some garbage; garbage is what a descriptor names and no counting field copy chooses.
+ *
+ * Lock-free readers (sd_view_*) take life and cur, copy, and look at both again (I3).
+ */
+#include "core.h"
+
+#include <errno.h>
+
+/* --- fields ------------------------------------------------------------------------------------------ */
+
+static void read_fields(const sd_fields *from, sd_values *values)
+{
+    uint64_t ids = sd_load(&from->ids), status = sd_load(&from->status);
+    values->id = (int32_t)(uint32_t)ids;
+    values->pid = (int32_t)(uint32_t)(ids >> 32);
+    values->state = (uint16_t)status;
+    values->reason = (uint16_t)(status >> 16);
+    values->flags = status & ~0xffffffffull;
+    for (int b = 0; b < SD_BLOBS; b++) values->version[b] = sd_load(&from->version[b]);
+}
+
+static void write_fields(sd_fields *to, const sd_values *values)
+{
+    sd_store(&to->ids, (uint32_t)values->id | (uint64_t)(uint32_t)values->pid << 32);
+    sd_store(&to->status, values->state | (uint64_t)values->reason << 16 | values->flags);
+    for (int b = 0; b < SD_BLOBS; b++) sd_store(&to->version[b], values->version[b]);
+}
+
+static inline int choice_of(uint64_t flags, int blob)
+{
+    return (flags & SD_FLAG_CHOICE(blob)) != 0;
+}
+
+void sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values)
+{
+    const sd_slot *record = &segment->slots[slot];
+    read_fields(sd_copy_of(record, sd_load(&record->cur)), values);
+}
+
+/* The committed values while others may commit: the copy chosen by a `cur` that stands still.  Only
+ * single fields of the result belong together where the caller holds the lock that pins them. */
+void sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values)
+{
+    const sd_slot *record = &segment->slots[slot];
+    for (;;) {
+        uint64_t cur = sd_load_acquire(&record->cur);
+        read_fields(sd_copy_of(record, cur), values);
+        atomic_thread_fence(memory_order_acquire);
+        if (sd_load(&record->cur) == cur) return;
+    }
+}
+
+void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name)
+{
+    const sd_word *from = segment->names[slot].word[(flags & SD_FLAG_NAME) != 0];
+    uint64_t first = sd_load(from);
+    memcpy(name, &first, 8);
+    size_t more = (size_t)name[0] + 1;
+    if (more > SD_NAME_MAX + 1) more = SD_NAME_MAX + 1;
+    if (more > 8) sd_copy_out(name + 8, from + 1, more - 8);
+}
+
+int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
+                uint64_t *extent)
+{
+    *extent = sd_load(&segment->slots[slot].extent[blob][choice_of(values->flags, blob)]);
+    return sd_extent_valid(segment, *extent) ? SD_OK : SD_CORRUPT;
+}
+
+/* --- find ---------------------------------------------------------------------------------------------- */
+
+static bool same_name(const sd_segment *segment, uint32_t slot, const unsigned char *name)
+{
+    unsigned char other[SD_NAME_MAX + 1];
+    sd_values values;
+    sd_values_settled(segment, slot, &values);
+    sd_name_get(segment, slot, values.flags, other);
+    return other[0] == name[0] && !memcmp(other + 1, name + 1, name[0]);
+}
+
+bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key)
+{
+    const sd_slot *record = &segment->slots[slot];
+    sd_values values;
+    if (!(sd_load_acquire(&record->life) & 1)) return false;
+    switch (key->what) {
+    case SD_UUID_INDEX:
+        return sd_load(&record->uuid[0]) == key->uuid[0] && sd_load(&record->uuid[1]) == key->uuid[1];
+    case SD_NAME_INDEX: return same_name(segment, slot, key->name);
+    default: sd_values_settled(segment, slot, &values); return values.id == key->id;
+    }
+}
+
+static uint64_t hash_of(const sd_segment *segment, const sd_key *key)
+{
+    switch (key->what) {
+    case SD_UUID_INDEX: return sd_hash_uuid(segment, key->uuid);
+    case SD_NAME_INDEX: return sd_hash_name(segment, key->name + 1, key->name[0]);
+    default: return sd_hash_id(segment, key->id);
+    }
+}
+
+int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
+{
+    sd_probe probe;
+    sd_word *sequence = sd_index_sequence(segment, key->what);
+    uint64_t before = sd_load_acquire(sequence);
+    int result = sd_probe_begin(segment, key->what, hash_of(segment, key), &probe);
+    while (result == SD_OK) {
+        result = sd_probe_next(segment, &probe, slot);
+        if (result == SD_OK && sd_matches(segment, *slot, key)) return SD_OK;
+    }
+    if (result != SD_MISS) return result;
+    atomic_thread_fence(memory_order_acquire);
+    return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;
+}
+
+/* --- garbage ---------------------------------------------------------------------------------------------- */
+
+/* Free every descriptor that does not count.  Slot and heap lock held. */
+static void free_uncounted(sd_segment *segment, uint32_t slot)
+{
+    sd_slot *record = &segment->slots[slot];
+    sd_values values;
+    bool live = sd_load(&record->life) & 1;
+    sd_values_get(segment, slot, &values);
+    for (int b = 0; b < SD_BLOBS; b++)
+        for (int i = 0; i < 2; i++) {
+            bool counts = live && values.flags & SD_FLAG_PRESENT(b) && choice_of(values.flags, b) == i;
+            if (!counts) sd_heap_free(segment, &record->extent[b][i]);
+        }
+    sd_publish(&record->dirty, 0);
+}
+
+/* The heap lock may be out of reach (its holder is stopped): then the next holder tidies. */
+void sd_tidy(sd_segment *segment, uint32_t slot)
+{
+    sd_publish(&segment->slots[slot].dirty, 1);
+    if (sd_heap_lock_briefly(segment) != SD_OK) return;
+    free_uncounted(segment, slot);
+    sd_heap_unlock(segment);
+}
+
+/* --- commit -------------------------------------------------------------------------------------------------- */
+
+/* With the id lock held if `ids`: take the heap lock too.  Signals run only while neither is held, so
+ * a wait of more than a slice starts again from the front. */
+static int lock_short(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
+{
+    for (;;) {
+        int result = ids ? sd_ids_lock(segment, deadline) : SD_OK;
+        if (result != SD_OK || !heap) return result;
+        result = sd_heap_lock_briefly(segment);
+        if (result == SD_OK) return SD_OK;
+        if (ids) sd_ids_unlock(segment);
+        if (result != SD_TIMEOUT) return result;
+        result = sd_wait_hook(NULL, deadline);
+        if (result != SD_OK) return result;
+        if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
+    }
+}
+
+/* Allocate the new blobs into the descriptors that do not count.  Heap lock held.  All or nothing. */
+static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *values,
+                          const sd_blob blobs[SD_BLOBS])
+{
+    sd_slot *record = &segment->slots[slot];
+    int result = SD_OK;
+    free_uncounted(segment, slot);
+    for (int b = 0; b < SD_BLOBS && result == SD_OK; b++) {
+        if (!blobs[b].change || !blobs[b].bytes) continue;
+        sd_word *spare = &record->extent[b][!choice_of(values->flags, b)];
+        result = sd_heap_allocate(segment, spare, blobs[b].size);
+    }
+    if (result != SD_OK) {
+        int error = errno;
+        free_uncounted(segment, slot);
+        errno = error;
+    }
+    return result;
+}
+
+/* Fill the fresh extents and let `values` choose them. */
+static void fill_blobs(sd_segment *segment, uint32_t slot, sd_values *values,
+                       const sd_blob blobs[SD_BLOBS], uint64_t version)
+{
+    sd_slot *record = &segment->slots[slot];
+    for (int b = 0; b < SD_BLOBS; b++) {
+        if (!blobs[b].change) continue;
+        values->version[b] = version;
+        values->flags &= ~SD_FLAG_PRESENT(b);
+        if (!blobs[b].bytes) continue;
+        values->flags ^= SD_FLAG_CHOICE(b);
+        values->flags |= SD_FLAG_PRESENT(b);
+        uint64_t extent = sd_load(&record->extent[b][choice_of(values->flags, b)]);
+        sd_copy_in(sd_extent_at(segment, extent), blobs[b].bytes, blobs[b].size);
+    }
+}
+
+static void write_spare_name(sd_segment *segment, uint32_t slot, sd_values *values,
+                             const unsigned char *name)
+{
+    values->flags ^= SD_FLAG_NAME;
+    sd_copy_in(segment->names[slot].word[(values->flags & SD_FLAG_NAME) != 0], name,
+               (size_t)name[0] + 1);
+}
+
+/* Spare copy, then `cur`: the commit. */
+static void flip(sd_slot *record, const sd_values *values)
+{
+    uint64_t cur = sd_load(&record->cur);
+    write_fields(cur & 1 ? &record->copy0 : &record->copy1, values);
+    sd_publish(&record->cur, cur + 1);
+}
+
+/* The flip together with what the id index says (I4); id lock held, room reserved. */
+static int flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *values, int32_t old)
+{
+    sd_header *header = segment->header;
+    int result = SD_OK;
+    sd_sequence_begin(&header->id_seq);
+    if (values->id >= 0) {
+        result = sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values->id), slot);
+        sd_store(&header->active, sd_load(&header->active) + 1);
+    }
+    flip(&segment->slots[slot], values);
+    if (result == SD_OK && old >= 0) {
+        result = sd_index_delete(segment, SD_ID_INDEX, sd_hash_id(segment, old), slot);
+        sd_store(&header->active, sd_load(&header->active) - 1);
+    }
+    /* The commit stands; an index that contradicts itself is rebuilt from what is committed. */
+    if (result != SD_OK && sd_recover_ids(segment) != SD_OK) sd_poison(segment, SD_POISON_IDS, slot);
+    if (result == SD_OK) sd_sequence_end(&header->id_seq);
+    return SD_OK;
+}
+
+/* The flip together with what the name index says; list lock held, room reserved. */
+static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *values,
+                           const unsigned char *old, const unsigned char *name)
+{
+    sd_header *header = segment->header;
+    sd_sequence_begin(&header->list_seq);
+    flip(&segment->slots[slot], values);
+    int result = sd_index_delete(segment, SD_NAME_INDEX,
+                                 sd_hash_name(segment, old + 1, old[0]), slot);
+    if (result == SD_OK)
+        result = sd_index_insert(segment, SD_NAME_INDEX,
+                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    if (result == SD_OK) sd_sequence_end(&header->list_seq);
+    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+}
+
+int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
+              const sd_blob blobs[SD_BLOBS], const unsigned char *name, uint64_t deadline)
+{
+    sd_slot *record = &segment->slots[slot];
+    sd_values now, next = *values;
+    unsigned char old_name[SD_NAME_MAX + 1];
+    const uint64_t private_flags = ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART);
+    bool blob_changes = false, new_blobs = false;
+    sd_values_get(segment, slot, &now);
+    next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
+    memcpy(next.version, now.version, sizeof next.version);
+    for (int b = 0; b < SD_BLOBS; b++) {
+        blob_changes |= blobs[b].change;
+        new_blobs |= blobs[b].change && blobs[b].bytes;
+    }
+    bool ids = now.id != next.id, heap = new_blobs || sd_load(&record->dirty);
+
+    int result = lock_short(segment, ids, heap, deadline);
+    if (result != SD_OK) return result;
+    if (heap) {
+        result = allocate_blobs(segment, slot, &now, blobs);
+        sd_heap_unlock(segment);
+    }
+    if (result == SD_OK && ids && next.id >= 0) result = sd_index_reserve(segment, SD_ID_INDEX);
+    if (result != SD_OK) {
+        if (ids) sd_ids_unlock(segment);
+        if (new_blobs) sd_tidy(segment, slot);
+        return result;
+    }
+    fill_blobs(segment, slot, &next, blobs, sd_load(&record->cur) + 1);
+    if (name) {
+        sd_name_get(segment, slot, now.flags, old_name);
+        write_spare_name(segment, slot, &next, name);
+        flip_with_name(segment, slot, &next, old_name, name);
+    } else if (ids) {
+        result = flip_with_ids(segment, slot, &next, now.id);
+    } else {
+        flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+    if (blob_changes) sd_tidy(segment, slot);
+    return result;
+}
+
+int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    int result = sd_ids_lock(segment, deadline);
+    if (result != SD_OK) return result;
+    uint64_t next = sd_load(&header->next_id);
+    if (next >= SD_ID_END) result = SD_FULL;
+    else sd_publish(&header->next_id, next + 1);
+    sd_ids_unlock(segment);
+    *id = (int32_t)next;
+    return result;
+}
+
+/* --- insert and remove -------------------------------------------------------------------------------------------- */
+
+/* More slots: commit, initialise each mutex, then count them.  Uncounted slots are nobody's, so a
+ * grower that died half-way is simply overtaken.  List lock held. */
+static int add_slots(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    uint64_t count = sd_slot_count(segment), committed = sd_load(&header->slots_committed);
+    if (count >= segment->at.max_slots) return SD_FULL;
+    if (committed > segment->at.max_slots || committed < count) return SD_CORRUPT;
+    if (count == committed) {
+        uint64_t more = segment->at.max_slots - count < 256 ? segment->at.max_slots - count : 256;
+        int result = sd_commit_memory(segment, segment->at.slots + count * sizeof(sd_slot),
+                                      more * sizeof(sd_slot));
+        if (result == SD_OK)
+            result = sd_commit_memory(segment, segment->at.names + count * sizeof(sd_names),
+                                      more * sizeof(sd_names));
+        if (result != SD_OK) return result;
+        sd_publish(&header->slots_committed, count + more);
+    }
+    int result = sd_mutex_init(&segment->slots[count].mutex);
+    if (result != SD_OK) return result;
+    sd_store(&segment->slots[count].next_free, sd_load(&header->free_head));
+    sd_publish(&header->slot_count, count + 1);
+    sd_publish(&header->free_head, count + 1);
+    return SD_OK;
+}
+
+/* The next candidate on the free list, behind `*link` (NULL: from its head), a new slot at its end.
+ * The caller tries the slot's lock, and asks for the next one when somebody holds it (a handle to a
+ * domain that is gone, in a process that was stopped): nobody may block an insert.  List lock held. */
+int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
+{
+    sd_header *header = segment->header;
+    sd_word *from = *link ? &segment->slots[*slot].next_free : &header->free_head;
+    if (!sd_load(from)) {
+        int result = add_slots(segment);
+        if (result != SD_OK) return result;
+        from = &header->free_head;
+    }
+    uint64_t next = sd_load(from);
+    if (next > sd_slot_count(segment) || sd_load(&segment->slots[next - 1].life) & 1) return SD_CORRUPT;
+    *link = from;
+    *slot = (uint32_t)(next - 1);
+    return SD_OK;
+}
+
+static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
+                   const unsigned char *name, const sd_values *values,
+                   const sd_blob blobs[SD_BLOBS], uint64_t deadline)
+{
+    sd_slot *record = &segment->slots[slot];
+    sd_values next = *values, now;
+    sd_values_get(segment, slot, &now);
+    int result = lock_short(segment, false, true, deadline);
+    if (result != SD_OK) return result;
+    result = allocate_blobs(segment, slot, &now, blobs);
+    sd_heap_unlock(segment);
+    if (result != SD_OK) return result;
+    next.flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART;
+    for (int b = 0; b < SD_BLOBS; b++) next.flags |= now.flags & SD_FLAG_CHOICE(b);
+    fill_blobs(segment, slot, &next, blobs, sd_load(&record->cur) + 1);
+    write_spare_name(segment, slot, &next, name);
+    sd_store(&record->uuid[0], uuid[0]);
+    sd_store(&record->uuid[1], uuid[1]);
+    sd_store(&record->died_who, 0);
+    flip(record, &next);
+    return SD_OK;
+}
+
+int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t uuid[2],
+              const unsigned char *name, const sd_values *values, const sd_blob blobs[SD_BLOBS],
+              uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    sd_slot *record = &segment->slots[slot];
+    int result = sd_index_reserve(segment, SD_UUID_INDEX);
+    if (result == SD_OK) result = sd_index_reserve(segment, SD_NAME_INDEX);
+    if (result == SD_OK) result = prepare(segment, slot, uuid, name, values, blobs, deadline);
+    if (result != SD_OK) return result;
+    sd_sequence_begin(&header->list_seq);
+    sd_publish(&record->life, sd_load(&record->life) | 1);
+    sd_store(link, sd_load(&record->next_free));
+    result = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
+    if (result == SD_OK)
+        result = sd_index_insert(segment, SD_NAME_INDEX,
+                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    sd_store(&header->live, sd_load(&header->live) + 1);
+    if (result == SD_OK) sd_sequence_end(&header->list_seq);
+    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    return SD_OK;
+}
+
+int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    sd_slot *record = &segment->slots[slot];
+    sd_values now;
+    unsigned char name[SD_NAME_MAX + 1];
+    uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    sd_values_get(segment, slot, &now);
+    sd_name_get(segment, slot, now.flags, name);
+    bool ids = now.id >= 0;
+    int result = lock_short(segment, ids, false, deadline);
+    if (result != SD_OK) return result;
+
+    if (ids) sd_sequence_begin(&header->id_seq);
+    sd_sequence_begin(&header->list_seq);
+    sd_publish(&record->life, (sd_load(&record->life) | 1) + 1);
+    int listed = sd_index_delete(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
+    if (listed == SD_OK)
+        listed = sd_index_delete(segment, SD_NAME_INDEX,
+                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    sd_store(&header->live, sd_load(&header->live) - 1);
+    sd_store(&record->next_free, sd_load(&header->free_head));
+    sd_publish(&header->free_head, slot + 1);
+    if (listed == SD_OK) sd_sequence_end(&header->list_seq);
+    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    if (ids) {
+        int entered = sd_index_delete(segment, SD_ID_INDEX, sd_hash_id(segment, now.id), slot);
+        sd_store(&header->active, sd_load(&header->active) - 1);
+        if (entered == SD_OK) sd_sequence_end(&header->id_seq);
+        else if (sd_recover_ids(segment) != SD_OK) sd_poison(segment, SD_POISON_IDS, slot);
+        sd_ids_unlock(segment);
+    }
+    sd_tidy(segment, slot);
+    return SD_OK;
+}
+
+/* --- lock-free reading ----------------------------------------------------------------------------------------------- */
+
+int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
+{
+    const sd_slot *record = &segment->slots[slot];
+    view->life = sd_load_acquire(&record->life);
+    view->cur = sd_load_acquire(&record->cur);
+    if (!(view->life & 1)) return SD_MISS;
+    view->uuid[0] = sd_load(&record->uuid[0]);
+    view->uuid[1] = sd_load(&record->uuid[1]);
+    read_fields(sd_copy_of(record, view->cur), &view->values);
+    sd_name_get(segment, slot, view->values.flags, view->name);
+    return sd_view_check(segment, slot, view);
+}
+
+int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
+                   uint64_t *extent)
+{
+    if (!(view->values.flags & SD_FLAG_PRESENT(blob))) return SD_MISS;
+    *extent = sd_load(&segment->slots[slot].extent[blob][choice_of(view->values.flags, blob)]);
+    if (sd_extent_valid(segment, *extent)) return SD_OK;
+    return sd_view_check(segment, slot, view) == SD_OK ? SD_CORRUPT : SD_DOUBT;
+}
+
+int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view)
+{
+    const sd_slot *record = &segment->slots[slot];
+    atomic_thread_fence(memory_order_acquire);
+    return sd_load(&record->life) == view->life && sd_load(&record->cur) == view->cur ? SD_OK
+                                                                                     : SD_DOUBT;
+}

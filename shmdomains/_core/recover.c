@@ -1,0 +1,107 @@
+/* recover.c - what the next holder repairs.
+ *
+ * Each function runs with the lock concerned held, before its mutex is made consistent.  All of them
+ * allocate nothing, start from what is committed, and can be cut off anywhere and begun again: a
+ * recoverer that dies leaves the lock dead, and the next one runs the same function.
+ *
+ *   list lock   UUID and name index, number of domains, free list   from life, uuid, committed names
+ *   id lock     id index                                           from committed ids
+ *   heap lock   map of used cells                                  from descriptors, counted or not
+ *   slot lock   nothing is wrong with the record: garbage to free, and the death to remember
+ */
+#include "core.h"
+
+static int enter_identity(sd_segment *segment, uint32_t slot)
+{
+    const sd_slot *record = &segment->slots[slot];
+    uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    unsigned char name[SD_NAME_MAX + 1];
+    sd_values values;
+    sd_values_settled(segment, slot, &values);
+    sd_name_get(segment, slot, values.flags, name);
+    if (!name[0] || name[0] > SD_NAME_MAX) return SD_CORRUPT;
+    int result = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
+    if (result != SD_OK) return result;
+    return sd_index_insert(segment, SD_NAME_INDEX, sd_hash_name(segment, name + 1, name[0]), slot);
+}
+
+int sd_recover_list(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    uint64_t live = 0, head = 0;
+    sd_sequence_begin(&header->list_seq);
+    int result = sd_index_clear(segment, SD_UUID_INDEX);
+    if (result == SD_OK) result = sd_index_clear(segment, SD_NAME_INDEX);
+    for (uint32_t slot = sd_slot_count(segment); slot-- > 0 && result == SD_OK;) {
+        sd_slot *record = &segment->slots[slot];
+        if (sd_load(&record->life) & 1) {
+            result = enter_identity(segment, slot);
+            live++;
+        } else {
+            sd_store(&record->next_free, head);
+            head = slot + 1;
+        }
+    }
+    if (result != SD_OK) return result;
+    sd_store(&header->free_head, head);
+    sd_store(&header->live, live);
+    sd_sequence_end(&header->list_seq);
+    return SD_OK;
+}
+
+/* Nobody else can change a committed id meanwhile: every flip that does so holds the id lock. */
+int sd_recover_ids(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    uint64_t active = 0;
+    sd_sequence_begin(&header->id_seq);
+    int result = sd_index_clear(segment, SD_ID_INDEX);
+    for (uint32_t slot = 0; slot < sd_slot_count(segment) && result == SD_OK; slot++) {
+        sd_values values;
+        if (!(sd_load(&segment->slots[slot].life) & 1)) continue;
+        sd_values_settled(segment, slot, &values);
+        if (values.id < 0) continue;
+        result = sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values.id), slot);
+        active++;
+    }
+    if (result != SD_OK) return result;
+    sd_store(&header->active, active);
+    sd_sequence_end(&header->id_seq);
+    return SD_OK;
+}
+
+int sd_recover_heap(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    uint64_t used = 0, committed = sd_load(&header->heap_committed);
+    if (committed > segment->at.heap_cells) return SD_CORRUPT;
+    sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
+    for (uint64_t w = 0; w * 64 < committed; w++)
+        if (sd_load(&segment->map[w])) sd_store(&segment->map[w], 0);
+    for (uint32_t slot = 0; slot < sd_slot_count(segment); slot++)
+        for (int b = 0; b < SD_BLOBS; b++)
+            for (int i = 0; i < 2; i++) {
+                uint64_t extent = sd_load(&segment->slots[slot].extent[b][i]);
+                if (!extent) continue;
+                if (!sd_extent_valid(segment, extent)) return SD_CORRUPT;
+                uint64_t cells = sd_cells(SD_EXTENT_BYTES(extent));
+                sd_heap_mark(segment, SD_EXTENT_CELL(extent), cells, true);
+                used += cells;
+            }
+    sd_store(&header->heap_used, used);
+    sd_store(&header->heap_rover, 0);
+    return SD_OK;
+}
+
+/* The record is the old one or the new one.  Remember who died - nobody knows when the owner record is
+ * empty: then a recoverer got this far before it died itself, or the holder died before it signed -
+ * and free the garbage if the heap lock is to be had. */
+void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid)
+{
+    sd_slot *record = &segment->slots[slot];
+    if (who || !sd_load(&record->died_who)) {
+        sd_store(&record->died_pid, who ? pid : 0);
+        sd_publish(&record->died_who, who ? who : 1);
+    }
+    sd_tidy(segment, slot);
+}

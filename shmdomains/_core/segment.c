@@ -1,0 +1,388 @@
+/* segment.c - create, attach, grow, unmap.
+ *
+ * A segment is formatted in a file that nobody can find yet (an unnamed temporary file, or a memfd),
+ * then published by giving it a name; so nobody sees half a segment and a killed creator leaves
+ * nothing.  Naming, modes and flock are the caller's (segment_file.py).
+ *
+ * The mapping has its full size from the start; address space is free.  Memory is committed by
+ * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there.  The
+ * raw call, not glibc's posix_fallocate(): its emulation writes into bytes that may be in use.
+ *
+ * A process maps a segment once, however often it attaches: two mappings of one robust mutex in one
+ * thread's list would be two locks to the kernel.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+static sd_segment *mapped; /* of this process; the binding serialises who comes here */
+
+/* --- geometry ---------------------------------------------------------------------------------------- */
+
+static uint64_t whole_pages(uint64_t bytes)
+{
+    return (bytes + SD_PAGE - 1) & ~(uint64_t)(SD_PAGE - 1);
+}
+
+static uint64_t place(uint64_t *end, uint64_t bytes)
+{
+    uint64_t at = *end;
+    *end += whole_pages(bytes);
+    return at;
+}
+
+static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells)
+{
+    uint64_t end = 2 * SD_PAGE;
+    at->max_slots = max_slots;
+    at->heap_cells = heap_cells;
+    at->attached = place(&end, SD_ATTACHED_MAX * 8);
+    at->settings = place(&end, 2 * (SD_SETTINGS_BYTES + 8));
+    at->levels = 1;
+    while ((1ull << (SD_INDEX_BITS + at->levels - 1)) < 2 * max_slots) at->levels++;
+    for (int index = 0; index < SD_INDEXES; index++)
+        for (unsigned level = 0; level < at->levels; level++)
+            at->table[index][level] = place(&end, 8ull << (SD_INDEX_BITS + level));
+    at->slots = place(&end, max_slots * sizeof(sd_slot));
+    at->names = place(&end, max_slots * sizeof(sd_names));
+    uint64_t fixed = end;
+    at->map = place(&end, (heap_cells + 63) / 64 * 8);
+    at->heap = place(&end, heap_cells * SD_CELL);
+    at->total_bytes = end;
+    return fixed;
+}
+
+int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_cells)
+{
+    memset(geometry, 0, sizeof *geometry);
+    if (max_slots < 1 || max_slots > SD_SLOTS_MAX) return SD_FULL;
+    if (heap_cells < 64 || heap_cells >> 36) return SD_FULL;
+    lay_out(geometry, max_slots, heap_cells);
+    return SD_OK;
+}
+
+uint64_t sd_geometry_fixed(uint64_t max_slots)
+{
+    sd_geometry unused;
+    return max_slots && max_slots <= SD_SLOTS_MAX ? lay_out(&unused, max_slots, 64) : 0;
+}
+
+/* --- what must be equal between creator and attacher ---------------------------------------------- */
+
+/* Sizes and places of what is shared, the C library's mutex included. */
+static uint64_t signature(void)
+{
+    const uint64_t shape[] = {sizeof(void *), sizeof(pthread_mutex_t), _Alignof(pthread_mutex_t),
+                              offsetof(pthread_mutex_t, __data.__kind), sizeof(sd_header),
+                              offsetof(sd_header, id_mutex), offsetof(sd_header, heap_mutex),
+                              sizeof(sd_slot), offsetof(sd_slot, extent), sizeof(sd_names),
+                              SD_CELL, SD_INDEX_BITS, 0x0102030405060708ull};
+    uint64_t h = SD_LAYOUT;
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
+        h = (h ^ shape[i]) * 0x9e3779b97f4a7c15ull;
+    return h;
+}
+
+static void read_boot(uint64_t boot[2])
+{
+    char text[64] = "";
+    unsigned char bytes[16] = {0};
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (file) {
+        if (!fgets(text, sizeof text, file)) text[0] = 0;
+        fclose(file);
+    }
+    int n = 0;
+    for (const char *at = text; *at && n < 32; at++) {
+        int digit = *at >= '0' && *at <= '9' ? *at - '0' : *at >= 'a' && *at <= 'f' ? *at - 'a' + 10 : -1;
+        if (digit < 0) continue;
+        bytes[n / 2] = (unsigned char)(bytes[n / 2] << 4 | digit);
+        n++;
+    }
+    memcpy(boot, bytes, 16);
+}
+
+static uint64_t read_pid_namespace(void)
+{
+    struct stat status;
+    return stat("/proc/self/ns/pid", &status) ? 0 : (uint64_t)status.st_ino;
+}
+
+static int validate(const sd_header *header, uint64_t size, sd_geometry *at, char *why, size_t n)
+{
+    uint64_t boot[2];
+    if (header->magic != SD_MAGIC) {
+        snprintf(why, n, "the file is no shmdomains segment");
+        return SD_MISMATCH;
+    }
+    if (header->layout != SD_LAYOUT) {
+        snprintf(why, n, "layout version %llu, this library has %u; move its domains with 'export' "
+                 "under the version that made it and 'import' under this one",
+                 (unsigned long long)header->layout, SD_LAYOUT);
+        return SD_MISMATCH;
+    }
+    if (header->signature != signature()) {
+        snprintf(why, n, "made by a build with other sizes of shared structures (another C library "
+                 "or architecture)");
+        return SD_MISMATCH;
+    }
+    read_boot(boot);
+    if (memcmp(boot, header->boot, sizeof boot)) {
+        snprintf(why, n, "made before this boot");
+        return SD_MISMATCH;
+    }
+    if (header->pid_namespace != read_pid_namespace()) {
+        snprintf(why, n, "made in another PID namespace, where thread numbers mean other threads");
+        return SD_MISMATCH;
+    }
+    if (header->kind != SD_KIND_ROBUST && header->kind != SD_KIND_MULTIPROCESSING) {
+        snprintf(why, n, "unknown kind of lock %llu", (unsigned long long)header->kind);
+        return SD_CORRUPT;
+    }
+    if (sd_geometry_make(at, header->max_slots, header->heap_cells) != SD_OK ||
+        at->total_bytes != header->total_bytes) {
+        snprintf(why, n, "its limits contradict each other");
+        return SD_CORRUPT;
+    }
+    if (size != at->total_bytes) {
+        snprintf(why, n, "the file has %llu bytes instead of %llu: truncated",
+                 (unsigned long long)size, (unsigned long long)at->total_bytes);
+        return SD_CORRUPT;
+    }
+    return SD_OK;
+}
+
+/* --- memory --------------------------------------------------------------------------------------------- */
+
+static int commit_file(int fd, uint64_t offset, uint64_t bytes)
+{
+    while (fallocate(fd, 0, (off_t)offset, (off_t)bytes))
+        if (errno != EINTR) return SD_NO_MEMORY;
+    return SD_OK;
+}
+
+int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes)
+{
+    return commit_file(segment->fd, offset, bytes);
+}
+
+static void set_pointers(sd_segment *segment)
+{
+    const sd_geometry *at = &segment->at;
+    segment->header = (sd_header *)segment->base;
+    segment->attached = (sd_word *)(segment->base + at->attached);
+    segment->slots = (sd_slot *)(segment->base + at->slots);
+    segment->names = (sd_names *)(segment->base + at->names);
+    segment->map = (sd_word *)(segment->base + at->map);
+    segment->heap = (sd_word *)(segment->base + at->heap);
+    for (int index = 0; index < SD_INDEXES; index++)
+        for (unsigned level = 0; level < at->levels; level++)
+            segment->table[index][level] = (sd_word *)(segment->base + at->table[index][level]);
+}
+
+static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
+{
+    struct timespec now;
+    const sd_thread *self = sd_self();
+    header->layout = SD_LAYOUT;
+    header->signature = signature();
+    read_boot(header->boot);
+    header->pid_namespace = read_pid_namespace();
+    header->kind = kind;
+    header->total_bytes = at->total_bytes;
+    header->max_slots = at->max_slots;
+    header->heap_cells = at->heap_cells;
+    if (getrandom(header->id, 16, 0) != 16 || getrandom(&header->seed, 8, 0) != 8) return SD_ERRNO;
+    header->creator_who = self->who;
+    header->creator_pid = self->pid;
+    clock_gettime(CLOCK_REALTIME, &now);
+    header->created = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+    sd_store(&header->next_id, 1); /* as libvirt's: 0 is never given out */
+    header->magic = SD_MAGIC;
+    if (sd_mutex_init(&header->list_mutex) || sd_mutex_init(&header->id_mutex)) return SD_ERRNO;
+    return sd_mutex_init(&header->heap_mutex);
+}
+
+int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells)
+{
+    sd_geometry at;
+    int result = sd_geometry_make(&at, max_slots, heap_cells);
+    if (result != SD_OK) return result;
+    if (ftruncate(fd, (off_t)at.total_bytes)) return SD_ERRNO;
+    result = commit_file(fd, 0, at.table[0][0]);
+    for (int index = 0; index < SD_INDEXES && result == SD_OK; index++)
+        result = commit_file(fd, at.table[index][0], 8ull << SD_INDEX_BITS);
+    if (result != SD_OK) return result;
+    void *base = mmap(NULL, sizeof(sd_header), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED) return SD_ERRNO;
+    result = fill_header(base, kind, &at);
+    munmap(base, sizeof(sd_header));
+    return result;
+}
+
+/* --- this process's mappings ------------------------------------------------------------------------------ */
+
+sd_segment *sd_mapped(const uint64_t id[2])
+{
+    for (sd_segment *at = mapped; at; at = at->next)
+        if (at->id[0] == id[0] && at->id[1] == id[1]) return at;
+    return NULL;
+}
+
+static sd_segment *find_mapped(const struct stat *status)
+{
+    for (sd_segment *at = mapped; at; at = at->next)
+        if (at->device == status->st_dev && at->inode == status->st_ino) return at;
+    return NULL;
+}
+
+static int read_header(int fd, const struct stat *status, sd_header *header, char *why, size_t n)
+{
+    if ((uint64_t)status->st_size < sizeof *header ||
+        pread(fd, header, sizeof *header, 0) != (ssize_t)sizeof *header) {
+        snprintf(why, n, "the file has %lld bytes, too few for a segment",
+                 (long long)status->st_size);
+        return SD_MISMATCH;
+    }
+    return SD_OK;
+}
+
+int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
+{
+    struct stat status;
+    sd_header header;
+    why[0] = 0;
+    if (fstat(fd, &status)) return SD_ERRNO;
+    sd_segment *segment = find_mapped(&status);
+    *fresh = segment == NULL;
+    if (segment) {
+        segment->users++;
+        *out = segment;
+        return SD_OK;
+    }
+    segment = calloc(1, sizeof *segment);
+    if (!segment) return SD_ERRNO;
+    int result = read_header(fd, &status, &header, why, why_size);
+    if (result == SD_OK)
+        result = validate(&header, (uint64_t)status.st_size, &segment->at, why, why_size);
+    if (result == SD_OK) {
+        segment->base = mmap(NULL, segment->at.total_bytes, PROT_READ | PROT_WRITE,
+                             MAP_SHARED | MAP_NORESERVE, fd, 0);
+        if (segment->base == MAP_FAILED) result = SD_ERRNO;
+    }
+    if (result != SD_OK) {
+        free(segment);
+        return result;
+    }
+    segment->fd = fd;
+    segment->device = status.st_dev;
+    segment->inode = status.st_ino;
+    segment->kind = header.kind;
+    segment->seed = header.seed;
+    memcpy(segment->id, header.id, sizeof segment->id);
+    set_pointers(segment);
+    segment->users = 1;
+    segment->next = mapped;
+    mapped = segment;
+    sd_enter_attached(segment);
+    *out = segment;
+    return SD_OK;
+}
+
+void sd_unmap(sd_segment *segment)
+{
+    if (--segment->users || segment->held) return;
+    for (sd_segment **at = &mapped; *at; at = &(*at)->next) {
+        if (*at != segment) continue;
+        *at = segment->next;
+        break;
+    }
+    sd_leave_attached(segment);
+    munmap(segment->base, segment->at.total_bytes);
+    close(segment->fd);
+    free(segment);
+}
+
+void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
+{
+    sd_store(&segment->header->poisoned_at, at);
+    sd_publish(&segment->header->poisoned, reason);
+}
+
+/* --- who is attached ----------------------------------------------------------------------------------------- */
+
+/* One word a process: its main thread's identity.  Written by the process itself with compare-and-
+ * swap on a word that is empty or names a process that is gone; a dead one's word stays until then.
+ * Only a list for people: nothing is decided by it alone. */
+void sd_enter_attached(sd_segment *segment)
+{
+    const sd_thread *self = sd_self();
+    uint64_t me = sd_identity((uint32_t)self->pid, self->who >> 22);
+    segment->epoch = sd_fork_epoch;
+    for (int pass = 0; pass < 2; pass++) {
+        for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
+            uint64_t word = sd_load(&segment->attached[i]);
+            if (word == me) return;
+            if (word && (pass == 0 || sd_process_start((uint32_t)(word & 0x3fffff)) == word >> 22))
+                continue;
+            sd_crash_point();
+            if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return;
+        }
+    }
+}
+
+void sd_leave_attached(sd_segment *segment)
+{
+    const sd_thread *self = sd_self();
+    uint64_t me = sd_identity((uint32_t)self->pid, self->who >> 22);
+    for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
+        uint64_t word = me;
+        if (sd_load(&segment->attached[i]) != me) continue;
+        sd_crash_point();
+        atomic_compare_exchange_strong(&segment->attached[i], &word, 0);
+        return;
+    }
+}
+
+/* --- settings --------------------------------------------------------------------------------------------------- */
+
+static sd_word *settings_at(const sd_segment *segment, uint64_t choice)
+{
+    return (sd_word *)(segment->base + segment->at.settings) + choice * (SD_SETTINGS_BYTES / 8 + 1);
+}
+
+int sd_settings_set(sd_segment *segment, const void *bytes, uint64_t size)
+{
+    sd_header *header = segment->header;
+    uint64_t choice = sd_load(&header->settings_choice) + 1;
+    if (size > SD_SETTINGS_BYTES) return SD_FULL;
+    sd_word *to = settings_at(segment, choice & 1);
+    sd_store(to, size);
+    sd_copy_in(to + 1, bytes, size);
+    sd_publish(&header->settings_choice, choice);
+    return SD_OK;
+}
+
+int sd_settings_get(const sd_segment *segment, void *out, uint64_t *size)
+{
+    const sd_word *choice = &segment->header->settings_choice;
+    for (int tries = 0; tries < 1000; tries++) {
+        uint64_t before = sd_load_acquire(choice);
+        const sd_word *from = settings_at(segment, before & 1);
+        *size = sd_load(from);
+        if (*size <= SD_SETTINGS_BYTES) sd_copy_out(out, from + 1, *size);
+        atomic_thread_fence(memory_order_acquire);
+        if (sd_load(choice) != before) continue;
+        return *size <= SD_SETTINGS_BYTES ? SD_OK : SD_CORRUPT;
+    }
+    return SD_DOUBT;
+}

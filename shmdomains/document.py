@@ -1,0 +1,294 @@
+"""XML text in, XML text out: what `definition` and `devices` need of lxml, and nothing of libvirt.
+
+Promises. Parsing is safe on hostile text: a document type declaration is refused before lxml sees
+it (so no entity is ever expanded, no file opened, no network touched), size, depth and text are
+limited. Whatever is refused is a `DefinitionError` that names element and line, lxml's own errors
+included. Editing keeps the look of the document: an element that is put in or taken out leaves the
+indentation of its neighbours as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, TypeVar
+
+from lxml import etree
+
+from .errors import DefinitionError
+
+MAX_BYTES = 16 * 1024 * 1024
+"""The largest document and the largest blob: what a record of the list may hold."""
+
+Element: TypeAlias = etree._Element
+Children: TypeAlias = dict[object, Element]
+_T = TypeVar("_T")
+
+_OPTIONS: dict[str, Any] = {
+    "resolve_entities": False,
+    "no_network": True,
+    "load_dtd": False,
+    "huge_tree": False,
+    "strip_cdata": False,
+    "collect_ids": False,
+}
+_DECLARATION = re.compile(r"\ufeff?(?:<\?xml\s[^>]*\?>\s*)?")
+_WIDE = (
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"<\0\0\0", "utf-32-le"),
+    (b"\0\0\0<", "utf-32-be"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+    (b"<\0", "utf-16-le"),
+    (b"\0<", "utf-16-be"),
+)
+_PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
+# lxml ends its messages with a position, which ours name in their own way.
+_POSITION = re.compile(r"(?:, line \d+)?, column \d+$")
+
+
+def parse(text: str | bytes) -> tuple[Element, str]:
+    """Return the root element, and the document's text without its XML declaration.
+
+    Bytes are decoded as their XML declaration says; in a `str` that says nothing any more, and is
+    ignored. Raises `DefinitionError` for whatever is not well-formed, for a document type
+    declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text).
+
+    >>> root, text = parse(b"<?xml version='1.0' encoding='iso-8859-1'?><a>\\xe9</a>")
+    >>> root.text, text
+    ('é', '<a>é</a>')
+    """
+    data, known = _as_utf8(text)
+    if len(data) > MAX_BYTES:
+        raise DefinitionError(f"the document has {len(data)} bytes, more than {MAX_BYTES}")
+    if b"<!DOCTYPE" in data:
+        _refuse_doctype(data.decode("utf-8", "replace"))
+    # A parser each time: a shared one has a lock, which a fork in another thread would leave held.
+    parser = etree.XMLParser(encoding="utf-8" if known is not None else None, **_OPTIONS)
+    try:
+        root = etree.fromstring(data, parser)
+    except etree.XMLSyntaxError as error:
+        raise _syntax_error(error, data) from None
+    info = root.getroottree().docinfo
+    if info.internalDTD is not None:
+        raise _doctype_error(1)
+    if known is None:
+        known = _decoded(data, info.encoding) or serialise(root)
+    return root, known[_DECLARATION.match(known).end() :]  # type: ignore[union-attr]
+
+
+def _as_utf8(text: str | bytes) -> tuple[bytes, str | None]:
+    """Bytes for the parser, and their text if it is known already."""
+    if isinstance(text, str):
+        try:
+            return text.encode(), text
+        except UnicodeEncodeError as error:
+            line = text.count("\n", 0, error.start) + 1
+            message = f"a lone surrogate, which XML can not carry (line {line})"
+            raise DefinitionError(message, line=line) from None
+    if not isinstance(text, (bytes, bytearray, memoryview)):
+        raise TypeError(f"XML is str or bytes, not {type(text).__name__}")
+    data = bytes(text)
+    wide = next((codec for start, codec in _WIDE if data.startswith(start)), None)
+    if wide is None:
+        return data, None
+    # UTF-16 and UTF-32 would hide a document type declaration from a look at the bytes.
+    try:
+        return _as_utf8(data.decode(wide))
+    except UnicodeDecodeError as error:
+        raise DefinitionError(f"the document is not {error.encoding}: {error.reason}") from None
+
+
+def _decoded(data: bytes, encoding: str | None) -> str | None:
+    if encoding is not None and encoding.upper() not in ("UTF-8", "US-ASCII", "ASCII"):
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _refuse_doctype(text: str) -> None:
+    position = 0
+    while item := _PROLOG.match(text, position):
+        position = item.end()
+    if text.startswith("<!DOCTYPE", position):
+        raise _doctype_error(text.count("\n", 0, position) + 1)
+
+
+def _doctype_error(line: int) -> DefinitionError:
+    return DefinitionError(
+        f"a document type declaration, and so any entity, is refused (<!DOCTYPE>, line {line})",
+        "!DOCTYPE",
+        line,
+    )
+
+
+def _syntax_error(error: etree.XMLSyntaxError, data: bytes) -> DefinitionError:
+    message = _POSITION.sub("", error.msg or "not well-formed")
+    element = _innermost_open(data)
+    where = f"<{element}>, line {error.lineno}" if element else f"line {error.lineno}"
+    return DefinitionError(f"{message} ({where})", element, error.lineno)
+
+
+def _innermost_open(data: bytes) -> str | None:
+    """The element that the parser was in when it gave up."""
+    parser = etree.XMLPullParser(events=("start", "end"), **_OPTIONS)
+    try:
+        parser.feed(data)
+        parser.close()
+    except etree.XMLSyntaxError:
+        pass
+    names: list[str] = []
+    element: Any
+    for event, element in parser.read_events():
+        if event == "start":
+            names.append(str(element.tag))
+        else:
+            names.pop()
+    return names[-1] if names else None
+
+
+def serialise(root: Element) -> str:
+    """The whole document as text, comments outside of the root included."""
+    return str(etree.tostring(root.getroottree(), encoding="unicode"))
+
+
+def located(error: DefinitionError, element: Element) -> DefinitionError:
+    """`error` again, naming the element that it is about and the line."""
+    tag = str(element.tag)
+    line: Any = element.sourceline or 1
+    return type(error)(f"{error} (<{tag}>, line {line})", tag, line)
+
+
+def refusal(message: str, element: Element) -> DefinitionError:
+    """A `DefinitionError` about this element of a parsed document."""
+    return located(DefinitionError(message), element)
+
+
+def checked(rule: Callable[[str], _T], element: Element) -> _T:
+    """What `rule` makes of the element's text; its refusal gets the element's name and line."""
+    try:
+        return rule(text_of(element))
+    except DefinitionError as error:
+        raise located(error, element) from None
+
+
+def text_of(element: Element) -> str:
+    """XPath's ``string(.)``: the text of the element and of all below, without comments.
+
+    >>> text_of(parse("<name>a<!-- x -->b</name>")[0])
+    'ab'
+    """
+    if not len(element):
+        return element.text or ""
+    return str(element.xpath("string(.)"))
+
+
+def set_text(element: Element, text: str) -> None:
+    """Make `text` all that the element contains."""
+    for child in list(element):
+        element.remove(child)
+    element.text = text
+
+
+def set_attribute(element: Element, name: str, value: str | None) -> None:
+    """Set the attribute, or remove it if `value` is ``None``."""
+    if value is not None:
+        element.set(name, value)
+    elif name in element.attrib:
+        del element.attrib[name]
+
+
+def first_children(element: Element) -> Children:
+    """The first child of each tag."""
+    found: dict[object, Element] = {}
+    for child in element:
+        found.setdefault(child.tag, child)
+    return found
+
+
+def child(parent: Element, tag: str) -> Element | None:
+    """The first child with this tag, or ``None``."""
+    return next(parent.iterchildren(tag), None)
+
+
+def make_child(parent: Element, tag: str, order: Iterable[str] = ()) -> Element:
+    """The first child with this tag; a new one if there is none.
+
+    `order` lists the tags that a new one comes after; without, it becomes the last child.
+    """
+    found = child(parent, tag)
+    if found is not None:
+        return found
+    new = parent.makeelement(tag)
+    before = set(order)
+    previous = None
+    for sibling in parent:
+        if not before or sibling.tag in before:
+            previous = sibling
+    put(parent, new, previous)
+    return new
+
+
+def put(parent: Element, new: Element, previous: Element | None) -> None:
+    """Insert `new` into `parent` after `previous` (``None``: first), indented as its neighbours."""
+    if previous is None:
+        position, gap = 0, parent.text
+    else:
+        position = parent.index(previous) + 1
+        gap = previous.tail if position < len(parent) else parent.text
+    if gap is not None and gap.strip():
+        gap = None
+    if len(parent) == 0:
+        gap = None
+    if previous is not None and position == len(parent):
+        new.tail, previous.tail = previous.tail, gap
+    else:
+        new.tail = gap
+    parent.insert(position, new)
+
+
+def drop(element: Element) -> None:
+    """Take the element out of its parent; text after it stays, indentation is mended."""
+    parent = element.getparent()
+    if parent is None:
+        return
+    tail, previous = element.tail, element.getprevious()
+    last = element.getnext() is None
+    if tail and (tail.strip() or last):
+        before = (previous.tail if previous is not None else parent.text) or ""
+        kept = tail if not before.strip() else before + tail
+        if previous is None:
+            parent.text = kept if tail.strip() or len(parent) > 1 else None
+        else:
+            previous.tail = kept
+    element.tail = None
+    parent.remove(element)
+
+
+def make(tag: str) -> Element:
+    """A new element that is in no document yet."""
+    return etree.Element(tag)
+
+
+def indent(element: Element) -> None:
+    """Indent what is below a new element as deep as where it stands."""
+    before, parent = element.getprevious(), element.getparent()
+    gap = before.tail if before is not None else parent.text if parent is not None else "\n"
+    if not gap or "\n" not in gap or not len(element):
+        return
+    tail = element.tail
+    etree.indent(element, space="  ", level=len(gap.rpartition("\n")[2]) // 2)
+    element.tail = tail
+
+
+def canonical(root: Element) -> str:
+    """Canonical XML of the element, without the white space that only indents; changes `root`."""
+    for element in root.iter():
+        if len(element) and element.text and not element.text.strip():
+            element.text = None
+        if element.tail and not element.tail.strip():
+            element.tail = None
+    return etree.tostring(root, method="c14n").decode()

@@ -1,0 +1,897 @@
+"""The list of domains: find, assign, remove, list - libvirt's rules over a store of records.
+
+`DomainListRules` are the rules of the patch "Locking on virDomainObjPtr objects" and of what libvirt
+learnt after it: who must hold which lock, duplicates, live against next definition, persistence,
+config directories. They call a store - lock and unlock the list, find, create, commit, remove,
+scan - and know nothing of where records live. `DomainList` puts them on the shared-memory segment.
+
+Lock order: list, domain, the config directory's filelock. A second domain is waited for only while
+the list lock is held, so waits for domains can not form a cycle.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import time
+import uuid as uuid_module
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import context as mp_context
+from multiprocessing import reduction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakValueDictionary
+
+import msgpack
+import msgspec
+
+from . import config, holder, segment_file
+from ._core import core
+from .config import ConfigDirs, LoadReport
+from .definition import DomainDef
+from .domain import Domain
+from .errors import (
+    AlreadyLocked,
+    DomainActive,
+    DomainExists,
+    DomainLocked,
+    DomainNotFound,
+    DomainRemoved,
+    DomainTransient,
+    InvalidName,
+    ListNotLocked,
+    SegmentExists,
+    SegmentFull,
+    SegmentInUse,
+    SegmentMismatch,
+    SegmentNotFound,
+    ShmDomainsError,
+    UncommittedChanges,
+)
+from .names import check_name
+from .states import DomainState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Uuid = str | bytes | uuid_module.UUID
+
+DomainInfo = core.Info
+
+DEFAULT_MAX_DOMAINS = 65_536
+DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024
+
+
+class AttachedProcess(msgspec.Struct, frozen=True):
+    """A process that is attached to a segment; `started` in seconds since the epoch."""
+
+    pid: int
+    started: float | None
+    alive: bool
+    command: str | None
+
+
+class ListInfo(msgspec.Struct, frozen=True):
+    """What `DomainList.info` says; sizes in bytes, times in seconds since the epoch."""
+
+    name: str | None
+    path: str | None
+    lock: str
+    domains: int
+    active: int
+    max_domains: int
+    bytes_max: int
+    bytes_committed: int
+    heap_used: int
+    heap_free: int
+    created: float
+    creator: AttachedProcess
+    attached: list[AttachedProcess]
+    config_dir: str | None
+    autostart_dir: str | None
+
+
+class CheckReport(msgspec.Struct, frozen=True):
+    """What `DomainList.check` found; true if nothing is wrong.
+
+    `problems` are pairs of an invariant's name and what contradicts it; `counts` says how much was
+    looked at.
+    """
+
+    problems: list[tuple[str, str]]
+    counts: dict[str, int]
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+
+class LockedDomains(list[Domain]):
+    """Domains locked by `DomainList.lock_many`, in the order asked for; unlocks them at the end of
+    a ``with`` block: committed, or rolled back if the block raised."""
+
+    def __enter__(self) -> LockedDomains:
+        return self
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        failure: BaseException | None = None
+        for dom in reversed(self):
+            try:
+                dom.__exit__(kind, value, traceback)
+            except BaseException as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
+
+class _Deadline:
+    """One time-out over several waits."""
+
+    def __init__(self, timeout: float | None) -> None:
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout is {timeout!r}; None waits for ever, 0 tries, else seconds")
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._try = timeout == 0
+
+    def left(self) -> float | None:
+        if self._end is None:
+            return None
+        return 0 if self._try else max(self._end - time.monotonic(), 0.0)
+
+
+def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
+    return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
+
+
+def _tri(value: bool | None) -> int:
+    return -1 if value is None else int(bool(value))
+
+
+def _state_mask(state: int | Iterable[int] | None) -> int:
+    if state is None:
+        return 0xFFFFFFFF
+    states = [state] if isinstance(state, int) else list(state)
+    return sum({1 << DomainState(one) for one in states})
+
+
+class DomainListRules:
+    """The rules, over whatever store the class is combined with."""
+
+    if TYPE_CHECKING:  # what a store offers
+        is_locked: bool
+        lock: Callable[..., None]
+        unlock: Callable[[], None]
+        find_by_uuid: Callable[..., Domain | None]
+        get: Callable[..., Domain]
+        lookup: Callable[..., Domain | None]
+        _glance: Callable[..., core.Info | None]
+        _create: Callable[..., Domain]
+        _remove: Callable[[Domain], None]
+        _rename: Callable[..., None]
+        _live_handles: Callable[[], list[Domain]]
+        _list: Callable[..., list[core.Info]]
+        _count: Callable[..., int]
+        _settings: Callable[[], bytes]
+        _set_settings: Callable[[bytes], None]
+
+    # --- locks ---
+
+    @contextmanager
+    def locked(self, timeout: float | None = None) -> Iterator[DomainListRules]:
+        """Hold the list lock for a ``with`` block; see `lock`.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> with doms.locked():
+        ...     doms.find_by_name("web1") is None
+        True
+        """
+        self.lock(timeout)
+        try:
+            yield self
+        finally:
+            if self.is_locked:
+                self.unlock()
+
+    def _need_list_lock(self, what: str) -> None:
+        if not self.is_locked:
+            raise ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
+
+    def lock_many(
+        self, domains: Iterable[Domain | core.Info | Uuid], timeout: float | None = None
+    ) -> LockedDomains:
+        """Lock several domains at once; the list lock is held while they are collected.
+
+        `domains`: handles, `DomainInfo`s or UUIDs. All or nothing: on an error (`LockTimeout`,
+        `DomainNotFound`, `DomainRemoved`, `TooManyLocks`) what was locked is unlocked again.
+
+        >>> from shmdomains import DomainList
+        >>> with DomainList().lock_many([]) as locked:
+        ...     len(locked)
+        0
+        """
+        deadline = _Deadline(timeout)
+        wanted = list(domains)
+        taken = LockedDomains()
+        held_before = self.is_locked
+        if not held_before:
+            self.lock(deadline.left())
+        try:
+            for one in wanted:
+                taken.append(self._lock_one(one, deadline))
+        except BaseException:
+            for dom in reversed(taken):
+                dom.unlock()
+            raise
+        finally:
+            if not held_before:
+                self.unlock()
+        return taken
+
+    def _lock_one(self, one: Domain | core.Info | Uuid, deadline: _Deadline) -> Domain:
+        if isinstance(one, Domain):
+            if one.is_locked:
+                raise AlreadyLocked(f"domain {one.uuid} is asked for twice, or locked already")
+            one.lock(deadline.left())
+            return one
+        uuid = one.uuid if isinstance(one, core.Info) else one
+        dom = self.find_by_uuid(uuid, deadline.left())
+        if dom is None:
+            raise DomainNotFound(f"no domain with matching uuid '{uuid}'")
+        return dom
+
+    # --- assign, remove, rename: the list lock is the caller's ---
+
+    def assign_def(
+        self,
+        definition: DomainDef,
+        persistent: bool | None = None,
+        timeout: float | None = None,
+    ) -> Domain:
+        """Enter a definition; returns its domain, locked (virDomainAssignDef). List lock held.
+
+        A new domain is committed before it is returned, state SHUTOFF, with `persistent` as given
+        (default: no); without a UUID in the definition it gets a random one. Of a domain with this
+        name and UUID, an inactive one has its definition replaced and an active one its
+        `next_definition`; that, and `persistent` unless ``None``, belongs to the transaction.
+
+        Raises `DomainExists` (same name with another UUID, or same UUID with another name),
+        `ListNotLocked`, `LockTimeout`, `AlreadyLocked`, `SegmentFull`.
+
+        >>> from shmdomains import DomainDef, DomainList
+        >>> doms = DomainList()
+        >>> web1 = DomainDef.from_xml("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...                           "<os><type>hvm</type></os></domain>")
+        >>> with doms.locked():
+        ...     dom = doms.assign_def(web1, persistent=True)
+        >>> with dom:
+        ...     dom.name, dom.persistent, dom.definition.memory
+        ('web1', True, 1024)
+        """
+        self._need_list_lock("assign_def")
+        known = self._known(definition)
+        if known is None:
+            definition = definition.replace(uuid=definition.uuid or uuid_module.uuid4())
+            return self._create(
+                definition.uuid, definition.name, definition.encode(), bool(persistent), timeout
+            )
+        if definition.uuid is None:
+            definition = definition.replace(uuid=known.uuid)
+        dom = self.find_by_uuid(known.uuid, timeout)
+        assert dom is not None  # removing needs the list lock, which is ours
+        try:
+            if dom.is_active:
+                dom.next_definition = definition
+            else:
+                dom.definition = definition
+            if persistent is not None:
+                dom.persistent = persistent
+        except BaseException:
+            dom.rollback()
+            dom.unlock()
+            raise
+        return dom
+
+    def _known(self, definition: DomainDef) -> core.Info | None:
+        """The domain that a definition is of; libvirt's rules (virDomainObjListAddLocked)."""
+        if definition.uuid is not None:
+            known = self._glance(uuid=definition.uuid)
+            if known is not None and known.name != definition.name:
+                raise DomainExists(
+                    f"domain '{known.name}' is already defined with uuid {known.uuid}"
+                )
+            if known is not None:
+                return known
+        known = self._glance(name=definition.name)
+        if known is not None and definition.uuid is not None:
+            raise DomainExists(f"domain '{known.name}' already exists with uuid {known.uuid}")
+        return known
+
+    def remove_inactive(self, dom: Domain, timeout: float | None = None) -> None:
+        """Remove an inactive domain (virDomainRemoveInactive). List lock held, `dom` unlocked.
+
+        Waits until nobody holds the domain. Raises `DomainLocked` (this thread holds it: it would
+        wait for itself), `DomainActive`, `DomainRemoved`, `ListNotLocked`, `LockTimeout`.
+        """
+        self._need_list_lock("remove_inactive")
+        if dom.is_locked:
+            raise DomainLocked(
+                f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits until "
+                "nobody holds it"
+            )
+        dom.lock(timeout)
+        try:
+            if dom.is_active:
+                raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
+            self._remove(dom)
+        finally:
+            if dom.is_locked:
+                dom.unlock()
+
+    def free(self, timeout: float | None = None) -> None:
+        """Remove every domain, active ones too (virDomainObjListFree). List lock held.
+
+        Takes and drops each domain's lock before it goes. Raises `DomainLocked` before anything is
+        removed if this thread holds one of them, `LockTimeout` (what was removed by then is gone).
+        """
+        self._need_list_lock("free")
+        deadline = _Deadline(timeout)
+        doms = self._live_handles()
+        held = next((dom for dom in doms if dom.is_locked), None)
+        if held is not None:
+            raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
+        for dom in doms:
+            dom.lock(deadline.left())
+            try:
+                self._remove(dom)
+            finally:
+                if dom.is_locked:
+                    dom.unlock()
+
+    def rename(self, dom: Domain, new_name: str) -> None:
+        """Rename an inactive domain (virDomainRename). List lock held, `dom` locked, nothing
+        uncommitted.
+
+        Name and definitions change in one commit; if the list was loaded from a config directory and
+        the domain is persistent, its file and autostart link follow, and a failure there leaves all
+        as it was. Raises `InvalidName` (also for the name that it has), `DomainExists`,
+        `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`.
+        """
+        self._need_list_lock("rename")
+        if dom.is_active:
+            raise DomainActive(f"cannot rename active domain '{dom.name}'")
+        if dom.changed:
+            raise UncommittedChanges(f"commit or roll back domain '{dom.name}' before renaming it")
+        old_name = dom.name
+        check_name(new_name)
+        if new_name == old_name:
+            raise InvalidName(f"Can't rename domain '{old_name}' to itself")
+        if self._glance(name=new_name) is not None:
+            raise DomainExists(f"domain with name '{new_name}' already exists")
+        definition = dom.definition.replace(name=new_name)
+        successor = dom.next_definition
+        renamed = None if successor is None else successor.replace(name=new_name).encode()
+        dirs = self._config_dirs()
+        if dirs is None or not dom.persistent:
+            self._rename(dom, new_name, definition.encode(), renamed)
+            return
+        with dirs.renaming(old_name, definition):
+            self._rename(dom, new_name, definition.encode(), renamed)
+
+    # --- the whole of it: the list lock is taken here ---
+
+    def define(
+        self, definition: DomainDef | str | bytes, timeout: float | None = None
+    ) -> core.Info:
+        """Define a persistent domain, or redefine one, and save its config; returns its info.
+
+        `definition` may be XML. An active domain gets it as `next_definition`. No lock is needed;
+        the list lock is taken. If the config file can not be saved nothing is defined: the domain is
+        as it was before (virDomainDefineXML). Raises `DefinitionError`, `DomainExists`,
+        `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
+        """
+        deadline = _Deadline(timeout)
+        definition = _as_definition(definition)
+        held_before = self.is_locked
+        if not held_before:
+            self.lock(deadline.left())
+        try:
+            existed = self._known(definition) is not None
+            dom = self.assign_def(definition, True, deadline.left())
+        finally:
+            if not held_before:
+                self.unlock()
+        try:
+            self._save_and_commit(dom, deadline)
+        except BaseException:
+            dom.rollback()
+            dom.unlock()
+            if not existed:
+                self._take_back(dom)
+            raise
+        info = self._glance(uuid=dom.uuid)
+        dom.unlock()
+        assert info is not None
+        return info
+
+    def _save_and_commit(self, dom: Domain, deadline: _Deadline) -> None:
+        dirs = self._config_dirs()
+        if dirs is None:
+            dom.commit(deadline.left())
+            return
+        with dirs.saving(dom.next_definition or dom.definition, deadline.left()):
+            dom.commit(deadline.left())
+
+    def _take_back(self, dom: Domain) -> None:
+        """Remove a domain whose first save failed, unless somebody made use of it meanwhile."""
+        held_before = self.is_locked
+        if not held_before:
+            self.lock()
+        try:
+            with suppress(DomainActive, DomainRemoved):
+                self.remove_inactive(dom)
+        finally:
+            if not held_before:
+                self.unlock()
+
+    def undefine(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Undefine a domain: its config file and autostart link go, and so does an inactive domain;
+        an active one becomes transient (virDomainUndefine).
+
+        Exactly one key. No lock is needed; the list lock is taken. Raises `DomainNotFound`,
+        `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
+        `LockOrder`.
+        """
+        deadline = _Deadline(timeout)
+        held_before = self.is_locked
+        if not held_before:
+            self.lock(deadline.left())
+        try:
+            dom = self.get(uuid=uuid, name=name, id=id, timeout=deadline.left())
+            try:
+                self._undefine(dom, deadline)
+            except BaseException:
+                dom.rollback()
+                raise
+            finally:
+                if dom.is_locked:
+                    dom.unlock()
+        finally:
+            if not held_before:
+                self.unlock()
+
+    def _undefine(self, dom: Domain, deadline: _Deadline) -> None:
+        if dom.is_active and not dom.persistent:
+            raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
+        dirs = self._config_dirs()
+        if dirs is None:
+            self._forget(dom)
+            return
+        with dirs.deleting(dom.name, deadline.left()):
+            self._forget(dom)
+
+    def _forget(self, dom: Domain) -> None:
+        if not dom.is_active:
+            self._remove(dom)
+            return
+        dom.persistent = False
+        dom.autostart = False
+        dom.commit()
+
+    # --- config directories ---
+
+    def load_all_configs(
+        self,
+        config_dir: str | os.PathLike[str],
+        autostart_dir: str | os.PathLike[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        workers: int | None = None,
+    ) -> LoadReport:
+        """Load every ``*.xml`` of a directory as a persistent domain (virDomainLoadAllConfigs).
+
+        No lock is needed; the list lock is taken per batch. A file that is wrong is skipped, logged
+        and reported; a missing directory is no error. A domain whose ``NAME.xml`` in
+        `autostart_dir` is a link to its file is set to autostart. The directories are remembered in
+        the list: what any process defines, renames or undefines later reaches them.
+        `progress(done, total)` is called as it goes on; `workers` processes parse.
+        """
+        dirs = ConfigDirs(Path(config_dir), None if autostart_dir is None else Path(autostart_dir))
+        with self.locked():
+            self._set_settings(
+                msgpack.packb(
+                    [
+                        os.fsencode(dirs.config_dir),
+                        None if dirs.autostart_dir is None else os.fsencode(dirs.autostart_dir),
+                    ]
+                )
+            )
+        return config.load_all(self, dirs, progress, workers)
+
+    def _config_dirs(self) -> ConfigDirs | None:
+        blob = self._settings()
+        if not blob:
+            return None
+        config_dir, autostart_dir = msgpack.unpackb(blob)
+        return ConfigDirs(
+            Path(os.fsdecode(config_dir)),
+            None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
+        )
+
+    def save_config(self, dom: Domain) -> None:
+        """Write what the domain will be after its next start to the config directory
+        (virDomainSaveConfig): its `next_definition`, else its definition. Domain locked.
+
+        Does nothing if the list was not loaded from a directory. Raises `ConfigError`; the file is
+        then as it was before.
+        """
+        dirs = self._config_dirs()
+        definition = dom.next_definition or dom.definition
+        if dirs is not None:
+            dirs.save(definition)
+
+    def delete_config(self, dom: Domain) -> None:
+        """Remove the domain's config file and autostart link (virDomainDeleteConfig). Domain locked.
+
+        Raises `ConfigError`.
+        """
+        dirs = self._config_dirs()
+        name = dom.name
+        if dirs is not None:
+            dirs.delete(name)
+
+    def set_autostart(self, dom: Domain, enabled: bool) -> None:
+        """Start the domain with the host, or not: the record and the link on disk together
+        (virDomainSetAutostart). Domain locked; committed.
+
+        Raises `DomainTransient`, `ConfigError`, `UncommittedChanges`.
+        """
+        if not dom.persistent:
+            raise DomainTransient("cannot set autostart for transient domain " + repr(dom.name))
+        if dom.changed:
+            raise UncommittedChanges(f"commit or roll back domain '{dom.name}' first")
+        dirs = self._config_dirs()
+        if dirs is not None and (dirs.autostart_dir is not None or enabled):
+            dirs.set_autostart(dom.name, enabled)
+        dom.autostart = enabled
+        dom.commit()
+
+    # --- listing ---
+
+    def list(
+        self,
+        active: bool | None = None,
+        persistent: bool | None = None,
+        autostart: bool | None = None,
+        state: int | Iterable[int] | None = None,
+        definitions: bool = True,
+    ) -> list[core.Info]:
+        """The domains that fit, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
+
+        Filters are combined with AND; `state` is one `DomainState` or several, any of which will do.
+
+        >>> from shmdomains import DomainList
+        >>> DomainList().list(active=True)
+        []
+        """
+        return self._list(
+            _tri(active), _tri(persistent), _tri(autostart), _state_mask(state), definitions
+        )
+
+    def count(
+        self,
+        active: bool | None = None,
+        persistent: bool | None = None,
+        autostart: bool | None = None,
+        state: int | Iterable[int] | None = None,
+    ) -> int:
+        """How many domains fit; filters as in `list` (virDomainObjListNumOfDomains)."""
+        return self._count(_tri(active), _tri(persistent), _tri(autostart), _state_mask(state))
+
+
+class DomainList(core.Segment, DomainListRules):
+    """The list of domains in shared memory (virDomainObjList).
+
+    ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
+    ones, gone with the last process. `create`, `attach` and `open` use a segment with a name.
+
+    `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default: about
+    16 KiB a domain); memory is committed only as used. `lock` is ``"robust"`` or
+    ``"multiprocessing"``; `context` is the multiprocessing context that makes the locks of the
+    latter, by default the default one.
+
+    >>> doms = DomainList(max_domains=100)
+    >>> len(doms)
+    0
+    >>> doms.close()
+    """
+
+    _name: str | None = None
+    _path: Path | None = None
+
+    def __init__(
+        self,
+        *,
+        max_domains: int | None = None,
+        max_bytes: int | None = None,
+        lock: Literal["robust", "multiprocessing"] = "robust",
+        context: mp_context.BaseContext | None = None,
+    ) -> None:
+        max_domains = _checked_limit(max_domains, lock)
+        fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            core.format_segment(fd, lock, max_domains, max_bytes)
+            # Nobody can truncate it under our feet.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            self._begin(fd, *_make_locks(lock, max_domains, context))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _begin(self, fd: int, list_lock: Any = None, slot_locks: Any = None) -> None:
+        if not self._attach(fd, Domain, list_lock, slot_locks):
+            os.close(fd)
+        _lists[self._identity] = self
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        max_domains: int | None = None,
+        max_bytes: int | None = None,
+        lock: Literal["robust", "multiprocessing"] = "robust",
+        context: mp_context.BaseContext | None = None,
+        mode: int = 0o600,
+        group: int | str | None = None,
+    ) -> DomainList:
+        """Create a segment with a name (default ``default``) or in a file of your choice.
+
+        `mode` 0o660 with a `group` shares it with that group. Raises `SegmentExists`,
+        `SegmentRefused`, `SegmentFull` (no memory for it).
+        """
+        file = segment_file.path_of(name, path)
+        max_domains = _checked_limit(max_domains, lock)
+        doms = cls.__new__(cls)
+        locks = _make_locks(lock, max_domains, context)
+        limit = max_domains
+        fd = segment_file.create(
+            file, mode, group, lambda fd: core.format_segment(fd, lock, limit, max_bytes)
+        )
+        doms._attach_file(fd, file, name, path, *locks)
+        return doms
+
+    @classmethod
+    def attach(
+        cls, name: str | None = None, *, path: str | os.PathLike[str] | None = None
+    ) -> DomainList:
+        """Attach to a segment by name or file.
+
+        Raises `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode), `SegmentMismatch`
+        (another layout, boot or PID namespace), `SegmentCorrupt`. A list with multiprocessing locks
+        can only be read by those who did not inherit it.
+        """
+        file = segment_file.path_of(name, path)
+        doms = cls.__new__(cls)
+        doms._attach_file(segment_file.attach(file), file, name, path)
+        return doms
+
+    @classmethod
+    def open(
+        cls,
+        name: str | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        **create: Any,
+    ) -> DomainList:
+        """Attach, or create with the options of `create` if there is none. Whoever comes first
+        creates it; nobody sees it half made."""
+        while True:
+            with suppress(SegmentNotFound):
+                return cls.attach(name, path=path)
+            with suppress(SegmentExists):
+                return cls.create(name, path=path, **create)
+
+    def _attach_file(
+        self,
+        fd: int,
+        file: Path,
+        name: str | None,
+        path: str | os.PathLike[str] | None,
+        list_lock: Any = None,
+        slot_locks: Any = None,
+    ) -> None:
+        try:
+            self._begin(fd, list_lock, slot_locks)
+        except ShmDomainsError as exc:
+            os.close(fd)
+            raise type(exc)(f"segment {file}: {exc}") from None
+        except BaseException:
+            os.close(fd)
+            raise
+        self._path = file
+        self._name = None if path is not None else name or segment_file.DEFAULT_NAME
+
+    def unlink(self, force: bool = False) -> None:
+        """Remove the segment's name; who is attached keeps it, like this list.
+
+        Raises `SegmentInUse` while other processes are attached, unless `force`, and
+        `SegmentNotFound` if the name is gone or another segment's.
+        """
+        if self._path is None:
+            return
+        others = [one for one in self.info.attached if one.alive and one.pid != os.getpid()]
+        if others and not force:
+            raise SegmentInUse(
+                f"segment {self._path} is in use by "
+                f"{', '.join(f'process {one.pid}' for one in others)}; force unlinks it all the same"
+            )
+        if not segment_file.is_same_file(self._path, self._fd):
+            raise SegmentNotFound(f"{self._path} is not this segment any more")
+        segment_file.unlink(self._path, force=True)
+
+    def close(self) -> None:
+        """Detach. The list lock is released if this thread holds it; locked domains stay locked
+        until they are unlocked. Everything else raises `ListClosed` from now on."""
+        self._close()
+
+    def __enter__(self) -> DomainList:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def info(self) -> ListInfo:
+        """Counts, bytes, creator and who is attached. Takes no lock."""
+        numbers = self._statistics()
+        dirs = self._config_dirs()
+        return ListInfo(
+            name=self._name,
+            path=None if self._path is None else str(self._path),
+            lock=self._kind,
+            domains=numbers["domains"],
+            active=numbers["active"],
+            max_domains=numbers["max_domains"],
+            bytes_max=numbers["bytes_max"],
+            bytes_committed=os.fstat(self._fd).st_blocks * 512,
+            heap_used=numbers["heap_used"],
+            heap_free=numbers["heap_max"] - numbers["heap_used"],
+            created=numbers["created"],
+            creator=_process(*numbers["creator"]),
+            attached=[
+                process for word in numbers["attached"] if (process := _process(*word)).alive
+            ],
+            config_dir=None if dirs is None else str(dirs.config_dir),
+            autostart_dir=None if dirs is None or dirs.autostart_dir is None
+            else str(dirs.autostart_dir),
+        )
+
+    def check(self, timeout: float | None = 10.0) -> CheckReport:
+        """Look at every invariant of the segment; nothing is changed and nobody is stopped.
+
+        What writers move during a look may seem wrong, so a look that found something is repeated,
+        in the end with the list, id and heap locks held (`timeout` seconds for them; `LockTimeout`).
+
+        >>> bool(DomainList(max_domains=10).check())
+        True
+        """
+        for _ in range(3):
+            problems, counts, _still = self._check(False)
+            if not problems:
+                return CheckReport([], counts)
+        if self._kind == "multiprocessing" and self._locks[0] is None:
+            return CheckReport(problems, counts)
+        if self.is_locked:
+            problems, counts, _still = self._check(True, timeout)
+            return CheckReport(problems, counts)
+        with self.locked(timeout):
+            problems, counts, _still = self._check(True, timeout)
+        return CheckReport(problems, counts)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<DomainList closed>"
+        where = "memfd" if self._path is None else str(self._path)
+        return f"<DomainList {where} domains={len(self)} lock={self._kind}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To a child that is being spawned goes the descriptor itself; to one that has the segment
+        # already, or can find it by name, which one it is.
+        fd = locks = None
+        if mp_context.get_spawning_popen() is not None:
+            fd = reduction.DupFd(self._fd)
+            locks = self._locks
+        return _restore, (type(self), self._identity, self._name, self._path, fd, locks)
+
+
+_lists: WeakValueDictionary[bytes, DomainList] = WeakValueDictionary()
+
+
+def _restore(
+    cls: type[DomainList],
+    identity: bytes,
+    name: str | None,
+    path: Path | None,
+    fd: Any,
+    locks: Any,
+) -> DomainList:
+    known = _lists.get(identity)
+    number = None if fd is None else fd.detach()
+    if known is not None and not known.closed:
+        if number is not None:
+            os.close(number)
+        return known
+    doms = cls.__new__(cls)
+    if number is None:
+        if path is None:
+            raise SegmentNotFound(
+                "this list has no name and is not attached in this process; pass the DomainList "
+                "itself to the process, as an argument of Process or initargs of a pool"
+            )
+        number = segment_file.attach(path)
+    doms._begin(number, *(locks or ()))
+    doms._name, doms._path = name, path
+    if doms._identity != identity:
+        raise SegmentMismatch(f"segment {path} was created anew since this was pickled")
+    return doms
+
+
+def _process(pid: int, start_ticks: int) -> AttachedProcess:
+    alive = holder.is_running(pid, start_ticks)
+    return AttachedProcess(
+        pid=pid,
+        started=holder.process_started(start_ticks),
+        alive=alive,
+        command=holder.command_of(pid) if alive else None,
+    )
+
+
+def _checked_limit(max_domains: int | None, lock: str) -> int:
+    if lock not in ("robust", "multiprocessing"):
+        raise ValueError(f"lock is 'robust' or 'multiprocessing', not {lock!r}")
+    if max_domains is None:
+        robust = lock == "robust"
+        return DEFAULT_MAX_DOMAINS if robust else DEFAULT_MAX_DOMAINS_MULTIPROCESSING
+    if not 1 <= max_domains <= core.MAX_DOMAINS:
+        raise ValueError(f"max_domains is 1 to {core.MAX_DOMAINS}, not {max_domains}")
+    return max_domains
+
+
+def _make_locks(
+    lock: str, count: int, context: mp_context.BaseContext | None
+) -> tuple[Any, Any]:
+    if lock == "robust":
+        return None, None
+    room = _room_for_locks()
+    if count + 1 > room:
+        raise SegmentFull(
+            f"max_domains={count} with lock='multiprocessing' needs {count + 1} locks, each of which "
+            f"maps a page, and this process can map {room} more (vm.max_map_count); use fewer "
+            "domains or lock='robust'"
+        )
+    make = (context or multiprocessing.get_context()).Lock
+    return make(), [make() for _ in range(count)]
+
+
+def _room_for_locks() -> int:
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    with open("/proc/self/maps") as maps:
+        used = sum(1 for _ in maps)
+    return max(limit - used - 1000, 0)  # the program needs some for itself
+
+
+def unlink(
+    name: str | None = None, *, path: str | os.PathLike[str] | None = None, force: bool = False
+) -> None:
+    """Remove a segment's name. Raises `SegmentNotFound`, and `SegmentInUse` unless `force`."""
+    segment_file.unlink(segment_file.path_of(name, path), force)

@@ -1,0 +1,181 @@
+"""One tree of exceptions.
+
+Everything that shmdomains raises on purpose is a `ShmDomainsError`, so one ``except`` catches it
+all. Where Python has a built-in exception of the same meaning the class is that one too:
+`LockTimeout` is a `TimeoutError`, `DomainNotFound` a `LookupError`, `DefinitionError` a
+`ValueError`. Messages name the thing, the holder and what to do next.
+
+Three names are reserved for stores that reach over a network and are never raised by shared
+memory: `LockLost`, `InDoubt`, `Unavailable`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .holder import LockHolder
+
+
+class ShmDomainsError(Exception):
+    """Base of every exception that this package raises on purpose."""
+
+
+# --- who holds what -------------------------------------------------------------------------
+
+
+class ContractError(ShmDomainsError):
+    """A precondition about locks was not met: a mistake in the calling code."""
+
+
+class ListNotLocked(ContractError):
+    """The call needs the list lock, and this thread does not hold it."""
+
+
+class DomainNotLocked(ContractError):
+    """The call needs the domain's lock, and this thread does not hold it."""
+
+
+class DomainLocked(ContractError):
+    """The call needs the domain unlocked, and this thread holds it: it would wait for itself."""
+
+
+class AlreadyLocked(ContractError):
+    """This thread holds the lock already; the locks are not recursive."""
+
+
+class NotOwner(ContractError):
+    """Another thread of this process holds the lock; only that one may unlock it."""
+
+
+class LockOrder(ContractError):
+    """Waiting for this lock now could form a cycle; the order is list, then domain."""
+
+
+class TooManyLocks(ContractError):
+    """This thread holds 1,000 domains: the kernel releases only 2,048 locks of a dead thread."""
+
+
+class UncommittedChanges(ContractError):
+    """The call starts a commit of its own and the domain has changes; commit or roll back first."""
+
+
+# --- waiting --------------------------------------------------------------------------------
+
+
+class LockTimeout(ShmDomainsError, TimeoutError):
+    """A lock was not free in time. `holder` says who has it, or is ``None`` if nobody knows."""
+
+    def __init__(self, message: str, holder: LockHolder | None = None) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
+class Busy(ShmDomainsError, TimeoutError):
+    """A lock-free read was overtaken by writers until its time was up."""
+
+
+# --- domains --------------------------------------------------------------------------------
+
+
+class DomainNotFound(ShmDomainsError, LookupError):
+    """No domain has this uuid, name or id."""
+
+
+class DomainExists(ShmDomainsError):
+    """Another domain has this name or this uuid."""
+
+
+class DomainRemoved(ShmDomainsError, LookupError):
+    """The handle outlived its domain."""
+
+
+class DomainActive(ShmDomainsError):
+    """The call needs an inactive domain."""
+
+
+class DomainInactive(ShmDomainsError):
+    """The call needs an active domain."""
+
+
+class DomainTransient(ShmDomainsError):
+    """The call needs a persistent domain."""
+
+
+class DefinitionError(ShmDomainsError, ValueError):
+    """The definition is refused. `element` and `line` say where, as far as is known."""
+
+    def __init__(self, message: str, element: str | None = None, line: int | None = None) -> None:
+        super().__init__(message)
+        self.element = element
+        self.line = line
+
+
+class InvalidName(DefinitionError):
+    """The name can not be a domain's: it is empty, too long, or no file name."""
+
+
+class ConfigError(ShmDomainsError, OSError):
+    """A file in the config or autostart directory could not be read, written or removed."""
+
+
+# --- the segment ----------------------------------------------------------------------------
+
+
+class SegmentError(ShmDomainsError):
+    """Base of what concerns the whole segment."""
+
+
+class ListClosed(SegmentError):
+    """This `DomainList` was closed."""
+
+
+class SegmentNotFound(SegmentError, FileNotFoundError):
+    """No segment has this name."""
+
+
+class SegmentExists(SegmentError, FileExistsError):
+    """A segment of this name exists already."""
+
+
+class SegmentInUse(SegmentError):
+    """Others are attached to the segment."""
+
+
+class SegmentMismatch(SegmentError):
+    """The segment was made by another layout, machine, boot or PID namespace."""
+
+
+class SegmentRefused(SegmentError, PermissionError):
+    """The file in the segment's place is not ours, is a link, or has the wrong mode."""
+
+
+class SegmentCorrupt(SegmentError):
+    """A value read from the segment can not be right."""
+
+
+class SegmentPoisoned(SegmentError):
+    """A repair failed earlier; the segment can be read out, and nothing else."""
+
+
+class SegmentFull(SegmentError, MemoryError):
+    """No room for another domain, or no memory for its definition."""
+
+
+class LockKindMismatch(SegmentError):
+    """The call needs locks that this process did not inherit (``lock="multiprocessing"``)."""
+
+
+# --- reserved for stores across a network ---------------------------------------------------
+
+
+class LockLost(ShmDomainsError):
+    """The store gave the lock to somebody else. Never raised by shared memory."""
+
+
+class InDoubt(ShmDomainsError):
+    """Nobody knows whether the commit happened. Never raised by shared memory."""
+
+
+class Unavailable(ShmDomainsError):
+    """The store can not be reached. Never raised by shared memory."""

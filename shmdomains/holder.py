@@ -1,0 +1,110 @@
+"""Who holds a lock: process, thread, command line, since when, alive or not.
+
+The segment records thread numbers and start times; what people want to know about them is looked up
+here, when a wait timed out or a death is reported, and never on a path that succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import msgspec
+import psutil
+
+from ._core import core
+from .errors import LockTimeout
+
+_TICKS = float(os.sysconf("SC_CLK_TCK"))
+
+
+class LockHolder(msgspec.Struct, frozen=True):
+    """A process and thread that hold, or held, a lock. What is not known is ``None``.
+
+    `started` is the process's start in seconds since the epoch, `held_for` seconds, `command` its
+    command line. The process may have gone between the look and your reading of it.
+
+    >>> LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command="qemu-agent")
+    LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command='qemu-agent')
+    """
+
+    pid: int | None
+    tid: int | None
+    started: float | None
+    held_for: float | None
+    alive: bool
+    command: str | None
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return "an unknown process" if self.tid is None else f"thread {self.tid}"
+        words = [f"process {self.pid}"]
+        if self.tid is not None and self.tid != self.pid:
+            words.append(f"thread {self.tid}")
+        text = ", ".join(words)
+        if self.command:
+            text += f" ({self.command})"
+        if self.held_for is not None:
+            text += f" for {self.held_for:.1f} s"
+        return text + ("" if self.alive else "; it is dead")
+
+
+def process_started(start_ticks: int) -> float | None:
+    """Return the epoch seconds of a start that is given in clock ticks since boot; 0 is unknown."""
+    return psutil.boot_time() + start_ticks / _TICKS if start_ticks else None
+
+
+def is_running(pid: int, start_ticks: int) -> bool:
+    """Whether the process that started then still runs; numbers are used again, starts are not."""
+    return bool(start_ticks) and core.process_start(pid) == start_ticks
+
+
+def command_of(pid: int) -> str | None:
+    """Return the process's command line, its name if that is empty, or ``None`` if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        command = " ".join(process.cmdline()) or process.name()
+    except (psutil.Error, OSError):
+        return None
+    return command if len(command) <= 120 else command[:117] + "..."
+
+
+def lock_timeout(
+    what: str,
+    timeout: float | None,
+    tid: int,
+    pid: int,
+    start_ticks: int,
+    held_for: float | None,
+) -> LockTimeout:
+    """Make the error for a wait that was too long. `tid` 0: it was free again by then."""
+    waited = "is locked" if not timeout else f"was not free within {timeout:g} s"
+    if not tid:
+        return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
+    start = start_ticks or (core.process_start(pid) if pid else 0)
+    holder = LockHolder(
+        pid=pid or None,
+        tid=tid,
+        started=process_started(start),
+        held_for=None if held_for is None else max(held_for, 0.0),
+        alive=is_running(pid, start),
+        command=command_of(pid) if pid else None,
+    )
+    return LockTimeout(f"{what} {waited}; held by {holder}", holder)
+
+
+def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
+    """Describe a holder that died. Its command line went with it."""
+    return LockHolder(
+        pid=pid or None,
+        tid=tid or None,
+        started=process_started(start_ticks if tid else 0),
+        held_for=None,
+        alive=False,
+        command=None,
+    )
+
+
+def pause() -> None:
+    """Let writers get on before a lock-free read is tried again."""
+    time.sleep(0.0002)

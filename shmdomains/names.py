@@ -1,0 +1,106 @@
+"""What may be a domain's name, and what is a UUID.
+
+Both rules are libvirt's (observed on 9.0.0), and one place for them means that a definition, a
+rename and a lookup can not disagree. On top of libvirt's rule a name must be usable as the file
+name ``NAME.xml`` in a config directory, so it is at most 251 bytes long and is not ``.`` or ``..``.
+"""
+
+from __future__ import annotations
+
+import re
+from uuid import UUID
+
+from .errors import DefinitionError, InvalidName
+
+MAX_NAME_BYTES = 251
+"""255, the longest file name, less four for ``.xml``."""
+
+# What XML 1.0 can not carry, not even escaped; lone surrogates have no UTF-8 form either.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+# virUUIDParse: blanks around it; before each pair of digits any number of '-' and ' '.
+_UUID = re.compile(r"[ \t\n\v\f\r]*((?:[- ]*[0-9a-fA-F]{2}){16})[ \t\n\v\f\r]*")
+
+
+def check_text(what: str, text: str) -> str:
+    """Return `text` if XML can carry it; `what` names it in the error.
+
+    Raises `DefinitionError` for control characters and lone surrogates.
+
+    >>> check_text("title", "Grüße")
+    'Grüße'
+    """
+    bad = _NO_XML.search(text)
+    if bad:
+        raise DefinitionError(f"{what} contains {bad.group()!r}, which XML can not carry", what)
+    return text
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a domain may have it: 1 to 251 bytes of UTF-8, a file name, one line.
+
+    Blanks at either end belong to the name. Raises `InvalidName`, in libvirt's words where libvirt
+    has the rule (``virDomainDefParseIDs``, ``virDomainDefPostParseCheckFeatures``).
+
+    >>> check_name("web 1")
+    'web 1'
+    >>> check_name("foo/bar")
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.InvalidName: name foo/bar cannot contain '/'
+    """
+    if not isinstance(name, str):
+        raise InvalidName(f"a name must be a str, not {type(name).__name__}", "name")
+    if not name:
+        raise InvalidName("missing name information", "name")
+    if "\n" in name:
+        raise InvalidName(f"invalid char in name: {name!r} contains a newline", "name")
+    if "/" in name:
+        raise InvalidName(f"name {name} cannot contain '/'", "name")
+    if name in (".", ".."):
+        raise InvalidName(f"name {name} cannot be a file name", "name")
+    bad = _NO_XML.search(name)
+    if bad:
+        raise InvalidName(f"invalid char in name: {bad.group()!r}", "name")
+    size = len(name.encode())
+    if size > MAX_NAME_BYTES:
+        raise InvalidName(
+            f"name {name[:20]}... has {size} bytes, more than the {MAX_NAME_BYTES} "
+            "that leave room for .xml in a file name",
+            "name",
+        )
+    return name
+
+
+def parse_uuid(value: str | bytes | UUID) -> UUID:
+    """Return the UUID that `value` is: a `uuid.UUID`, text as libvirt reads it, or 16 raw bytes.
+
+    Text is 32 hex digits of any case; ``-`` and spaces may stand before each pair, white space at
+    both ends (``virUUIDParse``). Braces and ``urn:uuid:`` are refused, as there. Raises
+    `DefinitionError` for everything else.
+
+    >>> parse_uuid(" C7A5FDBD edaf-9455-926a-d65c16db1809 ")
+    UUID('c7a5fdbd-edaf-9455-926a-d65c16db1809')
+    >>> parse_uuid("{c7a5fdbd-edaf-9455-926a-d65c16db1809}")
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DefinitionError: malformed uuid '{c7a5fdbd-edaf-9455-926a-d65c16db1809}'
+    """
+    if isinstance(value, UUID):
+        return value
+    if isinstance(value, str):
+        match = _UUID.fullmatch(value)
+        if match:
+            return UUID(hex=match.group(1).replace(" ", ""))
+        raise DefinitionError(f"malformed uuid {_shown(value)}", "uuid")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        if len(value) == 16:
+            return UUID(bytes=bytes(value))
+        raise DefinitionError(f"malformed uuid: {len(value)} bytes instead of 16", "uuid")
+    raise DefinitionError(
+        f"malformed uuid: a uuid.UUID, str or 16 bytes, not {type(value).__name__}", "uuid"
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "...")

@@ -1,0 +1,305 @@
+"""Named segments: where their files lie, and who may create, attach and unlink them.
+
+A segment is created in an unnamed file of its directory, filled, locked and only then linked to its
+name, so nobody ever opens half a segment, a killed creator leaves nothing and the loser of a race
+sees that the name is taken. Every attached process holds a shared `flock`; who wants to unlink asks
+for an exclusive one on a descriptor of its own (a descriptor inherited over fork shares the lock of
+its parent, and would say yes).
+
+Directories belong to us (or root) and nobody else may write there, so a name can neither be squatted
+nor be made to lead elsewhere; links are refused all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from .errors import (
+    SegmentExists,
+    SegmentInUse,
+    SegmentNotFound,
+    SegmentRefused,
+    ShmDomainsError,
+)
+
+SUFFIX = ".segment"
+DEFAULT_NAME = "default"
+_MODES = (0o600, 0o660)
+
+
+class SegmentFile(msgspec.Struct, frozen=True):
+    """A named segment's file: `name`, `path`, owner's `uid`, `mode`, and `bytes` of memory it uses."""
+
+    name: str
+    path: Path
+    uid: int
+    mode: int
+    bytes: int
+
+
+# --- directories ------------------------------------------------------------------------------
+
+
+def candidates() -> list[Path]:
+    """Return the directories where named segments may lie, the preferred one first."""
+    override = os.environ.get("SHMDOMAINS_DIR")
+    if override:
+        return [Path(override)]
+    found = [Path("/dev/shm") / f"shmdomains-{os.getuid()}"]
+    if os.environ.get("XDG_RUNTIME_DIR"):
+        found.insert(0, Path(os.environ["XDG_RUNTIME_DIR"]) / "shmdomains")
+    if os.getuid() == 0:
+        found.insert(0, Path("/run/shmdomains"))
+    return found
+
+
+def directory() -> Path:
+    """Return the directory for new segments: the first candidate that lies on tmpfs."""
+    choices = candidates()
+    if len(choices) == 1:
+        return choices[0]
+    for choice in choices:
+        if _is_on_tmpfs(choice.parent):
+            return choice
+    raise SegmentRefused(
+        f"none of {', '.join(map(str, choices))} lies on tmpfs; name a directory in $SHMDOMAINS_DIR"
+    )
+
+
+def _is_on_tmpfs(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    place = path.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    for parent in (place, *place.parents):
+        if parent in mounts:
+            return mounts[parent] == "tmpfs"
+    return False
+
+
+def path_of(name: str | None, path: str | os.PathLike[str] | None) -> Path:
+    """Return the file of a segment that is given by name or by path; `SegmentNotFound` is not asked."""
+    if path is not None:
+        if name is not None:
+            raise TypeError("give a name or a path, not both")
+        return Path(os.path.abspath(path))
+    name = DEFAULT_NAME if name is None else name
+    encoded = os.fsencode(name)
+    if not encoded or len(encoded) > 200 or "/" in name or "\0" in name or name.startswith("."):
+        raise SegmentRefused(
+            f"{name!r} can not be a segment's name: 1 to 200 bytes, no '/', no leading '.'"
+        )
+    for choice in candidates():
+        if (choice / (name + SUFFIX)).exists():
+            return choice / (name + SUFFIX)
+    return directory() / (name + SUFFIX)
+
+
+def _check_directory(path: Path) -> None:
+    status = os.lstat(path)
+    where = f"the segment directory {path}"
+    if not stat.S_ISDIR(status.st_mode):
+        raise SegmentRefused(f"{where} is no directory")
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid in (0, os.getuid()):
+        if mode & 0o022 and not mode & stat.S_ISVTX:
+            raise SegmentRefused(f"{where} is writable for others (mode {mode:o}); make it 0700")
+        return
+    if mode != 0o2750 or status.st_gid not in _groups():
+        raise SegmentRefused(
+            f"{where} belongs to uid {status.st_uid}; it must be ours, or a group's with mode 2750"
+        )
+
+
+def _groups() -> set[int]:
+    return {os.getegid(), *os.getgroups()}
+
+
+# --- create, attach, unlink ---------------------------------------------------------------------
+
+
+def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int], None]) -> int:
+    """Create the file, let `fill` make it a segment, give it its name; returns the descriptor.
+
+    Raises `SegmentExists`, `SegmentRefused`; what `fill` raises leaves nothing behind.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
+    with suppress(FileExistsError):
+        os.mkdir(path.parent, 0o700)
+        if group is not None:
+            os.chown(path.parent, -1, _gid(group))
+            os.chmod(path.parent, 0o2750)
+    _check_directory(path.parent)
+    place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = _open_unnamed(path)
+        try:
+            if group is not None:
+                os.fchown(fd, -1, _gid(group))
+            os.fchmod(fd, mode)
+            fill(fd)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            # Through /proc: linking a descriptor directly needs a capability.
+            os.link(
+                f"/proc/self/fd/{fd}",
+                path.name,
+                src_dir_fd=place,
+                dst_dir_fd=place,
+                follow_symlinks=True,
+            )
+        except FileExistsError:
+            os.close(fd)
+            raise SegmentExists(f"a segment {path} exists already; attach to it") from None
+        except BaseException:
+            os.close(fd)
+            raise
+    finally:
+        os.close(place)
+    return fd
+
+
+def _open_unnamed(path: Path) -> int:
+    try:
+        return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise SegmentRefused(f"can not create a segment in {path.parent}: {exc.strerror}") from exc
+
+
+def _gid(group: int | str) -> int:
+    if isinstance(group, int):
+        return group
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise SegmentRefused(f"there is no group {group!r}") from None
+
+
+def attach(path: Path) -> int:
+    """Open the segment for life, with its shared `flock`; returns the descriptor.
+
+    Raises `SegmentNotFound`, and `SegmentRefused` for a file that is not ours, a link, or of another
+    mode.
+    """
+    while True:
+        fd = _open_checked(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        except BaseException:
+            os.close(fd)
+            raise
+        if is_same_file(path, fd):
+            return fd
+        os.close(fd)  # unlinked between open and flock; perhaps created anew since
+
+
+def _open_checked(path: Path) -> int:
+    try:
+        _check_directory(path.parent)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SegmentNotFound(
+            errno.ENOENT, "no such segment; create it, or load a directory", str(path)
+        ) from None
+    except ShmDomainsError:
+        raise
+    except OSError as exc:
+        what = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror
+        raise SegmentRefused(exc.errno, f"not attached: {what}", str(path)) from exc
+    try:
+        _check_file(path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_file(path: Path, status: os.stat_result) -> None:
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISREG(status.st_mode):
+        raise SegmentRefused(f"{path} is no regular file")
+    ours = status.st_uid in (0, os.getuid())
+    if not ours and not (mode == 0o660 and status.st_gid in _groups()):
+        raise SegmentRefused(f"{path} belongs to uid {status.st_uid}, not to us")
+    if mode not in _MODES:
+        raise SegmentRefused(f"{path} has mode {mode:04o}; a segment has 0600 or 0660")
+
+
+def is_same_file(path: Path, fd: int) -> bool:
+    """Whether the name still leads to the file that was opened."""
+    try:
+        there, here = os.lstat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def unlink(path: Path, force: bool = False) -> None:
+    """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`."""
+    while True:
+        fd = _open_checked(path)
+        try:
+            if not force:
+                _lock_exclusively(path, fd)
+            if not is_same_file(path, fd):
+                continue
+            os.unlink(path)
+            return
+        finally:
+            os.close(fd)
+
+
+def _lock_exclusively(path: Path, fd: int) -> None:
+    # An attacher that is still looking at the file lets go at once; the others stay.
+    for attempt in range(3):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == 2:
+                raise SegmentInUse(
+                    f"segment {path} is in use; its processes are shown by 'shmdomains segments'; "
+                    "force unlinks it all the same"
+                ) from None
+            time.sleep(0.01)
+
+
+def segments() -> list[SegmentFile]:
+    """Return the named segments that this user may see, by name.
+
+    >>> isinstance(segments(), list)
+    True
+    """
+    return sorted(_scan(), key=lambda found: found.name)
+
+
+def _scan() -> Iterator[SegmentFile]:
+    for choice in candidates():
+        try:
+            entries = sorted(choice.iterdir())
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.suffix != SUFFIX:
+                continue
+            with suppress(OSError):
+                status = entry.lstat()
+                yield SegmentFile(
+                    name=entry.name[: -len(SUFFIX)],
+                    path=entry,
+                    uid=status.st_uid,
+                    mode=stat.S_IMODE(status.st_mode),
+                    bytes=status.st_blocks * 512,
+                )
