@@ -1,7 +1,7 @@
 """shmdomains: one list of domains for all worker processes of a VM manager.
 
-In shared memory, each domain locked on its own, under the semantics of libvirt's `virDomainObjList`;
-survives the death of any worker at any instruction. Start with `DomainList`.
+In shared memory, each domain locked on its own, under the semantics of libvirt's
+`virDomainObjList`; survives the death of any worker at any instruction. Start with `DomainList`.
 """
 
 import sys as _sys
@@ -75,7 +75,69 @@ from .states import (
 
 __version__ = "0.1.0"
 
-__all__ = [name for name in dir() if not name.startswith("_") and name[0].isupper()] + [
+__all__ = [
+    "AlreadyLocked",
+    "AttachedProcess",
+    "BlockedReason",
+    "Busy",
+    "CheckReport",
+    "ConfigError",
+    "ConsoleDef",
+    "ContractError",
+    "CrashedReason",
+    "DefinitionError",
+    "DiskDef",
+    "Domain",
+    "DomainActive",
+    "DomainDef",
+    "DomainExists",
+    "DomainInactive",
+    "DomainInfo",
+    "DomainList",
+    "DomainLocked",
+    "DomainNotFound",
+    "DomainNotLocked",
+    "DomainRemoved",
+    "DomainState",
+    "DomainTransient",
+    "GraphicsDef",
+    "HostdevDef",
+    "InDoubt",
+    "InterfaceDef",
+    "InvalidName",
+    "ListClosed",
+    "ListInfo",
+    "ListNotLocked",
+    "LoadFailure",
+    "LoadReport",
+    "LockHolder",
+    "LockKindMismatch",
+    "LockLost",
+    "LockOrder",
+    "LockTimeout",
+    "LockedDomains",
+    "NostateReason",
+    "NotOwner",
+    "OSDef",
+    "PMSuspendedReason",
+    "PausedReason",
+    "RunningReason",
+    "SegmentCorrupt",
+    "SegmentError",
+    "SegmentExists",
+    "SegmentFile",
+    "SegmentFull",
+    "SegmentInUse",
+    "SegmentMismatch",
+    "SegmentNotFound",
+    "SegmentPoisoned",
+    "SegmentRefused",
+    "ShmDomainsError",
+    "ShutdownReason",
+    "ShutoffReason",
+    "TooManyLocks",
+    "Unavailable",
+    "UncommittedChanges",
     "segments",
     "unlink",
 ]

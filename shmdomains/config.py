@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import IO, NamedTuple, Protocol
 
 import filelock
@@ -830,7 +831,13 @@ class _LockedDomain(Protocol):
     def changed(self) -> bool: ...
     def rollback(self) -> None: ...
     def __enter__(self) -> _LockedDomain: ...
-    def __exit__(self, *exc_info: object) -> object: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> object: ...
 
 
 class Store(Protocol):

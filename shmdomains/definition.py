@@ -143,9 +143,7 @@ class DomainDef(
         """
         root, source = document.parse(text)
         if root.tag != "domain":
-            raise document.refusal(
-                f"expecting root element of 'domain', not '{root.tag}'", root
-            )
+            raise document.refusal(f"expecting root element of 'domain', not '{root.tag}'", root)
         top = document.first_children(root)
         virt_type = root.get("type")
         if not virt_type:
@@ -167,7 +165,7 @@ class DomainDef(
             name=checked_name,
             type=virt_type,
             memory=memory,
-            os=_read_os(root, virt_type),
+            os=_read_os(root),
             uuid=uuid,
             title=title,
             description=_read_text(top.get("description"), str),
@@ -513,7 +511,7 @@ def _listed_vcpus(element: Element, total: int) -> int | None:
     return sum(enabled.values()) if enabled else None
 
 
-def _read_os(root: Element, virt_type: str) -> OSDef:
+def _read_os(root: Element) -> OSDef:
     for element in root.iterchildren("os"):
         kind = document.child(element, "type")
         if kind is None:
@@ -524,8 +522,7 @@ def _read_os(root: Element, virt_type: str) -> OSDef:
         break
     bootloader = document.child(root, "bootloader")
     if bootloader is not None and document.text_of(bootloader):
-        # libvirt writes a paravirtualised guest of the Xen driver as "linux", elsewhere as "xen".
-        return OSDef("linux" if virt_type == "xen" else "xen")
+        return OSDef("xen")
     where = document.child(root, "os")
     raise document.refusal("an os <type> must be specified", root if where is None else where)
 

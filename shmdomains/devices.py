@@ -515,8 +515,10 @@ _TABLES: dict[str, _Table] = {
     "hostdevs": _Table(
         "hostdev",
         HostdevDef,
-        lambda hostdev: (hostdev.address or hostdev.product)
-        and (hostdev.mode, hostdev.type, hostdev.address, hostdev.product),
+        lambda hostdev: (
+            (hostdev.address or hostdev.product)
+            and (hostdev.mode, hostdev.type, hostdev.address, hostdev.product)
+        ),
         {
             "type": _Slot("type"),
             "address": _HostAddress(""),
@@ -621,9 +623,7 @@ def _refuse_twins(
             raise DefinitionError(f"{kind}: two of them are the same one, {key!r}", table.tag)
 
 
-def _matches(
-    table: _Table, devices: tuple[Any, ...], present: tuple[Any, ...]
-) -> list[int | None]:
+def _matches(table: _Table, devices: tuple[Any, ...], present: tuple[Any, ...]) -> list[int | None]:
     """For each device the index of the present one that it is: an equal one, else the same one."""
     by_value: dict[Any, list[int]] = {}
     for index in reversed(range(len(present))):

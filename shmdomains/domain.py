@@ -21,7 +21,9 @@ from .names import parse_uuid
 from .states import REASONS, DomainState, RunningReason, ShutoffReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    _Record = core.Record  # what the rules ask of a record, whoever keeps it
+else:
+    _Record = object
 
 
 def encode_data(value: Any) -> bytes:
@@ -31,9 +33,7 @@ def encode_data(value: Any) -> bytes:
 
 def decode_data(blob: bytes) -> Any:
     """Return a read-only view of a driver's data: mappings are proxies, sequences tuples."""
-    return msgpack.unpackb(
-        blob, use_list=False, object_hook=MappingProxyType, strict_map_key=False
-    )
+    return msgpack.unpackb(blob, use_list=False, object_hook=MappingProxyType, strict_map_key=False)
 
 
 def _plain(value: Any) -> Any:
@@ -42,23 +42,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"data can hold what MessagePack can, not {type(value).__name__}")
 
 
-class DomainRules:
+class DomainRules(_Record):
     """What may be done with a locked domain. Every method needs the domain's lock."""
 
     __slots__ = ()
-
-    if TYPE_CHECKING:  # what a record offers
-        id: int
-        uuid: UUID
-        name: str
-        is_active: bool
-        state: DomainState
-        reason: Any
-        pid: int | None
-        definition: DomainDef
-        next_definition: DomainDef | None
-        _take_id: Callable[..., int]
-        _drop_id: Callable[[], None]
 
     def set_state(self, state: DomainState, reason: int = 0) -> None:
         """Set state and reason together; part of the transaction.
@@ -128,7 +115,7 @@ class DomainRules:
         return encode_data(value)
 
 
-class Domain(core.Record, DomainRules):
+class Domain(DomainRules, core.Record):
     """A handle to a domain in shared memory (virDomainObj).
 
     Comes locked from `DomainList.get`, `lookup`, `find_by_*` and `assign_def`. Changes made under

@@ -1,8 +1,8 @@
 """The list of domains: find, assign, remove, list - libvirt's rules over a store of records.
 
-`DomainListRules` are the rules of the patch "Locking on virDomainObjPtr objects" and of what libvirt
-learnt after it: who must hold which lock, duplicates, live against next definition, persistence,
-config directories. They call a store - lock and unlock the list, find, create, commit, remove,
+`DomainListRules` are the rules of the patch "Locking on virDomainObjPtr objects" and of what
+libvirt learnt after it: who must hold which lock, duplicates, live against next definition,
+persistence, config directories. They call a store - lock and unlock the list, find, create, commit, remove,
 scan - and know nothing of where records live. `DomainList` puts them on the shared-memory segment.
 
 Lock order: list, domain, the config directory's filelock. A second domain is waited for only while
@@ -50,13 +50,16 @@ from .errors import (
     ShmDomainsError,
     UncommittedChanges,
 )
-from .names import check_name
+from .names import check_name, parse_uuid
 from .states import DomainState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Uuid = str | bytes | uuid_module.UUID
+    _Store = core.Segment  # what the rules ask of a store, whichever it is
+else:
+    _Store = object
 
 DomainInfo = core.Info
 
@@ -155,25 +158,8 @@ def _state_mask(state: int | Iterable[int] | None) -> int:
     return sum({1 << DomainState(one) for one in states})
 
 
-class DomainListRules:
+class DomainListRules(_Store):
     """The rules, over whatever store the class is combined with."""
-
-    if TYPE_CHECKING:  # what a store offers
-        is_locked: bool
-        lock: Callable[..., None]
-        unlock: Callable[[], None]
-        find_by_uuid: Callable[..., Domain | None]
-        get: Callable[..., Domain]
-        lookup: Callable[..., Domain | None]
-        _glance: Callable[..., core.Info | None]
-        _create: Callable[..., Domain]
-        _remove: Callable[[Domain], None]
-        _rename: Callable[..., None]
-        _live_handles: Callable[[], list[Domain]]
-        _list: Callable[..., list[core.Info]]
-        _count: Callable[..., int]
-        _settings: Callable[[], bytes]
-        _set_settings: Callable[[bytes], None]
 
     # --- locks ---
 
@@ -238,7 +224,7 @@ class DomainListRules:
         uuid = one.uuid if isinstance(one, core.Info) else one
         dom = self.find_by_uuid(uuid, deadline.left())
         if dom is None:
-            raise DomainNotFound(f"no domain with matching uuid '{uuid}'")
+            raise DomainNotFound(f"no domain with matching uuid '{parse_uuid(uuid)}'")
         return dom
 
     # --- assign, remove, rename: the list lock is the caller's ---
@@ -272,9 +258,10 @@ class DomainListRules:
         self._need_list_lock("assign_def")
         known = self._known(definition)
         if known is None:
-            definition = definition.replace(uuid=definition.uuid or uuid_module.uuid4())
+            uuid = definition.uuid or uuid_module.uuid4()
+            definition = definition.replace(uuid=uuid)
             return self._create(
-                definition.uuid, definition.name, definition.encode(), bool(persistent), timeout
+                uuid, definition.name, definition.encode(), bool(persistent), timeout
             )
         if definition.uuid is None:
             definition = definition.replace(uuid=known.uuid)
@@ -317,8 +304,8 @@ class DomainListRules:
         self._need_list_lock("remove_inactive")
         if dom.is_locked:
             raise DomainLocked(
-                f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits until "
-                "nobody holds it"
+                f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
+                "until nobody holds it"
             )
         dom.lock(timeout)
         try:
@@ -353,9 +340,9 @@ class DomainListRules:
         """Rename an inactive domain (virDomainRename). List lock held, `dom` locked, nothing
         uncommitted.
 
-        Name and definitions change in one commit; if the list was loaded from a config directory and
-        the domain is persistent, its file and autostart link follow, and a failure there leaves all
-        as it was. Raises `InvalidName` (also for the name that it has), `DomainExists`,
+        Name and definitions change in one commit; if the list was loaded from a config directory
+        and the domain is persistent, its file and autostart link follow, and a failure there leaves
+        all as it was. Raises `InvalidName` (also for the name that it has), `DomainExists`,
         `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`.
         """
         self._need_list_lock("rename")
@@ -387,8 +374,8 @@ class DomainListRules:
         """Define a persistent domain, or redefine one, and save its config; returns its info.
 
         `definition` may be XML. An active domain gets it as `next_definition`. No lock is needed;
-        the list lock is taken. If the config file can not be saved nothing is defined: the domain is
-        as it was before (virDomainDefineXML). Raises `DefinitionError`, `DomainExists`,
+        the list lock is taken. If the config file can not be saved nothing is defined: the domain
+        is as it was before (virDomainDefineXML). Raises `DefinitionError`, `DomainExists`,
         `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
         """
         deadline = _Deadline(timeout)
@@ -410,7 +397,7 @@ class DomainListRules:
             if not existed:
                 self._take_back(dom)
             raise
-        info = self._glance(uuid=dom.uuid)
+        info = self.peek(uuid=dom.uuid, timeout=None)
         dom.unlock()
         assert info is not None
         return info
@@ -494,6 +481,7 @@ class DomainListRules:
         autostart_dir: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         workers: int | None = None,
+        timeout: float | None = None,
     ) -> LoadReport:
         """Load every ``*.xml`` of a directory as a persistent domain (virDomainLoadAllConfigs).
 
@@ -501,10 +489,12 @@ class DomainListRules:
         and reported; a missing directory is no error. A domain whose ``NAME.xml`` in
         `autostart_dir` is a link to its file is set to autostart. The directories are remembered in
         the list: what any process defines, renames or undefines later reaches them.
-        `progress(done, total)` is called as it goes on; `workers` processes parse.
+        `progress(done, total)` is called as it goes on; `workers` processes parse. `timeout` in
+        seconds is for each wait: for a domain it is that file's failure, for the list lock it is
+        `LockTimeout`.
         """
         dirs = ConfigDirs(Path(config_dir), None if autostart_dir is None else Path(autostart_dir))
-        with self.locked():
+        with self.locked(timeout):
             self._set_settings(
                 msgpack.packb(
                     [
@@ -513,7 +503,7 @@ class DomainListRules:
                     ]
                 )
             )
-        return config.load_all(self, dirs, progress, workers)
+        return config.load_all(self, dirs, progress, workers, timeout)
 
     def _config_dirs(self) -> ConfigDirs | None:
         blob = self._settings()
@@ -538,9 +528,9 @@ class DomainListRules:
             dirs.save(definition)
 
     def delete_config(self, dom: Domain) -> None:
-        """Remove the domain's config file and autostart link (virDomainDeleteConfig). Domain locked.
+        """Remove the domain's config file and autostart link (virDomainDeleteConfig).
 
-        Raises `ConfigError`.
+        Domain locked. Raises `ConfigError`.
         """
         dirs = self._config_dirs()
         name = dom.name
@@ -575,7 +565,7 @@ class DomainListRules:
     ) -> list[core.Info]:
         """The domains that fit, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
 
-        Filters are combined with AND; `state` is one `DomainState` or several, any of which will do.
+        Filters are combined with AND; `state` is one `DomainState` or several, any of which do.
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)
@@ -596,14 +586,14 @@ class DomainListRules:
         return self._count(_tri(active), _tri(persistent), _tri(autostart), _state_mask(state))
 
 
-class DomainList(core.Segment, DomainListRules):
+class DomainList(DomainListRules, core.Segment):
     """The list of domains in shared memory (virDomainObjList).
 
     ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
     ones, gone with the last process. `create`, `attach` and `open` use a segment with a name.
 
-    `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default: about
-    16 KiB a domain); memory is committed only as used. `lock` is ``"robust"`` or
+    `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
+    about 16 KiB a domain); memory is committed only as used. `lock` is ``"robust"`` or
     ``"multiprocessing"``; `context` is the multiprocessing context that makes the locks of the
     latter, by default the default one.
 
@@ -732,8 +722,8 @@ class DomainList(core.Segment, DomainListRules):
         others = [one for one in self.info.attached if one.alive and one.pid != os.getpid()]
         if others and not force:
             raise SegmentInUse(
-                f"segment {self._path} is in use by "
-                f"{', '.join(f'process {one.pid}' for one in others)}; force unlinks it all the same"
+                f"segment {self._path} is in use by process "
+                f"{', '.join(str(one.pid) for one in others)}; force unlinks it all the same"
             )
         if not segment_file.is_same_file(self._path, self._fd):
             raise SegmentNotFound(f"{self._path} is not this segment any more")
@@ -772,7 +762,8 @@ class DomainList(core.Segment, DomainListRules):
                 process for word in numbers["attached"] if (process := _process(*word)).alive
             ],
             config_dir=None if dirs is None else str(dirs.config_dir),
-            autostart_dir=None if dirs is None or dirs.autostart_dir is None
+            autostart_dir=None
+            if dirs is None or dirs.autostart_dir is None
             else str(dirs.autostart_dir),
         )
 
@@ -780,7 +771,7 @@ class DomainList(core.Segment, DomainListRules):
         """Look at every invariant of the segment; nothing is changed and nobody is stopped.
 
         What writers move during a look may seem wrong, so a look that found something is repeated,
-        in the end with the list, id and heap locks held (`timeout` seconds for them; `LockTimeout`).
+        in the end with the list, id and heap locks held (for which `timeout` seconds are waited).
 
         >>> bool(DomainList(max_domains=10).check())
         True
@@ -867,17 +858,15 @@ def _checked_limit(max_domains: int | None, lock: str) -> int:
     return max_domains
 
 
-def _make_locks(
-    lock: str, count: int, context: mp_context.BaseContext | None
-) -> tuple[Any, Any]:
+def _make_locks(lock: str, count: int, context: mp_context.BaseContext | None) -> tuple[Any, Any]:
     if lock == "robust":
         return None, None
     room = _room_for_locks()
     if count + 1 > room:
         raise SegmentFull(
-            f"max_domains={count} with lock='multiprocessing' needs {count + 1} locks, each of which "
-            f"maps a page, and this process can map {room} more (vm.max_map_count); use fewer "
-            "domains or lock='robust'"
+            f"max_domains={count} with lock='multiprocessing' needs {count + 1} locks, each of "
+            f"which maps a page, and this process can map {room} more (vm.max_map_count); use "
+            "fewer domains or lock='robust'"
         )
     make = (context or multiprocessing.get_context()).Lock
     return make(), [make() for _ in range(count)]

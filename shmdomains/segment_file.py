@@ -6,8 +6,8 @@ sees that the name is taken. Every attached process holds a shared `flock`; who 
 for an exclusive one on a descriptor of its own (a descriptor inherited over fork shares the lock of
 its parent, and would say yes).
 
-Directories belong to us (or root) and nobody else may write there, so a name can neither be squatted
-nor be made to lead elsewhere; links are refused all the same.
+Directories belong to us (or root) and nobody else may write there, so a name can neither be
+squatted nor be made to lead elsewhere; links are refused all the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MODES = (0o600, 0o660)
 
 
 class SegmentFile(msgspec.Struct, frozen=True):
-    """A named segment's file: `name`, `path`, owner's `uid`, `mode`, and `bytes` of memory it uses."""
+    """A named segment's file: name, path, owner, mode, and the memory it uses (bytes)."""
 
     name: str
     path: Path
@@ -88,7 +88,7 @@ def _is_on_tmpfs(path: Path) -> bool:
 
 
 def path_of(name: str | None, path: str | os.PathLike[str] | None) -> Path:
-    """Return the file of a segment that is given by name or by path; `SegmentNotFound` is not asked."""
+    """Return the file of a segment that is given by name or by path; it need not exist."""
     if path is not None:
         if name is not None:
             raise TypeError("give a name or a path, not both")
@@ -190,8 +190,8 @@ def _gid(group: int | str) -> int:
 def attach(path: Path) -> int:
     """Open the segment for life, with its shared `flock`; returns the descriptor.
 
-    Raises `SegmentNotFound`, and `SegmentRefused` for a file that is not ours, a link, or of another
-    mode.
+    Raises `SegmentNotFound`, and `SegmentRefused` for a file that is not ours, a link, or of
+    another mode.
     """
     while True:
         fd = _open_checked(path)

@@ -1,0 +1,1 @@
+"""The native core: C11 behind one thin Cython binding. Start with layout.h."""

@@ -1,7 +1,7 @@
 /* check.c - every invariant, from outside.
  *
- * One look walks slots, indexes, free list, descriptors and map without a lock and reports what does
- * not fit.  Writers may be at work, so a look also says whether the segment stood still; the caller
+ * One look walks slots, indexes, free list, descriptors and map without a lock and reports what
+ * does not fit.  Writers may be at work, so a look also says whether the segment stood still; the caller
  * looks again, and in the end holds the list, id and heap locks for one look.
  */
 #include "core.h"
@@ -37,7 +37,8 @@ static void check_found(const look *at, uint32_t slot, const sd_key *key, const 
     int result = sd_find(at->segment, key, &found);
     if (result == SD_OK && found == slot) return;
     if (result == SD_OK)
-        fault(at, "I5 index", "%s index leads from the key of slot %u to slot %u", index, slot, found);
+        fault(at, "I5 index", "%s index leads from the key of slot %u to slot %u", index, slot,
+              found);
     else
         fault(at, "I5 index", "%s index does not lead to slot %u", index, slot);
 }
@@ -59,7 +60,8 @@ static void check_identity(const look *at, uint32_t slot, const sd_view *view)
     check_found(at, slot, &key, "id");
     at->tally->active++;
     if ((uint64_t)view->values.id >= sd_load(&at->segment->header->next_id))
-        fault(at, "I4 ids", "slot %u has id %d, which was not given out yet", slot, view->values.id);
+        fault(at, "I4 ids", "slot %u has id %d, which was not given out yet", slot,
+              view->values.id);
 }
 
 static void check_blobs(const look *at, uint32_t slot, const sd_view *view)
@@ -162,8 +164,10 @@ static void check_map(const look *at)
         unnamed += (uint64_t)__builtin_popcountll(map & ~at->named[w]);
         unmarked += (uint64_t)__builtin_popcountll(at->named[w] & ~map);
     }
-    if (unnamed) fault(at, "I2 map", "%llu cells are marked and nobody's", (unsigned long long)unnamed);
-    if (unmarked) fault(at, "I2 map", "%llu cells are in use and not marked", (unsigned long long)unmarked);
+    if (unnamed)
+        fault(at, "I2 map", "%llu cells are marked and nobody's", (unsigned long long)unnamed);
+    if (unmarked)
+        fault(at, "I2 map", "%llu cells are in use and not marked", (unsigned long long)unmarked);
     if (sd_load(&at->segment->header->heap_used) != at->tally->cells)
         fault(at, "I2 map", "the count of used cells is %llu, they are %llu",
               (unsigned long long)sd_load(&at->segment->header->heap_used),

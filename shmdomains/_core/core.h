@@ -9,8 +9,13 @@
 #ifndef SHMDOMAINS_CORE_H
 #define SHMDOMAINS_CORE_H
 
+#include <features.h>
 #include <stdbool.h>
 #include <sys/types.h>
+
+#if !defined __linux__ || !defined __GLIBC__ || !__GLIBC_PREREQ(2, 30)
+#error "shmdomains needs Linux and the GNU C library 2.30 or newer: its robust mutexes are the locks"
+#endif
 
 #include "layout.h"
 
@@ -37,7 +42,7 @@ enum { SD_POISON_LIST = 1, SD_POISON_IDS = 2, SD_POISON_HEAP = 3 };
 #define SD_SLICE_NS 50000000ull /* one lock slice: 50 ms */
 #define SD_HELD_MAX 1000
 
-/* --- geometry: where everything lies, from two limits ------------------------------------------ */
+/* --- geometry: where everything lies, from two limits ---------------------------------------- */
 
 typedef struct {
     uint64_t max_slots, heap_cells, total_bytes;
@@ -51,7 +56,7 @@ int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_ce
 /* Bytes that a segment takes besides its heap and the heap's map. */
 uint64_t sd_geometry_fixed(uint64_t max_slots);
 
-/* --- a mapped segment, private to this process -------------------------------------------------- */
+/* --- a mapped segment, private to this process ----------------------------------------------- */
 
 typedef struct sd_segment {
     unsigned char *base;
@@ -90,7 +95,7 @@ void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at);
 void sd_enter_attached(sd_segment *segment);
 void sd_leave_attached(sd_segment *segment);
 
-/* --- threads and processes ----------------------------------------------------------------------- */
+/* --- threads and processes ------------------------------------------------------------------- */
 
 /* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
 typedef struct sd_orphan {
@@ -136,18 +141,19 @@ bool sd_alive(uint64_t who);
 uint64_t sd_now(void);        /* CLOCK_MONOTONIC, ns */
 uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */
 
-/* --- lock.c -------------------------------------------------------------------------------------- */
+/* --- lock.c ---------------------------------------------------------------------------------- */
 
-/* Waits at most until `deadline` and at most one slice; called with `mutex` seen busy, and never while
- * one of the core's own short locks is held.  The binding's version lets other threads run and looks
- * at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
+/* Waits at most until `deadline` and at most one slice; called with `mutex` seen busy, and never
+ * while one of the core's own short locks is held.  The binding's version lets other threads run and
+ * looks at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
 extern int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline);
 
 int sd_mutex_init(pthread_mutex_t *mutex);
-int sd_mutex_try(pthread_mutex_t *mutex);                       /* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT */
-int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline);  /* the same; no signals, no hook */
-int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline);   /* the same, SD_INTERRUPTED */
-int sd_mutex_lock_briefly(pthread_mutex_t *mutex);              /* one slice, signals left alone */
+/* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT; SD_NESTED; lock: SD_INTERRUPTED. */
+int sd_mutex_try(pthread_mutex_t *mutex);
+int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline); /* no signals, no hook */
+int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline);
+int sd_mutex_lock_briefly(pthread_mutex_t *mutex); /* one slice, signals left alone */
 int sd_mutex_consistent(pthread_mutex_t *mutex);
 void sd_mutex_unlock(pthread_mutex_t *mutex);
 uint32_t sd_mutex_owner(const pthread_mutex_t *mutex);          /* tid, 0 if free */
@@ -166,17 +172,17 @@ int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died);
 void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool given);
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given);
 
-/* lock="multiprocessing": become the owner in place of a dead one.  False: somebody else was first. */
+/* lock="multiprocessing": become the owner in place of a dead one.  False: somebody was faster. */
 bool sd_take_over(sd_owner *owner, uint64_t dead);
 
 int sd_ids_lock(sd_segment *segment, uint64_t deadline);
 void sd_ids_unlock(sd_segment *segment);
-/* The heap's is the last lock and may be wanted while the id lock is held, so signals are left alone
- * and it waits for a slice at most; who waits longer lets go of the id lock in between. */
+/* The heap's is the last lock and may be wanted while the id lock is held, so signals are left
+ * alone and it waits for a slice at most; who waits longer lets go of the id lock in between. */
 int sd_heap_lock_briefly(sd_segment *segment);
 void sd_heap_unlock(sd_segment *segment);
 
-/* --- index.c ------------------------------------------------------------------------------------- */
+/* --- index.c --------------------------------------------------------------------------------- */
 
 uint64_t sd_hash_uuid(const sd_segment *segment, const uint64_t uuid[2]);
 uint64_t sd_hash_name(const sd_segment *segment, const unsigned char *name, size_t bytes);
@@ -188,7 +194,8 @@ typedef struct {
 } sd_probe;
 
 int sd_probe_begin(const sd_segment *segment, int index, uint64_t hash, sd_probe *probe);
-int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot); /* SD_OK SD_MISS SD_CORRUPT */
+/* SD_OK SD_MISS SD_CORRUPT */
+int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot);
 
 /* All of these with the index's lock held and its sequence odd. */
 int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot);
@@ -200,7 +207,7 @@ sd_word *sd_index_sequence(sd_segment *segment, int index);
 void sd_sequence_begin(sd_word *sequence);
 void sd_sequence_end(sd_word *sequence);
 
-/* --- heap.c -------------------------------------------------------------------------------------- */
+/* --- heap.c ---------------------------------------------------------------------------------- */
 
 #define SD_EXTENT_BYTES(extent) ((extent) & ((1ull << 25) - 1))
 #define SD_EXTENT_CELL(extent) ((extent) >> 25)
@@ -224,7 +231,7 @@ void sd_heap_free(sd_segment *segment, sd_word *descriptor);
 bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells);
 void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used);
 
-/* --- record.c ------------------------------------------------------------------------------------ */
+/* --- record.c -------------------------------------------------------------------------------- */
 
 /* A private copy of the fields. */
 typedef struct {
@@ -308,20 +315,20 @@ static inline const sd_fields *sd_copy_of(const sd_slot *slot, uint64_t cur)
     return (cur & 1) ? &slot->copy1 : &slot->copy0;
 }
 
-/* --- settings (list lock held to write) ------------------------------------------------------------ */
+/* --- settings (list lock held to write) ------------------------------------------------------ */
 
 int sd_settings_set(sd_segment *segment, const void *bytes, uint64_t size);
 /* Lock-free.  `out` has SD_SETTINGS_BYTES. */
 int sd_settings_get(const sd_segment *segment, void *out, uint64_t *size);
 
-/* --- recover.c: what the next holder repairs --------------------------------------------------------- */
+/* --- recover.c: what the next holder repairs ------------------------------------------------- */
 
 int sd_recover_list(sd_segment *segment);
 int sd_recover_ids(sd_segment *segment);
 int sd_recover_heap(sd_segment *segment);
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
 
-/* --- check.c: every invariant, from outside ------------------------------------------------------------ */
+/* --- check.c: every invariant, from outside -------------------------------------------------- */
 
 typedef void (*sd_report)(void *context, const char *invariant, const char *what);
 typedef struct {
@@ -331,8 +338,8 @@ typedef struct {
 /* One look at everything, without a lock.  `*still` says whether nothing moved meanwhile; what was
  * reported of a segment that moved may be no fault.  SD_ERRNO: no memory for the look. */
 int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tally, int *still);
-/* With the list lock held by the caller: hold the id and the heap lock too, so that the next look sees
- * a segment that stands still (but for commits that touch neither). */
+/* With the list lock held by the caller: hold the id and the heap lock too, so that the next look
+ * sees a segment that stands still (but for commits that touch neither). */
 int sd_check_hold(sd_segment *segment, uint64_t deadline);
 void sd_check_release(sd_segment *segment);
 

@@ -3,11 +3,12 @@
 
 Thin: what is here is what must hold a Python object or look at a signal - handles, pending changes,
 the cache of decoded definitions, `multiprocessing` locks, exceptions. Which lock a call needs is
-checked here, before the C core is asked; what domains may do stands in domain.py and domain_list.py.
+checked here, before the C core is asked; what domains may do stands in domain.py and
+domain_list.py.
 
-Rules of this file. The GIL is held everywhere but inside one wait slice (`wait_hook`), and it guards
-all that is private to the process: mappings, thread nodes, lists of locked handles. A `Record` is
-held by the thread whose nonce it carries; a fork gives every thread a new nonce.
+Rules of this file. The GIL is held everywhere but inside one wait slice (`wait_hook`), and it
+guards all that is private to the process: mappings, thread nodes, lists of locked handles. A
+`Record` is held by the thread whose nonce it carries; a fork gives every thread a new nonce.
 """
 
 cimport cython
@@ -186,7 +187,7 @@ def configure(*, states, reasons, decode, parse_uuid, uuid_class, holders):
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
 
 
-# --- waiting ----------------------------------------------------------------------------------------
+# --- waiting -------------------------------------------------------------------------------------
 
 # An exception raised by a signal handler inside a wait travels past C code that knows nothing of
 # Python; it is kept here until `fail` raises it. The GIL is held from one to the other.
@@ -240,25 +241,27 @@ cdef int fail(int result, object what) except -1:
         kept_type = kept_value = kept_traceback = NULL
         return -1
     if result == SD_TIMEOUT:
-        raise errors.LockTimeout(f"{what}: one of the segment's own short locks was not free in time")
+        raise errors.LockTimeout(
+            f"{what}: one of the segment's own short locks was not free in time")
     if result == SD_NESTED:
         raise errors.LockOrder(
-            f"{what}: asked by a signal handler that interrupted this thread in the middle of a change; "
-            "set a flag in the handler and do this after the interrupted call")
+            f"{what}: asked by a signal handler that interrupted this thread in the middle of a "
+            "change; set a flag in the handler and do this after the interrupted call")
     if result == SD_FULL:
         raise errors.SegmentFull(
             f"{what}: the segment is full; create it with larger max_domains or max_bytes")
     if result == SD_NO_MEMORY:
         raise errors.SegmentFull(
-            f"{what}: no memory for the segment ({strerror(errno).decode()}); free some in its file "
-            "system or memory cgroup and try again")
+            f"{what}: no memory for the segment ({strerror(errno).decode()}); free some in its "
+            "file system or memory cgroup and try again")
     if result == SD_POISONED:
         raise errors.SegmentPoisoned(
             f"{what}: a repair of this segment failed; its domains can still be read: export them, "
             "unlink it and create a new one")
     if result == SD_ERRNO:
         raise OSError(errno, strerror(errno).decode(), what)
-    raise errors.SegmentCorrupt(f"{what}: the segment holds a value that can not be right ({result})")
+    raise errors.SegmentCorrupt(
+        f"{what}: the segment holds a value that can not be right ({result})")
 
 
 cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
@@ -298,7 +301,7 @@ cdef bint set_name(unsigned char *to, object name) except -1:
     return True
 
 
-# --- what stands in a record --------------------------------------------------------------------------
+# --- what stands in a record ---------------------------------------------------------------------
 
 cdef object state_of(const sd_values *values):
     if values.state >= len(STATES):
@@ -322,8 +325,8 @@ cdef object copy_extent(sd_segment *segment, uint64_t extent):
 cdef class Info:
     """One domain as it was committed at one moment. Immutable; reading it takes no lock.
 
-    Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself; the
-    set that a snapshot gives is not one moment's.
+    Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
+    the set that a snapshot gives is not one moment's.
     """
     cdef Segment segment
     cdef uint32_t slot
@@ -518,8 +521,8 @@ cdef class Segment:
         cdef double pause
         if lock is None:
             raise errors.LockKindMismatch(
-                "this list uses multiprocessing locks, which only processes can have that inherited "
-                "the DomainList; a stranger may read it: snapshot(), list(), peek()")
+                "this list uses multiprocessing locks, which only processes can have that "
+                "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
         if lock.acquire(False):
             return SD_OK
         while True:
@@ -603,6 +606,11 @@ cdef class Segment:
             at = record.after
         return None
 
+    cdef int not_held_here(self, uint32_t slot) except -1:
+        if sd_self().records != NULL and self.held_here(slot, 0) is not None:
+            raise errors.AlreadyLocked(f"this thread holds {self.describe(slot)} already")
+        return 0
+
     cdef bint holds_any(self):
         cdef void *at = sd_self().records
         while at != NULL:
@@ -645,8 +653,8 @@ cdef class Segment:
     def lock(self, timeout=None):
         """Take the list lock (the patch's driver lock).
 
-        `timeout` in seconds: None waits for ever, 0 tries. Raises `AlreadyLocked`, `LockOrder` (this
-        thread holds a domain of this list), `LockTimeout`, `ListClosed`.
+        `timeout` in seconds: None waits for ever, 0 tries. Raises `AlreadyLocked`, `LockOrder`
+        (this thread holds a domain of this list), `LockTimeout`, `ListClosed`.
         """
         cdef uint64_t deadline = deadline_of(timeout)
         self.usable()
@@ -685,7 +693,6 @@ cdef class Segment:
 
     cdef bint make_key(self, sd_key *key, object uuid, object name, object id) except -1:
         """False: no domain can have this key."""
-        cdef object number
         if (uuid is not None) + (name is not None) + (id is not None) != 1:
             raise TypeError("give exactly one of uuid=, name=, id=")
         if uuid is not None:
@@ -725,14 +732,17 @@ cdef class Segment:
     cdef Record look_up(self, const sd_key *key, object timeout):
         """Probe, lock that one slot, verify; None: not there.
 
-        A hit that turns out to be another domain once it is locked was removed or renamed meanwhile;
-        the look-up begins again, for its key may have come back in another slot.
+        A hit that turns out to be another domain once it is locked was removed or renamed
+        meanwhile; the look-up begins again, for its key may have come back in another slot.
         """
         cdef uint64_t deadline = deadline_of(timeout)
         cdef uint32_t slot
         cdef int result
         cdef Record record
-        self.may_wait(deadline)
+        if sd_self().records != NULL:
+            if sd_find(self.segment, key, &slot) == SD_OK:
+                self.not_held_here(slot)
+            self.may_wait(deadline)
         while True:
             result = sd_find(self.segment, key, &slot)
             if result == SD_DOUBT:
@@ -752,8 +762,7 @@ cdef class Segment:
         """Lock the slot and hand out the domain if it is still the one that was meant."""
         cdef sd_slot *at = &self.segment.slots[slot]
         cdef Record record
-        if sd_self().records != NULL and self.held_here(slot, 0) is not None:
-            raise errors.AlreadyLocked("this thread holds this domain already")
+        self.not_held_here(slot)
         if self.acquire_slot(slot, deadline) == SD_TIMEOUT:
             self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
         if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
@@ -769,7 +778,8 @@ cdef class Segment:
 
     cdef Record new_record(self, uint32_t slot):
         cdef sd_slot *at = &self.segment.slots[slot]
-        cdef Record record = (<PyTypeObject *>self.record_class).tp_new(self.record_class, EMPTY, NULL)
+        cdef Record record = (<PyTypeObject *>self.record_class).tp_new(
+            self.record_class, EMPTY, NULL)
         record.segment = self
         record.slot = slot
         record.life = sd_load(&at.life)
@@ -923,7 +933,7 @@ cdef class Segment:
                 back_off(deadline)
 
     cdef int wake_recovery(self) except -1:
-        """An index that stays odd belongs to a dead holder: let whoever can repair it, without waiting."""
+        """An index that stays odd has a dead holder: repair it, if that takes no waiting."""
         cdef sd_segment *segment = self.segment
         if sd_load(&segment.header.poisoned) or segment.list_nonce == sd_self().nonce:
             return 0
@@ -934,9 +944,9 @@ cdef class Segment:
         return 0
 
     def snapshot(self, definitions=True):
-        """All domains as `DomainInfo`s of committed state. Takes no lock; each record is consistent in
-        itself, the set is not one moment's. `definitions=False` leaves definitions and data out and
-        is faster. Raises `Busy` for a record that writers kept overtaking for a second."""
+        """All domains as `DomainInfo`s of committed state. Takes no lock; each record is
+        consistent in itself, the set is not one moment's. `definitions=False` leaves definitions
+        and data out and is faster. Raises `Busy` for a record that writers kept overtaking for a second."""
         return self._list(-1, -1, -1, 0xffffffff, definitions)
 
     def _list(self, int active, int persistent, int autostart, unsigned states, bint definitions):
@@ -954,7 +964,8 @@ cdef class Segment:
                 found.append(info)
         return found
 
-    cdef bint chosen(self, uint32_t slot, int active, int persistent, int autostart, unsigned states):
+    cdef bint chosen(self, uint32_t slot, int active, int persistent, int autostart,
+                     unsigned states):
         """A first look that spares the copy of what the filter rejects."""
         cdef sd_view view
         cdef int result = sd_view_begin(self.segment, slot, &view)
@@ -1112,7 +1123,6 @@ cdef class Segment:
     def _live_handles(self):
         """Unlocked handles to every live record, in slot order."""
         cdef uint32_t slot
-        cdef Record record
         cdef list found = []
         self.usable()
         for slot in range(sd_slot_count(self.segment)):
@@ -1280,10 +1290,16 @@ cdef class Record:
     cdef object __weakref__
 
     def __dealloc__(self):
-        if self.nonce and self.thread.nonce == self.nonce:
+        if self.held_somewhere():
             abandon(self)
 
     # --- who holds it ---
+
+    cdef bint held_somewhere(self):
+        """By a thread of this process that still runs. After a fork the nodes of the parent's
+        threads are still there, with the epoch of before."""
+        return (self.nonce != 0 and self.thread.epoch == sd_fork_epoch
+                and self.thread.nonce == self.nonce)
 
     cdef Record mine_or_none(self):
         cdef sd_thread *thread = sd_self()
@@ -1382,10 +1398,9 @@ cdef class Record:
         cdef sd_slot *at
         self.segment.usable()
         at = &self.segment.segment.slots[self.slot]
-        self.segment.may_wait(deadline)
         if self.mine_or_none() is not None:
-            raise errors.AlreadyLocked(
-                f"this thread holds domain {uuid_object(self.uuid_raw)} already")
+            self.segment.not_held_here(self.slot)
+        self.segment.may_wait(deadline)
         if self.segment.acquire_slot(self.slot, deadline) == SD_TIMEOUT:
             self.segment.timed_out(&at.owner, &at.mutex, self.segment.describe(self.slot), timeout)
         if sd_load(&at.life) != self.life:
@@ -1422,7 +1437,7 @@ cdef class Record:
             mine.disown(True)
 
     cdef int not_mine(self) except -1:
-        if self.nonce and self.thread.nonce == self.nonce:
+        if self.held_somewhere():
             raise errors.NotOwner(
                 f"another thread of this process holds domain {uuid_object(self.uuid_raw)}")
         raise errors.DomainNotLocked(
@@ -1654,7 +1669,8 @@ cdef class Record:
         cdef int32_t id
         cdef int result = sd_take_id(self.segment.segment, &id, deadline_of(timeout))
         if result == SD_FULL:
-            raise errors.SegmentFull("every id up to 2147483647 was given out; create a new segment")
+            raise errors.SegmentFull(
+                "every id up to 2147483647 was given out; create a new segment")
         if result != SD_OK:
             fail(result, "next id")
         mine.values.id = id
@@ -1718,7 +1734,7 @@ cdef void abandon(Record record) noexcept:
         pass
 
 
-# --- creating a segment -----------------------------------------------------------------------------
+# --- creating a segment --------------------------------------------------------------------------
 
 MAX_DOMAINS = SD_SLOTS_MAX
 
@@ -1735,8 +1751,9 @@ def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
         raise ValueError(f"max_bytes for {max_domains} domains is at least {fixed + (1 << 20)}")
     else:
         cells = <uint64_t>((max_bytes - fixed - 8192) * 8 // (SD_CELL * 8 + 1))
-    cdef int result = sd_format(
-        fd, SD_KIND_MULTIPROCESSING if kind == "multiprocessing" else SD_KIND_ROBUST, max_domains, cells)
+    cdef uint64_t number = (SD_KIND_MULTIPROCESSING if kind == "multiprocessing"
+                            else SD_KIND_ROBUST)
+    cdef int result = sd_format(fd, number, max_domains, cells)
     if result != SD_OK:
         fail(result, "create the segment")
 

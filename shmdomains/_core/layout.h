@@ -112,7 +112,8 @@ typedef struct {
     sd_fields copy1;
     sd_owner owner;      /* Slot lock */
     /* line 3 */
-    sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  Slot + heap lock (I2) */
+    sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  Slot + heap lock
+                                    (I2); a dead writer's is whole, named and kept */
     sd_word dirty;     /* not 0: uncounted descriptors wait to be freed.  Slot lock; set before the
                           mutex is made consistent and where freeing had to be put off; cleared
                           after the last one is freed */
@@ -146,11 +147,11 @@ typedef struct {
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
     sd_owner list_owner;
-    _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: rebuilt by the next holder */
+    _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: next holder rebuilds */
     sd_word list_level[2];    /* of the UUID and the name index */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
-    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots whose mutex is initialised; stored after it */
+    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init */
     sd_word slots_committed;  /* slots and names with memory behind them; stored after fallocate */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* which settings buffer counts; the commit store of a change.
@@ -166,7 +167,7 @@ typedef struct {
 
     /* The heap lock. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t heap_mutex;
-    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory behind them, and their map */
+    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map behind them */
     sd_word heap_used;  /* cells; derived: rebuilt by recovery */
     sd_word heap_dirty;
     sd_word heap_rover; /* where the next search starts: a hint */

@@ -28,7 +28,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* --- threads, processes, time -------------------------------------------------------------------- */
+/* --- threads, processes, time ---------------------------------------------------------------- */
 
 uint64_t sd_fork_epoch = 1;
 _Thread_local sd_thread *sd_this_thread;
@@ -177,7 +177,7 @@ uint64_t sd_now_coarse(void)
     return read_clock(CLOCK_MONOTONIC_COARSE);
 }
 
-/* --- one mutex ------------------------------------------------------------------------------------ */
+/* --- one mutex ------------------------------------------------------------------------------- */
 
 int sd_mutex_init(pthread_mutex_t *mutex)
 {
@@ -317,7 +317,7 @@ void sd_mutex_unlock(pthread_mutex_t *mutex)
     pthread_mutex_unlock(mutex);
 }
 
-/* --- owner records --------------------------------------------------------------------------------- */
+/* --- owner records --------------------------------------------------------------------------- */
 
 static void sign(sd_owner *owner)
 {
@@ -338,7 +338,7 @@ static inline bool poisoned(const sd_segment *segment)
     return __builtin_expect(sd_load(&segment->header->poisoned) != 0, 0);
 }
 
-/* --- the list lock ----------------------------------------------------------------------------------- */
+/* --- the list lock --------------------------------------------------------------------------- */
 
 int sd_list_entered(sd_segment *segment, bool died)
 {
@@ -384,7 +384,7 @@ void sd_list_unlock(sd_segment *segment)
     sd_mutex_unlock(&segment->header->list_mutex);
 }
 
-/* --- a slot's lock ------------------------------------------------------------------------------------- */
+/* --- a slot's lock --------------------------------------------------------------------------- */
 
 int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died)
 {
@@ -426,7 +426,7 @@ void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given)
     sd_mutex_unlock(&segment->slots[slot].mutex);
 }
 
-/* --- the core's own short locks ---------------------------------------------------------------------------- */
+/* --- the core's own short locks -------------------------------------------------------------- */
 
 /* Entering a short lock: repair if its holder died or a repair was put off; on failure poison and
  * let go, consistent all the same. */

@@ -12,7 +12,7 @@
 
 #include <errno.h>
 
-/* --- fields ------------------------------------------------------------------------------------------ */
+/* --- fields ---------------------------------------------------------------------------------- */
 
 static void read_fields(const sd_fields *from, sd_values *values)
 {
@@ -73,7 +73,7 @@ int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *value
     return sd_extent_valid(segment, *extent) ? SD_OK : SD_CORRUPT;
 }
 
-/* --- find ---------------------------------------------------------------------------------------------- */
+/* --- find ------------------------------------------------------------------------------------ */
 
 static bool same_name(const sd_segment *segment, uint32_t slot, const unsigned char *name)
 {
@@ -91,7 +91,8 @@ bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key)
     if (!(sd_load_acquire(&record->life) & 1)) return false;
     switch (key->what) {
     case SD_UUID_INDEX:
-        return sd_load(&record->uuid[0]) == key->uuid[0] && sd_load(&record->uuid[1]) == key->uuid[1];
+        return sd_load(&record->uuid[0]) == key->uuid[0] &&
+               sd_load(&record->uuid[1]) == key->uuid[1];
     case SD_NAME_INDEX: return same_name(segment, slot, key->name);
     default: sd_values_settled(segment, slot, &values); return values.id == key->id;
     }
@@ -121,7 +122,7 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
     return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;
 }
 
-/* --- garbage ---------------------------------------------------------------------------------------------- */
+/* --- garbage --------------------------------------------------------------------------------- */
 
 /* Free every descriptor that does not count.  Slot and heap lock held. */
 static void free_uncounted(sd_segment *segment, uint32_t slot)
@@ -132,8 +133,8 @@ static void free_uncounted(sd_segment *segment, uint32_t slot)
     sd_values_get(segment, slot, &values);
     for (int b = 0; b < SD_BLOBS; b++)
         for (int i = 0; i < 2; i++) {
-            bool counts = live && values.flags & SD_FLAG_PRESENT(b) && choice_of(values.flags, b) == i;
-            if (!counts) sd_heap_free(segment, &record->extent[b][i]);
+            bool counts = values.flags & SD_FLAG_PRESENT(b) && choice_of(values.flags, b) == i;
+            if (!live || !counts) sd_heap_free(segment, &record->extent[b][i]);
         }
     sd_publish(&record->dirty, 0);
 }
@@ -147,10 +148,10 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
     sd_heap_unlock(segment);
 }
 
-/* --- commit -------------------------------------------------------------------------------------------------- */
+/* --- commit ---------------------------------------------------------------------------------- */
 
-/* With the id lock held if `ids`: take the heap lock too.  Signals run only while neither is held, so
- * a wait of more than a slice starts again from the front. */
+/* The id lock if `ids`, and the heap lock if `heap`.  Signals run only while neither is held, so a
+ * wait of more than a slice starts again from the front. */
 static int lock_short(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
 {
     for (;;) {
@@ -166,7 +167,8 @@ static int lock_short(sd_segment *segment, bool ids, bool heap, uint64_t deadlin
     }
 }
 
-/* Allocate the new blobs into the descriptors that do not count.  Heap lock held.  All or nothing. */
+/* Allocate the new blobs into the descriptors that do not count.  Heap lock held.  All or
+ * nothing. */
 static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *values,
                           const sd_blob blobs[SD_BLOBS])
 {
@@ -235,7 +237,8 @@ static int flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *va
         sd_store(&header->active, sd_load(&header->active) - 1);
     }
     /* The commit stands; an index that contradicts itself is rebuilt from what is committed. */
-    if (result != SD_OK && sd_recover_ids(segment) != SD_OK) sd_poison(segment, SD_POISON_IDS, slot);
+    if (result != SD_OK && sd_recover_ids(segment) != SD_OK)
+        sd_poison(segment, SD_POISON_IDS, slot);
     if (result == SD_OK) sd_sequence_end(&header->id_seq);
     return SD_OK;
 }
@@ -313,7 +316,7 @@ int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline)
     return result;
 }
 
-/* --- insert and remove -------------------------------------------------------------------------------------------- */
+/* --- insert and remove ----------------------------------------------------------------------- */
 
 /* More slots: commit, initialise each mutex, then count them.  Uncounted slots are nobody's, so a
  * grower that died half-way is simply overtaken.  List lock held. */
@@ -343,7 +346,8 @@ static int add_slots(sd_segment *segment)
 
 /* The next candidate on the free list, behind `*link` (NULL: from its head), a new slot at its end.
  * The caller tries the slot's lock, and asks for the next one when somebody holds it (a handle to a
- * domain that is gone, in a process that was stopped): nobody may block an insert.  List lock held. */
+ * domain that is gone, in a process that was stopped): nobody may block an insert.  List lock
+ * held. */
 int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
 {
     sd_header *header = segment->header;
@@ -354,7 +358,8 @@ int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
         from = &header->free_head;
     }
     uint64_t next = sd_load(from);
-    if (next > sd_slot_count(segment) || sd_load(&segment->slots[next - 1].life) & 1) return SD_CORRUPT;
+    if (next > sd_slot_count(segment)) return SD_CORRUPT;
+    if (sd_load(&segment->slots[next - 1].life) & 1) return SD_CORRUPT;
     *link = from;
     *slot = (uint32_t)(next - 1);
     return SD_OK;
@@ -442,7 +447,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
     return SD_OK;
 }
 
-/* --- lock-free reading ----------------------------------------------------------------------------------------------- */
+/* --- lock-free reading ----------------------------------------------------------------------- */
 
 int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
 {

@@ -1,7 +1,7 @@
 /* segment.c - create, attach, grow, unmap.
  *
- * A segment is formatted in a file that nobody can find yet (an unnamed temporary file, or a memfd),
- * then published by giving it a name; so nobody sees half a segment and a killed creator leaves
+ * A segment is formatted in a file that nobody can find yet (an unnamed temporary file, or a
+ * memfd), then published by giving it a name; so nobody sees half a segment and a killed creator leaves
  * nothing.  Naming, modes and flock are the caller's (segment_file.py).
  *
  * The mapping has its full size from the start; address space is free.  Memory is committed by
@@ -26,7 +26,7 @@
 
 static sd_segment *mapped; /* of this process; the binding serialises who comes here */
 
-/* --- geometry ---------------------------------------------------------------------------------------- */
+/* --- geometry -------------------------------------------------------------------------------- */
 
 static uint64_t whole_pages(uint64_t bytes)
 {
@@ -76,7 +76,7 @@ uint64_t sd_geometry_fixed(uint64_t max_slots)
     return max_slots && max_slots <= SD_SLOTS_MAX ? lay_out(&unused, max_slots, 64) : 0;
 }
 
-/* --- what must be equal between creator and attacher ---------------------------------------------- */
+/* --- what must be equal between creator and attacher ----------------------------------------- */
 
 /* Sizes and places of what is shared, the C library's mutex included. */
 static uint64_t signature(void)
@@ -103,9 +103,9 @@ static void read_boot(uint64_t boot[2])
     }
     int n = 0;
     for (const char *at = text; *at && n < 32; at++) {
-        int digit = *at >= '0' && *at <= '9' ? *at - '0' : *at >= 'a' && *at <= 'f' ? *at - 'a' + 10 : -1;
-        if (digit < 0) continue;
-        bytes[n / 2] = (unsigned char)(bytes[n / 2] << 4 | digit);
+        const char *digits = "0123456789abcdef", *digit = strchr(digits, *at);
+        if (!digit) continue;
+        bytes[n / 2] = (unsigned char)(bytes[n / 2] << 4 | (digit - digits));
         n++;
     }
     memcpy(boot, bytes, 16);
@@ -161,7 +161,7 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
     return SD_OK;
 }
 
-/* --- memory --------------------------------------------------------------------------------------------- */
+/* --- memory ---------------------------------------------------------------------------------- */
 
 static int commit_file(int fd, uint64_t offset, uint64_t bytes)
 {
@@ -229,7 +229,7 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells)
     return result;
 }
 
-/* --- this process's mappings ------------------------------------------------------------------------------ */
+/* --- this process's mappings ----------------------------------------------------------------- */
 
 sd_segment *sd_mapped(const uint64_t id[2])
 {
@@ -318,7 +318,7 @@ void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
     sd_publish(&segment->header->poisoned, reason);
 }
 
-/* --- who is attached ----------------------------------------------------------------------------------------- */
+/* --- who is attached ------------------------------------------------------------------------- */
 
 /* One word a process: its main thread's identity.  Written by the process itself with compare-and-
  * swap on a word that is empty or names a process that is gone; a dead one's word stays until then.
@@ -327,7 +327,11 @@ void sd_enter_attached(sd_segment *segment)
 {
     const sd_thread *self = sd_self();
     uint64_t me = sd_identity((uint32_t)self->pid, self->who >> 22);
-    segment->epoch = sd_fork_epoch;
+    if (segment->epoch != sd_fork_epoch) { /* what our parent holds is not ours */
+        segment->held = 0;
+        segment->list_nonce = 0;
+        segment->epoch = sd_fork_epoch;
+    }
     for (int pass = 0; pass < 2; pass++) {
         for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
             uint64_t word = sd_load(&segment->attached[i]);
@@ -353,7 +357,7 @@ void sd_leave_attached(sd_segment *segment)
     }
 }
 
-/* --- settings --------------------------------------------------------------------------------------------------- */
+/* --- settings -------------------------------------------------------------------------------- */
 
 static sd_word *settings_at(const sd_segment *segment, uint64_t choice)
 {
