@@ -416,6 +416,8 @@ def _read_uuid(root: Element, top: document.Children) -> UUID | None:
         return uuid
     # The firmware's tables say the uuid to the guest, so libvirt wants both to be the same.
     for entry in _sysinfo_uuids(root):
+        if not document.text_of(entry):
+            continue
         other = document.checked(parse_uuid, entry)
         if uuid is not None and other != uuid:
             raise document.refusal("UUID mismatch between <uuid> and <sysinfo>", entry)
@@ -424,8 +426,7 @@ def _read_uuid(root: Element, top: document.Children) -> UUID | None:
 
 
 def _sysinfo_uuids(root: Element) -> list[Element]:
-    path = "sysinfo[@type='smbios']/system/entry[@name='uuid']"
-    return [entry for entry in root.iterfind(path) if document.text_of(entry)]
+    return list(root.iterfind("sysinfo[@type='smbios']/system/entry[@name='uuid']"))
 
 
 def _read_memory(
@@ -711,10 +712,7 @@ def _write_uuid(root: Element, definition: DomainDef) -> None:
     text = None if definition.uuid is None else str(definition.uuid)
     _write_text(root, "uuid", text)
     for entry in _sysinfo_uuids(root):
-        if text is None:
-            document.drop(entry)
-        else:
-            document.set_text(entry, text)
+        document.set_text(entry, text or "")
 
 
 def _size_writer(field: str, tag: str) -> Callable[[Element, DomainDef], None]:
@@ -802,6 +800,8 @@ def _rest(definition: DomainDef) -> str:
         kind,
     ):
         _forget(element)
+    for entry in _sysinfo_uuids(root):
+        document.set_text(entry, "")
     for element in (document.child(root, "os"), document.child(root, "devices")):
         if element is not None and not len(element) and not element.attrib:
             document.drop(element)

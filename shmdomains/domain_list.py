@@ -2,8 +2,9 @@
 
 `DomainListRules` are the rules of the patch "Locking on virDomainObjPtr objects" and of what
 libvirt learnt after it: who must hold which lock, duplicates, live against next definition,
-persistence, config directories. They call a store - lock and unlock the list, find, create, commit, remove,
-scan - and know nothing of where records live. `DomainList` puts them on the shared-memory segment.
+persistence, config directories. They call a store - lock and unlock the list, find, create, commit,
+remove, scan - and know nothing of where records live. `DomainList` puts them on the shared-memory
+segment.
 
 Lock order: list, domain, the config directory's filelock. A second domain is waited for only while
 the list lock is held, so waits for domains can not form a cycle.

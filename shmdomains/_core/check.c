@@ -1,8 +1,8 @@
 /* check.c - every invariant, from outside.
  *
  * One look walks slots, indexes, free list, descriptors and map without a lock and reports what
- * does not fit.  Writers may be at work, so a look also says whether the segment stood still; the caller
- * looks again, and in the end holds the list, id and heap locks for one look.
+ * does not fit.  Writers may be at work, so a look also says whether the segment stood still; the
+ * caller looks again, and in the end holds the list, id and heap locks for one look.
  */
 #include "core.h"
 

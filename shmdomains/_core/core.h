@@ -14,7 +14,7 @@
 #include <sys/types.h>
 
 #if !defined __linux__ || !defined __GLIBC__ || !__GLIBC_PREREQ(2, 30)
-#error "shmdomains needs Linux and the GNU C library 2.30 or newer: its robust mutexes are the locks"
+#error "shmdomains needs Linux and the GNU C library 2.30 or newer (robust mutexes)"
 #endif
 
 #include "layout.h"
@@ -144,8 +144,8 @@ uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */
 /* --- lock.c ---------------------------------------------------------------------------------- */
 
 /* Waits at most until `deadline` and at most one slice; called with `mutex` seen busy, and never
- * while one of the core's own short locks is held.  The binding's version lets other threads run and
- * looks at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
+ * while one of the core's own short locks is held.  The binding's version lets other threads run
+ * and looks at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
 extern int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline);
 
 int sd_mutex_init(pthread_mutex_t *mutex);
@@ -280,8 +280,8 @@ int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline);
 
 /* A FREE slot to try: see record.c.  List lock held. */
 int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot);
-/* A new domain in that slot, committed.  List lock and the slot's lock held; the caller has checked
- * for duplicates.  On failure nothing has changed. */
+/* A new domain in that slot, committed.  List lock and the slot's lock held; the caller has
+ * checked for duplicates.  On failure nothing has changed. */
 int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t uuid[2],
               const unsigned char *name, const sd_values *values, const sd_blob blobs[SD_BLOBS],
               uint64_t deadline);

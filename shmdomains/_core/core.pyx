@@ -946,7 +946,7 @@ cdef class Segment:
     def snapshot(self, definitions=True):
         """All domains as `DomainInfo`s of committed state. Takes no lock; each record is
         consistent in itself, the set is not one moment's. `definitions=False` leaves definitions
-        and data out and is faster. Raises `Busy` for a record that writers kept overtaking for a second."""
+        and data out and is faster. Raises `Busy` when writers kept overtaking it for a second."""
         return self._list(-1, -1, -1, 0xffffffff, definitions)
 
     def _list(self, int active, int persistent, int autostart, unsigned states, bint definitions):

@@ -10,9 +10,9 @@
  * the eyes of lock-free readers, who are covered by the sequence: a hit is verified under the
  * slot's lock, a miss counts only if the sequence was even and unchanged (I5).
  *
- * Tables grow by doubling.  Table k lies at a fixed place; it is committed, zeroed and filled while
- * the sequence is odd, then one store of `level` makes it the one that counts.  Old tables stay:
- * a late reader may still be in one, finds hits that it verifies and misses that it doubts.
+ * Tables grow by doubling.  Table k lies at a fixed place; it is committed, zeroed and filled
+ * while the sequence is odd, then one store of `level` makes it the one that counts.  Old tables
+ * stay: a late reader may still be in one, finds hits that it verifies and misses that it doubts.
  */
 #include "core.h"
 
@@ -144,8 +144,8 @@ int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot
     return result == SD_OK ? put(table, mask, entry_of(hash, slot)) : result;
 }
 
-/* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind the
- * hole.  A copy is stored before the original goes, so nothing is out of the table in between. */
+/* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind
+ * the hole.  A copy is stored before the original goes, so nothing is out of the table in between. */
 static void shift_back(sd_word *table, uint64_t mask, uint64_t hole)
 {
     uint64_t at = hole;

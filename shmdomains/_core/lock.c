@@ -229,8 +229,8 @@ static void forget_pending(void)
 /* Mark the death of an owner that does not exist (5. above).  A thread that ends is taken off its
  * locks by the kernel before its number can be free, so a number without a thread is no race.  A
  * mutex that names *this* thread is an orphan too: the callers know that it does not hold it - but
- * for a signal handler that runs in the middle of a wait, whose thread may hold a slot that is just
- * being made; it is turned away. */
+ * for a signal handler that runs in the middle of a wait, whose thread may hold a slot that is
+ * just being made; it is turned away. */
 static int bury_missing_owner(pthread_mutex_t *mutex)
 {
     uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);

@@ -2,9 +2,10 @@
  *
  * A holder changes nothing in place.  sd_commit() writes new blobs into fresh extents, the fields
  * into the copy that does not count, and then stores `cur`: that one store makes the new fields,
- * the new blobs and the new name count at once.  What counted before is garbage from then on and is
- * freed afterwards.  So a holder that dies leaves either the old record with some garbage, or the
- * new one with some garbage; garbage is what a descriptor names and no counting field copy chooses.
+ * the new blobs and the new name count at once.  What counted before is garbage from then on and
+ * is freed afterwards.  So a holder that dies leaves either the old record with some garbage, or
+ * the new one with some garbage; garbage is what a descriptor names and no counting field copy
+ * chooses.
  *
  * Lock-free readers (sd_view_*) take life and cur, copy, and look at both again (I3).
  */
@@ -43,8 +44,8 @@ void sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values)
     read_fields(sd_copy_of(record, sd_load(&record->cur)), values);
 }
 
-/* The committed values while others may commit: the copy chosen by a `cur` that stands still.  Only
- * single fields of the result belong together where the caller holds the lock that pins them. */
+/* The committed values while others may commit: the copy chosen by a `cur` that stands still.
+ * Only single fields of the result belong together where the caller holds the lock that pins them. */
 void sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values)
 {
     const sd_slot *record = &segment->slots[slot];
@@ -344,10 +345,10 @@ static int add_slots(sd_segment *segment)
     return SD_OK;
 }
 
-/* The next candidate on the free list, behind `*link` (NULL: from its head), a new slot at its end.
- * The caller tries the slot's lock, and asks for the next one when somebody holds it (a handle to a
- * domain that is gone, in a process that was stopped): nobody may block an insert.  List lock
- * held. */
+/* The next candidate on the free list, behind `*link` (NULL: from its head), a new slot at its
+ * end. The caller tries the slot's lock, and asks for the next one when somebody holds it (a
+ * handle to a domain that is gone, in a process that was stopped): nobody may block an insert.
+ * List lock held. */
 int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
 {
     sd_header *header = segment->header;

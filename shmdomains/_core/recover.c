@@ -1,8 +1,8 @@
 /* recover.c - what the next holder repairs.
  *
  * Each function runs with the lock concerned held, before its mutex is made consistent.  All of
- * them allocate nothing, start from what is committed, and can be cut off anywhere and begun again: a
- * recoverer that dies leaves the lock dead, and the next one runs the same function.
+ * them allocate nothing, start from what is committed, and can be cut off anywhere and begun
+ * again: a recoverer that dies leaves the lock dead, and the next one runs the same function.
  *
  *   list lock   UUID and name index, number, free list   from life, uuid, committed names
  *   id lock     id index                                 from committed ids
@@ -94,8 +94,8 @@ int sd_recover_heap(sd_segment *segment)
 }
 
 /* The record is the old one or the new one.  Remember who died - nobody knows when the owner
- * record is empty: then a recoverer got this far before it died itself, or the holder died before it signed -
- * and free the garbage if the heap lock is to be had. */
+ * record is empty: then a recoverer got this far before it died itself, or the holder died before
+ * it signed - and free the garbage if the heap lock is to be had. */
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid)
 {
     sd_slot *record = &segment->slots[slot];

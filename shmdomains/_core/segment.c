@@ -1,15 +1,15 @@
 /* segment.c - create, attach, grow, unmap.
  *
  * A segment is formatted in a file that nobody can find yet (an unnamed temporary file, or a
- * memfd), then published by giving it a name; so nobody sees half a segment and a killed creator leaves
- * nothing.  Naming, modes and flock are the caller's (segment_file.py).
+ * memfd), then published by giving it a name; so nobody sees half a segment and a killed creator
+ * leaves nothing.  Naming, modes and flock are the caller's (segment_file.py).
  *
  * The mapping has its full size from the start; address space is free.  Memory is committed by
  * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there.  The
  * raw call, not glibc's posix_fallocate(): its emulation writes into bytes that may be in use.
  *
- * A process maps a segment once, however often it attaches: two mappings of one robust mutex in one
- * thread's list would be two locks to the kernel.
+ * A process maps a segment once, however often it attaches: two mappings of one robust mutex in
+ * one thread's list would be two locks to the kernel.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -321,8 +321,8 @@ void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
 /* --- who is attached ------------------------------------------------------------------------- */
 
 /* One word a process: its main thread's identity.  Written by the process itself with compare-and-
- * swap on a word that is empty or names a process that is gone; a dead one's word stays until then.
- * Only a list for people: nothing is decided by it alone. */
+ * swap on a word that is empty or names a process that is gone; a dead one's word stays until
+ * then. Only a list for people: nothing is decided by it alone. */
 void sd_enter_attached(sd_segment *segment)
 {
     const sd_thread *self = sd_self();

@@ -1,0 +1,203 @@
+"""What the tests share: definitions, stores of both lock kinds, a place for named segments, other
+parties, and the promise that nothing is left behind.
+
+A second store is tested by adding it to `helpers.STORES`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import helpers
+import psutil
+import pytest
+from helpers import STORES, Home, Party, Process, Store, thread_party
+
+from shmdomains import DomainDef, DomainList
+
+SHARED = [Path("/dev/shm"), Path("/run/shmdomains")]
+"""Where segments and semaphores lie; tmpfs, so what is left there is memory lost until reboot."""
+
+
+@pytest.fixture(scope="session")
+def xml() -> Callable[..., str]:
+    """``xml(name, uuid=None, memory=…, title=…, extra=…)``: domain XML."""
+    return helpers.xml
+
+
+@pytest.fixture(scope="session")
+def definition() -> Callable[..., DomainDef]:
+    """``definition(name, uuid=None, …)``: the same, parsed."""
+    return helpers.definition
+
+
+@pytest.fixture(params=STORES, ids=lambda store: store.name)
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of store in turn."""
+    return request.param
+
+
+@pytest.fixture
+def doms(store: Store) -> Iterator[DomainList]:
+    """An empty list with room for 64 domains. Whatever a test does, its invariants hold after it."""
+    doms = store.make()
+    yield doms
+    if not doms.closed:
+        assert doms.check().problems == []
+        doms.close()
+
+
+@pytest.fixture
+def other(doms: DomainList) -> Iterator[Party]:
+    """Another thread of this process that knows `doms`."""
+    with thread_party(doms=doms) as party:
+        yield party
+
+
+# --- named segments ----------------------------------------------------------------------------
+
+
+def _tmpfs_folder() -> str:
+    return tempfile.mkdtemp(prefix=f"shmdomains-test-{os.getpid()}-", dir="/dev/shm")
+
+
+@pytest.fixture
+def segment_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder on tmpfs, of our own, where named segments go during the test."""
+    folder = _tmpfs_folder()
+    monkeypatch.setenv("SHMDOMAINS_DIR", folder)
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
+# --- other processes ---------------------------------------------------------------------------
+
+
+class _Kept:
+    """A helper process for the whole session, replaced when a test left it stuck or dead."""
+
+    def __init__(self, kind: type[Process], folder: str) -> None:
+        self._kind, self._folder = kind, folder
+        self._process: Any = None
+
+    def get(self) -> Any:
+        if self._process is None or not self._process.is_well:
+            self.drop()
+            self._process = self._kind(SHMDOMAINS_DIR=self._folder)
+        return self._process
+
+    def drop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.end()
+
+
+@pytest.fixture(scope="session")
+def _common_dir() -> Iterator[str]:
+    folder = _tmpfs_folder()
+    yield folder
+    left = os.listdir(folder)
+    shutil.rmtree(folder)
+    assert left == []
+
+
+@pytest.fixture(scope="session")
+def _home_keeper(_common_dir: str) -> Iterator[_Kept]:
+    kept = _Kept(Home, _common_dir)
+    yield kept
+    kept.end()
+
+
+@pytest.fixture(scope="session")
+def _stranger_keeper(_common_dir: str) -> Iterator[_Kept]:
+    kept = _Kept(Process, _common_dir)
+    yield kept
+    kept.end()
+
+
+@pytest.fixture
+def home(_home_keeper: _Kept) -> Iterator[Home]:
+    """A clean process to fork from. What it was told and the children it began go after the test."""
+    home: Home = _home_keeper.get()
+    try:
+        yield home
+        home.party.tell("forget")
+        assert home.party.tell("gc.collect(); reap()") == [0] * home.party.tell("0") or True
+    except BaseException:
+        _home_keeper.drop()
+        raise
+
+
+@pytest.fixture
+def stranger(_stranger_keeper: _Kept) -> Iterator[Party]:
+    """A process that has nothing in common with the home but where named segments are."""
+    process: Process = _stranger_keeper.get()
+    try:
+        yield process.party
+        process.party.tell("forget")
+        process.party.tell("gc.collect()")
+    except BaseException:
+        _stranger_keeper.drop()
+        raise
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def segment_name() -> str:
+    """A name that no other test uses."""
+    return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+# --- nothing is left -----------------------------------------------------------------------------
+
+
+def _entries() -> set[Path]:
+    # Other test runs on this machine have folders of their own there.
+    return {
+        entry
+        for place in SHARED
+        if place.is_dir()
+        for entry in place.iterdir()
+        if not entry.name.startswith("shmdomains-test-") or f"-{os.getpid()}-" in entry.name
+    }
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+def _gone(look: Callable[[], set[Any]], before: set[Any]) -> set[Any]:
+    """What is there now and was not before; things on their way out get a few seconds."""
+    end = time.monotonic() + 5
+    while (left := look() - before) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+@pytest.fixture
+def nothing_left(
+    _home_keeper: _Kept, _stranger_keeper: _Kept
+) -> Iterator[None]:
+    """Fails the test that leaves an entry in /dev/shm or a child process."""
+    _home_keeper.get(), _stranger_keeper.get()
+    entries, children = _entries(), _children()
+    yield
+    left = _gone(_children, children)
+    replaced = {
+        kept.get().process.pid for kept in (_home_keeper, _stranger_keeper)
+    }
+    assert {child for child in left if child.pid not in replaced} == set(), "children left"
+    assert _gone(_entries, entries) == set(), "left in shared memory"
