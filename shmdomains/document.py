@@ -9,6 +9,7 @@ indentation of its neighbours as it was.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
@@ -25,6 +26,8 @@ Children: TypeAlias = dict[object, Element]
 _T = TypeVar("_T")
 
 _OPTIONS: dict[str, Any] = {
+    # Whatever the declaration says: it is UTF-8 by then.
+    "encoding": "utf-8",
     "resolve_entities": False,
     "no_network": True,
     "load_dtd": False,
@@ -32,6 +35,9 @@ _OPTIONS: dict[str, Any] = {
     "strip_cdata": False,
     "collect_ids": False,
 }
+_ENCODING = re.compile(
+    rb"(?:\xef\xbb\xbf)?<\?xml\s[^>]*?\bencoding\s*=\s*[\"']([A-Za-z][A-Za-z0-9._-]*)[\"']"
+)
 _DECLARATION = re.compile(r"\ufeff?(?:<\?xml\s[^>]*\?>\s*)?")
 _WIDE = (
     (b"\xff\xfe\0\0", "utf-32"),
@@ -43,6 +49,8 @@ _WIDE = (
     (b"<\0", "utf-16-le"),
     (b"\0<", "utf-16-be"),
 )
+# Python's own; some take quadratic time.
+_NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
 # lxml ends its messages with a position, which ours name in their own way.
 _POSITION = re.compile(r"(?:, line \d+)?, column \d+$")
@@ -55,74 +63,77 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     ignored. Raises `DefinitionError` for whatever is not well-formed, for a document type
     declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text).
 
-    >>> root, text = parse(b"<?xml version='1.0' encoding='iso-8859-1'?><a>\\xe9</a>")
+    >>> root, text = parse(b"<?xml version='1.0' encoding='latin-1'?><a>\\xe9</a>")
     >>> root.text, text
     ('é', '<a>é</a>')
     """
-    data, known = _as_utf8(text)
-    if len(data) > MAX_BYTES:
-        raise DefinitionError(f"the document has {len(data)} bytes, more than {MAX_BYTES}")
-    if b"<!DOCTYPE" in data:
-        _refuse_doctype(data.decode("utf-8", "replace"))
-    # A parser each time: a shared one has a lock, which a fork in another thread would leave held.
-    parser = etree.XMLParser(encoding="utf-8" if known is not None else None, **_OPTIONS)
+    known = text if isinstance(text, str) else _decoded(text)
     try:
-        root = etree.fromstring(data, parser)
+        data = known.encode()
+    except UnicodeEncodeError as error:
+        line = known.count("\n", 0, error.start) + 1
+        message = f"a lone surrogate, which XML can not carry (line {line})"
+        raise DefinitionError(message, line=line) from None
+    _refuse_size(len(data))
+    _refuse_doctype(known)
+    # A parser each time: a shared one has a lock, which a fork in another thread would leave held.
+    try:
+        root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
     except etree.XMLSyntaxError as error:
         raise _syntax_error(error, data) from None
-    info = root.getroottree().docinfo
-    if info.internalDTD is not None:
-        raise _doctype_error(1)
-    if known is None:
-        known = _decoded(data, info.encoding) or serialise(root)
-    return root, known[_DECLARATION.match(known).end() :]  # type: ignore[union-attr]
+    declaration = _DECLARATION.match(known)
+    return root, known[declaration.end() :] if declaration else known
 
 
-def _as_utf8(text: str | bytes) -> tuple[bytes, str | None]:
-    """Bytes for the parser, and their text if it is known already."""
-    if isinstance(text, str):
-        try:
-            return text.encode(), text
-        except UnicodeEncodeError as error:
-            line = text.count("\n", 0, error.start) + 1
-            message = f"a lone surrogate, which XML can not carry (line {line})"
-            raise DefinitionError(message, line=line) from None
-    if not isinstance(text, (bytes, bytearray, memoryview)):
-        raise TypeError(f"XML is str or bytes, not {type(text).__name__}")
-    data = bytes(text)
+def _decoded(data: bytes) -> str:
+    """The text of the bytes. Python decodes it: what libxml2 decodes could hide a document type."""
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"XML is str or bytes, not {type(data).__name__}")
+    data = bytes(data)
+    _refuse_size(len(data))
+    encoding = _encoding(data)
+    try:
+        if codecs.lookup(encoding).name in _NO_CHARSETS:
+            raise LookupError
+        return data.decode(encoding)
+    except LookupError:
+        message = f"unknown encoding {encoding!r} (<?xml>, line 1)"
+        raise DefinitionError(message, "?xml", 1) from None
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        before = data[:start].decode(encoding, "ignore")
+        _refuse_doctype(before)
+        element, line = _innermost_open(before.encode()), before.count("\n") + 1
+        where = f"<{element}>, line {line}" if element else f"line {line}"
+        raise DefinitionError(f"not {encoding}: {error} ({where})", element, line) from None
+
+
+def _encoding(data: bytes) -> str:
     wide = next((codec for start, codec in _WIDE if data.startswith(start)), None)
-    if wide is None:
-        return data, None
-    # UTF-16 and UTF-32 would hide a document type declaration from a look at the bytes.
-    try:
-        return _as_utf8(data.decode(wide))
-    except UnicodeDecodeError as error:
-        raise DefinitionError(f"the document is not {error.encoding}: {error.reason}") from None
+    if wide is not None:
+        return wide
+    declared = _ENCODING.match(data)
+    return declared.group(1).decode() if declared else "utf-8"
 
 
-def _decoded(data: bytes, encoding: str | None) -> str | None:
-    if encoding is not None and encoding.upper() not in ("UTF-8", "US-ASCII", "ASCII"):
-        return None
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return None
+def _refuse_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise DefinitionError(f"the document has {size} bytes, more than {MAX_BYTES}")
 
 
 def _refuse_doctype(text: str) -> None:
+    if "<!DOCTYPE" not in text:
+        return
     position = 0
     while item := _PROLOG.match(text, position):
         position = item.end()
     if text.startswith("<!DOCTYPE", position):
-        raise _doctype_error(text.count("\n", 0, position) + 1)
-
-
-def _doctype_error(line: int) -> DefinitionError:
-    return DefinitionError(
-        f"a document type declaration, and so any entity, is refused (<!DOCTYPE>, line {line})",
-        "!DOCTYPE",
-        line,
-    )
+        line = text.count("\n", 0, position) + 1
+        raise DefinitionError(
+            f"a document type declaration, and so any entity, is refused (<!DOCTYPE>, line {line})",
+            "!DOCTYPE",
+            line,
+        )
 
 
 def _syntax_error(error: etree.XMLSyntaxError, data: bytes) -> DefinitionError:

@@ -1,9 +1,10 @@
 """Export and import: a whole list as one stream, for the way to a new layout version or a new host.
 
 A stream is a sequence of MessagePack objects: a header, one map a domain, and the number of
-domains, so that a truncated one is noticed. Definitions are XML, so that any version of this library, and any other program, can read it. Exporting takes no
-lock. Importing goes through `assign_def` like everything else, so its rules hold: a domain that
-exists under another UUID is a failure that is reported, and the rest goes on.
+domains, so that a truncated one is noticed. Definitions are XML, so that any version of this
+library, and any other program, can read it. Exporting takes no lock. Importing goes through
+`assign_def` like everything else, so its rules hold: a domain that exists under another UUID is a
+failure that is reported, and the rest goes on.
 """
 
 from __future__ import annotations

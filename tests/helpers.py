@@ -37,7 +37,7 @@ from shmdomains import DomainDef, DomainList
 DEADLINE = 20.0
 """Seconds after which a missing answer is a failure. Far beyond what a loaded machine needs."""
 
-A_MOMENT = 0.1
+A_MOMENT = 0.05
 """Seconds for which somebody who ought to wait must not answer: only ever too kind, never flaky."""
 
 _PATHS = [str(Path(shmdomains.__file__).parent.parent), str(Path(__file__).parent)]

@@ -84,6 +84,9 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells);
 /* Map the segment behind `fd`, or find it if this process has it mapped already (`*fresh` says
  * which; if not, `fd` was not kept).  SD_MISMATCH with a reason in `why`; SD_CORRUPT; SD_ERRNO. */
 int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size);
+/* Give up what others can see of the last use: the entry in the attached table and the flock.  Does
+ * nothing while there are other uses, or a lock of ours is held. */
+void sd_detach(sd_segment *segment);
 /* Drop one use; unmaps after the last one unless a lock of ours is held. */
 void sd_unmap(sd_segment *segment);
 /* The segment of this process with this identity, or NULL. */

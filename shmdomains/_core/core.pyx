@@ -122,6 +122,7 @@ cdef extern from "core.h" nogil:
     uint64_t sd_geometry_fixed(uint64_t)
     int sd_format(int, uint64_t, uint64_t, uint64_t)
     int sd_map(int, sd_segment **, int *, char *, size_t)
+    void sd_detach(sd_segment *)
     void sd_unmap(sd_segment *)
     sd_segment *sd_mapped(const uint64_t *)
     void sd_enter_attached(sd_segment *)
@@ -423,6 +424,7 @@ cdef class Segment:
     cdef sd_segment *segment
     cdef bint multiprocessing
     cdef readonly bint closed
+    cdef unsigned handles  # to its records, that are still referred to
     cdef object list_lock, slot_locks  # lock="multiprocessing"
     cdef object record_class
     cdef cache_key *keys
@@ -480,6 +482,8 @@ cdef class Segment:
         if self.segment.list_nonce == sd_self().nonce:
             self.release_list()
         self.closed = True
+        if not self.handles:
+            sd_detach(self.segment)
 
     cdef object cached(self, uint32_t slot, uint64_t life, uint64_t version):
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
@@ -781,6 +785,7 @@ cdef class Segment:
         cdef Record record = (<PyTypeObject *>self.record_class).tp_new(
             self.record_class, EMPTY, NULL)
         record.segment = self
+        self.handles += 1
         record.slot = slot
         record.life = sd_load(&at.life)
         record.uuid_raw[0] = sd_load(&at.uuid[0])
@@ -1292,6 +1297,10 @@ cdef class Record:
     def __dealloc__(self):
         if self.held_somewhere():
             abandon(self)
+        if self.segment is not None:
+            self.segment.handles -= 1
+            if self.segment.closed and not self.segment.handles:
+                sd_detach(self.segment.segment)
 
     # --- who holds it ---
 

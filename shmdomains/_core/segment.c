@@ -256,6 +256,19 @@ static int read_header(int fd, const struct stat *status, sd_header *header, cha
     return SD_OK;
 }
 
+/* A mapping keeps the open file that it was made from, and with it that file's flock.  So it is made
+ * from an open file of its own: then closing `fd` lets go of the flock. */
+static void *map_file(int fd, uint64_t bytes)
+{
+    char path[40];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int own = open(path, O_RDWR | O_CLOEXEC);
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+                      own < 0 ? fd : own, 0);
+    if (own >= 0) close(own);
+    return base;
+}
+
 int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
 {
     struct stat status;
@@ -275,8 +288,7 @@ int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
     if (result == SD_OK)
         result = validate(&header, (uint64_t)status.st_size, &segment->at, why, why_size);
     if (result == SD_OK) {
-        segment->base = mmap(NULL, segment->at.total_bytes, PROT_READ | PROT_WRITE,
-                             MAP_SHARED | MAP_NORESERVE, fd, 0);
+        segment->base = map_file(fd, segment->at.total_bytes);
         if (segment->base == MAP_FAILED) result = SD_ERRNO;
     }
     if (result != SD_OK) {
@@ -298,17 +310,27 @@ int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
     return SD_OK;
 }
 
-void sd_unmap(sd_segment *segment)
+/* The mapping stays: a thread may still be inside.  Nothing of it can be locked any more, so the
+ * process may map the segment anew.  Closing the descriptor lets go of the flock, unless a child has
+ * inherited it. */
+void sd_detach(sd_segment *segment)
 {
-    if (--segment->users || segment->held) return;
+    if (segment->fd < 0 || segment->users > 1 || segment->held) return;
     for (sd_segment **at = &mapped; *at; at = &(*at)->next) {
         if (*at != segment) continue;
         *at = segment->next;
         break;
     }
     sd_leave_attached(segment);
-    munmap(segment->base, segment->at.total_bytes);
     close(segment->fd);
+    segment->fd = -1;
+}
+
+void sd_unmap(sd_segment *segment)
+{
+    sd_detach(segment);
+    if (--segment->users || segment->held) return;
+    munmap(segment->base, segment->at.total_bytes);
     free(segment);
 }
 

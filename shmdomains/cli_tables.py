@@ -1,0 +1,223 @@
+"""What the commands print: tables in the layout of virsh, pairs, JSON, and errors in one line.
+
+Promises: what goes into a pipe or a file is plain - no colours, nothing cut off, nothing that
+depends on a terminal's width - and a name, path or title can not break a line or speak to the
+terminal, since control characters are shown as escapes. The layout is virsh's (vshTablePrint), so
+that scripts which read its tables read these; wide and combining characters count as they are shown.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.cells import cell_len, set_cell_size
+
+# Control characters, line and paragraph separators, what turns the writing direction around, and
+# the surrogates that stand for bytes which are no UTF-8.
+_UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LINES_AT_ONCE = 1000
+
+
+def printable(text: str) -> str:
+    r"""Return `text` in one line and without control characters; those become escapes.
+
+    >>> print(printable("Café ☕\n"))
+    Café ☕\n
+    """
+    return _UNSAFE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def path_text(path: Path) -> str:
+    r"""Return a path as text that UTF-8 can carry: bytes that are none become escapes.
+
+    >>> path_text(Path("/etc/vm/\udcff.xml"))
+    '/etc/vm/\\xff.xml'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+class Failure(click.ClickException):
+    """What a user sees of an error: ``error: ...`` in one line on stderr, exit status 1."""
+
+    def show(self, file: Any = None) -> None:
+        print_error(self.message)
+
+
+def print_error(message: str) -> None:
+    click.echo(f"error: {printable(message)}", err=True)
+
+
+def print_warning(message: str) -> None:
+    click.echo(f"warning: {printable(message)}", err=True)
+
+
+def describe(exc: BaseException) -> str:
+    """Return an exception's message; of an OSError the file first, without its number.
+
+    >>> describe(FileNotFoundError(2, "No such file or directory", "web1.xml"))
+    'web1.xml: No such file or directory'
+    """
+    if not isinstance(exc, OSError) or exc.strerror is None:
+        return str(exc) or type(exc).__name__
+    if exc.filename is None:
+        return exc.strerror
+    return f"{os.fsdecode(exc.filename)}: {exc.strerror}"
+
+
+def is_broken_pipe(exc: OSError) -> bool:
+    """Whether whoever read our output has gone: no error of ours."""
+    return exc.errno == errno.EPIPE
+
+
+# --- tables ---------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """One column: its head, whether numbers stand in it, and the colour of a cell on a terminal.
+
+    The last column of a table may be `cut` to the terminal's width.
+    """
+
+    title: str
+    right: bool = False
+    colour: Callable[[str], str | None] | None = None
+    cut: bool = False
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table as virsh does, on a terminal with colours."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    print_lines(_table_lines(columns, cells, is_terminal()))
+
+
+def _table_lines(
+    columns: Sequence[Column], rows: list[list[str]], terminal: bool
+) -> Iterator[str]:
+    heads = [column.title for column in columns]
+    widths = [max(map(cell_len, cells)) for cells in zip(heads, *rows, strict=True)]
+    if terminal and columns[-1].cut:
+        room = shutil.get_terminal_size().columns - sum(width + 3 for width in widths[:-1]) - 1
+        widths[-1] = max(min(widths[-1], room), len(heads[-1]), 20)
+    yield _line(columns, heads, widths, _bold if terminal else None)
+    yield "-" * sum(width + 3 for width in widths)
+    for row in rows:
+        yield _line(columns, row, widths, _coloured if terminal else None)
+
+
+def _line(
+    columns: Sequence[Column],
+    cells: Sequence[str],
+    widths: Sequence[int],
+    paint: Callable[[Column, str], str] | None,
+) -> str:
+    parts = []
+    for column, cell, width in zip(columns, cells, widths, strict=True):
+        if column.cut and cell_len(cell) > width:
+            cell = set_cell_size(cell, width - 1).rstrip() + "…"
+        gap = " " * (width - cell_len(cell))
+        text = paint(column, cell) if paint else cell
+        parts.append(gap + text if column.right else text + gap)
+    return (" " + "   ".join(parts)).rstrip()
+
+
+def _bold(_column: Column, cell: str) -> str:
+    return click.style(cell, bold=True)
+
+
+def _coloured(column: Column, cell: str) -> str:
+    colour = column.colour(cell) if column.colour else None
+    return click.style(cell, fg=colour) if colour else cell
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print ``Label:   value`` lines in virsh's column."""
+    print_lines(f"{label + ':':<15} {printable(value)}".rstrip() for label, value in pairs)
+
+
+def is_terminal() -> bool:
+    """Whether standard output shows colours."""
+    stdout = sys.stdout
+    if stdout is None or not stdout.isatty():
+        return False
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print many lines with few writes."""
+    iterator = iter(lines)
+    while block := list(islice(iterator, _LINES_AT_ONCE)):
+        click.echo("\n".join(block))
+
+
+# --- JSON -----------------------------------------------------------------------------------
+
+
+def print_records(records: Sequence[dict[str, Any]]) -> None:
+    """Print a JSON array with one record on each line, so that line tools can read it, too."""
+    if not records:
+        click.echo("[]")
+        return
+    last = len(records) - 1
+    click.echo("[")
+    print_lines(
+        f"  {_json(record)}{'' if number == last else ','}" for number, record in enumerate(records)
+    )
+    click.echo("]")
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    click.echo(_json(record, indent=2))
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    return json.dumps(value, indent=indent, ensure_ascii=encoding not in ("utf-8", "utf8"))
+
+
+# --- quantities -----------------------------------------------------------------------------
+
+
+def size_text(size: int) -> str:
+    """Return bytes in the largest binary unit that leaves at least one.
+
+    >>> size_text(1335296), size_text(100)
+    ('1.3 MiB', '100 B')
+    """
+    if size < 1024:
+        return f"{size} B"
+    value = float(size)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} TiB"
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> count_text(1, "domain"), count_text(2, "domain")
+    ('1 domain', '2 domains')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

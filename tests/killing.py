@@ -1,0 +1,393 @@
+"""Processes that a test may kill, and a hand in the bytes of a segment.
+
+A `Nursery` is a clean, single-threaded helper process that forks children on request, so the test
+process itself never forks: it may have threads by then. Each child runs one function of a test
+module with a pipe to the test, is known by a pidfd (no number is ever killed twice), and dies with
+its nursery. What a child raises comes out of `Child.hear`; a child that says nothing for `DEADLINE`
+seconds fails the test instead of hanging it.
+
+`Planted` reads and writes the words of a segment through its file, at the places that the C headers
+give (the driver `core_test.c` prints them); nothing here knows a number of the layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import mmap
+import os
+import pickle
+import platform
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+TESTS = Path(__file__).resolve().parent
+CORE = TESTS.parent / "shmdomains" / "_core"
+DEADLINE = 10.0
+WAITERS = 0x80000000  # of a robust mutex's first word, as in linux/futex.h
+OWNER_DIED = 0x40000000
+TID_MASK = 0x3FFFFFFF
+
+
+class ChildDied(AssertionError):
+    """The child ended without a word."""
+
+
+def xml(name: str, uuid: object = None, memory: int = 1024, title: str = "") -> str:
+    """A definition as small as it gets."""
+    return (
+        f"<domain type='kvm'><name>{name}</name>{f'<uuid>{uuid}</uuid>' if uuid else ''}"
+        f"{f'<title>{title}</title>' if title else ''}<memory>{memory}</memory>"
+        "<os><type>hvm</type></os></domain>"
+    )
+
+
+@contextmanager
+def soon(what: str, seconds: float = DEADLINE) -> Iterator[None]:
+    """What happens inside may take this long and no longer."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    assert took < seconds, f"{what} took {took:.1f} s"
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
+    """Look again and again until it is so; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.0005)
+
+
+# --- children -------------------------------------------------------------------------------------
+
+
+class Child:
+    """A process of ours: talk to it, kill it, wait for its end."""
+
+    def __init__(self, pid: int, pidfd: int, conn: Connection) -> None:
+        self.pid, self.pidfd, self.conn = pid, pidfd, conn
+
+    def tell(self, message: object = None) -> None:
+        self.conn.send(message)
+
+    def hear(self, timeout: float = DEADLINE) -> Any:
+        assert self.conn.poll(timeout), f"process {self.pid} said nothing for {timeout} s"
+        try:
+            kind, message = self.conn.recv()
+        except (EOFError, ConnectionResetError):
+            raise ChildDied(f"process {self.pid} died") from None
+        assert kind == "said", f"process {self.pid} raised\n{message}"
+        return message
+
+    def ask(self, message: object = None, timeout: float = DEADLINE) -> Any:
+        self.tell(message)
+        return self.hear(timeout)
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def is_alive(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+    def join(self, timeout: float = DEADLINE) -> None:
+        gone = select.select([self.pidfd], [], [], timeout)[0]
+        assert gone, f"process {self.pid} did not end within {timeout} s"
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is dead."""
+        self.signal(signal.SIGKILL)
+        self.join()
+
+    def close(self) -> None:
+        self.kill()
+        self.conn.close()
+        os.close(self.pidfd)
+
+
+class Pipe:
+    """A child's end."""
+
+    def __init__(self, conn: Connection) -> None:
+        self.conn = conn
+
+    def say(self, message: object = None) -> None:
+        self.conn.send(("said", message))
+
+    def listen(self) -> Any:
+        """Wait for the test's next word; the end of the test ends the process."""
+        try:
+            return self.conn.recv()
+        except EOFError:
+            os._exit(0)
+
+    def rest(self) -> NoReturn:
+        """Wait to be killed."""
+        while True:
+            self.listen()
+
+
+def _run(conn: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> NoReturn:
+    status = 1
+    try:
+        function(Pipe(conn), *arguments)
+        status = 0
+    except BaseException:
+        with suppress(OSError):
+            conn.send(("raised", traceback.format_exc()))
+    finally:
+        os._exit(status)
+
+
+def fork(function: Callable[..., Any], *arguments: Any) -> Child:
+    """Fork the calling process, which is a nursery's child itself."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        ours.close()
+        _run(Connection(theirs.detach()), function, arguments)
+    theirs.close()
+    return Child(pid, os.pidfd_open(pid), Connection(ours.detach()))
+
+
+class Nursery:
+    """A clean process that forks children for a test. A context manager."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno()), os.pathsep.join(sys.path)],
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self._socket.settimeout(3 * DEADLINE)
+        self.children: list[Child] = []
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> Child:
+        """Run ``function(pipe, *arguments)`` of a test module in a new process."""
+        ours, theirs = socket.socketpair()
+        home = sys.modules[function.__module__].__file__
+        assert home is not None
+        request = pickle.dumps((Path(home).stem, function.__qualname__, arguments))
+        socket.send_fds(self._socket, [request], [theirs.fileno()])
+        theirs.close()
+        answer, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+        assert fds, f"no child: {answer.decode(errors='replace')}"
+        child = Child(int(answer), fds[0], Connection(ours.detach()))
+        self.children.append(child)
+        return child
+
+    def clear(self) -> None:
+        """Kill every child that there is."""
+        for child in self.children:
+            child.signal(signal.SIGKILL)
+        for child in self.children:
+            child.close()
+        self.children.clear()
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self.clear()
+        finally:
+            self._socket.close()
+            self._process.wait(DEADLINE)
+
+
+def _serve(fd: int) -> None:
+    """The nursery: one request, one fork, one answer."""
+    requests = socket.socket(fileno=fd)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with its test, not before
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody collects the dead
+    pidfds: list[int] = []
+    while True:
+        request, fds, _, _ = socket.recv_fds(requests, 1 << 18, 1)
+        if not request:
+            break
+        try:
+            module, name, arguments = pickle.loads(request)
+            function: Any = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+        except Exception:
+            requests.send(traceback.format_exc().encode()[-60000:])
+            continue
+        pid = os.fork()
+        if not pid:
+            requests.close()
+            for pidfd in pidfds:
+                os.close(pidfd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _run(Connection(fds[0]), function, arguments)
+        os.close(fds[0])
+        pidfds.append(os.pidfd_open(pid))
+        socket.send_fds(requests, [str(pid).encode()], [pidfds[-1]])
+    for pidfd in pidfds:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+# --- a segment's bytes -------------------------------------------------------------------------------
+
+
+@functools.cache
+def driver() -> Path | None:
+    """The C driver, compiled against the core's files; None: there is no compiler here."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        return None
+    home = tempfile.TemporaryDirectory(prefix="shmdomains-test-")
+    _homes.append(home)
+    program = Path(home.name) / "core_test"
+    sources = sorted(CORE / name for name in _SOURCES)
+    command = [compiler, "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CORE}"]
+    command += ["-pthread", "-o", str(program), str(TESTS / "core_test.c"), *map(str, sources)]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    for extra in (sanitize, []):  # not every machine has the sanitizers' libraries
+        done = subprocess.run([*command, *extra], capture_output=True, text=True)
+        if done.returncode == 0:
+            return program
+    raise AssertionError(done.stderr)
+
+
+_homes: list[tempfile.TemporaryDirectory[str]] = []
+_SOURCES = ["segment.c", "lock.c", "index.c", "heap.c", "record.c", "recover.c", "check.c"]
+
+
+class Planted:
+    """The words of a segment, to be read and damaged through its file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        program = driver()
+        assert program is not None
+        self.path = Path(path)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        lines = subprocess.run(
+            [program, "layout", path], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        self.at = {name: int(value) for name, value in (line.split() for line in lines)}
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Planted:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # Offsets of words
+
+    def header(self, field: str) -> int:
+        return self.at[f"header.{field}"]
+
+    def slot(self, number: int, field: str) -> int:
+        return self.at["slots"] + number * self.at["slot.size"] + self.at[f"slot.{field}"]
+
+    def name(self, number: int, buffer: int) -> int:
+        return self.at["names"] + number * self.at["names.size"] + buffer * self.at["names.size"] // 2
+
+    def copy(self, number: int, field: str) -> int:
+        """A field in the copy that counts."""
+        copy = "copy1" if self.read(self.slot(number, "cur")) & 1 else "copy0"
+        return self.slot(number, copy) + self.at[f"fields.{field}"]
+
+    def extent(self, number: int, blob: int) -> int:
+        """The descriptor of a blob that is there; a domain of a test has one of the two."""
+        places = [self.slot(number, "extent") + 8 * (2 * blob + i) for i in range(2)]
+        [place] = [place for place in places if self.read(place)]
+        return place
+
+    def entries(self, index: int) -> list[int]:
+        """The places of an index's entries in the table that counts."""
+        level = self.read(self.header("list_level") + 8 * index if index < 2 else
+                          self.header("id_level"))
+        table = self.at[f"table.{index}.{level}"]
+        return [at for at in range(table, table + (8192 << level), 8) if self.read(at)]
+
+    def entry(self, index: int, slot: int) -> int:
+        """The place of a slot's entry in an index."""
+        [place] = [at for at in self.entries(index) if self.read(at) & 0xFFFFFF == slot + 1]
+        return place
+
+    # Words
+
+    def read(self, at: int, size: int = 8) -> int:
+        return int.from_bytes(os.pread(self._fd, size, at), sys.byteorder)
+
+    def write(self, at: int, value: int, size: int = 8) -> None:
+        assert os.pwrite(self._fd, value.to_bytes(size, sys.byteorder), at) == size
+
+    def flip(self, at: int, bit: int, size: int = 4) -> None:
+        self.write(at, self.read(at, size) ^ 1 << bit, size)
+
+    @contextmanager
+    def changed(self, at: int, value: int, size: int = 8) -> Iterator[None]:
+        """Another value for a while."""
+        before = self.read(at, size)
+        self.write(at, value, size)
+        try:
+            yield
+        finally:
+            self.write(at, before, size)
+
+    def await_waiter(self, mutex: int) -> None:
+        """Until somebody sleeps for this mutex."""
+        until(lambda: self.read(mutex, 4) & WAITERS, "somebody waits for the lock")
+
+
+# --- what libc and the kernel say ---------------------------------------------------------------------
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def list_op_pending() -> int | None:
+    """The kernel's robust list of this thread: the lock operation that it is in the middle of."""
+    number = {"x86_64": 274, "aarch64": 100}[platform.machine()]
+    head, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert libc.syscall(number, 0, ctypes.byref(head), ctypes.byref(size)) == 0
+    assert head.value is not None
+    # struct robust_list_head: the list, the distance from entry to word, the pending entry.
+    return ctypes.c_void_p.from_address(head.value + 16).value
+
+
+@contextmanager
+def raw_mutex(path: str | os.PathLike[str], at: int) -> Iterator[int]:
+    """The address of a mutex of a segment in a mapping of our own, behind the library's back."""
+    with open(path, "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), 0)
+    view = ctypes.c_char.from_buffer(mapping)
+    yield ctypes.addressof(view) + at
+    del view
+    mapping.close()
+
+
+def hold_mutex(pipe: Pipe, path: str, at: int) -> None:
+    """A child that holds one of the segment's mutexes until it is told to let go."""
+    with raw_mutex(path, at) as mutex:
+        pipe.say(libc.pthread_mutex_lock(ctypes.c_void_p(mutex)))
+        pipe.listen()
+        pipe.say(libc.pthread_mutex_unlock(ctypes.c_void_p(mutex)))
+
+
+if __name__ == "__main__":
+    sys.path[:] = [str(TESTS), *sys.argv[2].split(os.pathsep)]
+    # Under its own name, so that classes pickled by a test are the same here.
+    importlib.import_module("killing")._serve(int(sys.argv[1]))
