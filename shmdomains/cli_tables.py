@@ -3,7 +3,7 @@
 Promises: what goes into a pipe or a file is plain - no colours, nothing cut off, nothing that
 depends on a terminal's width - and a name, path or title can not break a line or speak to the
 terminal, since control characters are shown as escapes. The layout is virsh's (vshTablePrint), so
-that scripts which read its tables read these; wide and combining characters count as they are shown.
+that scripts which read its tables read these; wide and combining characters count as shown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 
 # Control characters, line and paragraph separators, what turns the writing direction around, and
 # the surrogates that stand for bytes which are no UTF-8.
@@ -93,35 +93,28 @@ def is_broken_pipe(exc: OSError) -> bool:
 
 
 class Column(NamedTuple):
-    """One column: its head, whether numbers stand in it, and the colour of a cell on a terminal.
-
-    The last column of a table may be `cut` to the terminal's width.
-    """
+    """One column: its head, whether numbers stand in it, and the colour of a cell on a terminal."""
 
     title: str
     right: bool = False
     colour: Callable[[str], str | None] | None = None
-    cut: bool = False
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
     """Print a table as virsh does, on a terminal with colours."""
     cells = [[printable(cell) for cell in row] for row in rows]
-    print_lines(_table_lines(columns, cells, is_terminal()))
+    print_lines(_table_lines(columns, cells))
 
 
-def _table_lines(
-    columns: Sequence[Column], rows: list[list[str]], terminal: bool
-) -> Iterator[str]:
+def _table_lines(columns: Sequence[Column], rows: list[list[str]]) -> Iterator[str]:
     heads = [column.title for column in columns]
     widths = [max(map(cell_len, cells)) for cells in zip(heads, *rows, strict=True)]
-    if terminal and columns[-1].cut:
-        room = shutil.get_terminal_size().columns - sum(width + 3 for width in widths[:-1]) - 1
-        widths[-1] = max(min(widths[-1], room), len(heads[-1]), 20)
-    yield _line(columns, heads, widths, _bold if terminal else None)
-    yield "-" * sum(width + 3 for width in widths)
+    rule = sum(width + 3 for width in widths)
+    colours = _shows_colours()
+    yield _line(columns, heads, widths, _bold if colours else None)
+    yield "-" * (min(rule, shutil.get_terminal_size().columns) if is_terminal() else rule)
     for row in rows:
-        yield _line(columns, row, widths, _coloured if terminal else None)
+        yield _line(columns, row, widths, _coloured if colours else None)
 
 
 def _line(
@@ -132,8 +125,6 @@ def _line(
 ) -> str:
     parts = []
     for column, cell, width in zip(columns, cells, widths, strict=True):
-        if column.cut and cell_len(cell) > width:
-            cell = set_cell_size(cell, width - 1).rstrip() + "…"
         gap = " " * (width - cell_len(cell))
         text = paint(column, cell) if paint else cell
         parts.append(gap + text if column.right else text + gap)
@@ -155,11 +146,12 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether standard output shows colours."""
-    stdout = sys.stdout
-    if stdout is None or not stdout.isatty():
-        return False
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether somebody looks at standard output."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _shows_colours() -> bool:
+    return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -7,11 +7,15 @@ whatever goes wrong, offers nothing instead of printing an error into the comman
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
+import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
@@ -80,21 +84,19 @@ def _by_uuid(doms: DomainList, key: str) -> DomainInfo | None:
 # --- seconds and bytes ----------------------------------------------------------------------
 
 
-class Seconds(click.ParamType):
-    """Seconds to wait, a fraction too; 0 tries once, ``inf`` (here ``None``) waits for ever."""
+def seconds(value: str | float) -> float | None:
+    """Read seconds to wait, perhaps a fraction; 0 tries once, ``inf`` (here ``None``) is for ever.
 
-    name = "seconds"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | None:
-        try:
-            seconds = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is no number of seconds", param, ctx)
-        if not seconds >= 0:
-            self.fail(f"{value!r} is not 0 or more seconds", param, ctx)
-        return None if math.isinf(seconds) else seconds
+    >>> seconds("2.5"), seconds("inf")
+    (2.5, None)
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no number of seconds.") from None
+    if not number >= 0:
+        raise click.BadParameter(f"{value!r} is not 0 or more seconds.")
+    return None if math.isinf(number) else number
 
 
 class Deadline:
@@ -107,23 +109,21 @@ class Deadline:
         return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
 
-class Bytes(click.ParamType):
-    """A size in bytes, or with a unit as libvirt reads it: K and KiB are 1024, KB is 1000."""
+_SIZE = re.compile(r"([0-9]{1,20}) ?(?:([kmgt])(i?b)?|b|bytes)?", re.IGNORECASE)
 
-    name = "bytes"
-    _pattern = re.compile(r"([0-9]{1,20}) ?(?:([kmgt])(i?b)?|b|bytes)?", re.IGNORECASE)
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        match = self._pattern.fullmatch(value)
-        if match is None:
-            self.fail(f"{value!r} is no size: bytes, or a number with K, M, G or T", param, ctx)
-        number, unit, rest = match.groups()
-        base = 1000 if (rest or "").lower() == "b" else 1024
-        return int(number) * base ** (" kmgt".index(unit.lower()) if unit else 0)
+def size(value: str) -> int:
+    """Read bytes, or a number with a unit as libvirt does: K and KiB are 1024, KB is 1000.
+
+    >>> size("64M"), size("1 kB")
+    (67108864, 1000)
+    """
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no size: bytes, or a number with K, M, G or T.")
+    number, unit, rest = match.groups()
+    base = 1000 if (rest or "").lower() == "b" else 1024
+    return int(number) * int(base ** (" kmgt".index(unit.lower()) if unit else 0))
 
 
 # --- completion -----------------------------------------------------------------------------
@@ -164,7 +164,8 @@ class _QuotingBash(BashComplete):
         if item.type != "plain" or self._inside_quotes():
             return super().format_completion(item)
         # The script reads each line with `read`, which takes one level of backslashes away.
-        return f"{item.type},{self._special.sub(r'\\\\\1', item.value)}"
+        quoted = self._special.sub(r"\\\\\1", item.value)
+        return f"{item.type},{quoted}"
 
     @staticmethod
     def _inside_quotes() -> bool:
@@ -173,3 +174,66 @@ class _QuotingBash(BashComplete):
 
 
 add_completion_class(_QuotingBash)
+
+
+# --- options that several commands have -------------------------------------------------------
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How to print it.",
+)
+timeout_option = click.option(
+    "--timeout",
+    type=seconds,
+    default=10.0,
+    show_default=True,
+    help="How long to wait for locks; 0 tries once, inf waits for ever.",
+)
+
+
+def domain_argument(command: Command) -> Command:
+    return click.argument("domain", shell_complete=complete_domain)(command)
+
+
+def limit_options(command: Command) -> Command:
+    room = click.option(
+        "--max-domains", type=click.IntRange(min=1), help="Room for domains, in a new segment."
+    )
+    memory = click.option(
+        "--max-bytes", type=size, help="Limit of memory, in a new segment: 500M, 4G."
+    )
+    return room(memory(command))
+
+
+def flag(name: str, help: str) -> Callable[[Command], Command]:
+    return click.option(f"--{name}", is_flag=True, help=help)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def to_read(file: str) -> Iterator[BinaryIO]:
+    """Open a file that a user named; ``-`` is standard input."""
+    if file != "-":
+        with open(file, "rb") as stream:
+            yield stream
+        return
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, "it is closed")
+    yield sys.stdin.buffer
+
+
+def source_text(file: str) -> str:
+    """Return how messages name a file that a user named.
+
+    >>> source_text("web1.xml"), source_text("-")
+    ('web1.xml', 'standard input')
+    """
+    return "standard input" if file == "-" else file

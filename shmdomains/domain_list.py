@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
-import msgpack
 import msgspec
 
 from . import config, holder, segment_file
@@ -43,6 +42,7 @@ from .errors import (
     DomainTransient,
     InvalidName,
     ListNotLocked,
+    SegmentCorrupt,
     SegmentExists,
     SegmentFull,
     SegmentInUse,
@@ -157,6 +157,26 @@ def _state_mask(state: int | Iterable[int] | None) -> int:
         return 0xFFFFFFFF
     states = [state] if isinstance(state, int) else list(state)
     return sum({1 << DomainState(one) for one in states})
+
+
+def _encode_dirs(dirs: ConfigDirs) -> bytes:
+    paths = (dirs.config_dir, dirs.autostart_dir)
+    return msgspec.msgpack.encode([None if path is None else os.fsencode(path) for path in paths])
+
+
+def _decode_dirs(blob: bytes) -> ConfigDirs:
+    try:
+        paths = msgspec.msgpack.decode(blob, type=tuple[bytes, bytes | None])
+    except msgspec.MsgspecError:
+        paths = (b"", None)
+    # What is relative was not written by load_all_configs; files made there would be anywhere.
+    if not all(path is None or os.path.isabs(path) for path in paths):
+        raise SegmentCorrupt("the config directory that the segment remembers is damaged")
+    config_dir, autostart_dir = (
+        None if path is None else Path(os.fsdecode(path)) for path in paths
+    )
+    assert config_dir is not None
+    return ConfigDirs(config_dir, autostart_dir)
 
 
 class DomainListRules(_Store):
@@ -496,25 +516,12 @@ class DomainListRules(_Store):
         """
         dirs = ConfigDirs(Path(config_dir), None if autostart_dir is None else Path(autostart_dir))
         with self.locked(timeout):
-            self._set_settings(
-                msgpack.packb(
-                    [
-                        os.fsencode(dirs.config_dir),
-                        None if dirs.autostart_dir is None else os.fsencode(dirs.autostart_dir),
-                    ]
-                )
-            )
+            self._set_settings(_encode_dirs(dirs))
         return config.load_all(self, dirs, progress, workers, timeout)
 
     def _config_dirs(self) -> ConfigDirs | None:
         blob = self._settings()
-        if not blob:
-            return None
-        config_dir, autostart_dir = msgpack.unpackb(blob)
-        return ConfigDirs(
-            Path(os.fsdecode(config_dir)),
-            None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
-        )
+        return _decode_dirs(blob) if blob else None
 
     def save_config(self, dom: Domain) -> None:
         """Write what the domain will be after its next start to the config directory

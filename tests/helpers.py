@@ -43,6 +43,12 @@ A_MOMENT = 0.05
 _PATHS = [str(Path(shmdomains.__file__).parent.parent), str(Path(__file__).parent)]
 
 
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a fresh interpreter that imports the package and this file from here."""
+    paths = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": paths, **more}
+
+
 # --- definitions -------------------------------------------------------------------------------
 
 
@@ -87,7 +93,7 @@ class Store:
     """A place where domains live, as the conformance tests see it.
 
     `create` is an expression for a new, empty list (`context` is the multiprocessing context of the
-    parties to come, `room` the number of domains), `publish` one for a list with the name `name`, and
+    parties to come, `room` the number of domains, `size` the bytes or ``None``), `publish` one for a list with the name `name`, and
     `attach` what a stranger does with that name; both ``None`` if strangers may not write.
     """
 
@@ -96,8 +102,9 @@ class Store:
     publish: str | None
     attach: str | None
 
-    def make(self, *, room: int = 64, context: Any = None) -> Any:
-        return eval(self.create, {"DomainList": DomainList, "room": room, "context": context})
+    def make(self, *, room: int = 64, size: int | None = None, context: Any = None) -> Any:
+        names = {"DomainList": DomainList, "room": room, "size": size, "context": context}
+        return eval(self.create, names)
 
     @property
     def starts(self) -> list[str]:
@@ -108,13 +115,15 @@ class Store:
 STORES = [
     Store(
         "robust",
-        create="DomainList(max_domains=room)",
-        publish="DomainList.create(name, max_domains=room)",
+        create="DomainList(max_domains=room, max_bytes=size)",
+        publish="DomainList.create(name, max_domains=room, max_bytes=size)",
         attach="DomainList.attach(name)",
     ),
     Store(
         "multiprocessing",
-        create="DomainList(max_domains=room, lock='multiprocessing', context=context)",
+        create=(
+            "DomainList(max_domains=room, max_bytes=size, lock='multiprocessing', context=context)"
+        ),
         publish=None,
         attach=None,
     ),
@@ -293,15 +302,15 @@ def admit(listener: socket.socket) -> Party:
 
 
 class Process:
-    """A fresh interpreter with nothing but this file's program in it."""
+    """A fresh interpreter, `more` in its environment, `options` for Popen, with nothing but this file's program in it."""
 
-    def __init__(self, **environment: str) -> None:
-        paths = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    def __init__(self, *, options: dict[str, Any] | None = None, **more: str) -> None:
         with door() as (address, listener):
             self.process = subprocess.Popen(
                 [sys.executable, __file__, address[1:]],
-                env={**os.environ, "PYTHONPATH": paths, **environment},
+                env=environment(**more),
                 start_new_session=True,  # so that all that it began can be ended with it
+                **(options or {}),
             )
             try:
                 self.party = admit(listener)

@@ -34,6 +34,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shmdomains import Domain, DomainDef, DomainList
+
 TESTS = Path(__file__).resolve().parent
 CORE = TESTS.parent / "shmdomains" / "_core"
 DEADLINE = 10.0
@@ -98,6 +100,8 @@ class Child:
         return self.hear(timeout)
 
     def signal(self, number: int) -> None:
+        if self.conn.closed:
+            return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
@@ -114,6 +118,8 @@ class Child:
         self.join()
 
     def close(self) -> None:
+        if self.conn.closed:
+            return
         self.kill()
         self.conn.close()
         os.close(self.pidfd)
@@ -161,6 +167,7 @@ def fork(function: Callable[..., Any], *arguments: Any) -> Child:
         ours.close()
         _run(Connection(theirs.detach()), function, arguments)
     theirs.close()
+    # Nobody waits for it, so its number stays its own until we end.
     return Child(pid, os.pidfd_open(pid), Connection(ours.detach()))
 
 
@@ -170,8 +177,9 @@ class Nursery:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno()), os.pathsep.join(sys.path)],
+            [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         )
         theirs.close()
         self._socket.settimeout(3 * DEADLINE)
@@ -188,6 +196,7 @@ class Nursery:
         answer, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
         assert fds, f"no child: {answer.decode(errors='replace')}"
         child = Child(int(answer), fds[0], Connection(ours.detach()))
+        self.children = [one for one in self.children if not one.conn.closed]
         self.children.append(child)
         return child
 
@@ -210,9 +219,9 @@ class Nursery:
             self._process.wait(DEADLINE)
 
 
-def _serve(fd: int) -> None:
+def _serve(number: int) -> None:
     """The nursery: one request, one fork, one answer."""
-    requests = socket.socket(fileno=fd)
+    requests = socket.socket(fileno=number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends with its test, not before
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody collects the dead
     pidfds: list[int] = []
@@ -228,40 +237,56 @@ def _serve(fd: int) -> None:
         except Exception:
             requests.send(traceback.format_exc().encode()[-60000:])
             continue
+        for gone in select.select(pidfds, [], [], 0)[0] if len(pidfds) > 100 else []:
+            os.close(gone)
+            pidfds.remove(gone)
+        gate, opener = os.pipe()  # it may not end before there is a pidfd of it
         pid = os.fork()
         if not pid:
             requests.close()
+            os.close(opener)
             for pidfd in pidfds:
                 os.close(pidfd)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.read(gate, 1)
+            os.close(gate)
             _run(Connection(fds[0]), function, arguments)
-        os.close(fds[0])
         pidfds.append(os.pidfd_open(pid))
+        for fd in (fds[0], gate, opener):
+            os.close(fd)
         socket.send_fds(requests, [str(pid).encode()], [pidfds[-1]])
     for pidfd in pidfds:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-# --- a segment's bytes -------------------------------------------------------------------------------
+def asleep(pid: int) -> bool:
+    """Whether the process sleeps in a system call."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+# --- a segment's bytes ----------------------------------------------------------------------------
 
 
 @functools.cache
-def driver() -> Path | None:
-    """The C driver, compiled against the core's files; None: there is no compiler here."""
+def driver(sanitize: bool = False) -> Path | None:
+    """The C driver, compiled against the core's files; None: there is no compiler here.
+
+    With `sanitize`, which takes seconds longer, under ASan and UBSan where their libraries are.
+    """
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return None
     home = tempfile.TemporaryDirectory(prefix="shmdomains-test-")
     _homes.append(home)
     program = Path(home.name) / "core_test"
-    sources = sorted(CORE / name for name in _SOURCES)
-    command = [compiler, "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CORE}"]
-    command += ["-pthread", "-o", str(program), str(TESTS / "core_test.c"), *map(str, sources)]
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    for extra in (sanitize, []):  # not every machine has the sanitizers' libraries
-        done = subprocess.run([*command, *extra], capture_output=True, text=True)
+    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{CORE}", "-pthread"]
+    command += ["-o", str(program), str(TESTS / "core_test.c"), *(str(CORE / c) for c in _SOURCES)]
+    plain = ["-O0"]
+    checked = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    for options in (checked, plain) if sanitize else (plain,):
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
         if done.returncode == 0:
             return program
     raise AssertionError(done.stderr)
@@ -302,7 +327,8 @@ class Planted:
         return self.at["slots"] + number * self.at["slot.size"] + self.at[f"slot.{field}"]
 
     def name(self, number: int, buffer: int) -> int:
-        return self.at["names"] + number * self.at["names.size"] + buffer * self.at["names.size"] // 2
+        size = self.at["names.size"]
+        return self.at["names"] + number * size + buffer * size // 2
 
     def copy(self, number: int, field: str) -> int:
         """A field in the copy that counts."""
@@ -317,8 +343,9 @@ class Planted:
 
     def entries(self, index: int) -> list[int]:
         """The places of an index's entries in the table that counts."""
-        level = self.read(self.header("list_level") + 8 * index if index < 2 else
-                          self.header("id_level"))
+        level = self.read(
+            self.header("list_level") + 8 * index if index < 2 else self.header("id_level")
+        )
         table = self.at[f"table.{index}.{level}"]
         return [at for at in range(table, table + (8192 << level), 8) if self.read(at)]
 
@@ -353,7 +380,7 @@ class Planted:
         until(lambda: self.read(mutex, 4) & WAITERS, "somebody waits for the lock")
 
 
-# --- what libc and the kernel say ---------------------------------------------------------------------
+# --- what libc and the kernel say -----------------------------------------------------------------
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -379,6 +406,39 @@ def raw_mutex(path: str | os.PathLike[str], at: int) -> Iterator[int]:
     mapping.close()
 
 
+def hold(pipe: Pipe, path: str, *steps: str) -> None:
+    """A child that takes what the steps say, says its pid, and lets go when it is told to.
+
+    ``list`` takes the list lock, ``commit`` commits every domain held, ``change=N`` sets the data
+    of every domain held to N, ``new=NAME`` defines a domain and holds it; anything else is the name
+    of a domain to lock.
+    """
+    doms = DomainList.attach(path=path)
+    held: list[Domain] = []
+    for step in steps:
+        what, _, value = step.partition("=")
+        if what == "list":
+            doms.lock(DEADLINE)
+        elif what == "commit":
+            for dom in held:
+                dom.commit(DEADLINE)
+        elif what == "change":
+            for dom in held:
+                dom.data = int(value)
+        elif what == "new":
+            held.append(doms.assign_def(DomainDef.from_xml(xml(value)), True, DEADLINE))
+        else:
+            held.append(doms.get(name=step, timeout=DEADLINE if doms.is_locked or not held else 0))
+    pipe.say(os.getpid())
+    pipe.listen()
+    for dom in held:
+        dom.unlock()
+    if doms.is_locked:
+        doms.unlock()
+    pipe.say("free")
+    pipe.rest()
+
+
 def hold_mutex(pipe: Pipe, path: str, at: int) -> None:
     """A child that holds one of the segment's mutexes until it is told to let go."""
     with raw_mutex(path, at) as mutex:
@@ -388,6 +448,5 @@ def hold_mutex(pipe: Pipe, path: str, at: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:] = [str(TESTS), *sys.argv[2].split(os.pathsep)]
     # Under its own name, so that classes pickled by a test are the same here.
     importlib.import_module("killing")._serve(int(sys.argv[1]))

@@ -38,7 +38,8 @@ class Pair:
         self._guests: list[Party] = []
         self._name, self._store = name, store
         given = "None" if start in ("thread", "stranger") else repr(start)
-        self.one.tell(f"context = multiprocessing.get_context({given}); room = 64; name = {name!r}")
+        self.one.tell(f"context = multiprocessing.get_context({given}); name = {name!r}")
+        self.one.tell("room = 64; size = None")
         made = store.publish if start == "stranger" else store.create
         self.one.tell(f"doms = {made}")
         self.two = self.join()

@@ -112,7 +112,9 @@ def test_writing_every_field_back_changes_nothing(path: Path) -> None:
 # --- XML itself -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32", "iso-8859-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32", "iso-8859-1", "cp1252"]
+)
 def test_bytes_are_decoded_as_they_declare(encoding: str) -> None:
     declared = {"utf-16-le": "utf-16"}.get(encoding, encoding)
     text = f"<?xml version='1.0' encoding='{declared}'?>\n" + xml(name="<name>été</name>")
@@ -175,8 +177,8 @@ def test_what_is_not_well_formed_is_refused_with_its_place(
     [
         "<!DOCTYPE domain>",
         "<!DOCTYPE domain [<!ENTITY a 'b'>]>",
-        "<!DOCTYPE domain SYSTEM 'file:///dev/zero'>",
-        "<!DOCTYPE domain [<!ENTITY % p SYSTEM 'file:///dev/zero'> %p;]>",
+        "<!DOCTYPE domain SYSTEM 'file:///dev/null'>",
+        "<!DOCTYPE domain [<!ENTITY % p SYSTEM 'file:///dev/null'> %p;]>",
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be", "utf-32"])
@@ -187,7 +189,7 @@ def test_a_document_type_is_refused_before_anything_is_opened(doctype: str, enco
         assert (error.element, error.line) == ("!DOCTYPE", 2)
 
 
-@pytest.mark.parametrize("subset", ["", "[<!ENTITY % p SYSTEM 'file:///dev/zero'> %p;]"])
+@pytest.mark.parametrize("subset", ["", "[<!ENTITY % p SYSTEM 'file:///dev/null'> %p;]"])
 def test_a_document_type_that_hides_in_its_encoding_is_refused(subset: str) -> None:
     text = f"<?xml version='1.0' encoding='UTF-7'?>+ADw-!DOCTYPE domain {subset}+AD4-{xml()}"
     assert refused(text.encode()).element == "!DOCTYPE"
@@ -206,6 +208,9 @@ def test_bytes_that_are_not_in_their_encoding_are_refused_with_their_place(encod
     text = f"<?xml version='1.0'{encoding}?>\n<domain>\n<name>\xe9</name></domain>"
     error = refused(text.encode("latin-1"))
     assert (error.element, error.line) == ("name", 3)
+    entity = "<!DOCTYPE domain [<!ENTITY % p SYSTEM 'file:///dev/null'> %p;]>"
+    text = text.replace("\n<domain>", f"\n{entity}<domain>")
+    assert refused(text.encode("latin-1")).element == "!DOCTYPE"
 
 
 def test_words_that_look_like_a_document_type_are_just_words() -> None:
@@ -459,7 +464,7 @@ def test_metadata_loses_what_libvirt_drops_and_nothing_else() -> None:
         "  <b:y xmlns:b='u:1'>2</b:y>words\n  <c xmlns='u:2'><d/></c>\n</metadata>"
     )
     assert (
-        "<metadata>\n  <a:x xmlns:a=\"u:1\">1</a:x>\n  <!-- kept -->words\n"
+        '<metadata>\n  <a:x xmlns:a="u:1">1</a:x>\n  <!-- kept -->words\n'
         '  <c xmlns="u:2"><d/></c>\n</metadata>'
     ) in definition.to_xml()
     assert DomainDef.from_xml(definition.to_xml()).to_xml() == definition.to_xml()
@@ -595,6 +600,7 @@ def test_the_firmware_tables_follow_the_uuid() -> None:
 def test_current_values_follow() -> None:
     definition = DomainDef.from_xml(GUEST)
     assert definition.replace(memory=5).current_memory == 5
+    assert definition.replace(memory=definition.memory * 2).current_memory == definition.memory * 2
     balloon = definition.replace(current_memory=1000)
     assert balloon.replace(memory=5000).current_memory == 1000
     assert balloon.replace(memory=500).current_memory == 500
@@ -829,6 +835,13 @@ def test_another_type_gives_up_the_old_source() -> None:
     assert '<source file="/srv/x.raw"/>' in text and "/dev/sdz" not in text
 
 
+def test_the_terminal_of_old_is_a_source() -> None:
+    definition = read("<devices><console tty='/dev/pts/5'/></devices>")
+    assert definition.consoles == (ConsoleDef("pty", "/dev/pts/5"),)
+    changed = reread(definition.replace(consoles=[ConsoleDef("pty", "/dev/pts/6")]))
+    assert "/dev/pts/5" not in changed.to_xml()
+
+
 def test_what_can_not_be_written_may_stay_or_be_changed_elsewhere() -> None:
     tape = sample("tape-library")
     managed = msgspec.structs.replace(tape.hostdevs[0], managed=True)
@@ -847,6 +860,9 @@ def test_device_changes_add_up_before_they_are_written() -> None:
     step = definition.replace(disks=[root, lun, a]).replace(name="x")
     step = step.replace(disks=[lun, a, b]).replace(disks=[lun, b, a])
     assert reread(step).disks == (lun, b, a)
+    # Taken out and put in again it is a new disk, which inherits nothing.
+    again = definition.replace(disks=[lun]).replace(disks=[DiskDef("vda", source="/new"), lun])
+    assert 'io="native"' not in reread(again).to_xml()
 
 
 ONE_LINE = st.text("abcé/.-_ ", min_size=1, max_size=8)
@@ -1119,6 +1135,19 @@ def test_a_damaged_blob_is_a_definition_or_a_definition_error(
 def test_other_messagepack_is_no_definition(data: bytes) -> None:
     with pytest.raises(DefinitionError):
         DomainDef.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("memory", -5), ("memory", 2**53), ("vcpus", -2), ("name", 5), ("uuid", "x"), ("disks", [5])],
+)
+def test_a_blob_with_a_value_that_can_not_be_is_no_definition(field: str, value: object) -> None:
+    values = msgspec.msgpack.decode(DomainDef.from_xml(GUEST).encode())
+    position = 1 + DomainDef.__struct_fields__.index(field)
+    assert DomainDef.decode(msgspec.msgpack.encode(values))
+    values[position] = value
+    with pytest.raises(DefinitionError):
+        DomainDef.decode(msgspec.msgpack.encode(values))
 
 
 def test_a_fork_of_a_threaded_process_can_parse() -> None:

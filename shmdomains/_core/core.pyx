@@ -541,6 +541,9 @@ cdef class Segment:
                 pause = (deadline - now) / 1e9
             if lock.acquire(True, pause):
                 return SD_OK
+            # The lock looks at signals only while it sleeps.
+            if PyErr_CheckSignals():
+                return -1
 
     cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
         cdef int result
@@ -1405,19 +1408,27 @@ cdef class Record:
 
     cdef int take(self, uint64_t deadline, object timeout) except -1:
         cdef sd_slot *at
+        cdef Record held
         self.segment.usable()
         at = &self.segment.segment.slots[self.slot]
-        if self.mine_or_none() is not None:
-            self.segment.not_held_here(self.slot)
+        held = self.segment.held_here(self.slot, 0)
+        if held is not None:
+            # The slot's mutex is ours: it may not be asked again, whichever domain lives there now.
+            if held.life == self.life:
+                self.segment.not_held_here(self.slot)
+            self.outlived()
         self.segment.may_wait(deadline)
         if self.segment.acquire_slot(self.slot, deadline) == SD_TIMEOUT:
             self.segment.timed_out(&at.owner, &at.mutex, self.segment.describe(self.slot), timeout)
         if sd_load(&at.life) != self.life:
             self.segment.release_slot(self.slot, False)
-            raise errors.DomainRemoved(
-                f"domain {uuid_object(self.uuid_raw)} was removed; this handle outlived it")
+            self.outlived()
         self.own()
         return 0
+
+    cdef int outlived(self) except -1:
+        raise errors.DomainRemoved(
+            f"domain {uuid_object(self.uuid_raw)} was removed; this handle outlived it")
 
     def try_lock(self):
         """Lock the domain if it is free: True, else False. Always allowed, whatever is held."""
@@ -1736,11 +1747,9 @@ cdef void abandon(Record record) noexcept:
             orphan.slot = slot
             orphan.next = record.thread.orphans
             record.thread.orphans = orphan
-    try:
+    if warnings is not None:  # the interpreter may be going down
         warnings.warn("a Domain that was still locked was dropped; its changes are rolled back "
-                      "and the lock freed: use 'with'", ResourceWarning, stacklevel=1)
-    except ResourceWarning:
-        pass
+                      "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)
 
 
 # --- creating a segment --------------------------------------------------------------------------

@@ -62,9 +62,8 @@ void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsig
     const sd_word *from = segment->names[slot].word[(flags & SD_FLAG_NAME) != 0];
     uint64_t first = sd_load(from);
     memcpy(name, &first, 8);
-    size_t more = (size_t)name[0] + 1;
-    if (more > SD_NAME_MAX + 1) more = SD_NAME_MAX + 1;
-    if (more > 8) sd_copy_out(name + 8, from + 1, more - 8);
+    if (name[0] > SD_NAME_MAX) name[0] = 0; /* damage: no domain has an empty name */
+    if (name[0] > 7) sd_copy_out(name + 8, from + 1, name[0] - 7u);
 }
 
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,

@@ -1,0 +1,247 @@
+"""The commands: ``shmdomains load``, ``list``, ``define`` and so on.
+
+Promises: what a user can cause ends in one line on stderr and exit status 1 (2 for a mistake in the
+command line, 130 after Ctrl-C), never in a traceback; results go to stdout, everything else to
+stderr; reading takes no lock and stops nobody; what changes something waits `--timeout` seconds at
+most for a lock and then names its holder. Names, flags, order and words are virsh's where virsh has
+the command.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from . import __version__, cli_domains, cli_segments, segment_file
+from .cli_tables import Failure, describe, is_broken_pipe, is_terminal, print_warning
+from .cli_types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
+from .config import LoadFailure
+from .errors import ShmDomainsError
+
+PROGRAM = "shmdomains"
+INTERRUPTED = 130
+_PIPE_WIDTH = 160
+
+
+# --- the group ------------------------------------------------------------------------------
+
+
+class _Commands(click.Group):
+    """Turns what a user can cause into one line; lists the commands in the order given here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except ShmDomainsError as exc:
+            raise Failure(describe(exc)) from None
+        except OSError as exc:
+            if is_broken_pipe(exc):
+                raise
+            raise Failure(describe(exc)) from None
+
+
+class _WarningsToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # `load` reports these itself, sorted and not in the middle of its progress bar.
+        if isinstance(record.args, tuple) and any(
+            isinstance(arg, LoadFailure) for arg in record.args
+        ):
+            return
+        print_warning(record.getMessage())
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    logger = logging.getLogger(__package__)
+    handler = _WarningsToStderr(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@click.group(
+    name=PROGRAM,
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--segment",
+    "-s",
+    metavar="NAME",
+    envvar=SEGMENT_VARIABLE,
+    default=segment_file.DEFAULT_NAME,
+    show_default=True,
+    show_envvar=True,
+    shell_complete=complete_segment,
+    help="The segment: its name, or its file if there is a / in it.",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, segment: str) -> None:
+    """The list of domains that a VM manager's processes share, in shared memory.
+
+    A DOMAIN is an id, a UUID or a name.
+    """
+    ctx.obj = Target(segment)
+    ctx.with_resource(_logging())
+
+
+for _command in (
+    cli_segments.load,
+    cli_domains.list_domains,
+    cli_domains.dominfo,
+    cli_domains.dumpxml,
+    cli_domains.define,
+    cli_domains.undefine,
+    cli_domains.rename,
+    cli_domains.autostart,
+    cli_segments.segments,
+    cli_segments.check,
+    cli_segments.export_command,
+    cli_segments.import_command,
+    cli_segments.unlink_segment,
+):
+    cli.add_command(_command)
+
+
+# --- stress, completion ---------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument(
+    "config_dir",
+    metavar="CONFIG_DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Processes."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="How long.",
+)
+@flag("kill", "Kill workers at random moments (SIGKILL) and replace them.")
+@click.option(
+    "--start",
+    type=click.Choice(["fork", "spawn", "forkserver"]),
+    default="fork",
+    show_default=True,
+    help="How workers are started.",
+)
+@click.option(
+    "--lock",
+    type=click.Choice(["robust", "multiprocessing"]),
+    default="robust",
+    show_default=True,
+    help="The kind of locks.",
+)
+@click.option(
+    "--domains", type=click.IntRange(min=1), metavar="N", help="Clone the domains up to N."
+)
+@click.pass_context
+def stress(
+    ctx: click.Context,
+    config_dir: Path,
+    workers: int,
+    seconds: float,
+    kill: bool,
+    start: str,
+    lock: str,
+    domains: int | None,
+) -> None:
+    """Prove that nothing is lost under load.
+
+    Workers find, lock, change, define and remove the domains of a directory, in a segment of its
+    own: nothing in CONFIG_DIR and no other segment is changed.
+    """
+    if not math.isfinite(seconds):
+        raise click.UsageError(f"--seconds is {seconds}; it has to end.")
+    from rich.console import Console
+
+    from . import stress as stress_module
+
+    status = stress_module.run(
+        config_dir,
+        workers=workers,
+        seconds=seconds,
+        kill=kill,
+        start=start,
+        lock=lock,
+        domains=domains,
+        # What is piped shall not be wrapped to a width that nobody has.
+        console=Console(width=None if is_terminal() else _PIPE_WIDTH),
+    )
+    ctx.exit(status)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    bash:  eval "$(shmdomains completion bash)"      in ~/.bashrc
+    zsh:   eval "$(shmdomains completion zsh)"       in ~/.zshrc
+    fish:  shmdomains completion fish | source       in ~/.config/fish/config.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None  # the choices above are click's own
+    click.echo(kind(cli, {}, PROGRAM, COMPLETE_VARIABLE).source())
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    _prepare_output()
+    try:
+        cli(prog_name=PROGRAM)
+    finally:
+        _drop_what_was_refused()
+
+
+def _prepare_output() -> None:
+    # A terminal that can not show a name shall show something, not end the command.
+    if sys.stderr is not None:
+        sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is None:
+        return
+    if not isinstance(sys.stdout.buffer, io.RawIOBase):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        return
+    # Unbuffered ($PYTHONUNBUFFERED, usual in containers) Python drops, without an error, what a
+    # write to a disk that gets full leaves over.
+    sys.stdout = open(
+        sys.stdout.fileno(),
+        "w",
+        encoding=sys.stdout.encoding,
+        errors="backslashreplace",
+        closefd=False,
+    )
+
+
+def _drop_what_was_refused() -> None:
+    """What could not be written was reported; at its exit Python would try and complain again."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

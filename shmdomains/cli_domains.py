@@ -1,0 +1,350 @@
+"""The commands about domains: ``list``, ``dominfo``, ``dumpxml``, ``define``, ``rename`` and so on.
+
+Names, flags, order and words are virsh's. What only looks takes no lock; what changes something
+waits for the domain with a time-out and reaches the config directory that the list was loaded from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .cli_tables import (
+    Column,
+    describe,
+    print_error,
+    print_lines,
+    print_pairs,
+    print_record,
+    print_records,
+    print_table,
+    printable,
+)
+from .cli_types import (
+    Deadline,
+    Target,
+    domain_argument,
+    find_domain,
+    flag,
+    format_option,
+    source_text,
+    timeout_option,
+    to_read,
+)
+from .config import MAX_FILE_BYTES
+from .definition import DomainDef
+from .domain_list import DomainInfo, DomainList
+from .errors import DomainNotFound, SegmentError, ShmDomainsError
+from .states import DomainState
+
+# --- list -----------------------------------------------------------------------------------
+
+_STATES = {
+    "running": {DomainState.RUNNING},
+    "paused": {DomainState.PAUSED},
+    "shutoff": {DomainState.SHUTOFF},
+    "other": set(DomainState) - {DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTOFF},
+}
+
+_STATE_COLOURS = {
+    "running": "green",
+    "idle": "green",
+    "paused": "yellow",
+    "pmsuspended": "yellow",
+    "in shutdown": "yellow",
+    "crashed": "red",
+}
+
+
+@click.command("list")
+@flag("all", "Active and inactive domains.")
+@flag("inactive", "Inactive domains.")
+@flag("persistent", "Persistent domains.")
+@flag("transient", "Transient domains.")
+@flag("autostart", "Domains that start with the host.")
+@flag("no-autostart", "Domains that do not.")
+@flag("state-running", "Running domains.")
+@flag("state-paused", "Paused domains.")
+@flag("state-shutoff", "Domains that are shut off; implies --inactive.")
+@flag("state-other", "Domains in other states.")
+@flag("name", "Print names only.")
+@flag("uuid", "Print UUIDs only.")
+@flag("id", "Print ids only.")
+@flag("title", "Print titles as well.")
+@format_option
+@click.pass_obj
+def list_domains(target: Target, /, form: str, **flags: bool) -> None:
+    """List domains; without options the active ones.
+
+    Active domains come first, by id, then the inactive ones, by name. Options of one kind add up
+    (--state-running --state-paused), options of different kinds must all apply.
+    """
+    with target.attach() as doms:
+        infos = doms.list(
+            active=_active_filter(flags),
+            persistent=_either(flags["persistent"], flags["transient"]),
+            autostart=_either(flags["autostart"], flags["no_autostart"]),
+            state=_state_filter(flags),
+            definitions=flags["title"],
+        )
+        infos.sort(key=_virsh_order)
+        if form == "json":
+            print_records([_list_record(info, flags) for info in infos])
+        elif flags["name"] or flags["uuid"] or flags["id"]:
+            print_lines(_bare_lines(infos, flags))
+        else:
+            _print_domains(infos, flags["title"])
+
+
+def _active_filter(flags: dict[str, bool]) -> bool | None:
+    if flags["all"]:
+        return None
+    return not (flags["inactive"] or flags["state_shutoff"])
+
+
+def _either(yes: bool, no: bool) -> bool | None:
+    return None if yes == no else yes
+
+
+def _state_filter(flags: dict[str, bool]) -> set[DomainState] | None:
+    chosen = [states for word, states in _STATES.items() if flags[f"state_{word}"]]
+    return set().union(*chosen) if chosen else None
+
+
+def _virsh_order(info: DomainInfo) -> tuple[bool, int, bytes, str]:
+    # vshDomainSorter: vshStrcasecmp, which knows ASCII letters only, and the bytes of the others.
+    if info.is_active:
+        return False, info.id, b"", ""
+    return True, 0, info.name.encode().lower(), info.name
+
+
+def _id_text(info: DomainInfo) -> str:
+    return str(info.id) if info.is_active else "-"
+
+
+def _bare_lines(infos: list[DomainInfo], flags: dict[str, bool]) -> Iterator[str]:
+    only_id = flags["id"] and not flags["name"] and not flags["uuid"]
+    for info in infos:
+        if only_id and not info.is_active:
+            continue  # as virsh: an inactive domain has none
+        words = [
+            str(info.uuid) if flags["uuid"] else None,
+            _id_text(info) if flags["id"] else None,
+            info.name if flags["name"] else None,
+        ]
+        yield " ".join(word for word in words if word is not None)
+
+
+def _print_domains(infos: list[DomainInfo], titles: bool) -> None:
+    columns = [Column("Id"), Column("Name"), Column("State", colour=_STATE_COLOURS.get)]
+    if not titles:
+        print_table(columns, [[_id_text(info), info.name, info.state.words] for info in infos])
+        return
+    print_table(
+        [*columns, Column("Title")],
+        [
+            [_id_text(info), info.name, info.state.words, info.definition.title or ""]
+            for info in infos
+        ],
+    )
+
+
+def _list_record(info: DomainInfo, flags: dict[str, bool]) -> dict[str, Any]:
+    chosen = [key for key in ("id", "name", "uuid", "title") if flags[key]]
+    record = _info_record(info)
+    if flags["title"]:
+        record["title"] = info.definition.title
+    if chosen and chosen != ["title"]:
+        return {key: record[key] for key in chosen}
+    return record
+
+
+def _info_record(info: DomainInfo) -> dict[str, Any]:
+    return {
+        "id": info.id if info.is_active else None,
+        "name": info.name,
+        "uuid": str(info.uuid),
+        "state": info.state.words,
+        "reason": _reason_words(info),
+        "persistent": info.persistent,
+        "autostart": info.autostart,
+        "pid": info.pid,
+    }
+
+
+def _reason_words(info: DomainInfo) -> str:
+    reason = info.reason
+    return reason.name.lower().replace("_", " ") if hasattr(reason, "name") else str(reason)
+
+
+# --- one domain -----------------------------------------------------------------------------
+
+
+@click.command()
+@domain_argument
+@format_option
+@click.pass_obj
+def dominfo(target: Target, domain: str, form: str) -> None:
+    """Show what a domain is and does."""
+    with target.attach() as doms:
+        info = find_domain(doms, domain)
+        if form == "json":
+            print_record(_dominfo_record(info))
+        else:
+            print_pairs(_dominfo_pairs(info))
+
+
+def _dominfo_record(info: DomainInfo) -> dict[str, Any]:
+    definition = info.definition
+    return {
+        **_info_record(info),
+        "title": definition.title,
+        "type": definition.type,
+        "os_type": definition.os.type,
+        "vcpus": definition.current_vcpus,
+        "max_vcpus": definition.vcpus,
+        "memory_kib": definition.current_memory,
+        "max_memory_kib": definition.memory,
+        "updated": info.next_definition is not None,
+    }
+
+
+def _dominfo_pairs(info: DomainInfo) -> Iterator[tuple[str, str]]:
+    definition = info.definition
+    yield "Id", _id_text(info)
+    yield "Name", info.name
+    yield "UUID", str(info.uuid)
+    yield "OS Type", definition.os.type
+    yield "State", info.state.words
+    yield "CPU(s)", str(definition.current_vcpus)
+    yield "Max memory", f"{definition.memory} KiB"
+    yield "Used memory", f"{definition.current_memory} KiB"
+    yield "Persistent", "yes" if info.persistent else "no"
+    yield "Autostart", "enable" if info.autostart else "disable"
+    yield "Reason", _reason_words(info)
+    if info.pid is not None:
+        yield "PID", str(info.pid)
+    if definition.title is not None:
+        yield "Title", definition.title
+    if info.next_definition is not None:
+        yield "Updated", "yes, from the next start on"
+
+
+@click.command()
+@domain_argument
+@flag("inactive", "What the domain will be after its next start.")
+@click.pass_obj
+def dumpxml(target: Target, domain: str, inactive: bool) -> None:
+    """Print a domain's definition."""
+    with target.attach() as doms:
+        info = find_domain(doms, domain)
+        definition = info.definition
+        if inactive:
+            definition = info.next_definition or definition
+        # Without a declaration it is UTF-8, whatever the terminal speaks.
+        click.echo(definition.to_xml().rstrip("\n").encode())
+
+
+@click.command()
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(allow_dash=True))
+@timeout_option
+@click.pass_obj
+def define(target: Target, files: tuple[str, ...], timeout: float | None) -> None:
+    """Define persistent domains from XML, or redefine them.
+
+    FILE may be - for standard input, which is also read if there is no FILE and it is not a
+    terminal. An active domain changes at its next start. The rest is defined if one FILE is wrong;
+    the exit status is then 1.
+    """
+    if not files and sys.stdin is not None and sys.stdin.isatty():
+        raise click.UsageError("Missing argument 'FILE'.")
+    with target.attach() as doms:
+        outcomes = [_define_one(doms, file, timeout) for file in files or ("-",)]
+    if not all(outcomes):
+        click.get_current_context().exit(1)
+
+
+def _define_one(doms: DomainList, file: str, timeout: float | None) -> bool:
+    source = source_text(file)
+    try:
+        info = doms.define(_read_definition(file), timeout)
+    except SegmentError:
+        raise
+    except ShmDomainsError as exc:
+        print_error(f"{source}: {describe(exc)}")
+        return False
+    except OSError as exc:
+        print_error(f"{source}: {exc.strerror or exc}")
+        return False
+    later = "; it is running, the change is for its next start" if info.is_active else ""
+    click.echo(printable(f"Domain '{info.name}' defined from {source}{later}"))
+    return True
+
+
+def _read_definition(file: str) -> DomainDef:
+    with to_read(file) as stream:
+        # One byte more than a definition may have, so that the parser says what is wrong.
+        return DomainDef.from_xml(stream.read(MAX_FILE_BYTES + 1))
+
+
+@click.command()
+@domain_argument
+@timeout_option
+@click.pass_obj
+def undefine(target: Target, domain: str, timeout: float | None) -> None:
+    """Undefine a domain.
+
+    Its config file and autostart link are removed. An active domain becomes transient."""
+    with target.attach() as doms:
+        info = find_domain(doms, domain)
+        with _known_by(domain):
+            doms.undefine(uuid=info.uuid, timeout=timeout)
+    click.echo(printable(f"Domain '{info.name}' has been undefined"))
+
+
+@click.command()
+@domain_argument
+@click.argument("new_name", metavar="NEW-NAME")
+@timeout_option
+@click.pass_obj
+def rename(target: Target, domain: str, new_name: str, timeout: float | None) -> None:
+    """Rename an inactive domain."""
+    deadline = Deadline(timeout)
+    with target.attach() as doms:
+        info = find_domain(doms, domain)
+        with (
+            _known_by(domain),
+            doms.locked(deadline.left()),
+            doms.get(uuid=info.uuid, timeout=deadline.left()) as dom,
+        ):
+            old_name = dom.name
+            doms.rename(dom, new_name)
+    click.echo(printable(f"Domain '{old_name}' renamed to '{new_name}'"))
+
+
+@click.command()
+@domain_argument
+@flag("disable", "Do not start it with the host.")
+@timeout_option
+@click.pass_obj
+def autostart(target: Target, domain: str, disable: bool, timeout: float | None) -> None:
+    """Start a domain with the host, or not."""
+    with target.attach() as doms:
+        info = find_domain(doms, domain)
+        with _known_by(domain), doms.get(uuid=info.uuid, timeout=timeout) as dom:
+            doms.set_autostart(dom, not disable)
+    done = "unmarked" if disable else "marked"
+    click.echo(printable(f"Domain '{info.name}' {done} as autostarted"))
+
+
+@contextmanager
+def _known_by(key: str) -> Iterator[None]:
+    """Name a domain that went since it was found as the user named it, not by its UUID."""
+    try:
+        yield
+    except DomainNotFound:
+        raise DomainNotFound(f"failed to get domain '{key}': it was removed just now") from None

@@ -1,0 +1,647 @@
+"""`shmdomains stress`: a list of real domains, worker processes that use it hard, and the proof.
+
+`run` loads a directory of libvirt domain XML into a list in a memfd, adds clones if asked for,
+starts workers (stress_worker.py), kills and replaces them at random moments if asked for, shows
+how it goes, and at the end prints what was done and what was proven (stress_proof.py). The
+directory is only read: the list forgets it once it is loaded, so nothing that a worker defines or
+removes reaches it. Nothing is left behind, neither files nor processes.
+
+With kills the storm ends quietly: all workers but one are killed and not replaced, and the one must
+get on. A storm that stays busy never shows a lost wake-up.
+
+Nothing waits for ever. A wait for a lock has a time-out that names the holder; a worker that makes
+no progress is reported, with what it was doing and who holds the list, and killed. This process
+starts no threads, so forking it is safe.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import config, stress_proof, stress_worker
+from .domain_list import DomainList
+from .errors import LockTimeout, ShmDomainsError
+from .stress_journal import (
+    LIST,
+    OWN,
+    Journal,
+    Kind,
+    Page,
+    Plan,
+    Word,
+    duration_of,
+    separator_for,
+)
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+    from multiprocessing.process import BaseProcess
+
+LOCK_TIMEOUT = 20.0  # seconds; recovering the indexes of a million domains is part of a wait
+FORGIVING_LOCK_TIMEOUT = 2.0  # where a lock may stick; more than any operation takes
+PROOF_TIMEOUT = 5.0
+STALL = 45.0  # seconds without a finished operation
+START_DEADLINE = 60.0
+MEAN_LIFE = 0.1  # seconds that a worker works until it is killed, on average, beside its start
+MEAN_LIFE_PER_DOMAIN = 2e-6
+QUIET_STEPS = 200  # what the last worker still has to do once the others are dead
+TICK = 0.05
+BATCH = 1000  # clones per hold of the list lock
+
+INTERRUPTED = 130
+
+
+def run(
+    config_dir: Path,
+    *,
+    workers: int = 4,
+    seconds: float = 5,
+    kill: bool = False,
+    start: str = "fork",
+    lock: str = "robust",
+    domains: int | None = None,
+    console: Console,
+) -> int:
+    """Stress a list of the domains in `config_dir`; return the exit status.
+
+    0: everything that was to be proven holds. 1: something is lost, torn or stuck, a worker failed,
+    or nothing could be loaded. 130: interrupted by Ctrl-C, and nothing was wrong as far as it went.
+
+    `seconds` is the length of the storm; `start` is ``"fork"``, ``"spawn"`` or ``"forkserver"``,
+    `lock` ``"robust"`` or ``"multiprocessing"``; `domains` clones the loaded domains up to so many.
+    """
+    if workers < 1 or not 0 < seconds < math.inf or (domains is not None and domains < 0):
+        raise ValueError("workers and seconds are more than 0, domains is not negative")
+    view = _View(console)
+    context = multiprocessing.get_context(start)
+    try:
+        doms, plan = _load(config_dir, workers, kill, lock, domains, context, view)
+    except (ShmDomainsError, OSError) as exc:
+        view.say(f"stress: {exc}", "red")
+        return 1
+    except KeyboardInterrupt:
+        view.say("stress: interrupted before the workers were started", "yellow")
+        return INTERRUPTED
+    view.say(
+        f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} ({start}, {lock} "
+        f"locks), {seconds:g} s" + (", killed at random moments" if kill else ""),
+        "bold",
+    )
+    with doms:
+        return _storm_and_prove(doms, plan, context, seconds, kill, view)
+
+
+def _storm_and_prove(
+    doms: DomainList, plan: Plan, context: BaseContext, seconds: float, kill: bool, view: _View
+) -> int:
+    journal = Journal(plan.workers, plan.domains, seconds)
+    try:
+        storm = _Storm(doms, journal, plan, context, view, kill)
+        storm.run(seconds)
+        with view.progress("proving") as show:
+            timeout = min(PROOF_TIMEOUT, plan.lock_timeout)
+            findings, cut_short = stress_proof.prove(doms, journal, plan, timeout, show)
+    finally:
+        journal.close()
+    view.table(journal, storm.elapsed)
+    view.say(storm.summary)
+    failures = [*storm.failures]
+    for finding in findings:
+        view.finding(finding)
+    view.failures(failures)
+    if plan.forgiving:
+        view.explain(storm.notes, journal)
+    if storm.interrupted or cut_short:
+        view.say("interrupted; this is what was proven so far", "yellow")
+    if failures or not all(finding.holds for finding in findings):
+        return 1
+    return INTERRUPTED if storm.interrupted or cut_short else 0
+
+
+# --- loading --------------------------------------------------------------------------------
+
+
+def _load(
+    config_dir: Path,
+    workers: int,
+    kill: bool,
+    lock: str,
+    domains: int | None,
+    context: BaseContext,
+    view: _View,
+) -> tuple[DomainList, Plan]:
+    files = config.scan(config_dir)
+    if not files:
+        raise FileNotFoundError(f"{config_dir} holds no *.xml file")
+    need = max(len(files), domains or 0) + workers * OWN + 8
+    doms = DomainList(
+        max_domains=need,
+        max_bytes=_room_for(files, need),
+        lock=cast(Literal["robust", "multiprocessing"], lock),
+        context=context,
+    )
+    try:
+        loaded = _load_files(doms, config_dir, view)
+        plan = Plan(
+            tag=os.urandom(6),
+            loaded=loaded,
+            domains=max(len(loaded), domains or 0),
+            workers=workers,
+            separator=separator_for([name for _, name in loaded]),
+            lock_timeout=FORGIVING_LOCK_TIMEOUT if kill and lock != "robust" else LOCK_TIMEOUT,
+            forgiving=kill and lock != "robust",
+        )
+        _clone(doms, plan, view)
+    except BaseException:
+        doms.close()
+        raise
+    return doms, plan
+
+
+def _room_for(files: list[Path], count: int) -> int | None:
+    """Bytes for definitions that are larger than usual; ``None``: the default will do."""
+    average = sum(file.stat().st_size for file in files) / len(files)
+    return None if average <= 4096 else max(count * int(16_384 + 4 * average), 256 << 20)
+
+
+def _load_files(doms: DomainList, config_dir: Path, view: _View) -> list[tuple[bytes, str]]:
+    autostart = config_dir / "autostart"
+    with view.progress(f"loading {config_dir}") as show:
+        report = doms.load_all_configs(config_dir, autostart if autostart.is_dir() else None, show)
+    # The directory is the user's: what the workers define and remove must not reach it.
+    with doms.locked():
+        doms._set_settings(b"")
+    for failure in report.failures[: stress_proof.EXAMPLES]:
+        view.say(f"not loaded: {failure}", "yellow")
+    if not report.loaded:
+        raise FileNotFoundError(f"no domain of {config_dir} could be loaded")
+    return [(info.uuid.bytes, info.name) for info in doms.snapshot(definitions=False)]
+
+
+def _clone(doms: DomainList, plan: Plan, view: _View) -> None:
+    first = len(plan.loaded)
+    if first == plan.domains:
+        return
+    originals = [info.definition for info in doms.snapshot()]
+    with view.progress(f"cloning up to {plan.domains:,} domains") as show:
+        for begin in range(first, plan.domains, BATCH):
+            with doms.locked():
+                for target in range(begin, min(begin + BATCH, plan.domains)):
+                    clone = originals[target % first].replace(
+                        uuid=plan.uuid_of(target), name=plan.name_of(target)
+                    )
+                    doms.assign_def(clone, True).unlock()
+            show(min(begin + BATCH, plan.domains) - first, plan.domains - first)
+
+
+# --- the storm ------------------------------------------------------------------------------
+
+
+class _Post:
+    """A worker's place: one process after the other."""
+
+    def __init__(self, number: int, page: Page) -> None:
+        self.number = number
+        self.page = page
+        self.process: BaseProcess | None = None
+        self.started = 0.0
+        self.readies = 0
+        self.kill_at = math.inf
+        self.killed = False
+        self.steps = 0
+        self.idle = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this process got to work."""
+        return self.page.words[Word.READY] > self.readies
+
+    @property
+    def label(self) -> str:
+        pid = "" if self.process is None else f" (process {self.process.pid})"
+        return f"worker {self.number}{pid}"
+
+
+class _Storm:
+    """The workers, from the first start to the last end."""
+
+    def __init__(
+        self,
+        doms: DomainList,
+        journal: Journal,
+        plan: Plan,
+        context: BaseContext,
+        view: _View,
+        kill: bool,
+    ) -> None:
+        self._doms = doms
+        self._journal = journal
+        self._plan = plan
+        self._context = context
+        self._view = view
+        self._kill = kill
+        self._replacing = True
+        self._posts = [_Post(number, page) for number, page in enumerate(journal.pages)]
+        self._began = 0.0
+        self._ticked = time.monotonic()
+        self.elapsed = 0.0
+        self.kills = 0
+        self.interrupted = False
+        self.failures: list[str] = []
+        self.notes: list[str] = []
+
+    def run(self, seconds: float) -> None:
+        """Let it blow for so long. Ctrl-C ends it early, and in order."""
+        try:
+            with self._view.progress("storm") as show:
+                self._gather()
+                self._blow(seconds, show)
+                self._calm_down()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._view.say("interrupted; the workers finish what they do", "yellow")
+        finally:
+            self._end()
+
+    @property
+    def _living(self) -> list[_Post]:
+        return [post for post in self._posts if post.process is not None]
+
+    def _gather(self) -> None:
+        """Start the workers, and the clock once all of them got to work."""
+        if self._context.get_start_method() == "forkserver":
+            self._context.set_forkserver_preload([stress_worker.__name__])
+        self._began = time.monotonic()
+        for post in self._posts:
+            self._start(post)
+        while not all(post.is_ready for post in self._living) and not self.failures:
+            self._tick(TICK)
+        self._began = time.monotonic()
+
+    def _blow(self, seconds: float, show: stress_proof.Progress) -> None:
+        end = self._began + seconds
+        if self._kill:
+            for post in self._living:
+                self._choose_end_of(post)
+        while (now := time.monotonic()) < end and self._living and not self.failures:
+            next_kill = min(post.kill_at for post in self._living)
+            self._tick(max(min(next_kill - now, end - now, TICK), 0))
+            self._view.note = self._state_of_things()
+            show(int(min(now - self._began, seconds) * 1000), int(seconds * 1000))
+
+    def _calm_down(self) -> None:
+        """Kill all but one; what they held, and whom they should have woken, must not stop it."""
+        self._replacing = False
+        self.elapsed = time.monotonic() - self._began
+        ready = [post for post in self._living if post.is_ready]
+        if not self._kill or len(self._living) < 2 or not ready or self.failures:
+            return
+        survivor = random.choice(ready)
+        for post in self._living:
+            post.kill_at = math.inf
+        for post in self._living:
+            if post is not survivor:
+                self._tick(random.random() * 0.01)
+                self._kill_worker(post)
+        goal = survivor.page.words[Word.STEPS] + QUIET_STEPS
+        while survivor.process and survivor.page.words[Word.STEPS] < goal and not self.failures:
+            self._tick(TICK)
+
+    def _end(self) -> None:
+        """Stop and reap every worker; kill what does not stop."""
+        self._replacing = False
+        self.elapsed = self.elapsed or time.monotonic() - self._began
+        self._journal.stop()
+        for post in self._posts:
+            post.kill_at = math.inf
+        try:
+            while self._living:
+                self._tick(TICK)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        for post in self._living:
+            self._kill_worker(post)
+        for post in self._living:
+            cast("BaseProcess", post.process).join()
+            self._reap(post)
+
+    # --- one worker ---
+
+    def _start(self, post: _Post) -> None:
+        # Ctrl-C reaches the whole foreground group; the child ignores it, as soon as it can.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = self._context.Process(  # type: ignore[attr-defined]
+                target=stress_worker.work,
+                args=(self._doms, self._journal, self._plan, post.number, random.getrandbits(64)),
+                daemon=True,
+            )
+            post.readies = post.page.words[Word.READY]
+            post.killed = False
+            post.idle = 0.0
+            post.kill_at = math.inf
+            process.start()
+            post.process = process
+            post.started = time.monotonic()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _choose_end_of(self, post: _Post) -> None:
+        # Where a start takes long (spawn), or rebuilding the index that a dead holder of the list
+        # lock left (a million domains: half a second), workers live longer: else nothing gets done.
+        now = time.monotonic()
+        life = MEAN_LIFE + (now - post.started) + self._plan.domains * MEAN_LIFE_PER_DOMAIN
+        post.kill_at = now + random.expovariate(1 / life)
+
+    def _kill_worker(self, post: _Post) -> None:
+        if post.process is not None and not post.killed:
+            post.killed = True
+            post.process.kill()
+
+    def _reap(self, post: _Post) -> None:
+        """Take note of a process that ended, and put another in its place if it was killed."""
+        process = post.process
+        if process is None or process.exitcode is None:
+            return
+        label = post.label
+        code = process.exitcode
+        post.process = None
+        process.join()
+        process.close()
+        if post.killed and code == -signal.SIGKILL:
+            self.kills += 1
+            if self._replacing:
+                self._start(post)
+                if random.random() < 0.05:  # some die while they attach
+                    post.kill_at = time.monotonic() + random.random() * 0.02
+            return
+        self._judge(post, label, code)
+
+    def _judge(self, post: _Post, label: str, code: int) -> None:
+        if code == 0:
+            if not self._journal.stopped:
+                self.failures.append(f"{label} ended by itself")
+        elif code == stress_worker.STUCK and self._plan.forgiving:
+            self.notes.append(f"{label} was {post.page.text}")
+        elif code < 0:
+            name = signal.Signals(-code).name
+            by_whom = ", and not by us: out of memory?" if code == -signal.SIGKILL else ""
+            self.failures.append(f"{label} died of {name}{by_whom}; it was at: {post.page.doing}")
+        elif post.page.text or not self.interrupted:
+            self.failures.append(f"{label}: {post.page.text or f'exit status {code}'}")
+
+    # --- all of them ---
+
+    def _tick(self, timeout: float) -> None:
+        """Wait a little for something to happen, and see to it."""
+        sentinels = [cast("BaseProcess", post.process).sentinel for post in self._living]
+        if sentinels:
+            connection.wait(sentinels, timeout)
+        now = time.monotonic()
+        # A pause of ours - a stopped process group, a machine asleep - is not a worker's idleness.
+        passed = min(now - self._ticked, 5 * TICK)
+        self._ticked = now
+        for post in self._living:
+            self._reap(post)
+        for post in self._living:
+            self._look_after(post, now, passed)
+        self._view.refresh()
+
+    def _look_after(self, post: _Post, now: float, passed: float) -> None:
+        if post.kill_at <= now:
+            self._kill_worker(post)
+            return
+        steps = post.page.words[Word.STEPS]
+        if not post.is_ready:
+            post.idle += passed
+            if post.idle > START_DEADLINE:
+                self._report_stall(post, "has not got to work")
+        elif steps != post.steps:
+            post.steps = steps
+            post.idle = 0.0
+            if self._kill and self._replacing and post.kill_at == math.inf:
+                self._choose_end_of(post)
+        else:
+            post.idle += passed
+            if post.idle > STALL:
+                self._report_stall(post, f"has been busy to {post.page.doing}")
+
+    def _report_stall(self, post: _Post, what: str) -> None:
+        if post.killed:
+            return
+        others = "; ".join(
+            f"{other.label}: {other.page.doing}" for other in self._living if other is not post
+        )
+        text = f"{post.label} {what} for {post.idle:.0f} s; {self._list_holder()}; {others}"
+        (self.notes if self._plan.forgiving else self.failures).append(text)
+        self._replacing = False
+        self._kill_worker(post)
+
+    def _list_holder(self) -> str:
+        try:
+            with self._doms.locked(0):
+                return "the list lock is free"
+        except LockTimeout as exc:
+            return str(exc)
+
+    def _total(self, word: Word) -> int:
+        return sum(page.words[word] for page in self._journal.pages)
+
+    def _state_of_things(self) -> str:
+        elapsed = max(time.monotonic() - self._began, 0.001)
+        text = f"{self._total(Word.STEPS) / elapsed:,.0f} operations/s"
+        if self._kill:
+            text += f", {self.kills:,} kills, {self._total(Word.RECOVERIES):,} recoveries"
+        return text
+
+    @property
+    def summary(self) -> str:
+        """Kills and what followed from them, in a line."""
+        misses = f"{self._total(Word.MISSES):,} look-ups of what was gone meanwhile"
+        if not self._kill:
+            return misses
+        return (
+            f"{self.kills:,} kills, {self._total(Word.RECOVERIES):,} recoveries (a domain was "
+            f"taken over from a dead worker), {misses}"
+        )
+
+
+# --- what is shown --------------------------------------------------------------------------
+
+
+class _View:
+    """Everything that is printed. On a terminal progress is live, elsewhere a line now and then."""
+
+    PLAIN_INTERVAL = 2.0
+    LIVE_INTERVAL = 0.1
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+        self._next = 0.0
+        self._state = (0, 0)
+        self.note = ""
+
+    def say(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style))
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[stress_proof.Progress]:
+        """Show a function `(done, total)` at work. Refreshed by who calls it: no thread."""
+        self._label, self.note, self._state = label, "", (0, 0)
+        now = time.monotonic()
+        if not self._console.is_terminal:
+            self._next = now + self.PLAIN_INTERVAL
+            yield self._advance
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(
+            *columns,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as self._live:
+            self._task = self._live.add_task(self._label, total=None, note="")
+            self._live.refresh()
+            try:
+                yield self._advance
+            finally:
+                self._live = None
+
+    def _advance(self, done: int, total: int) -> None:
+        self._state = done, total
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring what is shown up to date, unless that was done a moment ago."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        done, total = self._state
+        if self._live is not None and self._task is not None:
+            self._next = now + self.LIVE_INTERVAL
+            note = self.note or (f"{done:,} of {total:,}" if total else "")
+            self._live.update(self._task, completed=done, total=total or None, note=note)
+            self._live.refresh()
+        elif not self._console.is_terminal and total:
+            self._next = now + self.PLAIN_INTERVAL
+            note = self.note and f" {self.note}"
+            self.say(f"{self._label}: {100 * done // total} %{note}")
+
+    def table(self, journal: Journal, elapsed: float) -> None:
+        """Rates, latencies and waits of each kind of operation."""
+        table = Table(title=f"{elapsed:.1f} s", title_justify="left")
+        table.add_column("operation")
+        for heading in ("per second", "p50", "p99", "waits > 1 ms", "longest wait"):
+            table.add_column(heading, justify="right")
+        total = 0
+        for kind in Kind:
+            counts = [
+                sum(at) for at in zip(*(p.histogram(kind) for p in journal.pages), strict=True)
+            ]
+            number = sum(counts)
+            waits = [page.waits(kind) for page in journal.pages]
+            total += number
+            table.add_row(
+                kind.label,
+                _rate(number / elapsed),
+                _duration(_percentile(counts, 0.5)),
+                _duration(_percentile(counts, 0.99)),
+                f"{sum(many for many, _ in waits):,}",
+                _duration(max(longest for _, longest in waits)),
+            )
+        table.add_section()
+        table.add_row("all", _rate(total / elapsed), "", "", "", "")
+        self._console.print(table)
+
+    def finding(self, finding: stress_proof.Finding) -> None:
+        if not finding.complete and not finding.problems:
+            self.say(f"- {finding.claim}: not looked at to the end", "yellow")
+            return
+        if finding.excused:
+            mark, style = "~", "yellow"
+        else:
+            mark, style = ("✓", "green") if finding.holds else ("✗", "bold red")
+        detail = f": {finding.detail}" if finding.detail else ""
+        self.say(f"{mark} {finding.claim}{detail}", style)
+        self._problems(finding.problems, style)
+
+    def failures(self, failures: list[str]) -> None:
+        if not failures:
+            self.say("✓ no worker failed", "green")
+            return
+        self.say("✗ no worker failed: some did", "bold red")
+        self._problems(failures, "bold red")
+
+    def _problems(self, problems: list[str], style: str) -> None:
+        for problem in problems[: stress_proof.EXAMPLES]:
+            self.say(f"    {problem}", style)
+        if len(problems) > stress_proof.EXAMPLES:
+            self.say(f"    and {len(problems) - stress_proof.EXAMPLES:,} more", style)
+
+    def explain(self, notes: list[str], journal: Journal) -> None:
+        """Why a lock may stick, if one did."""
+        given_up = set[int]().union(*(page.given_up for page in journal.pages))
+        if not notes and not given_up:
+            return
+        locks = len(given_up - {LIST})
+        what = [f"{locks} domain lock{'s' if locks != 1 else ''}"] if locks else []
+        what += ["the list lock"] if LIST in given_up else []
+        self.say(
+            f"stuck: {' and '.join(what) or 'a lock'}. A multiprocessing lock whose holder is "
+            "killed after it acquired the lock and before it could say so stays locked for good: "
+            "nobody can know that it is dead. This is reported, not failed; robust locks do not "
+            "have it.",
+            "yellow",
+        )
+        self._problems(notes, "yellow")
+
+
+def _percentile(counts: list[int], part: float) -> float:
+    """Nanoseconds that this part of all operations did not exceed; 0: there are no operations."""
+    left = part * sum(counts)
+    for bucket, count in enumerate(counts):
+        left -= count
+        if count and left <= 0:
+            return duration_of(bucket)
+    return 0.0
+
+
+def _rate(number: float) -> str:
+    """
+    >>> _rate(0.25), _rate(12345.6)
+    ('0.2', '12,346')
+    """
+    return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
+
+
+def _duration(ns: float) -> str:
+    """
+    >>> _duration(0), _duration(1500), _duration(2_000_000), _duration(3e9)
+    ('-', '1.5 µs', '2.0 ms', '3.0 s')
+    """
+    if not ns:
+        return "-"
+    for unit, size in (("s", 1e9), ("ms", 1e6)):
+        if ns >= size:
+            return f"{ns / size:.1f} {unit}"
+    return f"{ns / 1e3:.1f} µs"

@@ -1,0 +1,517 @@
+/* core_test.c - the core without Python: edge cases against reference models, and where things lie.
+ *
+ *   core_test layout FILE      print the place of every field of a segment, for tests that plant damage
+ *   core_test index SEED       insert and delete against a model: runs that wrap round the table's end,
+ *                              equal hashes, growth
+ *   core_test heap SEED        allocate and free against a map of owners, for awkward sizes of heap;
+ *                              refusals only where there is no room; the map rebuilt from descriptors
+ *   core_test views SEED       readers without a lock among writers: never a mixture of two commits,
+ *                              never a miss of what is there
+ *
+ * Exit status 0 if all held; otherwise it says what did not, and dies.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static uint64_t random_state;
+
+static uint64_t draw(uint64_t *state, uint64_t below)
+{
+    *state ^= *state << 13, *state ^= *state >> 7, *state ^= *state << 17;
+    return (*state >> 11) % below;
+}
+
+static uint64_t roll(uint64_t below)
+{
+    return draw(&random_state, below);
+}
+
+#define MUST(condition, ...)                                                          \
+    do {                                                                              \
+        if (!(condition)) {                                                           \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);          \
+            fprintf(stderr, " " __VA_ARGS__);                                         \
+            fprintf(stderr, "\n");                                                    \
+            abort();                                                                  \
+        }                                                                             \
+    } while (0)
+
+static sd_segment *make(uint64_t slots, uint64_t cells)
+{
+    sd_segment *segment;
+    int fresh;
+    char why[200];
+    int fd = memfd_create("core_test", MFD_CLOEXEC);
+    MUST(fd >= 0);
+    MUST(sd_format(fd, SD_KIND_ROBUST, slots, cells) == SD_OK);
+    MUST(sd_map(fd, &segment, &fresh, why, sizeof why) == SD_OK, "%s", why);
+    return segment;
+}
+
+/* --- layout ------------------------------------------------------------------------------------- */
+
+#define PLACE(prefix, type, field) \
+    printf(prefix "." #field " %zu\n", offsetof(type, field))
+#define HEADER(field) PLACE("header", sd_header, field)
+#define SLOT(field) PLACE("slot", sd_slot, field)
+
+static void print_header(void)
+{
+    HEADER(magic), HEADER(layout), HEADER(signature), HEADER(boot), HEADER(pid_namespace);
+    HEADER(kind), HEADER(total_bytes), HEADER(max_slots), HEADER(heap_cells);
+    HEADER(poisoned), HEADER(list_mutex), HEADER(list_owner), HEADER(list_seq), HEADER(list_level);
+    HEADER(list_dirty), HEADER(live), HEADER(slot_count), HEADER(slots_committed);
+    HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
+    HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);
+    HEADER(heap_used), HEADER(heap_dirty);
+}
+
+static void print_slot(void)
+{
+    SLOT(mutex), SLOT(life), SLOT(cur), SLOT(died_who), SLOT(died_pid), SLOT(uuid), SLOT(copy0);
+    SLOT(copy1), SLOT(owner), SLOT(extent), SLOT(dirty), SLOT(next_free);
+    printf("slot.size %zu\nnames.size %zu\n", sizeof(sd_slot), sizeof(sd_names));
+    PLACE("fields", sd_fields, ids), PLACE("fields", sd_fields, status);
+    PLACE("fields", sd_fields, version);
+    PLACE("owner", sd_owner, who), PLACE("owner", sd_owner, pid);
+    PLACE("mutex", pthread_mutex_t, __data.__lock), PLACE("mutex", pthread_mutex_t, __data.__kind);
+    PLACE("mutex", pthread_mutex_t, __data.__owner);
+}
+
+static int layout(const char *path)
+{
+    sd_header header;
+    sd_geometry at;
+    int fd = open(path, O_RDONLY);
+    MUST(fd >= 0 && pread(fd, &header, sizeof header, 0) == sizeof header);
+    MUST(sd_geometry_make(&at, header.max_slots, header.heap_cells) == SD_OK);
+    print_header();
+    print_slot();
+    printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
+           at.heap, at.levels);
+    for (int index = 0; index < SD_INDEXES; index++)
+        for (unsigned level = 0; level < at.levels; level++)
+            printf("table.%d.%u %lu\n", index, level, at.table[index][level]);
+    close(fd);
+    return 0;
+}
+
+/* --- index ---------------------------------------------------------------------------------------- */
+
+#define KEYS 6000
+
+static uint64_t hash[KEYS];
+static bool present[KEYS];
+
+/* Homes in a few places round the end of a table, of every level up to 2^20; some hashes equal. */
+static uint64_t crowded_hash(void)
+{
+    uint64_t low = (0u - 4u + (uint32_t)roll(8)) & 0xfffff;
+    if (roll(4) == 0) return low;
+    return low | roll(1 << 20) << 20;
+}
+
+static bool leads_to(const sd_segment *segment, uint32_t key)
+{
+    sd_probe probe;
+    uint32_t slot;
+    MUST(sd_probe_begin(segment, SD_UUID_INDEX, hash[key], &probe) == SD_OK);
+    for (;;) {
+        int result = sd_probe_next(segment, &probe, &slot);
+        if (result == SD_MISS) return false;
+        MUST(result == SD_OK);
+        if (slot == key) return true;
+    }
+}
+
+static uint64_t entries(const sd_segment *segment)
+{
+    uint64_t level = sd_load(&segment->header->list_level[0]), n = 0;
+    for (uint64_t i = 0; i < 1ull << (SD_INDEX_BITS + level); i++)
+        n += sd_load(&segment->table[SD_UUID_INDEX][level][i]) != 0;
+    return n;
+}
+
+static void compare(const sd_segment *segment, uint32_t keys, uint64_t expected)
+{
+    for (uint32_t key = 0; key < keys; key++)
+        MUST(leads_to(segment, key) == present[key], "key %u, present %d", key, present[key]);
+    MUST(entries(segment) == expected);
+    MUST(!(sd_load(&segment->header->list_seq) & 1));
+}
+
+static void toggle(sd_segment *segment, uint32_t key)
+{
+    sd_header *header = segment->header;
+    uint64_t live = sd_load(&header->live);
+    if (!present[key]) MUST(sd_index_reserve(segment, SD_UUID_INDEX) == SD_OK);
+    sd_sequence_begin(&header->list_seq);
+    if (present[key]) {
+        MUST(sd_index_delete(segment, SD_UUID_INDEX, hash[key], key) == SD_OK);
+        MUST(sd_index_delete(segment, SD_UUID_INDEX, hash[key], key) == SD_CORRUPT);
+    } else {
+        MUST(sd_index_insert(segment, SD_UUID_INDEX, hash[key], key) == SD_OK);
+    }
+    sd_sequence_end(&header->list_seq);
+    present[key] = !present[key];
+    sd_store(&header->live, present[key] ? live + 1 : live - 1);
+}
+
+static int test_index(void)
+{
+    sd_segment *segment = make(KEYS, 64);
+    sd_store(&segment->header->slot_count, KEYS);
+    /* Small and crowded: looked at after every step. */
+    for (uint32_t key = 0; key < 60; key++) hash[key] = crowded_hash();
+    for (int step = 0; step < 6000; step++) {
+        toggle(segment, (uint32_t)roll(60));
+        compare(segment, 60, sd_load(&segment->header->live));
+    }
+    for (uint32_t key = 0; key < 60; key++)
+        if (present[key]) toggle(segment, key);
+    /* Growing over several levels, with deletions in between. */
+    for (uint32_t key = 0; key < KEYS; key++)
+        hash[key] = roll(10) ? roll(1ull << 40) : crowded_hash();
+    for (int round = 0; round < 8; round++) {
+        uint32_t until = KEYS * (uint32_t)(round + 1) / 8;
+        for (int step = 0; step < 2000; step++) toggle(segment, (uint32_t)roll(until));
+        for (uint32_t key = 0; key < until; key++)
+            if (!present[key] && roll(3)) toggle(segment, key);
+        compare(segment, KEYS, sd_load(&segment->header->live));
+    }
+    MUST(sd_load(&segment->header->list_level[0]) >= 3, "it did not grow");
+    sd_sequence_begin(&segment->header->list_seq);
+    MUST(sd_index_clear(segment, SD_UUID_INDEX) == SD_OK);
+    sd_sequence_end(&segment->header->list_seq);
+    memset(present, 0, sizeof present);
+    compare(segment, KEYS, 0);
+    sd_unmap(segment);
+    return 0;
+}
+
+/* --- heap -------------------------------------------------------------------------------------------- */
+
+#define BLOBS 900
+
+typedef struct {
+    sd_segment *segment;
+    uint64_t cells;
+    uint16_t *owner; /* of each cell: blob + 1, or 0 */
+    sd_word *blob[BLOBS];
+} heap_model;
+
+static uint64_t longest_gap(const heap_model *at, uint64_t committed)
+{
+    uint64_t longest = 0, gap = 0;
+    for (uint64_t cell = 0; cell < committed; cell++) {
+        gap = at->owner[cell] ? 0 : gap + 1;
+        if (gap > longest) longest = gap;
+    }
+    return longest;
+}
+
+static void fill(const heap_model *at, unsigned b)
+{
+    uint64_t extent = sd_load(at->blob[b]), cell = SD_EXTENT_CELL(extent);
+    for (uint64_t i = 0; i < sd_cells(SD_EXTENT_BYTES(extent)); i++) {
+        MUST(cell + i < at->cells, "blob %u at cell %lu", b, cell + i);
+        MUST(!at->owner[cell + i], "cell %lu belongs to blob %u", cell + i, at->owner[cell + i] - 1);
+        at->owner[cell + i] = (uint16_t)(b + 1);
+        for (int w = 0; w < 8; w++) sd_store(sd_extent_at(at->segment, extent) + i * 8 + w, b * 8 + w);
+    }
+}
+
+static void empty(const heap_model *at, unsigned b)
+{
+    uint64_t extent = sd_load(at->blob[b]), cell = SD_EXTENT_CELL(extent);
+    for (uint64_t i = 0; i < sd_cells(SD_EXTENT_BYTES(extent)); i++) {
+        MUST(at->owner[cell + i] == b + 1);
+        at->owner[cell + i] = 0;
+        for (int w = 0; w < 8; w++)
+            MUST(sd_load(sd_extent_at(at->segment, extent) + i * 8 + w) == b * 8 + w, "overwritten");
+    }
+}
+
+static void compare_map(const heap_model *at)
+{
+    uint64_t used = 0, committed = sd_load(&at->segment->header->heap_committed);
+    MUST(committed <= at->cells);
+    for (uint64_t cell = 0; cell < committed; cell++) {
+        used += at->owner[cell] != 0;
+        MUST(sd_heap_is_marked(at->segment, cell, 1) == (at->owner[cell] != 0), "cell %lu", cell);
+    }
+    MUST(sd_load(&at->segment->header->heap_used) == used);
+}
+
+static void allocate(heap_model *at, unsigned b)
+{
+    sd_header *header = at->segment->header;
+    uint64_t kind = roll(20);
+    uint64_t bytes = kind < 14 ? 1 + roll(700) : kind < 19 ? 1 + roll(64 * 200) : 1 + roll(at->cells * 96);
+    uint64_t cells = sd_cells(bytes);
+    int result = sd_heap_allocate(at->segment, at->blob[b], bytes);
+    uint64_t committed = sd_load(&header->heap_committed);
+    if (result == SD_OK) {
+        MUST(SD_EXTENT_BYTES(sd_load(at->blob[b])) == bytes);
+        MUST(sd_extent_valid(at->segment, sd_load(at->blob[b])));
+        fill(at, b);
+        return;
+    }
+    MUST(result == SD_FULL && !sd_load(at->blob[b]));
+    MUST(cells > at->cells - committed, "refused %lu cells with %lu uncommitted", cells,
+         at->cells - committed);
+    MUST(longest_gap(at, committed) < cells, "refused %lu cells with a gap of %lu", cells,
+         longest_gap(at, committed));
+}
+
+static void test_heap_of(uint64_t cells)
+{
+    heap_model at = {make(BLOBS, cells), cells, calloc(cells, 2), {0}};
+    for (unsigned b = 0; b < BLOBS; b++) {
+        sd_word *link = NULL;
+        uint32_t slot;
+        sd_store(&at.segment->header->free_head, 0); /* a new one each time */
+        MUST(sd_free_slot(at.segment, &link, &slot) == SD_OK);
+        at.blob[b] = &at.segment->slots[slot].extent[b % SD_BLOBS][b / SD_BLOBS % 2];
+    }
+    MUST(sd_heap_lock_briefly(at.segment) == SD_OK);
+    sd_word unused = 0;
+    MUST(sd_heap_allocate(at.segment, &unused, 0) == SD_FULL);
+    MUST(sd_heap_allocate(at.segment, &unused, SD_BLOB_MAX + 1) == SD_FULL && !sd_load(&unused));
+    for (int step = 0; step < 3000; step++) {
+        unsigned b = (unsigned)roll(1 + roll(BLOBS));
+        if (sd_load(at.blob[b])) {
+            empty(&at, b);
+            sd_heap_free(at.segment, at.blob[b]);
+            MUST(!sd_load(at.blob[b]));
+        } else {
+            allocate(&at, b);
+        }
+        if (step % 64) continue;
+        compare_map(&at);
+        for (uint64_t w = 0; w * 64 < sd_load(&at.segment->header->heap_committed); w++)
+            if (!roll(3)) sd_store(&at.segment->map[w], roll(1ull << 52));
+        sd_store(&at.segment->header->heap_used, 7);
+        MUST(sd_recover_heap(at.segment) == SD_OK);
+        for (uint64_t cell = sd_load(&at.segment->header->heap_committed); cell % 64; cell++)
+            MUST(!sd_heap_is_marked(at.segment, cell, 1), "a cell behind the end");
+        compare_map(&at);
+    }
+    sd_heap_unlock(at.segment);
+    free(at.owner);
+    sd_unmap(at.segment);
+}
+
+static int test_heap(void)
+{
+    static const uint64_t sizes[] = {64, 65, 127, 128, 1000, 16384, 16385, 40001};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) test_heap_of(sizes[i]);
+    return 0;
+}
+
+/* --- views and finds among writers ---------------------------------------------------------------- */
+
+#define DOMAINS 4
+#define COMMITS 12000
+#define PASSERS 700
+
+static sd_segment *shared;
+static _Atomic int writers_left;
+static _Atomic uint64_t accepted, doubted;
+static const uint64_t seed_word = 0x9e3779b97f4a7c15ull;
+
+static void spell_name(uint64_t k, unsigned char *name)
+{
+    int n = snprintf((char *)name + 1, SD_NAME_MAX, "domain-%lu-%.*s", k, (int)(k % 200),
+                     "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                     "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                     "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");
+    name[0] = (unsigned char)n;
+}
+
+/* Everything of a record follows from one number. */
+static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[3][64], sd_blob blobs[3])
+{
+    memset(values, 0, sizeof *values);
+    values->id = -1;
+    values->pid = (int32_t)(k & 0x7fffffff);
+    values->state = (uint16_t)(k & 7);
+    values->reason = (uint16_t)(k >> 3);
+    values->flags = k & 8 ? SD_FLAG_PERSISTENT : SD_FLAG_AUTOSTART;
+    for (int b = 0; b < 3; b++) {
+        uint64_t n = 1 + (k * seed_word >> (8 * b)) % 64;
+        for (uint64_t i = 0; i < n; i++) words[b][i] = k * seed_word + i + b;
+        blobs[b] = (sd_blob){true, b && k % 5 == 0 ? NULL : words[b], n * 8};
+    }
+    return k;
+}
+
+static void domain_uuid(uint64_t n, uint64_t uuid[2])
+{
+    uuid[0] = n + 1;
+    uuid[1] = ~n;
+}
+
+static uint32_t add(uint64_t n, uint64_t k)
+{
+    uint64_t words[3][64], uuid[2];
+    sd_values values;
+    sd_blob blobs[3];
+    unsigned char name[SD_NAME_MAX + 1];
+    sd_word *link = NULL;
+    uint32_t slot;
+    domain_uuid(n, uuid);
+    spell(k, &values, words, blobs);
+    spell_name(k, name);
+    MUST(sd_free_slot(shared, &link, &slot) == SD_OK);
+    MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
+    MUST(sd_insert(shared, slot, link, uuid, name, &values, blobs, SD_FOREVER) == SD_OK);
+    sd_slot_unlock(shared, slot, true);
+    return slot;
+}
+
+static void *change(void *argument)
+{
+    uint64_t state = *(uint64_t *)argument, words[3][64];
+    for (int i = 0; i < COMMITS; i++) {
+        sd_values values;
+        sd_blob blobs[3];
+        unsigned char name[SD_NAME_MAX + 1];
+        uint32_t slot = (uint32_t)draw(&state, DOMAINS);
+        uint64_t k = spell((uint64_t)i << 8 | *(uint64_t *)argument % 251, &values, words, blobs);
+        spell_name(k, name);
+        MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+        MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
+        MUST(sd_commit(shared, slot, &values, blobs, name, SD_FOREVER) == SD_OK);
+        sd_slot_unlock(shared, slot, true);
+        sd_list_unlock(shared);
+    }
+    atomic_fetch_sub(&writers_left, 1);
+    return NULL;
+}
+
+/* Domains that come and go, so that entries are shifted and tables grow. */
+static void *pass(void *unused)
+{
+    static uint32_t slots[PASSERS];
+    (void)unused;
+    for (int round = 0; round < 3; round++) {
+        for (uint64_t n = 0; n < PASSERS; n++) {
+            MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+            slots[n] = add(100 + n, 1ull << 30 | n << 8 | 255);
+            sd_list_unlock(shared);
+        }
+        for (uint64_t n = 0; n < PASSERS; n++) {
+            MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+            MUST(sd_slot_lock(shared, slots[n], SD_FOREVER) == SD_OK);
+            MUST(sd_remove(shared, slots[n], SD_FOREVER) == SD_OK);
+            sd_slot_unlock(shared, slots[n], true);
+            sd_list_unlock(shared);
+        }
+    }
+    atomic_fetch_sub(&writers_left, 1);
+    return NULL;
+}
+
+static void check_view(const sd_view *view, uint64_t found[3][64], const uint64_t *size)
+{
+    uint64_t words[3][64], k = (uint64_t)(uint32_t)view->values.pid;
+    unsigned char name[SD_NAME_MAX + 1];
+    sd_values values;
+    sd_blob blobs[3];
+    spell(k, &values, words, blobs);
+    spell_name(k, name);
+    MUST(view->values.state == values.state && view->values.reason == values.reason);
+    MUST((view->values.flags & (SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART)) == values.flags);
+    MUST(!memcmp(view->name, name, (size_t)name[0] + 1), "name of another commit");
+    for (int b = 0; b < 3; b++) {
+        MUST(size[b] == (blobs[b].bytes ? blobs[b].size : 0), "blob %d of another commit", b);
+        MUST(!memcmp(found[b], words[b], size[b]), "blob %d is torn", b);
+        MUST(view->values.version[b] <= view->cur);
+    }
+}
+
+static void look(uint32_t slot)
+{
+    sd_view view;
+    uint64_t found[3][64], size[3] = {0};
+    int result = sd_view_begin(shared, slot, &view);
+    MUST(result == SD_OK || result == SD_DOUBT);
+    for (int b = 0; b < 3 && result == SD_OK; b++) {
+        uint64_t extent;
+        result = sd_view_extent(shared, slot, &view, b, &extent);
+        MUST(result != SD_CORRUPT);
+        if (result == SD_OK) {
+            size[b] = SD_EXTENT_BYTES(extent);
+            if (size[b] > sizeof found[b]) size[b] = sizeof found[b]; /* torn: the check says so */
+            sd_copy_out(found[b], sd_extent_at(shared, extent), size[b]);
+        }
+        if (result == SD_MISS) result = SD_OK;
+    }
+    if (result == SD_OK) result = sd_view_check(shared, slot, &view);
+    if (result == SD_OK) check_view(&view, found, size);
+    atomic_fetch_add(result == SD_OK ? &accepted : &doubted, 1);
+}
+
+static void *read_on(void *argument)
+{
+    uint64_t state = *(uint64_t *)argument;
+    while (atomic_load(&writers_left)) {
+        uint32_t slot, n = (uint32_t)draw(&state, DOMAINS);
+        sd_key key = {.what = SD_UUID_INDEX};
+        domain_uuid(n, key.uuid);
+        int result = sd_find(shared, &key, &slot);
+        MUST(result == SD_OK || result == SD_DOUBT, "a domain that is there was missed");
+        MUST(result != SD_OK || slot == n);
+        look(n);
+    }
+    return NULL;
+}
+
+static void complain(void *context, const char *invariant, const char *what)
+{
+    *(int *)context += 1;
+    fprintf(stderr, "%s: %s\n", invariant, what);
+}
+
+static int test_views(void)
+{
+    pthread_t threads[5];
+    uint64_t seeds[5];
+    shared = make(2000, 100000);
+    MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+    for (uint64_t n = 0; n < DOMAINS; n++) MUST(add(n, n) == n);
+    sd_list_unlock(shared);
+    atomic_store(&writers_left, 3);
+    for (int i = 0; i < 5; i++) {
+        seeds[i] = roll(1ull << 50) + 1;
+        void *(*body)(void *) = i < 2 ? change : i == 2 ? pass : read_on;
+        MUST(!pthread_create(&threads[i], NULL, body, &seeds[i]));
+    }
+    for (int i = 0; i < 5; i++) pthread_join(threads[i], NULL);
+    sd_tally tally;
+    int still, problems = 0;
+    MUST(sd_check(shared, complain, &problems, &tally, &still) == SD_OK && still && !problems);
+    MUST(tally.domains == DOMAINS && !tally.garbage);
+    MUST(accepted > 100, "only %lu reads were not overtaken", accepted);
+    printf("%lu reads, %lu overtaken\n", accepted, doubted);
+    sd_unmap(shared);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 3) return 2;
+    random_state = strtoull(argv[2], NULL, 10) * 2654435761u + 88172645463325252ull;
+    if (!strcmp(argv[1], "layout")) return layout(argv[2]);
+    if (!strcmp(argv[1], "index")) return test_index();
+    if (!strcmp(argv[1], "heap")) return test_heap();
+    if (!strcmp(argv[1], "views")) return test_views();
+    return 2;
+}

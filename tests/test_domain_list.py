@@ -1,0 +1,1497 @@
+"""Every method and every error of `DomainList`, for every store.
+
+What two parties see of each other is in test_conformance.py; here one thread uses the list, and
+`other`, a second thread, stands by to hold what the first one wants.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import pickle
+import time
+import uuid as uuid_module
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from helpers import Party, Store, definition, thread_party, xml
+
+import shmdomains
+from shmdomains import (
+    AlreadyLocked,
+    ContractError,
+    DefinitionError,
+    Domain,
+    DomainActive,
+    DomainDef,
+    DomainExists,
+    DomainInfo,
+    DomainList,
+    DomainLocked,
+    DomainNotFound,
+    DomainNotLocked,
+    DomainRemoved,
+    DomainState,
+    DomainTransient,
+    InvalidName,
+    ListClosed,
+    ListNotLocked,
+    LockedDomains,
+    LockOrder,
+    LockTimeout,
+    NotOwner,
+    PausedReason,
+    SegmentFull,
+    ShmDomainsError,
+    ShutoffReason,
+    TooManyLocks,
+    UncommittedChanges,
+)
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+WEB1 = UUID("11111111-2222-4333-8444-555555555555")
+WEB2 = UUID("66666666-7777-4888-8999-aaaaaaaaaaaa")
+
+
+@pytest.fixture
+def web1(doms: DomainList) -> DomainInfo:
+    """A persistent, inactive domain with uuid WEB1."""
+    return doms.define(xml("web1", WEB1))
+
+
+def names(infos: Any) -> list[str]:
+    return sorted(info.name for info in infos)
+
+
+def handle(doms: DomainList, name: str = "web1") -> Domain:
+    """An unlocked handle."""
+    dom = doms.get(name=name)
+    dom.unlock()
+    return dom
+
+
+# --- the list lock -----------------------------------------------------------------------------
+
+
+def test_the_list_lock(doms: DomainList) -> None:
+    assert not doms.is_locked
+    doms.lock()
+    assert doms.is_locked
+    doms.unlock()
+    assert not doms.is_locked
+
+
+def test_the_list_lock_is_not_recursive(doms: DomainList) -> None:
+    with doms.locked():
+        for again in (doms.lock, doms.acquire, lambda: doms.lock(0), lambda: doms.lock(1)):
+            with pytest.raises(AlreadyLocked):
+                again()
+        assert doms.is_locked
+    assert not doms.is_locked
+
+
+def test_unlocking_a_list_that_is_not_locked(doms: DomainList) -> None:
+    for release in (doms.unlock, doms.release):
+        with pytest.raises(ListNotLocked):
+            release()
+
+
+def test_another_thread_may_not_unlock_the_list(doms: DomainList, other: Party) -> None:
+    other.tell("doms.lock()")
+    for release in (doms.unlock, doms.release):
+        with pytest.raises(NotOwner):
+            release()
+    assert other.tell("doms.is_locked") and not doms.is_locked
+    other.tell("doms.unlock()")
+    with pytest.raises(ListNotLocked):
+        doms.unlock()
+
+
+def test_locked_is_a_context_manager(doms: DomainList) -> None:
+    with doms.locked() as same:
+        assert same is doms and doms.is_locked
+    with pytest.raises(KeyError), doms.locked(timeout=1):
+        raise KeyError
+    assert not doms.is_locked
+    with doms.locked():
+        doms.unlock()  # earlier than the end of the block
+    assert not doms.is_locked
+
+
+def test_the_list_answers_like_a_multiprocessing_lock(doms: DomainList, other: Party) -> None:
+    assert doms.acquire() is True
+    assert other.tell("doms.acquire(False)") is False
+    assert other.tell("doms.acquire(block=True, timeout=0.01)") is False
+    assert other.tell("doms.acquire(True, -1)") is False  # as there: negative is no time at all
+    assert doms.release() is None
+    assert other.tell("doms.acquire(True, 5)") is True
+    other.tell("doms.release()")
+
+
+def test_no_list_lock_while_a_domain_is_held(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1"):
+        for take in (
+            doms.lock,
+            lambda: doms.lock(0),
+            doms.acquire,
+            doms.locked().__enter__,
+            lambda: doms.define(xml("web2")),
+            lambda: doms.undefine(name="web1"),
+            lambda: doms.lock_many([WEB1]),
+        ):
+            with pytest.raises(LockOrder):
+                take()
+        assert not doms.is_locked
+    with doms.locked():
+        pass
+
+
+def test_another_lists_domain_is_no_hindrance(
+    doms: DomainList, web1: DomainInfo, store: Store
+) -> None:
+    second = store.make(room=4)
+    with doms.get(name="web1"):
+        second.define(xml("web1"))
+        with second.locked(), second.get(name="web1") as dom:
+            assert dom.name == "web1"
+    second.close()
+
+
+# --- time-outs -------------------------------------------------------------------------------------
+
+WAITS: dict[str, Callable[[DomainList, Any], Any]] = {
+    "lock": lambda doms, t: doms.lock(t),
+    "locked": lambda doms, t: doms.locked(t).__enter__(),
+    "get": lambda doms, t: doms.get(name="web1", timeout=t),
+    "lookup": lambda doms, t: doms.lookup(uuid=WEB1, timeout=t),
+    "lock_many": lambda doms, t: doms.lock_many([WEB1], timeout=t),
+    "define": lambda doms, t: doms.define(xml("web1", WEB1), timeout=t),
+    "undefine": lambda doms, t: doms.undefine(name="web1", timeout=t),
+    "find_by_name": lambda doms, t: with_list(doms, lambda: doms.find_by_name("web1", t)),
+    "find_by_uuid": lambda doms, t: with_list(doms, lambda: doms.find_by_uuid(WEB1, t)),
+    "find_by_id": lambda doms, t: with_list(doms, lambda: doms.find_by_id(1, t)),
+    "assign_def": lambda doms, t: with_list(
+        doms, lambda: doms.assign_def(definition("web1", WEB1), timeout=t)
+    ),
+    "remove_inactive": lambda doms, t: with_list(
+        doms, lambda: doms.remove_inactive(pickle.loads(pickle.dumps(STALE[0])), t)
+    ),
+    "free": lambda doms, t: with_list(doms, lambda: doms.free(t)),
+    "Domain.lock": lambda doms, t: STALE[0].lock(t),
+    "Domain.acquire": lambda doms, t: acquired(STALE[0], t),
+    "acquire": lambda doms, t: acquired(doms, t),
+}
+STALE: list[Domain] = []  # the handle that the table above uses
+
+
+def with_list(doms: DomainList, what: Callable[[], Any]) -> Any:
+    with doms.locked():
+        return what()
+
+
+def acquired(lock: Any, timeout: Any) -> None:
+    """`acquire` says False where others raise."""
+    if not lock.acquire(timeout=timeout):
+        raise LockTimeout("not acquired")
+
+
+@pytest.fixture
+def waiting(doms: DomainList, web1: DomainInfo) -> Iterator[DomainList]:
+    """A list with an active web1 and a handle for the table."""
+    with doms.get(name="web1") as dom:
+        assert dom.activate() == 1
+    STALE.append(dom)
+    yield doms
+    STALE.clear()
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("bad", [-1, -0.001, math.nan, -math.inf], ids=str)
+def test_bad_timeouts_are_refused(waiting: DomainList, wait: str, bad: float) -> None:
+    if wait.endswith("acquire") and bad < 0:
+        pytest.skip("acquire takes a negative time-out for 0, as multiprocessing.Lock does")
+    with pytest.raises(ValueError):
+        WAITS[wait](waiting, bad)
+    assert not waiting.is_locked
+    with waiting.get(name="web1", timeout=0) as dom:
+        assert dom.is_active
+
+
+NEVER_WAIT: dict[str, Callable[[DomainList, Any], Any]] = {
+    "get": lambda doms, t: doms.get(name="nobody", timeout=t),
+    "lookup": lambda doms, t: doms.lookup(name="nobody", timeout=t),
+    "lookup id=-1": lambda doms, t: doms.lookup(id=-1, timeout=t),
+    "lookup name=''": lambda doms, t: doms.lookup(name="", timeout=t),
+    "get name=''": lambda doms, t: doms.get(name="", timeout=t),
+    "peek": lambda doms, t: doms.peek(name="nobody", timeout=t),
+    "peek id=-1": lambda doms, t: doms.peek(id=-1, timeout=t),
+    "lock_many []": lambda doms, t: doms.lock_many([], timeout=t),
+    "undefine": lambda doms, t: doms.undefine(name="nobody", timeout=t),
+    "find_by_name": lambda doms, t: with_list(doms, lambda: doms.find_by_name("nobody", t)),
+    "find_by_id": lambda doms, t: with_list(doms, lambda: doms.find_by_id(-1, t)),
+    "assign_def": lambda doms, t: with_list(
+        doms, lambda: doms.assign_def(definition("new"), timeout=t)
+    ),
+    "free": lambda doms, t: with_list(doms, lambda: doms.free(t)),
+    "define": lambda doms, t: doms.define(xml("new"), timeout=t),
+}
+
+
+@pytest.mark.parametrize("bad", [-1, math.nan], ids=str)
+@pytest.mark.parametrize("call", NEVER_WAIT)
+def test_bad_timeouts_are_refused_where_nothing_would_wait(
+    doms: DomainList, call: str, bad: float
+) -> None:
+    """A mistake shows at once, and not on the day when somebody holds the lock."""
+    with pytest.raises(ValueError):
+        NEVER_WAIT[call](doms, bad)
+    assert len(doms) == 0 and not doms.is_locked
+
+
+NOT_THE_LISTS = [wait for wait in WAITS if wait not in ("lock", "locked", "acquire")]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, 0.03], ids=str)
+@pytest.mark.parametrize("wait", NOT_THE_LISTS)
+def test_waiting_for_a_domain_ends(
+    waiting: DomainList, other: Party, wait: str, timeout: float
+) -> None:
+    other.tell("dom = doms.get(name='web1')")
+    begun = time.monotonic()
+    with pytest.raises(LockTimeout) as caught:
+        WAITS[wait](waiting, timeout)
+    assert time.monotonic() - begun >= timeout
+    assert isinstance(caught.value, TimeoutError) and isinstance(caught.value, ShmDomainsError)
+    if not wait.endswith("acquire"):
+        holder = caught.value.holder
+        assert holder is not None and (holder.pid, holder.tid) == (other.pid, other.tid)
+        assert holder.alive and holder.command and "web1" in str(caught.value)
+    assert not waiting.is_locked and len(waiting) == 1
+    other.tell("dom.unlock()")
+
+
+NEED_THE_LIST = ["lock", "locked", "acquire", "lock_many", "define", "undefine"]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.03], ids=str)
+@pytest.mark.parametrize("wait", NEED_THE_LIST)
+def test_waiting_for_the_list_ends(
+    waiting: DomainList, other: Party, wait: str, timeout: float
+) -> None:
+    other.tell("doms.lock()")
+    begun = time.monotonic()
+    with pytest.raises(LockTimeout) as caught:
+        WAITS[wait](waiting, timeout)
+    assert time.monotonic() - begun >= timeout
+    if wait != "acquire":
+        holder = caught.value.holder
+        assert holder is not None and (holder.pid, holder.tid) == (other.pid, other.tid)
+    other.tell("doms.unlock()")
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, 5, None, math.inf, True], ids=str)
+@pytest.mark.parametrize("wait", ["get", "lookup", "lock_many", "Domain.lock"])
+def test_what_is_free_is_had_at_once(waiting: DomainList, wait: str, timeout: Any) -> None:
+    got = WAITS[wait](waiting, timeout) or STALE[0]
+    for dom in got if isinstance(got, list) else [got]:
+        assert dom.is_locked
+        dom.unlock()
+
+
+def test_a_timeout_is_a_number(doms: DomainList) -> None:
+    for wait in (lambda: doms.lock("soon"), lambda: doms.get(name="a", timeout="1")):
+        with pytest.raises(TypeError):
+            wait()
+    assert not doms.is_locked
+
+
+def test_a_holder_that_left_is_not_named(doms: DomainList, other: Party) -> None:
+    """Empty means unknown, never an older owner."""
+    other.tell("doms.lock(); doms.unlock()")
+    doms.lock()
+    with pytest.raises(LockTimeout) as caught:
+        other.tell("doms.lock(0)")
+    assert caught.value.holder is not None and caught.value.holder.tid != other.tid
+    doms.unlock()
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_exactly_one_key(doms: DomainList, web1: DomainInfo) -> None:
+    for call in (doms.get, doms.lookup, doms.peek, doms.undefine):
+        for keys in (
+            {},
+            {"name": "web1", "uuid": WEB1},
+            {"name": "web1", "id": 1},
+            {"uuid": WEB1, "id": 1},
+            {"name": "web1", "uuid": WEB1, "id": 1},
+        ):
+            with pytest.raises(TypeError):
+                call(**keys)
+        with pytest.raises(TypeError):
+            call("web1")
+    assert not doms.is_locked
+    handle(doms).lock(0)
+
+
+SPELLINGS: list[Any] = [
+    WEB1,
+    WEB1.bytes,
+    str(WEB1),
+    str(WEB1).upper(),
+    WEB1.hex,
+    WEB1.hex.upper(),
+    f"  {WEB1}\n",
+    "11 11-11 11 2222--4333 8444 55 55 55 55 55-55",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=repr)
+def test_a_uuid_in_every_spelling(doms: DomainList, web1: DomainInfo, spelling: Any) -> None:
+    assert spelling in doms
+    assert doms.peek(uuid=spelling).name == "web1"
+    for find in (doms.get, doms.lookup):
+        with find(uuid=spelling) as dom:
+            assert dom.uuid == WEB1 and isinstance(dom.uuid, UUID)
+    with doms.locked(), doms.find_by_uuid(spelling) as dom:
+        assert dom.name == "web1"
+    with doms.lock_many([spelling]) as many:
+        assert [dom.uuid for dom in many] == [WEB1]
+    doms.undefine(uuid=spelling)
+    assert spelling not in doms
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "web1", "{" + str(WEB1) + "}", f"urn:uuid:{WEB1}", str(WEB1)[:-1], b"short", 7, 1.5],
+    ids=repr,
+)
+def test_what_is_no_uuid(doms: DomainList, bad: Any) -> None:
+    for find in (
+        lambda: doms.get(uuid=bad),
+        lambda: doms.lookup(uuid=bad),
+        lambda: doms.peek(uuid=bad),
+        lambda: doms.undefine(uuid=bad),
+        lambda: bad in doms,
+        lambda: with_list(doms, lambda: doms.find_by_uuid(bad)),
+        lambda: doms.lock_many([bad]),
+    ):
+        with pytest.raises(DefinitionError) as caught:
+            find()
+        assert isinstance(caught.value, ValueError) and "uuid" in str(caught.value)
+    assert not doms.is_locked
+
+
+def test_what_is_no_name(doms: DomainList, web1: DomainInfo) -> None:
+    for name in ("", "x" * 252, "\ud800", "web1\0", "WEB1", " web1", "web1 ", "web"):
+        assert doms.lookup(name=name) is None
+        assert doms.peek(name=name) is None
+        with pytest.raises(DomainNotFound):
+            doms.get(name=name)
+    for wrong in (b"web1", 1, WEB1):
+        with pytest.raises(TypeError):
+            doms.get(name=wrong)
+        with pytest.raises(TypeError), doms.locked():
+            doms.find_by_name(wrong)
+    assert not doms.is_locked
+
+
+def test_what_is_no_id(doms: DomainList, web1: DomainInfo) -> None:
+    for number in (-1, -2, 0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**64, -(2**63)):
+        assert doms.lookup(id=number) is None, number
+        assert doms.peek(id=number) is None
+        with pytest.raises(DomainNotFound):
+            doms.get(id=number)
+    for wrong in ("1", 1.0, b"1"):
+        with pytest.raises(TypeError):
+            doms.get(id=wrong)
+
+
+def test_a_missing_domain_is_named(doms: DomainList) -> None:
+    for keys in ({"name": "nobody"}, {"uuid": WEB1}, {"uuid": WEB1.bytes}, {"id": 4711}):
+        (key,) = keys.values()
+        shown = str(WEB1) if key == WEB1.bytes else str(key)
+        for call in (doms.get, doms.undefine):
+            with pytest.raises(DomainNotFound) as caught:
+                call(**keys)
+            assert isinstance(caught.value, LookupError) and shown in str(caught.value)
+        assert doms.lookup(**keys) is None and doms.peek(**keys) is None
+    with doms.locked():
+        assert doms.find_by_name("nobody") is None
+        assert doms.find_by_uuid(WEB1) is None
+        assert doms.find_by_id(4711) is None
+
+
+LONGEST = ["x" * 251, "ä" * 125 + "x", "𝕧" * 62 + "xyz"]
+
+
+@pytest.mark.parametrize("name", [*LONGEST, "x", " x ", "ĝ ü-1", "a\tb"], ids=lambda name: name[:4])
+def test_names_are_found_whatever_they_are(doms: DomainList, name: str) -> None:
+    doms.define(xml("other"))
+    info = doms.define(definition("x").replace(name=name))
+    assert info.name == name and doms.peek(name=name).uuid == info.uuid
+    with doms.get(name=name) as dom:
+        assert dom.name == dom.definition.name == name
+    doms.undefine(name=name)
+    assert names(doms) == ["other"]
+
+
+# --- find: the list lock is the caller's ------------------------------------------------------------
+
+
+def test_find_needs_the_list_lock(doms: DomainList, web1: DomainInfo, other: Party) -> None:
+    other.tell("doms.lock()")  # somebody else's does not count
+    dom = handle(doms)
+    for call in (
+        lambda: doms.find_by_name("web1"),
+        lambda: doms.find_by_uuid(WEB1),
+        lambda: doms.find_by_id(1),
+        lambda: doms.find_by_id(-1),
+        lambda: doms.assign_def(definition("web2")),
+        lambda: doms.remove_inactive(dom),
+        lambda: doms.free(),
+        lambda: doms.rename(dom, "web2"),
+    ):
+        with pytest.raises(ListNotLocked) as caught:
+            call()
+        assert isinstance(caught.value, ContractError) and "locked()" in str(caught.value)
+    other.tell("doms.unlock()")
+    assert names(doms) == ["web1"]
+
+
+def test_find_returns_it_locked_and_the_list_may_be_dropped(doms: DomainList) -> None:
+    doms.define(xml("web1", WEB1))
+    doms.lock()
+    dom = doms.find_by_uuid(WEB1)
+    doms.unlock()
+    assert isinstance(dom, Domain) and dom.is_locked and dom.name == "web1"
+    dom.unlock()
+
+
+def test_find_by_id_finds_active_domains_only(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        number = dom.activate()
+    with doms.locked(), doms.find_by_id(number) as dom:
+        assert (dom.uuid, dom.id) == (WEB1, number)
+        dom.deactivate()
+        dom.commit()
+        assert doms.peek(id=number) is None
+    with doms.locked():
+        assert doms.find_by_id(number) is None and doms.find_by_id(-1) is None
+
+
+def test_an_id_counts_when_it_is_committed(doms: DomainList, web1: DomainInfo, other: Party) -> None:
+    with doms.get(name="web1") as dom:
+        number = dom.activate()
+        assert other.tell(f"doms.lookup(id={number}, timeout=0)") is None
+        dom.rollback()
+        assert dom.id == -1
+    assert doms.lookup(id=number) is None
+    with doms.get(name="web1") as dom:
+        assert dom.activate() > number
+
+
+def test_several_domains_under_the_list_lock(doms: DomainList) -> None:
+    for name in "abc":
+        doms.define(xml(name))
+    with doms.locked():
+        held = [doms.find_by_name(name) for name in "abc"]
+    assert all(dom.is_locked for dom in held)
+    held[0].unlock()
+    with pytest.raises(LockOrder):  # two are held still, the list is not
+        doms.get(name="a")
+    with doms.get(name="a", timeout=0) as again:  # a try waits for nobody
+        assert again.is_locked
+    for dom in held[1:]:
+        dom.unlock()
+
+
+def test_waiting_for_a_second_domain_is_refused(doms: DomainList) -> None:
+    doms.define(xml("a"))
+    doms.define(xml("b"))
+    b = handle(doms, "b")
+    with doms.get(name="a"):
+        for call in (
+            lambda: doms.get(name="b"),
+            lambda: doms.get(name="b", timeout=1),
+            lambda: doms.lookup(name="b"),
+            lambda: b.lock(),
+            lambda: b.lock(0.1),
+            lambda: b.acquire(),
+            lambda: b.__enter__(),
+        ):
+            with pytest.raises(LockOrder) as caught:
+                call()
+            assert "lock_many" in str(caught.value)
+        assert not b.is_locked
+        assert b.try_lock() is True
+        b.unlock()
+        assert b.acquire(False) is True
+        b.unlock()
+        b.lock(0)
+        b.unlock()
+    with b:
+        pass
+
+
+def test_a_domain_is_not_locked_twice(doms: DomainList, web1: DomainInfo) -> None:
+    dom = doms.get(name="web1")
+    twin = pickle.loads(pickle.dumps(dom))
+    assert twin is not dom and twin == dom
+    for again in (
+        lambda: dom.lock(),
+        lambda: dom.lock(0),
+        lambda: dom.try_lock(),
+        lambda: dom.acquire(False),
+        lambda: twin.lock(0),
+        lambda: twin.try_lock(),
+        lambda: doms.get(name="web1", timeout=0),
+        lambda: doms.lookup(uuid=WEB1, timeout=0),
+    ):
+        with pytest.raises(AlreadyLocked):
+            again()
+    dom.unlock()
+    with doms.locked(), doms.find_by_name("web1") as dom:
+        for again in (
+            lambda: doms.find_by_name("web1"),
+            lambda: doms.find_by_uuid(WEB1),
+            lambda: doms.assign_def(definition("web1")),
+            lambda: doms.lock_many([WEB1]),
+        ):
+            with pytest.raises(AlreadyLocked):
+                again()
+        assert dom.is_locked
+
+
+# --- lock_many --------------------------------------------------------------------------------------
+
+
+def test_lock_many_takes_handles_infos_and_uuids(doms: DomainList) -> None:
+    infos = {name: doms.define(xml(name)) for name in "abcd"}
+    wanted = [infos["c"], handle(doms, "a"), infos["d"].uuid, str(infos["b"].uuid)]
+    many = doms.lock_many(iter(wanted))
+    assert isinstance(many, LockedDomains) and isinstance(many, list)
+    assert [dom.name for dom in many] == ["c", "a", "d", "b"]
+    assert all(dom.is_locked for dom in many) and not doms.is_locked
+    with many as same:
+        assert same is many
+        for dom in many:
+            dom.data = dom.name
+    assert not any(dom.is_locked for dom in many)
+    assert [doms.peek(name=name).data for name in "abcd"] == list("abcd")
+
+
+def test_lock_many_of_nothing(doms: DomainList) -> None:
+    with doms.lock_many([]) as many:
+        assert many == []
+
+
+def test_lock_many_rolls_back_all_of_them(doms: DomainList) -> None:
+    infos = [doms.define(xml(name)) for name in "ab"]
+    with pytest.raises(KeyError), doms.lock_many(infos) as many:
+        for dom in many:
+            dom.pid = 1
+        raise KeyError
+    assert [info.pid for info in doms] == [None, None]
+    assert all(dom.try_lock() for dom in many)
+    for dom in many:
+        dom.unlock()
+
+
+def test_lock_many_in_a_list_that_is_locked_already(doms: DomainList) -> None:
+    infos = [doms.define(xml(name)) for name in "ab"]
+    with doms.locked():
+        with doms.lock_many(infos) as many:
+            assert len(many) == 2
+        assert doms.is_locked
+
+
+def test_lock_many_is_all_or_nothing(doms: DomainList, other: Party) -> None:
+    a, b, c = (doms.define(xml(name)) for name in "abc")
+    gone = handle(doms, "c")
+    doms.undefine(name="c")
+    attempts: list[tuple[list[Any], type[Exception]]] = [
+        ([a, b, c], DomainNotFound),
+        ([a, b, gone], DomainRemoved),
+        ([a, b, uuid_module.uuid4()], DomainNotFound),
+        ([a, b, "no uuid"], DefinitionError),
+        ([a, b, a], AlreadyLocked),
+        ([a, handle(doms, "a")], AlreadyLocked),
+    ]
+    for wanted, error in attempts:
+        with pytest.raises(error):
+            doms.lock_many(wanted)
+        assert not doms.is_locked
+        assert other.tell("doms.acquire(timeout=0), doms.release()")[0]
+        for name in "ab":
+            other.tell(f"doms.get(name={name!r}, timeout=0).unlock()")
+
+
+def test_an_error_in_the_iterable_locks_nothing(doms: DomainList, web1: DomainInfo) -> None:
+    def wanted() -> Iterator[Any]:
+        yield web1
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        doms.lock_many(wanted())
+    assert not doms.is_locked
+    handle(doms)
+
+
+def test_no_more_than_a_thousand_locks(store: Store, other_of: Callable[[DomainList], Party]) -> None:
+    doms = store.make(room=1010)
+    with doms.locked():
+        for number in range(1002):
+            doms.assign_def(definition("vm").replace(name=f"vm{number}")).unlock()
+    infos = doms.snapshot(definitions=False)
+    with pytest.raises(TooManyLocks):
+        doms.lock_many(infos)
+    assert not doms.is_locked
+    extra = handle(doms, "vm1000")
+    with doms.lock_many(infos[:1000]) as many:
+        assert len(many) == 1000
+        for call in (lambda: doms.get(name="vm1001", timeout=0), lambda: extra.lock(0)):
+            with pytest.raises(TooManyLocks) as caught:
+                call()
+            assert isinstance(caught.value, ContractError)
+        many[0].unlock()
+        with doms.get(name="vm1001", timeout=0) as dom:
+            assert dom.name == "vm1001"
+        party = other_of(doms)  # the limit is the thread's
+        party.tell("doms.get(name='vm1001', timeout=0).unlock()")
+    with doms.locked():
+        doms.free()  # in batches, as many as there are
+    assert len(doms) == 0 and doms.check()
+    doms.close()
+
+
+@pytest.fixture
+def other_of() -> Iterator[Callable[[DomainList], Party]]:
+    """Make a party for a list that is not the fixture's."""
+    with ExitStack() as stack:
+        yield lambda doms: stack.enter_context(thread_party(doms=doms))
+
+
+# --- assign_def ---------------------------------------------------------------------------------------
+
+
+def test_assign_def_makes_a_domain(doms: DomainList) -> None:
+    with doms.locked():
+        dom = doms.assign_def(definition("web1", WEB1))
+        assert isinstance(dom, Domain) and dom.is_locked
+        # committed before it is returned
+        info = doms.peek(uuid=WEB1)
+        assert info is not None and info.name == "web1" and not info.persistent
+    assert not dom.changed
+    assert (dom.name, dom.uuid, dom.id, dom.pid) == ("web1", WEB1, -1, None)
+    assert (dom.state, dom.reason) == (DomainState.SHUTOFF, ShutoffReason.UNKNOWN)
+    assert (dom.persistent, dom.autostart, dom.is_active) == (False, False, False)
+    assert (dom.next_definition, dom.data, dom.previous_owner_died) == (None, None, None)
+    assert dom.definition == definition("web1", WEB1)
+    dom.unlock()
+
+
+def test_persistence_is_committed_with_a_new_domain(doms: DomainList) -> None:
+    for number, persistent in enumerate((True, False, None)):
+        with doms.locked():
+            dom = doms.assign_def(definition(f"web{number}"), persistent=persistent)
+            assert doms.peek(name=f"web{number}").persistent is bool(persistent)
+            dom.rollback()  # nothing of it is in the transaction
+            assert dom.persistent is bool(persistent)
+            dom.unlock()
+
+
+def test_assign_def_gives_a_uuid(doms: DomainList) -> None:
+    with doms.locked():
+        with doms.assign_def(definition("a")) as a, doms.assign_def(definition("b")) as b:
+            assert a.uuid != b.uuid
+            for dom in (a, b):
+                assert isinstance(dom.uuid, UUID) and dom.uuid.version == 4
+                assert dom.definition.uuid == dom.uuid
+                assert str(dom.uuid) in dom.definition.to_xml()
+
+
+def test_assign_def_replaces_an_inactive_domains_definition(
+    doms: DomainList, web1: DomainInfo
+) -> None:
+    with doms.locked():
+        dom = doms.assign_def(definition("web1", WEB1, memory=2048))
+    assert dom.definition.memory == 2048 and dom.next_definition is None
+    assert dom.persistent is True  # None asks for no change
+    assert doms.peek(name="web1").definition.memory == 1024  # part of the transaction
+    dom.rollback()
+    assert dom.definition.memory == 1024
+    dom.unlock()
+    with doms.locked():
+        doms.assign_def(definition("web1", memory=4096), persistent=False).unlock()
+    info = doms.peek(name="web1")
+    assert (info.uuid, info.definition.uuid) == (WEB1, WEB1)  # no uuid given: the name decides
+    assert (info.definition.memory, info.persistent) == (4096, False)
+
+
+def test_assign_def_to_an_active_domain_is_for_its_next_start(
+    doms: DomainList, web1: DomainInfo
+) -> None:
+    with doms.get(name="web1") as dom:
+        dom.activate()
+    with doms.locked(), doms.assign_def(definition("web1", WEB1, memory=2048)) as dom:
+        assert dom.definition.memory == 1024 and dom.next_definition.memory == 2048
+    info = doms.peek(name="web1")
+    assert (info.definition.memory, info.next_definition.memory) == (1024, 2048)
+
+
+def test_duplicates_in_libvirts_words(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.locked():
+        with pytest.raises(DomainExists) as caught:
+            doms.assign_def(definition("web1", WEB2))
+        assert str(caught.value) == f"domain 'web1' already exists with uuid {WEB1}"
+        with pytest.raises(DomainExists) as caught:
+            doms.assign_def(definition("web2", WEB1))
+        assert str(caught.value) == f"domain 'web1' is already defined with uuid {WEB1}"
+    for text in (xml("web1", WEB2), xml("web2", WEB1)):
+        with pytest.raises(DomainExists):
+            doms.define(text)
+    assert names(doms) == ["web1"] and not doms.is_locked
+    handle(doms).lock(0)
+
+
+def test_a_duplicate_does_not_wait_for_the_domain(
+    doms: DomainList, web1: DomainInfo, other: Party
+) -> None:
+    other.tell("dom = doms.get(name='web1')")
+    for text in (xml("web1", WEB2), xml("web2", WEB1)):
+        with pytest.raises(DomainExists):
+            doms.define(text, timeout=0)
+    other.tell("dom.unlock()")
+
+
+def test_a_uuid_and_a_name_of_two_domains(doms: DomainList, web1: DomainInfo) -> None:
+    doms.define(xml("web2", WEB2))
+    with pytest.raises(DomainExists) as caught:
+        doms.define(xml("web2", WEB1))
+    assert str(caught.value) == f"domain 'web1' is already defined with uuid {WEB1}"
+
+
+# --- remove, free ------------------------------------------------------------------------------------
+
+
+def test_remove_inactive(doms: DomainList, web1: DomainInfo) -> None:
+    doms.define(xml("web2"))
+    dom = handle(doms)
+    with doms.locked():
+        assert doms.remove_inactive(dom) is None
+        assert not dom.is_locked
+    assert names(doms) == ["web2"] and len(doms) == 1 and WEB1 not in doms
+    with pytest.raises(DomainRemoved) as caught:
+        dom.lock()
+    assert isinstance(caught.value, LookupError) and str(WEB1) in str(caught.value)
+    with pytest.raises(DomainRemoved), doms.locked():
+        doms.remove_inactive(dom)
+    assert dom.uuid == WEB1  # needs no lock
+
+
+def test_remove_inactive_refuses_an_active_domain(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        number = dom.activate()
+    with pytest.raises(DomainActive) as caught, doms.locked():
+        doms.remove_inactive(dom)
+    assert "web1" in str(caught.value)
+    assert doms.peek(id=number).name == "web1" and not dom.is_locked
+    assert dom.try_lock()
+    dom.unlock()
+
+
+def test_remove_inactive_refuses_a_domain_that_the_caller_holds(
+    doms: DomainList, web1: DomainInfo
+) -> None:
+    twin = handle(doms)
+    with doms.locked(), doms.find_by_name("web1") as dom:
+        dom.pid = 1
+        for one in (dom, twin):
+            with pytest.raises(DomainLocked) as caught:
+                doms.remove_inactive(one)
+            assert isinstance(caught.value, ContractError) and "unlock" in str(caught.value)
+        assert dom.is_locked and dom.pid == 1
+    assert doms.peek(name="web1").pid == 1
+
+
+def test_a_removed_name_and_uuid_may_be_used_again(doms: DomainList, web1: DomainInfo) -> None:
+    stale = handle(doms)
+    doms.undefine(name="web1")
+    doms.define(xml("web1", WEB1, memory=4096))
+    with pytest.raises(DomainRemoved):
+        stale.lock()
+    fresh = handle(doms)
+    assert fresh != stale and fresh.uuid == stale.uuid
+    with fresh:
+        assert fresh.definition.memory == 4096
+        assert not stale.is_locked
+        with pytest.raises(DomainNotLocked):
+            stale.definition  # noqa: B018
+
+
+def test_a_new_domain_knows_nothing_of_the_slots_last_one(doms: DomainList) -> None:
+    for _ in range(3):
+        with doms.locked(), doms.assign_def(definition("old"), persistent=True) as dom:
+            dom.data, dom.pid, dom.autostart = {"secret": 1}, 7, True
+            dom.set_state(DomainState.PAUSED, PausedReason.USER)
+            dom.next_definition = dom.definition.replace(memory=7)
+        doms.undefine(name="old")
+        info = doms.define(xml("new"))
+        assert (info.pid, info.autostart) == (None, False)
+        assert (info.state, info.reason) == (DomainState.SHUTOFF, ShutoffReason.UNKNOWN)
+        info = doms.peek(name="new")
+        assert (info.data, info.next_definition) == (None, None)
+        doms.undefine(name="new")
+
+
+def test_free(doms: DomainList) -> None:
+    for name in "abc":
+        doms.define(xml(name))
+    with doms.get(name="b") as b:
+        number = b.activate()
+    with doms.locked():
+        doms.free()
+        assert doms.is_locked and len(doms) == 0
+        doms.free()
+    assert doms.snapshot() == [] and doms.lookup(id=number) is None
+    assert doms.info.active == 0
+    with pytest.raises(DomainRemoved):
+        b.lock()
+    doms.define(xml("b"))
+
+
+def test_free_refuses_before_anything_is_gone(doms: DomainList) -> None:
+    for name in "abc":
+        doms.define(xml(name))
+    with doms.locked(), doms.find_by_name("c"):
+        with pytest.raises(DomainLocked):
+            doms.free()
+        assert len(doms) == 3
+
+
+def test_free_that_times_out_is_no_harm(doms: DomainList, other: Party) -> None:
+    for name in "abc":
+        doms.define(xml(name))
+    other.tell("dom = doms.get(name='b')")
+    with pytest.raises(LockTimeout), doms.locked():
+        doms.free(timeout=0.01)
+    assert "b" in names(doms) and not doms.is_locked
+    other.tell("dom.unlock()")
+    with doms.locked():
+        doms.free()
+    assert len(doms) == 0
+
+
+# --- rename ---------------------------------------------------------------------------------------------
+
+
+def rename(doms: DomainList, old: str, new: Any) -> None:
+    with doms.locked(), doms.find_by_name(old) as dom:
+        doms.rename(dom, new)
+
+
+def test_rename(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        dom.data = "kept"
+        dom.autostart = True
+    with doms.locked(), doms.find_by_name("web1") as dom:
+        assert doms.rename(dom, "db 1") is None
+        assert dom.is_locked and not dom.changed
+        assert dom.name == dom.definition.name == "db 1"
+        assert doms.peek(name="db 1").uuid == WEB1  # committed
+        assert doms.peek(name="web1") is None
+        dom.rollback()
+        assert dom.name == "db 1"
+    info = doms.peek(uuid=WEB1)
+    assert info.name == info.definition.name == "db 1" and "<name>db 1<" in info.definition.to_xml()
+    assert (info.data, info.autostart, info.persistent) == ("kept", True, True)
+    assert doms.lookup(name="web1") is None
+    rename(doms, "db 1", "web1")  # and back, into the other buffer
+    assert names(doms) == ["web1"]
+    doms.define(xml("db 1"))
+
+
+def test_rename_takes_the_next_definition_along(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        dom.next_definition = dom.definition.replace(memory=2048)
+    rename(doms, "web1", "web2")
+    info = doms.peek(name="web2")
+    assert (info.next_definition.name, info.next_definition.memory) == ("web2", 2048)
+
+
+@pytest.mark.parametrize("new", ["", "a/b", "a\nb", ".", "..", "x" * 252, "ä" * 126, "\0", "a\x07"])
+def test_rename_to_what_is_no_name(doms: DomainList, web1: DomainInfo, new: str) -> None:
+    with pytest.raises(InvalidName) as caught:
+        rename(doms, "web1", new)
+    assert isinstance(caught.value, DefinitionError)
+    assert names(doms) == ["web1"]
+
+
+def test_rename_errors(doms: DomainList, web1: DomainInfo) -> None:
+    doms.define(xml("web2"))
+    with pytest.raises(InvalidName, match="to itself"):
+        rename(doms, "web1", "web1")
+    with pytest.raises(DomainExists, match="domain with name 'web2' already exists"):
+        rename(doms, "web1", "web2")
+    with pytest.raises((TypeError, InvalidName)):
+        rename(doms, "web1", None)
+    with doms.locked(), pytest.raises(DomainNotLocked):
+        doms.rename(handle_in(doms, "web1"), "web3")
+    with doms.get(name="web1") as dom, pytest.raises(ListNotLocked):
+        doms.rename(dom, "web3")
+    with doms.locked(), doms.find_by_name("web1") as dom:
+        dom.pid = 1
+        with pytest.raises(UncommittedChanges):
+            doms.rename(dom, "web3")
+        assert dom.pid == 1 and dom.changed
+        dom.commit()
+        doms.rename(dom, "web3")
+        dom.activate()
+        dom.commit()
+        with pytest.raises(DomainActive, match="cannot rename active domain"):
+            doms.rename(dom, "web4")
+    assert names(doms) == ["web2", "web3"]
+
+
+def handle_in(doms: DomainList, name: str) -> Domain:
+    dom = doms.find_by_name(name)
+    dom.unlock()
+    return dom
+
+
+def test_rename_of_a_removed_domain(doms: DomainList, web1: DomainInfo) -> None:
+    dom = handle(doms)
+    doms.undefine(name="web1")
+    with doms.locked(), pytest.raises(ContractError):
+        doms.rename(dom, "web2")
+
+
+# --- define, undefine -------------------------------------------------------------------------------------
+
+
+def test_define_takes_xml_and_definitions(doms: DomainList) -> None:
+    for number, given in enumerate(
+        (xml("a0"), xml("a1").encode(), definition("a2"), definition("a3", WEB1))
+    ):
+        info = doms.define(given)
+        assert isinstance(info, DomainInfo) and info.name == f"a{number}"
+        assert info.persistent and info.state is DomainState.SHUTOFF and not info.is_active
+        assert doms.peek(name=info.name).definition.uuid == info.uuid
+    assert not doms.is_locked and len(doms) == 4
+
+
+def test_defines_info_is_complete(doms: DomainList) -> None:
+    info = doms.define(xml("web1", WEB1, title="t"))
+    assert (info.uuid, info.definition.title, info.next_definition, info.data) == (
+        WEB1, "t", None, None,
+    )
+
+
+def test_define_again(doms: DomainList, web1: DomainInfo) -> None:
+    dom = handle(doms)
+    assert doms.define(xml("web1", memory=2048)).uuid == WEB1
+    assert len(doms) == 1 and doms.peek(name="web1").definition.memory == 2048
+    with dom:  # the same domain still
+        dom.activate()
+        dom.persistent = False
+    info = doms.define(xml("web1", memory=4096))
+    assert info.persistent  # a transient domain becomes persistent
+    info = doms.peek(name="web1")
+    assert (info.definition.memory, info.next_definition.memory) == (2048, 4096)
+    with dom:
+        dom.deactivate()
+    info = doms.peek(name="web1")
+    assert (info.definition.memory, info.next_definition) == (4096, None)
+
+
+def test_define_what_is_no_definition(doms: DomainList) -> None:
+    for bad in ("", "no xml", "<network/>", xml("a/b"), b"\xff\xfe", xml("a").replace("hvm", "")):
+        with pytest.raises(DefinitionError):
+            doms.define(bad)
+    for wrong in (None, 7, {"name": "x"}):
+        with pytest.raises((TypeError, DefinitionError)):
+            doms.define(wrong)
+    assert len(doms) == 0 and not doms.is_locked
+
+
+def test_define_while_the_list_is_locked_by_the_caller(doms: DomainList) -> None:
+    with doms.locked():
+        doms.define(xml("web1"))
+        assert doms.is_locked
+        doms.undefine(name="web1")
+        assert doms.is_locked
+    assert len(doms) == 0
+
+
+def test_undefine(doms: DomainList) -> None:
+    for number, keys in enumerate(({"name": "a0"}, {"uuid": WEB1}, {"uuid": str(WEB2)})):
+        doms.define(xml(f"a{number}", [None, WEB1, WEB2][number]))
+        assert doms.undefine(**keys) is None
+        assert len(doms) == 0 and not doms.is_locked
+
+
+def test_undefine_an_active_domain_makes_it_transient(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        number = dom.activate()
+        dom.autostart = True
+    doms.undefine(id=number)
+    info = doms.peek(uuid=WEB1)
+    assert (info.persistent, info.autostart, info.id) == (False, False, number)
+    with pytest.raises(DomainTransient, match="transient"):
+        doms.undefine(id=number)
+    assert not doms.is_locked
+    # Removing it once it is inactive is the driver's step.
+    with doms.locked():
+        with doms.find_by_id(number) as dom:
+            dom.deactivate()
+        doms.remove_inactive(dom)
+    assert len(doms) == 0
+
+
+def test_undefine_a_transient_inactive_domain(doms: DomainList) -> None:
+    with doms.locked():
+        doms.assign_def(definition("web1")).unlock()
+    doms.undefine(name="web1")
+    assert len(doms) == 0
+
+
+def test_undefine_of_a_domain_that_the_caller_holds(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.locked(), doms.find_by_name("web1") as dom:
+        with pytest.raises(ContractError):
+            doms.undefine(name="web1")
+        with pytest.raises(ContractError):
+            doms.define(xml("web1"))
+        assert dom.is_locked and doms.is_locked
+    assert names(doms) == ["web1"]
+
+
+def test_set_autostart(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        doms.set_autostart(dom, True)
+        assert dom.autostart and not dom.changed
+        assert doms.peek(name="web1").autostart is True
+        dom.pid = 1
+        with pytest.raises(UncommittedChanges):
+            doms.set_autostart(dom, False)
+        dom.rollback()
+        doms.set_autostart(dom, False)
+        dom.persistent = False
+        dom.commit()
+        with pytest.raises(DomainTransient):
+            doms.set_autostart(dom, True)
+    assert doms.peek(name="web1").autostart is False
+    with pytest.raises(DomainNotLocked):
+        doms.set_autostart(dom, True)
+
+
+# --- reading without a lock ----------------------------------------------------------------------------
+
+
+def test_peek_is_committed_state(doms: DomainList, web1: DomainInfo) -> None:
+    with doms.get(name="web1") as dom:
+        dom.set_state(DomainState.PAUSED, PausedReason.IOERROR)
+        dom.pid, dom.data = 12, {"a": [1]}
+        info = doms.peek(uuid=WEB1)
+        assert isinstance(info, DomainInfo)
+        assert (info.state, info.pid, info.data) == (DomainState.SHUTOFF, None, None)
+        dom.commit()
+        later = doms.peek(uuid=WEB1)
+    assert (info.state, info.pid, info.data) == (DomainState.SHUTOFF, None, None)  # a moment's
+    assert (later.state, later.reason) == (DomainState.PAUSED, PausedReason.IOERROR)
+    assert isinstance(later.reason, PausedReason)
+    assert (later.pid, later.data["a"]) == (12, (1,))
+
+
+def test_infos_outlive_their_domain(doms: DomainList, web1: DomainInfo) -> None:
+    info = doms.peek(name="web1")
+    doms.undefine(name="web1")
+    doms.define(xml("other", memory=7))
+    assert (info.name, info.uuid, info.definition.memory) == ("web1", WEB1, 1024)
+
+
+def test_infos_are_immutable(doms: DomainList, web1: DomainInfo) -> None:
+    info = doms.peek(name="web1")
+    for field in (
+        "id", "name", "uuid", "state", "reason", "persistent", "autostart", "pid", "is_active",
+        "definition", "next_definition", "data",
+    ):
+        value = getattr(info, field)
+        with pytest.raises(AttributeError):
+            setattr(info, field, value)
+    with pytest.raises(AttributeError):
+        info.anything = 1
+    assert "web1" in repr(info) and str(WEB1) in repr(info)
+
+
+def test_snapshot_and_iteration(doms: DomainList) -> None:
+    assert doms.snapshot() == [] == list(doms)
+    for name in "cab":
+        doms.define(xml(name))
+    for infos in (doms.snapshot(), list(doms), doms.list(), doms.snapshot(definitions=False)):
+        assert names(infos) == ["a", "b", "c"]
+        assert all(isinstance(info, DomainInfo) for info in infos)
+    for info in doms:  # what is being walked may change
+        doms.undefine(uuid=info.uuid)
+    assert len(doms) == 0
+
+
+def test_a_snapshot_without_definitions_says_so(doms: DomainList) -> None:
+    doms.define(xml("web1"))
+    for infos in (doms.snapshot(definitions=False), doms.list(definitions=False)):
+        for field in ("next_definition", "data"):
+            with pytest.raises(AttributeError, match="definitions=True"):
+                getattr(infos[0], field)
+
+
+def test_contains_and_len(doms: DomainList) -> None:
+    assert len(doms) == 0 and WEB1 not in doms
+    doms.define(xml("web1", WEB1))
+    assert len(doms) == 1 and WEB1 in doms and WEB2 not in doms
+    assert doms.info.domains == 1
+    doms.undefine(uuid=WEB1)
+    assert len(doms) == 0 and WEB1 not in doms
+
+
+@pytest.fixture
+def zoo(doms: DomainList) -> DomainList:
+    """Domains of each sort: p persistent, a active, s autostart; and some states."""
+    for name in ("", "p", "a", "ap", "ps", "aps"):
+        with doms.locked():
+            dom = doms.assign_def(definition(f"vm-{name}"), persistent="p" in name)
+        with dom:
+            dom.autostart = "s" in name
+            if "a" in name:
+                dom.activate()
+            if name == "ap":
+                dom.set_state(DomainState.PAUSED)
+            if name == "p":
+                dom.set_state(DomainState.CRASHED)
+    return doms
+
+
+FILTERS: list[tuple[dict[str, Any], str]] = [
+    ({}, ",p,a,ap,ps,aps"),
+    ({"active": True}, "a,ap,aps"),
+    ({"active": False}, ",p,ps"),
+    ({"persistent": True}, "p,ap,ps,aps"),
+    ({"persistent": False}, ",a"),
+    ({"autostart": True}, "ps,aps"),
+    ({"autostart": False}, ",p,a,ap"),
+    ({"active": True, "persistent": False}, "a"),
+    ({"active": True, "persistent": True, "autostart": False}, "ap"),
+    ({"state": DomainState.RUNNING}, "a,aps"),
+    ({"state": 3}, "ap"),
+    ({"state": [DomainState.RUNNING, DomainState.PAUSED]}, "a,ap,aps"),
+    ({"state": {DomainState.SHUTOFF}}, ",ps"),
+    ({"state": (DomainState.SHUTOFF, DomainState.CRASHED)}, ",p,ps"),
+    ({"state": [1, 1, 1]}, "a,aps"),
+    ({"state": []}, None),
+    ({"state": DomainState.NOSTATE}, None),
+    ({"state": [1, 3], "persistent": True, "active": True}, "ap,aps"),
+    ({"state": DomainState.SHUTOFF, "autostart": True}, "ps"),
+    ({"active": True, "state": DomainState.SHUTOFF}, None),
+]
+
+
+@pytest.mark.parametrize("asked, expected", FILTERS, ids=lambda value: str(value)[:60])
+def test_filters(zoo: DomainList, asked: dict[str, Any], expected: str | None) -> None:
+    wanted = sorted([] if expected is None else [f"vm-{name}" for name in expected.split(",")])
+    assert names(zoo.list(**asked)) == wanted
+    assert names(zoo.list(**asked, definitions=False)) == wanted
+    assert zoo.count(**asked) == len(wanted)
+
+
+def test_filters_take_any_iterable_and_refuse_unknown_states(zoo: DomainList) -> None:
+    assert zoo.count(state=(state for state in (1, 3))) == 3
+    for bad in (8, -1, [1, 99], "running"):
+        with pytest.raises((ValueError, TypeError)):
+            zoo.list(state=bad)
+        with pytest.raises((ValueError, TypeError)):
+            zoo.count(state=bad)
+
+
+def test_reading_needs_no_lock_at_all(zoo: DomainList, other: Party) -> None:
+    other.tell("doms.lock(); held = [doms.find_by_name(info.name) for info in doms]")
+    assert len(zoo.snapshot()) == len(zoo) == zoo.count() == zoo.info.domains == 6
+    assert zoo.peek(name="vm-p", timeout=0).definition.name == "vm-p"
+    assert zoo.peek(uuid=zoo.peek(name="vm-a").uuid).name == "vm-a"
+    assert zoo.peek(id=zoo.peek(name="vm-a").id).name == "vm-a"
+    assert zoo.peek(name="nobody") is None
+    assert zoo.check()
+    other.tell("[dom.unlock() for dom in held]; doms.unlock()")
+
+
+# --- info, check, repr ---------------------------------------------------------------------------------
+
+
+def test_info(doms: DomainList, store: Store) -> None:
+    info = doms.info
+    assert (info.domains, info.active, info.max_domains) == (0, 0, 64)
+    assert (info.name, info.path, info.config_dir, info.autostart_dir) == (None,) * 4
+    assert info.lock == store.name
+    assert 0 < info.bytes_committed < info.bytes_max
+    assert info.heap_used == 0 < info.heap_free
+    assert info.creator.pid == os.getpid() and info.creator.alive and info.creator.command
+    assert abs(info.created - time.time()) < 60
+    assert os.getpid() in [process.pid for process in info.attached]
+    doms.define(xml("a", description="x" * 10_000))
+    with doms.get(name="a") as dom:
+        dom.activate()
+    later = doms.info
+    assert (later.domains, later.active) == (1, 1)
+    assert 10_000 <= later.heap_used < 40_000
+    assert later.heap_used + later.heap_free == info.heap_free
+    assert later.bytes_committed > info.bytes_committed
+    with doms.locked():
+        doms.free()
+    assert (doms.info.heap_used, doms.info.active) == (0, 0)
+    with pytest.raises(AttributeError):
+        doms.info.domains = 7
+
+
+def test_check(doms: DomainList) -> None:
+    for name in "abc":
+        doms.define(xml(name))
+    report = doms.check()
+    assert report and report.problems == [] and report.counts["domains"] == 3
+    with doms.locked():
+        assert doms.check()
+        assert doms.is_locked
+    assert not doms.is_locked
+
+
+def test_repr(doms: DomainList, web1: DomainInfo) -> None:
+    assert "domains=1" in repr(doms)
+    dom = doms.get(name="web1")
+    assert "web1" in repr(dom) and str(WEB1) in repr(dom) and "locked" in repr(dom)
+    dom.unlock()
+    assert str(WEB1) in repr(dom) and "locked" not in repr(dom)
+    doms.close()
+    assert "closed" in repr(doms)
+
+
+# --- close ------------------------------------------------------------------------------------------------
+
+
+CLOSED: dict[str, Callable[[DomainList, Domain], Any]] = {
+    "lock": lambda doms, dom: doms.lock(),
+    "unlock": lambda doms, dom: doms.unlock(),
+    "acquire": lambda doms, dom: doms.acquire(),
+    "release": lambda doms, dom: doms.release(),
+    "locked": lambda doms, dom: doms.locked().__enter__(),
+    "get": lambda doms, dom: doms.get(name="web1"),
+    "lookup": lambda doms, dom: doms.lookup(name="web1"),
+    "peek": lambda doms, dom: doms.peek(name="web1"),
+    "find_by_name": lambda doms, dom: doms.find_by_name("web1"),
+    "find_by_uuid": lambda doms, dom: doms.find_by_uuid(WEB1),
+    "find_by_id": lambda doms, dom: doms.find_by_id(1),
+    "lock_many": lambda doms, dom: doms.lock_many([]),
+    "assign_def": lambda doms, dom: doms.assign_def(definition("web2")),
+    "remove_inactive": lambda doms, dom: doms.remove_inactive(dom),
+    "free": lambda doms, dom: doms.free(),
+    "rename": lambda doms, dom: doms.rename(dom, "x"),
+    "define": lambda doms, dom: doms.define(xml("web2")),
+    "undefine": lambda doms, dom: doms.undefine(name="web1"),
+    "load_all_configs": lambda doms, dom: doms.load_all_configs("/nonexistent"),
+    "save_config": lambda doms, dom: doms.save_config(dom),
+    "delete_config": lambda doms, dom: doms.delete_config(dom),
+    "snapshot": lambda doms, dom: doms.snapshot(),
+    "list": lambda doms, dom: doms.list(),
+    "count": lambda doms, dom: doms.count(),
+    "iter": lambda doms, dom: list(doms),
+    "len": lambda doms, dom: len(doms),
+    "in": lambda doms, dom: WEB1 in doms,
+    "info": lambda doms, dom: doms.info,
+    "check": lambda doms, dom: doms.check(),
+    "Domain.lock": lambda doms, dom: dom.lock(),
+    "Domain.try_lock": lambda doms, dom: dom.try_lock(),
+    "Domain.acquire": lambda doms, dom: dom.acquire(),
+    "with Domain": lambda doms, dom: dom.__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CLOSED)
+def test_everything_on_a_closed_list_says_so(
+    doms: DomainList, web1: DomainInfo, call: str
+) -> None:
+    dom = handle(doms)
+    doms.close()
+    with pytest.raises(ListClosed):
+        CLOSED[call](doms, dom)
+
+
+def test_closing_twice_is_no_error(doms: DomainList, web1: DomainInfo) -> None:
+    dom = handle(doms)
+    doms.close()
+    doms.close()
+    assert doms.closed and not doms.is_locked and not dom.is_locked
+    assert dom.uuid == WEB1
+
+
+def test_close_gives_the_list_lock_back(store: Store) -> None:
+    doms = store.make()
+    with thread_party(doms=doms) as other:
+        doms.lock()
+        other.start("doms.lock(); seen = doms.is_locked; doms.unlock(); seen")
+        assert other.is_waiting()
+        # One attachment is closed for everybody in the process; who is inside comes out in order.
+        twin = pickle.loads(pickle.dumps(doms))
+        assert twin is doms
+        doms.unlock()
+        assert other.answer() is True
+        other.tell("doms.lock(); doms.close()")
+        assert other.tell("doms.closed, doms.is_locked") == (True, False)
+
+
+def test_a_domain_that_is_locked_at_close_can_be_unlocked(doms: DomainList, web1: DomainInfo) -> None:
+    dom = doms.get(name="web1")
+    dom.pid = 5
+    doms.close()
+    assert dom.is_locked and dom.pid == 5
+    dom.unlock()
+    assert not dom.is_locked
+
+
+def test_a_list_is_a_context_manager(store: Store) -> None:
+    with store.make() as doms:
+        doms.define(xml("web1"))
+    assert doms.closed
+    with pytest.raises(ListClosed):
+        len(doms)
+
+
+def test_what_nobody_refers_to_is_gone(store: Store) -> None:
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:shmdomains")
+
+    gc.collect()  # of earlier tests
+    fds, mapped = len(os.listdir("/proc/self/fd")), maps()
+    for _ in range(3):
+        doms = store.make(room=8)
+        doms.define(xml("web1"))
+        dom = handle(doms)
+        assert maps() > mapped
+        doms.close()
+        del doms, dom
+        gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), maps()) == (fds, mapped)
+
+
+# --- limits, creation ----------------------------------------------------------------------------------
+
+
+def test_a_full_list(store: Store) -> None:
+    doms = store.make(room=3)
+    for name in "abc":
+        doms.define(xml(name))
+    with pytest.raises(SegmentFull) as caught:
+        doms.define(xml("d"))
+    assert isinstance(caught.value, MemoryError) and "max_domains" in str(caught.value)
+    with pytest.raises(SegmentFull), doms.locked():
+        doms.assign_def(definition("d"))
+    assert names(doms) == ["a", "b", "c"] and not doms.is_locked
+    assert doms.define(xml("a", memory=7)).name == "a"  # not a new one
+    doms.undefine(name="b")
+    doms.define(xml("d"))
+    assert names(doms) == ["a", "c", "d"] and doms.check()
+    doms.close()
+
+
+def test_slots_are_used_again(store: Store) -> None:
+    doms = store.make(room=2)
+    for number in range(100):
+        doms.define(xml(f"vm{number}"))
+        doms.undefine(name=f"vm{number}")
+    assert doms.info.heap_used == 0 and doms.check()
+    doms.close()
+
+
+def test_bad_limits() -> None:
+    for bad in (0, -1, 2**24, 2**40):
+        with pytest.raises(ValueError):
+            DomainList(max_domains=bad)
+    for lock in ("", "Robust", None, 1):
+        with pytest.raises(ValueError):
+            DomainList(lock=lock)
+    with pytest.raises(ValueError):
+        DomainList(max_domains=10, max_bytes=4096)
+    with pytest.raises(TypeError):
+        DomainList("a name")
+
+
+def test_lists_are_separate(store: Store) -> None:
+    first, second = store.make(), store.make()
+    first.define(xml("web1", WEB1))
+    assert len(second) == 0
+    second.define(xml("web1", WEB1))
+    assert handle(first) != handle(second)
+    with first.get(name="web1"), second.get(name="web1"):
+        pass
+    first.close()
+    assert names(second) == ["web1"]
+    second.close()
+
+
+def test_many_domains_and_growing_indexes(store: Store) -> None:
+    """Past the first tables of 1,024 entries, up and down, by every key."""
+    room = 3000 if store.name == "robust" else 1000
+    doms = store.make(room=room)
+    made = definition("vm")
+    with doms.locked():
+        for number in range(room):
+            with doms.assign_def(made.replace(name=f"vm{number}"), persistent=True) as dom:
+                assert dom.activate() == number + 1
+    assert len(doms) == doms.count(active=True) == room
+    for number in range(0, room, 7):
+        info = doms.peek(id=number + 1)
+        assert info.name == f"vm{number}" and doms.peek(name=info.name).uuid == info.uuid
+        assert info.uuid in doms
+    with doms.locked():
+        for number in range(0, room, 2):
+            with doms.find_by_name(f"vm{number}") as dom:
+                dom.deactivate()
+            doms.remove_inactive(dom)
+    assert len(doms) == room // 2
+    for number in range(room):
+        assert (doms.peek(name=f"vm{number}") is None) == (number % 2 == 0)
+        assert (doms.peek(id=number + 1) is None) == (number % 2 == 0)
+    assert doms.check()
+    doms.close()
+
+
+# --- pickles -------------------------------------------------------------------------------------------
+
+
+def test_a_memfd_list_that_is_gone_can_not_be_unpickled(store: Store) -> None:
+    doms = store.make()
+    doms.define(xml("web1"))
+    pickled = pickle.dumps(doms), pickle.dumps(handle(doms))
+    assert pickle.loads(pickled[0]) is doms
+    doms.close()
+    del doms
+    gc.collect()
+    for blob in pickled:
+        with pytest.raises(ShmDomainsError):
+            pickle.loads(blob)
+
+
+# --- the public names ------------------------------------------------------------------------------------
+
+
+def test_one_tree_of_errors() -> None:
+    for name in shmdomains.__all__:
+        found = getattr(shmdomains, name)
+        if isinstance(found, type) and issubclass(found, Exception):
+            assert issubclass(found, ShmDomainsError), name
+    for name in ("LockLost", "InDoubt", "Unavailable"):
+        assert issubclass(getattr(shmdomains, name), ShmDomainsError)
+    assert issubclass(LockTimeout, TimeoutError) and issubclass(DomainNotFound, LookupError)
+    assert issubclass(DefinitionError, ValueError)
+    assert isinstance(DomainDef, type)

@@ -1,0 +1,790 @@
+"""Workers are SIGKILLed while they hold locks; who comes next has them soon, and whole records.
+
+First one death at a time: each lock, alone and with others, before and after a commit, with
+somebody waiting already or coming later; the recoverer dies as well; what a death in the middle of
+a change leaves behind is planted where it can not be hit by chance. Then storms: whatever was
+acknowledged is there, and every invariant holds. Last the lists with ``lock="multiprocessing"``,
+where a waiter takes a dead holder's lock over (the instant between acquiring such a lock and
+recording its owner is not covered, which the README says; it is not tested).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killing import (
+    DEADLINE,
+    Child,
+    Nursery,
+    Pipe,
+    Planted,
+    asleep,
+    driver,
+    fork,
+    hold,
+    hold_mutex,
+    soon,
+    until,
+    xml,
+)
+
+from shmdomains import Busy, DomainDef, DomainList, LockTimeout
+
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def start(nursery: Nursery) -> Iterator[Callable[..., Child]]:
+    yield nursery.start
+    nursery.clear()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "list.segment")
+
+
+@pytest.fixture
+def doms(path: str) -> Iterator[DomainList]:
+    with DomainList.create(path=path, max_domains=20_000) as doms:
+        for name in NAMES:
+            doms.define(xml(name))
+        yield doms
+
+
+@pytest.fixture
+def planted(doms: DomainList, path: str) -> Iterator[Planted]:
+    if driver() is None:
+        pytest.skip("no C compiler, so nobody says where the words of a segment lie")
+    with Planted(path) as planted:
+        yield planted
+
+
+def sound(doms: DomainList) -> None:
+    report = doms.check()
+    assert report, report.problems
+
+
+# --- one death ------------------------------------------------------------------------------------
+
+HELD = {
+    "list": ["list"],
+    "domain": ["a"],
+    "uncommitted": ["a", "change=1"],
+    "committed": ["a", "change=1", "commit"],
+    "mid-transaction": ["a", "change=1", "commit", "change=2"],
+    "list and domain": ["list", "a", "change=1"],
+    "several": ["list", "a", "b", "c", "change=1"],
+    "several, committed": ["list", "a", "b", "c", "change=1", "commit", "change=2"],
+    "new": ["list", "new=d"],
+    "new, changed": ["list", "new=d", "change=1"],
+    "new, committed": ["list", "a", "new=d", "change=1", "commit", "change=2"],
+}
+
+
+def held_by(steps: list[str]) -> list[str]:
+    return [step.removeprefix("new=") for step in steps if step[:4] == "new=" or step in NAMES]
+
+
+def committed_by(steps: list[str]) -> int | None:
+    return 1 if "commit" in steps else None
+
+
+def take_all(pipe: Pipe, path: str, names: list[str]) -> None:
+    """Take the list lock and each of the domains; say who died and what is there."""
+    doms = DomainList.attach(path=path)
+    pipe.say("ready")
+    found = {}
+    with doms.locked():
+        for name in names:
+            with doms.find_by_name(name) as dom:
+                died = dom.previous_owner_died
+                found[name] = (died and (died.pid, died.tid, died.alive), dom.data)
+    pipe.say(found)
+    pipe.rest()
+
+
+@pytest.mark.parametrize("when", ["waiting", "later"])
+@pytest.mark.parametrize("steps", list(HELD.values()), ids=list(HELD))
+def test_the_next_one_has_the_lock_and_a_whole_record(
+    start: Callable[..., Child], doms: DomainList, path: str, steps: list[str], when: str
+) -> None:
+    names = held_by(steps)
+    holder = start(hold, path, *steps)
+    pid = holder.hear()
+    if when == "later":
+        holder.kill()
+    taker = start(take_all, path, names)
+    assert taker.hear() == "ready"
+    if when == "waiting":
+        until(lambda: asleep(taker.pid), "it waits")
+        holder.signal(signal.SIGKILL)
+    with soon("the hand-over"):
+        found = taker.hear()
+    expected = ((pid, pid, False), committed_by(steps))
+    assert found == dict.fromkeys(names, expected)
+    # It was handed back in order, so it is nobody's death any more.
+    for name in {*NAMES, *names}:
+        with doms.get(name=name, timeout=DEADLINE) as dom:
+            assert dom.previous_owner_died is None
+            assert dom.data == (committed_by(steps) if name in names else None)
+    sound(doms)
+
+
+def test_a_death_is_told_until_the_domain_is_handed_back(
+    start: Callable[..., Child], doms: DomainList, path: str
+) -> None:
+    holder = start(hold, path, "a")
+    pid = holder.hear()
+    holder.kill()
+    doms.peek(name="a")
+    list(doms)
+    with pytest.raises(LookupError), doms.get(name="a", timeout=DEADLINE) as dom:
+        for _ in range(2):
+            assert dom.previous_owner_died.pid == pid
+            assert dom.previous_owner_died.started == pytest.approx(time.time(), abs=600)
+            dom.data = 1
+            dom.commit()
+        assert "dead" in str(dom.previous_owner_died)
+        raise LookupError
+    with doms.get(name="a", timeout=0) as dom:
+        assert dom.previous_owner_died is None
+        assert dom.data == 1
+
+
+def test_recoverers_that_die_hand_it_on(
+    start: Callable[..., Child], doms: DomainList, path: str
+) -> None:
+    """Each repairs and dies before it hands back; the last death is the one that is told."""
+    for number in range(6):
+        holder = start(hold, path, "list", "a", f"change={number}", "commit", "change=99")
+        pid = holder.hear()
+        holder.kill()
+    with soon("the last hand-over"), doms.locked(timeout=DEADLINE):
+        dom = doms.find_by_name("a", timeout=DEADLINE)
+        assert dom.previous_owner_died.pid == pid
+        assert dom.data == 5
+        dom.unlock()
+    sound(doms)
+
+
+def take_and_die(pipe: Pipe, path: str) -> None:
+    doms = DomainList.attach(path=path)
+    pipe.say("ready")
+    doms.lock()
+    pipe.say("locked")
+    pipe.rest()
+
+
+def test_recoverers_that_die_in_the_middle_of_the_repair(
+    start: Callable[..., Child], doms: DomainList, path: str
+) -> None:
+    """With 5,000 domains a repair takes long enough to be hit by chance."""
+    names = [f"x{i}" for i in range(5000)]
+    for name in names:
+        doms.define(xml(name))
+    chance = random.Random(3)
+    holder = start(hold, path, "list")
+    holder.hear()
+    holder.kill()
+    for _ in range(25):
+        victim = start(take_and_die, path)
+        assert victim.hear() == "ready"
+        victim.conn.poll(chance.random() * 0.002)
+        victim.kill()
+    with soon("the last repair"):
+        doms.lock(timeout=DEADLINE)
+    doms.unlock()
+    sound(doms)
+    assert len(doms) == 5003
+    assert all(doms.lookup(name=name, timeout=0).unlock() is None for name in names[::50])
+
+
+@pytest.mark.parametrize("which", ["id", "heap"])
+def test_the_death_of_who_holds_a_short_lock(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str, which: str
+) -> None:
+    with doms.get(name="b") as dom:
+        dom.activate()
+        dom.data = "old"
+    holder = start(hold_mutex, path, planted.header(f"{which}_mutex"))
+    assert holder.hear() == 0
+    holder.kill()
+    with soon("the repair"), doms.get(name="a", timeout=DEADLINE) as dom:
+        number = dom.activate()
+        dom.data = "new"
+        dom.commit(timeout=DEADLINE)
+    assert doms.peek(id=number).name == "a"
+    assert doms.peek(name="b").data == "old"
+    sound(doms)
+
+
+# --- what a death in the middle of a change leaves ------------------------------------------------
+
+
+def test_half_an_insert(start: Callable[..., Child], doms: DomainList, planted: Planted) -> None:
+    """The record is committed, the indexes, the free list and the count are not."""
+    holder = start(hold, str(planted.path), "list", "new=d")
+    holder.hear()
+    planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) | 1)
+    for index in (0, 1):
+        planted.write(planted.entry(index, 3), 0)
+    planted.write(planted.header("live"), 3)
+    planted.write(planted.header("free_head"), 4)
+    holder.kill()
+    with soon("the repair"):
+        doms.get(name="d", timeout=DEADLINE).unlock()
+    assert len(doms) == 4
+    doms.define(xml("e"))
+    assert [info.name for info in doms] == ["a", "b", "c", "d", "e"]
+    sound(doms)
+
+
+def test_half_a_removal(start: Callable[..., Child], doms: DomainList, planted: Planted) -> None:
+    """The record is free, and the indexes still lead to it."""
+    with doms.get(name="b") as dom:
+        dom.data = "x" * 1000
+        gone = dom.uuid
+    holder = start(hold, str(planted.path), "list", "b")
+    holder.hear()
+    planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) | 1)
+    life = planted.slot(1, "life")
+    planted.write(life, planted.read(life) + 1)
+    holder.kill()
+    with soon("the repair"):
+        assert doms.lookup(name="b", timeout=DEADLINE) is None
+    assert gone not in doms
+    assert len(doms) == 2
+    doms.define(xml("b"))
+    assert doms.peek(name="b").data is None
+    assert doms.peek(name="b").uuid != gone
+    sound(doms)
+
+
+def test_half_a_rename(start: Callable[..., Child], doms: DomainList, planted: Planted) -> None:
+    """The commit flips name and definition together; the index still has the old name."""
+    old = planted.entry(1, 1)
+    entry = planted.read(old)
+    with doms.locked(), doms.find_by_name("b") as dom:
+        doms.rename(dom, "renamed")
+    holder = start(hold, str(planted.path), "list", "renamed")
+    holder.hear()
+    planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) | 1)
+    planted.write(planted.entry(1, 1), 0)
+    planted.write(old, entry)
+    holder.kill()
+    with soon("the repair"):
+        assert doms.lookup(name="b", timeout=DEADLINE) is None
+        with doms.get(name="renamed", timeout=DEADLINE) as dom:
+            assert dom.definition.name == "renamed"
+    sound(doms)
+
+
+@pytest.mark.parametrize("reader", ["peek", "contains", "get"])
+def test_who_only_looks_need_not_wait_for_a_repair_by_others(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str, reader: str
+) -> None:
+    """A miss is in doubt while an index is odd; after a death the reader has it repaired."""
+    holder = start(hold, path, "list")
+    holder.hear()
+    planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) | 1)
+    with doms.get(name="a", timeout=0):
+        pass  # a hit is a hit
+    assert doms.peek(name="b").name == "b"
+    with soon("a look in vain", 3), pytest.raises((Busy, LockTimeout)):
+        look_for_nobody(doms, reader, 0.1)
+    holder.kill()
+    with soon("the look", 3):
+        assert not look_for_nobody(doms, reader, 2)
+    sound(doms)
+
+
+def look_for_nobody(doms: DomainList, reader: str, timeout: float) -> Any:
+    if reader == "peek":
+        return doms.peek(name="nobody", timeout=timeout)
+    if reader == "get":
+        return doms.lookup(name="nobody", timeout=timeout)
+    return uuid.UUID(int=7) in doms
+
+
+@pytest.mark.parametrize("grown", ["allocate", "free"])
+def test_half_a_change_of_the_heap(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str, grown: str
+) -> None:
+    """A descriptor without its mark, or a mark without its descriptor; the counts are off, too."""
+    with doms.get(name="b") as dom:
+        dom.data = "x" * 5000
+    used = doms.info.heap_used
+    word = planted.at["map"]
+    map_before = planted.read(word)
+    committed_cells = planted.read(planted.header("heap_committed"))
+    holder = start(hold_mutex, path, planted.header("heap_mutex"))
+    holder.hear()
+    if grown == "allocate":
+        spare = planted.slot(2, "extent") + 8 * 4  # the driver's data, of which there is none
+        planted.write(spare, (committed_cells - 4) << 25 | 200)
+        planted.write(planted.slot(2, "dirty"), 1)
+    else:
+        planted.write(word, map_before | 1 << 60)
+    planted.write(planted.header("heap_used"), 1)
+    holder.kill()
+    with soon("the repair"), doms.get(name="a", timeout=DEADLINE) as dom:
+        dom.data = "y"
+    assert doms.peek(name="b").data == "x" * 5000
+    sound(doms)
+    # The garbage goes with the next commit there, and the space is accounted for.
+    with doms.get(name="c") as dom:
+        dom.data = "z"
+    with doms.get(name="c") as dom, doms.get(name="a", timeout=0) as other:
+        dom.data = other.data = None
+    sound(doms)
+    assert doms.check().counts["garbage"] == 0
+    assert doms.info.heap_used == used
+
+
+def test_half_a_change_of_the_ids(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    for name in ("a", "b"):
+        with doms.get(name=name) as dom:
+            dom.activate()
+    holder = start(hold_mutex, path, planted.header("id_mutex"))
+    holder.hear()
+    planted.write(planted.header("id_seq"), planted.read(planted.header("id_seq")) | 1)
+    planted.write(planted.entry(2, 0), 0)
+    planted.write(planted.header("active"), 7)
+    holder.kill()
+    with soon("the repair"):
+        assert doms.peek(id=1, timeout=5).name == "a"
+        with doms.get(id=2, timeout=DEADLINE) as dom:
+            dom.deactivate()
+    assert doms.lookup(id=2, timeout=DEADLINE) is None
+    assert doms.count(active=True) == doms.info.active == 1
+    sound(doms)
+
+
+# --- a storm of changes to the list ---------------------------------------------------------------
+
+State = tuple[str, int] | None  # name and memory of a domain, or that there is none
+
+
+def change_the_list(pipe: Pipe, path: str, log: str, number: int, turns: int | None) -> None:
+    """Define, redefine, rename and undefine domains of one's own; write down what is done."""
+    doms = DomainList.attach(path=path)
+    chance = random.Random(number)
+    states: dict[int, State] = {}
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    pipe.say("ready")
+    turn = 0
+    while turns is None or turn < turns:
+        key = chance.randrange(6)
+        after = plan(chance, states.get(key), number, key, turn)
+        os.write(fd, f"begin {key} {after!r}\n".encode())
+        apply(doms, number, key, states.get(key), after)
+        os.write(fd, f"done {key} {after!r}\n".encode())
+        states[key] = after
+        turn += 1
+    pipe.say("done")
+    pipe.rest()
+
+
+def plan(chance: random.Random, before: State, number: int, key: int, turn: int) -> State:
+    if before is None or chance.random() < 0.3:
+        return (before[0] if before else f"w{number}-{key}-{turn}", 1024 + turn)
+    return None if chance.random() < 0.5 else (f"w{number}-{key}-{turn}", before[1])
+
+
+def uuid_of(number: int, key: int) -> uuid.UUID:
+    return uuid.UUID(int=number << 32 | key << 4 | 1)
+
+
+def apply(doms: DomainList, number: int, key: int, before: State, after: State) -> None:
+    which = uuid_of(number, key)
+    if after is None:
+        doms.undefine(uuid=which)
+    elif before is None or before[0] == after[0]:
+        doms.define(xml(after[0], which, after[1]))
+    else:
+        with doms.locked(), doms.find_by_uuid(which) as dom:
+            doms.rename(dom, after[0])
+
+
+def allowed(log: Path) -> dict[int, list[State]]:
+    """For each domain of a worker the states in which it may be: the last one acknowledged, and the
+    one that was on its way."""
+    states: dict[int, list[State]] = {key: [None] for key in range(6)}
+    if not log.exists():
+        return states
+    for line in log.read_text().splitlines():
+        what, key, after = line.split(" ", 2)
+        state: State = eval(after, {"__builtins__": {}})
+        states[int(key)] = [state] if what == "done" else [states[int(key)][-1], state]
+    return states
+
+
+def test_a_storm_of_defining_renaming_undefining(
+    start: Callable[..., Child], doms: DomainList, path: str, tmp_path: Path
+) -> None:
+    """List holders die in the middle of changes; every acknowledged change is there."""
+    chance = random.Random(4)
+    end = time.monotonic() + 4
+    number, running, started = 0, [], 0
+    while time.monotonic() < end:
+        while len(running) < 3:
+            number += 1
+            worker = start(change_the_list, path, str(tmp_path / f"log{number}"), number, None)
+            running.append(worker)
+            started += worker.hear() == "ready"
+        victim = running.pop(chance.randrange(3))
+        victim.conn.poll(chance.random() * 0.02)
+        assert victim.is_alive(), victim.hear()
+        victim.close()
+    for worker in running:
+        worker.close()
+    # It ends quietly: who comes now finishes.
+    survivors = [
+        start(change_the_list, path, str(tmp_path / f"log{number + i}"), number + i, 300)
+        for i in (1, 2, 3)
+    ]
+    for worker in survivors:
+        worker.hear()
+    for worker in survivors:
+        assert worker.hear() == "done"
+    with soon("the last repair"), doms.locked(timeout=DEADLINE):
+        pass
+    sound(doms)
+    done = 0
+    expected = set(NAMES)
+    for one in range(1, number + 4):
+        log = tmp_path / f"log{one}"
+        done += log.read_text().count("done") if log.exists() else 0
+        for key, states in allowed(log).items():
+            info = doms.peek(uuid=uuid_of(one, key))
+            state = None if info is None else (info.name, info.definition.memory)
+            assert state in states, f"worker {one}, domain {key}: {state} is none of {states}"
+            if info is not None:
+                assert info.definition.name == info.name
+                assert doms.peek(name=info.name).uuid == info.uuid
+                expected.add(info.name)
+    assert {info.name for info in doms} == expected
+    assert done > 1000, "hardly anything was done"
+    assert number > 50, "hardly anybody was killed"
+    for info in doms.snapshot():
+        with doms.get(uuid=info.uuid, timeout=DEADLINE):
+            pass
+    sound(doms)
+    assert doms.check().counts["garbage"] == 0
+
+
+# --- a storm of counting --------------------------------------------------------------------------
+
+COUNTED = 5
+WORKERS = 6
+
+
+def counters(path: str) -> Any:
+    """Acknowledged increments: one word for each worker and domain, in a file of its own."""
+    with open(path, "r+b") as file:
+        return (ctypes.c_uint64 * (WORKERS * COUNTED)).from_buffer(mmap.mmap(file.fileno(), 0))
+
+
+def count(pipe: Pipe, path: str, acknowledged: str, worker: int, turns: int | None) -> None:
+    doms = DomainList.attach(path=path)
+    mine = counters(acknowledged)
+    chance = random.Random(os.getpid())
+    uuids = [doms.peek(name=f"n{i}").uuid for i in range(COUNTED)]
+    pipe.say("ready")
+    turn = 0
+    while turns is None or turn < turns:
+        for which in increment(doms, chance, uuids):
+            mine[worker * COUNTED + which] += 1
+        turn += 1
+    pipe.say("done")
+    pipe.rest()
+
+
+def increment(doms: DomainList, chance: random.Random, uuids: list[uuid.UUID]) -> list[int]:
+    """Add one to one domain or to two, in one of several ways; returns which."""
+    which = chance.randrange(COUNTED)
+    way = chance.randrange(4)
+    if way == 0:
+        pair = [which, (which + 1) % COUNTED]
+        with doms.lock_many([uuids[one] for one in pair]) as locked:
+            for dom in locked:
+                dom.data = dom.data + 1
+        return pair
+    if way == 1:
+        with doms.locked():
+            dom = doms.find_by_name(f"n{which}")
+        dom.data = dom.data + 1
+        dom.unlock()
+        return [which]
+    with doms.get(uuid=uuids[which]) as dom:
+        dom.data = dom.data + 1
+        if way == 2 and not dom.is_active:
+            dom.activate()
+        elif way == 2:
+            dom.deactivate()
+    return [which]
+
+
+def test_a_storm_of_counting(
+    start: Callable[..., Child], doms: DomainList, path: str, tmp_path: Path
+) -> None:
+    """No acknowledged increment is lost, and none is made that nobody asked for."""
+    acknowledged = tmp_path / "acknowledged"
+    acknowledged.write_bytes(bytes(8 * WORKERS * COUNTED))
+    for i in range(COUNTED):
+        doms.define(xml(f"n{i}"))
+        with doms.get(name=f"n{i}") as dom:
+            dom.data = 0
+    chance = random.Random(5)
+    kills = 0
+    running = [start(count, path, str(acknowledged), i, None) for i in range(WORKERS)]
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        which = chance.randrange(WORKERS)
+        running[which].conn.poll(0 if chance.random() < 0.3 else chance.random() * 0.02)
+        running[which].close()
+        kills += 1
+        running[which] = start(count, path, str(acknowledged), which, None)
+    for worker in running:
+        worker.close()
+    kills += WORKERS
+    survivors = [start(count, path, str(acknowledged), i, 500) for i in range(WORKERS)]
+    for worker in survivors:
+        assert worker.hear() == "ready"
+    for worker in survivors:
+        assert worker.hear() == "done"
+    total = list(counters(str(acknowledged)))
+    for i in range(COUNTED):
+        acked = sum(total[i::COUNTED])
+        with doms.get(name=f"n{i}", timeout=DEADLINE) as dom:
+            # A victim may have died between its commit and its acknowledgement.
+            assert acked <= dom.data <= acked + kills
+    sound(doms)
+    assert doms.check().counts["garbage"] == 0
+    assert kills > 80, "hardly anybody was killed"
+    assert sum(total) > 10_000, "hardly anything was done"
+
+
+# --- lock="multiprocessing" -----------------------------------------------------------------------
+
+
+def hold_inherited(pipe: Pipe, doms: DomainList, steps: list[str]) -> None:
+    held = []
+    for step in steps:
+        if step == "list":
+            doms.lock(DEADLINE)
+        elif step == "change":
+            for dom in held:
+                dom.data = 1
+        elif step == "commit":
+            for dom in held:
+                dom.commit()
+        else:
+            held.append(doms.get(name=step, timeout=DEADLINE if doms.is_locked or not held else 0))
+    pipe.say("holding")
+    pipe.listen()
+    for dom in held:
+        dom.unlock()
+    if doms.is_locked:
+        doms.unlock()
+    pipe.say("free")
+    pipe.rest()
+
+
+def inherited_list() -> DomainList:
+    doms = DomainList(max_domains=20, lock="multiprocessing")
+    for name in NAMES:
+        doms.define(xml(name))
+    return doms
+
+
+def take_over(pipe: Pipe, steps: list[str], when: str) -> None:
+    doms = inherited_list()
+    names = [step for step in steps if step in NAMES]
+    holder = fork(hold_inherited, doms, steps)
+    assert holder.hear() == "holding"
+    if when == "later":
+        holder.kill()
+    taker = fork(take_inherited, doms, names)
+    assert taker.hear() == "ready"
+    if when == "waiting":
+        until(lambda: asleep(taker.pid), "it waits")
+        holder.kill()
+    with soon("the hand-over"):
+        found = taker.hear()
+    expected = ((holder.pid, False), 1 if "commit" in steps else None)
+    assert found == dict.fromkeys(names, expected), (found, expected)
+    for name in NAMES:
+        with doms.get(name=name, timeout=DEADLINE) as dom:
+            assert dom.previous_owner_died is None
+    with doms.locked(timeout=DEADLINE):
+        pass
+    sound(doms)
+    pipe.say("fine")
+
+
+def take_inherited(pipe: Pipe, doms: DomainList, names: list[str]) -> None:
+    pipe.say("ready")
+    found = {}
+    with doms.locked(timeout=DEADLINE):
+        for name in names:
+            with doms.find_by_name(name, timeout=DEADLINE) as dom:
+                died = dom.previous_owner_died
+                found[name] = (died and (died.pid, died.alive), dom.data)
+    pipe.say(found)
+    pipe.rest()
+
+
+@pytest.mark.parametrize("when", ["waiting", "later"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["list"],
+        ["a"],
+        ["a", "change"],
+        ["a", "change", "commit"],
+        ["list", "a", "b", "change"],
+        ["list", "a", "b", "c", "change", "commit"],
+    ],
+    ids="+".join,
+)
+def test_a_dead_holders_multiprocessing_lock_is_taken_over(
+    start: Callable[..., Child], steps: list[str], when: str
+) -> None:
+    assert start(take_over, steps, when).hear(3 * DEADLINE) == "fine"
+
+
+def count_inherited(pipe: Pipe, doms: DomainList, turns: int) -> None:
+    pipe.say("ready")
+    for _ in range(turns):
+        with doms.get(name="a", timeout=DEADLINE) as dom:
+            dom.data = (dom.data or 0) + 1
+    pipe.say("done")
+    pipe.rest()
+
+
+def compete_for_the_dead(pipe: Pipe) -> None:
+    doms = inherited_list()
+    for turn in range(10):
+        holder = fork(hold_inherited, doms, ["a"])
+        assert holder.hear() == "holding"
+        takers = [fork(count_inherited, doms, 20) for _ in range(4)]
+        for taker in takers:
+            assert taker.hear() == "ready"
+        holder.kill()
+        for taker in takers:
+            assert taker.hear() == "done"
+        for child in (holder, *takers):
+            child.close()
+        assert doms.peek(name="a").data == 80 * (turn + 1)
+    sound(doms)
+    pipe.say("fine")
+
+
+def test_only_one_takes_a_dead_holders_place(start: Callable[..., Child]) -> None:
+    assert start(compete_for_the_dead).hear(3 * DEADLINE) == "fine"
+
+
+def overtaken_waiter(pipe: Pipe) -> None:
+    """The holder for whom somebody began to wait is not the one who died."""
+    doms = inherited_list()
+    first = fork(hold_inherited, doms, ["a"])
+    assert first.hear() == "holding"
+    waiter = fork(take_inherited, doms, ["a"])
+    assert waiter.hear() == "ready"
+    until(lambda: asleep(waiter.pid), "it waits")
+    waiter.signal(signal.SIGSTOP)
+    until(lambda: stopped(waiter.pid), "it is stopped")
+    first.tell()
+    assert first.hear() == "free"
+    second = fork(hold_inherited, doms, ["a"])
+    assert second.hear() == "holding"
+    second.kill()
+    waiter.signal(signal.SIGCONT)
+    pipe.say((waiter.hear(), first.pid, second.pid))
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_the_dead_holder_is_named_not_an_earlier_one(start: Callable[..., Child]) -> None:
+    found, _first, second = start(overtaken_waiter).hear(3 * DEADLINE)
+    assert found == {"a": ((second, False), None)}
+
+
+def live_holder(pipe: Pipe) -> None:
+    doms = inherited_list()
+    holder = fork(hold_inherited, doms, ["a"])
+    assert holder.hear() == "holding"
+    holder.signal(signal.SIGSTOP)
+    until(lambda: stopped(holder.pid), "it is stopped")
+    with soon("the time-out", 3):
+        try:
+            doms.get(name="a", timeout=0.3)
+        except LockTimeout as exc:
+            assert exc.holder.pid == holder.pid
+            assert exc.holder.alive
+        else:
+            raise AssertionError("the lock of a live holder was taken over")
+    holder.signal(signal.SIGCONT)
+    assert holder.ask() == "free"
+    with doms.get(name="a", timeout=DEADLINE) as dom:
+        assert dom.previous_owner_died is None
+    pipe.say("fine")
+
+
+def test_a_stopped_holder_is_not_dead(start: Callable[..., Child]) -> None:
+    assert start(live_holder).hear(3 * DEADLINE) == "fine"
+
+
+def test_a_stopped_holder_of_a_robust_lock_is_not_dead(
+    start: Callable[..., Child], doms: DomainList, path: str
+) -> None:
+    holder = start(hold, path, "a")
+    pid = holder.hear()
+    holder.signal(signal.SIGSTOP)
+    until(lambda: stopped(pid), "it is stopped")
+    with soon("the time-out", 3), pytest.raises(LockTimeout) as failed:
+        doms.get(name="a", timeout=0.3)
+    assert failed.value.holder.pid == pid
+    assert failed.value.holder.alive
+    with doms.get(name="b", timeout=0):
+        assert doms.peek(name="a").name == "a"  # nobody else is held up
+    holder.signal(signal.SIGCONT)
+    assert holder.ask() == "free"
+    sound(doms)
+
+
+def test_definitions_survive_their_definers(
+    start: Callable[..., Child], doms: DomainList, path: str
+) -> None:
+    """Blobs written by a victim are read by others once they are committed, and never before."""
+    holder = start(hold, path, "list", "new=d", "change=1", "commit", "change=2")
+    holder.hear()
+    assert doms.peek(name="d").definition == DomainDef.from_xml(xml("d", doms.peek(name="d").uuid))
+    assert doms.peek(name="d").data == 1
+    holder.kill()
+    assert doms.peek(name="d").data == 1
+    with doms.get(name="d", timeout=DEADLINE) as dom:
+        assert dom.data == 1
+        assert dom.persistent

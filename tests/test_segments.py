@@ -1,0 +1,1255 @@
+"""Named segments: who creates, attaches and unlinks them, and what may lie in their place.
+
+Everything here is a plain error or works: no crash, no hang, nothing half made, nothing left. What
+could crash the interpreter (a damaged segment, a full file system) is done by a process of its own.
+Every segment lies in `segment_dir`, a folder on tmpfs of the test's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import random
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Home, Party, Process, Stuck, definition, thread_party, xml
+
+import shmdomains
+from shmdomains import (
+    AlreadyLocked,
+    Busy,
+    DomainList,
+    DomainRemoved,
+    ListNotLocked,
+    LockKindMismatch,
+    SegmentCorrupt,
+    SegmentError,
+    SegmentExists,
+    SegmentFull,
+    SegmentInUse,
+    SegmentMismatch,
+    SegmentNotFound,
+    SegmentPoisoned,
+    SegmentRefused,
+    ShmDomainsError,
+    segment_file,
+)
+
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.usefixtures("segment_dir")]
+
+# Where words of the header lie (layout.h).
+MAGIC, LAYOUT, SIGNATURE, BOOT, PID_NAMESPACE, KIND, TOTAL, MAX_SLOTS, HEAP_CELLS = (
+    0, 8, 16, 24, 40, 48, 56, 64, 72,
+)  # fmt: skip
+POISONED, LIST_SEQUENCE = 128, 256
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+
+
+@pytest.fixture
+def place(segment_dir: Path) -> Path:
+    """Where the segment named ``s`` lies."""
+    return segment_dir / "s.segment"
+
+
+@pytest.fixture
+def party(segment_dir: Path) -> Iterator[Party]:
+    """A process of its own that sees the same folder and may be lost."""
+    process = Process(SHMDOMAINS_DIR=str(segment_dir))
+    yield process.party
+    process.kill()
+    process.party.conn.close()
+
+
+def let_go(doms: DomainList) -> None:
+    """Close a list that nothing else refers to; the mapping goes with the caller's reference."""
+    doms.close()
+    gc.collect()
+
+
+def made(name: str = "s", **options: Any) -> None:
+    """Leave a segment that nobody is attached to."""
+    doms = DomainList.create(name, **{"max_domains": 16, **options})
+    doms.define(xml("web1"))
+    let_go(doms)
+
+
+def word(path: Path, offset: int) -> int:
+    with open(path, "rb") as file:
+        return struct.unpack("<Q", os.pread(file.fileno(), 8, offset))[0]
+
+
+def put_word(path: Path, offset: int, value: int) -> None:
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), struct.pack("<Q", value), offset)
+
+
+# --- create, attach, open --------------------------------------------------------------------------
+
+
+def test_create_and_attach(segment_dir: Path, place: Path, party: Party) -> None:
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    assert (doms.info.name, doms.info.path, doms.info.max_domains) == ("s", str(place), 16)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    assert os.listdir(segment_dir) == ["s.segment"]
+    party.tell("doms = DomainList.attach('s')")
+    assert party.tell("[info.name for info in doms], doms.info.name, doms.info.max_domains") == (
+        ["web1"], "s", 16,
+    )  # fmt: skip
+    party.tell("with doms.get(name='web1') as dom: dom.pid = 7")
+    assert doms.peek(name="web1").pid == 7
+    assert {process.pid for process in doms.info.attached} == {os.getpid(), party.pid}
+    assert doms.info.creator.pid == os.getpid()
+    assert str(place) in repr(doms)
+    doms.close()
+
+
+def test_a_segment_outlives_its_processes(place: Path) -> None:
+    made()
+    with DomainList.attach("s") as doms:
+        assert [info.name for info in doms] == ["web1"]
+        assert [process.pid for process in doms.info.attached] == [os.getpid()]
+
+
+def test_create_twice(place: Path) -> None:
+    with DomainList.create("s") as doms:
+        doms.define(xml("web1"))
+        with pytest.raises(SegmentExists) as caught:
+            DomainList.create("s", max_domains=4)
+        assert isinstance(caught.value, FileExistsError) and str(place) in str(caught.value)
+        assert len(doms) == 1
+
+
+def test_attach_to_nothing(place: Path) -> None:
+    for call in (
+        lambda: DomainList.attach("s"),
+        lambda: DomainList.attach(path=place),
+        lambda: DomainList.attach(path=place / "deeper" / "x"),
+        lambda: shmdomains.unlink("s"),
+        lambda: shmdomains.unlink(path=place, force=True),
+    ):
+        with pytest.raises(SegmentNotFound) as caught:
+            call()
+        assert isinstance(caught.value, FileNotFoundError) and str(place) in str(caught.value)
+
+
+def test_open_creates_or_attaches(place: Path) -> None:
+    with DomainList.open("s", max_domains=5) as first:
+        with DomainList.open("s", max_domains=99) as second:
+            assert second.info.max_domains == 5
+            first.define(xml("web1"))
+            assert len(second) == 1
+
+
+def test_the_default_name(segment_dir: Path) -> None:
+    with DomainList.create() as doms:
+        assert doms.info.name == "default" and os.listdir(segment_dir) == ["default.segment"]
+        with DomainList.open() as same, DomainList.attach() as again:
+            assert same.info.path == again.info.path == doms.info.path
+    shmdomains.unlink(force=True)
+    assert os.listdir(segment_dir) == []
+
+
+@pytest.mark.parametrize("name", ["a", "x" * 200, "grüße", "with space", "a.b", "-", "~", "a\nb"])
+def test_names_of_segments(segment_dir: Path, name: str) -> None:
+    with DomainList.create(name, max_domains=4) as doms:
+        assert doms.info.name == name
+        assert [(one.name, one.path) for one in shmdomains.segments()] == [
+            (name, segment_dir / f"{name}.segment")
+        ]
+        DomainList.attach(name).close()
+        doms.unlink()
+    assert shmdomains.segments() == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".x", "a/b", "/etc/x", "../x", "a\0b", "x" * 201])
+def test_what_is_no_name(segment_dir: Path, name: str) -> None:
+    for call in (DomainList.create, DomainList.attach, DomainList.open, shmdomains.unlink):
+        with pytest.raises(SegmentRefused):
+            call(name)
+    assert os.listdir(segment_dir) == []
+
+
+def test_a_name_or_a_path(place: Path) -> None:
+    for call in (DomainList.create, DomainList.attach, DomainList.open, shmdomains.unlink):
+        with pytest.raises(TypeError):
+            call("s", path=place)
+
+
+def test_a_path_of_ones_own(segment_dir: Path, tmp_path: Path) -> None:
+    path = segment_dir / "deeper" / "any name"
+    with DomainList.create(path=path, max_domains=4) as doms:
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert (doms.info.name, doms.info.path) == (None, str(path))
+        with DomainList.attach(path=str(path)) as same:
+            assert same.info.path == str(path)
+        assert shmdomains.segments() == []
+        doms.unlink()
+        assert not path.exists()
+
+
+def test_the_folder_is_made_for_us_alone(
+    segment_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHMDOMAINS_DIR", str(segment_dir / "new"))
+    assert shmdomains.segments() == []
+    with DomainList.create("s"):
+        assert stat.S_IMODE((segment_dir / "new").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("blocked", ["a file's child", "no parent"])
+def test_where_no_folder_can_be_made(segment_dir: Path, blocked: str) -> None:
+    (segment_dir / "file").write_text("")
+    parent = "file/sub" if blocked == "a file's child" else "no/such/folder"
+    for call in (DomainList.create, DomainList.open):
+        with pytest.raises(SegmentError):
+            call(path=segment_dir / parent / "s")
+    with pytest.raises(SegmentError):
+        DomainList.create(path=segment_dir / "file" / "s")
+
+
+def test_segments_lists_what_is_there(segment_dir: Path) -> None:
+    for name in ("b", "a"):
+        made(name)
+    (segment_dir / "other.txt").write_text("")
+    found = shmdomains.segments()
+    assert [one.name for one in found] == ["a", "b"]
+    for one in found:
+        assert (one.uid, one.mode) == (os.getuid(), 0o600)
+        assert 0 < one.bytes < 2 << 20
+
+
+def test_bad_modes() -> None:
+    for mode in (0o666, 0o644, 0o400, 0, 0o640, 0o777):
+        with pytest.raises(ValueError):
+            DomainList.create("s", mode=mode)
+    assert shmdomains.segments() == []
+
+
+def test_an_unknown_group() -> None:
+    with pytest.raises(SegmentRefused, match="no group"):
+        DomainList.create("s", mode=0o660, group="no such group, surely")
+    assert shmdomains.segments() == []
+
+
+def test_a_creation_that_fails_leaves_nothing(segment_dir: Path, place: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    for bad in ({"max_domains": 0}, {"max_bytes": 1}, {"lock": "none"}, {"mode": 0o777}):
+        with pytest.raises(ValueError):
+            DomainList.create("s", **bad)
+
+    def fails(fd: int) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        segment_file.create(place, 0o600, None, fails)
+    assert os.listdir(segment_dir) == [] and len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_a_killed_creator_leaves_nothing(segment_dir: Path, party: Party) -> None:
+    party.start(
+        "from pathlib import Path\n"
+        "def die(fd): os.ftruncate(fd, 1 << 20); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"shmdomains.segment_file.create(Path({str(segment_dir / 's.segment')!r}), 384, None, die)"
+    )
+    with pytest.raises((EOFError, ConnectionResetError)):
+        party.answer()
+    assert os.listdir(segment_dir) == []
+    made()
+
+
+# --- two attachments in one process --------------------------------------------------------------------
+
+
+def test_two_attachments_are_one_segment() -> None:
+    first = DomainList.create("s", max_domains=16)
+    second = DomainList.attach("s")
+    first.define(xml("web1"))
+    with first.get(name="web1") as dom:
+        twin = pickle.loads(pickle.dumps(dom))
+        assert dom == twin and twin.is_locked
+        with pytest.raises(AlreadyLocked):
+            second.get(name="web1", timeout=0)
+        dom.pid = 7
+    with second.get(name="web1") as dom:
+        assert dom.pid == 7
+    with first.locked():
+        assert second.is_locked  # by this thread, whichever attachment it was
+        with pytest.raises(AlreadyLocked):
+            second.lock(0)
+    first.close()
+    assert [info.name for info in second] == ["web1"]
+    with second.get(name="web1") as dom:
+        dom.pid = 8
+    second.close()
+
+
+@pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+def test_closing_one_attachment_leaves_the_others_lock(lock: Any) -> None:
+    first = DomainList.create("s", max_domains=16, lock=lock)
+    second = DomainList.attach("s")
+    first.lock()
+    second.close()
+    assert second.closed and first.is_locked
+    first.unlock()
+    first.close()
+
+
+# --- races ------------------------------------------------------------------------------------------------
+
+RACE = """
+context = multiprocessing.get_context("fork")
+
+def race(work, runners=6):
+    barrier, results = context.Barrier(runners), context.SimpleQueue()
+    def run(number):
+        try:
+            barrier.wait(20)
+            results.put(("done", work(number)))
+        except BaseException as exc:
+            results.put((type(exc).__name__, str(exc)))
+    runs = [context.Process(target=run, args=(number,)) for number in range(runners)]
+    for one in runs: one.start()
+    got = [results.get() for _ in runs]
+    for one in runs: one.join(20)
+    return got
+"""
+
+
+def test_a_race_to_open(home: Home, segment_name: str) -> None:
+    """Whoever comes first creates it; all are in the same one."""
+    home.party.tell(RACE)
+    for _ in range(10):
+        got = home.party.tell(
+            "def work(number):\n"
+            f"    doms = DomainList.open({segment_name!r}, max_domains=64)\n"
+            "    doms.define(xml(f'vm{number}'))\n"
+            "    return doms._identity\n"
+            "race(work)"
+        )
+        assert [how for how, _ in got] == ["done"] * 6, got
+        assert len({identity for _, identity in got}) == 1
+        names = home.party.tell(
+            f"doms = DomainList.attach({segment_name!r})\n"
+            "names = sorted(info.name for info in doms)\n"
+            "doms.unlink(); doms.close(); del doms\nnames"
+        )
+        assert names == [f"vm{number}" for number in range(6)]
+
+
+def test_a_race_to_create(home: Home, segment_name: str) -> None:
+    home.party.tell(RACE)
+    for _ in range(10):
+        got = home.party.tell(f"race(lambda _: len(DomainList.create({segment_name!r})))")
+        assert sorted(how for how, _ in got) == ["SegmentExists"] * 5 + ["done"], got
+        home.party.tell(f"unlink({segment_name!r})")
+
+
+def test_a_race_of_openers_and_unlinkers(home: Home, segment_name: str) -> None:
+    """Nobody ever sees half a segment, or is in one and told that it is another."""
+    home.party.tell(RACE)
+    got = home.party.tell(
+        "def work(number):\n"
+        "    for turn in range(30):\n"
+        f"        with DomainList.open({segment_name!r}, max_domains=64) as doms:\n"
+        "            name = f'vm{number}-{turn}'\n"
+        "            doms.define(xml(name))\n"
+        "            assert doms.peek(name=name).name == name\n"
+        "            if number % 2:\n"
+        "                try: doms.unlink(force=True)\n"
+        "                except SegmentNotFound: pass\n"
+        "            elif turn % 3 == 0:\n"
+        f"                try: unlink({segment_name!r})\n"
+        "                except (SegmentNotFound, SegmentInUse): pass\n"
+        "race(work)"
+    )
+    assert got == [("done", None)] * 6
+    home.party.tell(
+        f"try: unlink({segment_name!r})\n"
+        "except SegmentNotFound: pass"
+    )
+
+
+# --- unlink --------------------------------------------------------------------------------------------------
+
+
+def test_unlink(segment_dir: Path) -> None:
+    doms = DomainList.create("s", max_domains=16)
+    doms.unlink()  # we alone are attached, and keep it
+    assert os.listdir(segment_dir) == []
+    doms.define(xml("web1"))
+    assert [info.name for info in doms] == ["web1"]
+    with pytest.raises(SegmentNotFound):
+        doms.unlink()
+    with DomainList.create("s", max_domains=16) as second:
+        assert len(second) == 0
+        with pytest.raises(SegmentNotFound):
+            doms.unlink(force=True)  # the name is another segment's
+        assert os.listdir(segment_dir) == ["s.segment"]
+    let_go(doms)
+
+
+def test_a_list_without_a_name_has_nothing_to_unlink() -> None:
+    with DomainList() as doms:
+        doms.unlink()
+        doms.unlink(force=True)
+
+
+def test_unlink_while_others_are_attached(segment_dir: Path, party: Party) -> None:
+    doms = DomainList.create("s", max_domains=16)
+    party.tell("doms = DomainList.attach('s')")
+    for call in (doms.unlink, lambda: shmdomains.unlink("s")):
+        with pytest.raises(SegmentInUse) as caught:
+            call()
+        assert "force" in str(caught.value)
+    assert os.listdir(segment_dir) == ["s.segment"]
+    with pytest.raises(SegmentInUse, match=str(party.pid)):
+        doms.unlink()
+    doms.unlink(force=True)
+    assert os.listdir(segment_dir) == []
+    # Both keep it, and share it.
+    party.tell("doms.define(xml('web1')).name")
+    assert [info.name for info in doms] == ["web1"]
+    with DomainList.open("s") as second:
+        assert len(second) == 0
+    let_go(doms)
+
+
+def test_unlink_after_the_others_left(segment_dir: Path, party: Party) -> None:
+    doms = DomainList.create("s", max_domains=16)
+    party.tell("doms = DomainList.attach('s')")
+    with pytest.raises(SegmentInUse):
+        doms.unlink()
+    party.tell("doms.close(); del doms; gc.collect()")
+    assert [process.pid for process in doms.info.attached] == [os.getpid()]
+    doms.unlink()
+    let_go(doms)
+
+
+def test_a_handle_that_is_kept_keeps_the_segment_in_use(party: Party) -> None:
+    """It might be locked; so the mapping stays until the last handle is gone, closed or not."""
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    party.tell("doms = DomainList.attach('s'); dom = doms.get(name='web1'); doms.close()")
+    with pytest.raises(SegmentInUse, match=str(party.pid)):
+        doms.unlink()
+    with pytest.raises(shmdomains.LockTimeout):
+        doms.get(name="web1", timeout=0)
+    party.tell("dom.pid = 7; dom.unlock(); del dom, doms; gc.collect()")
+    assert doms.peek(name="web1").pid == 7
+    assert [process.pid for process in doms.info.attached] == [os.getpid()]
+    doms.unlink()
+    let_go(doms)
+
+
+def test_a_dead_process_does_not_keep_it(segment_dir: Path) -> None:
+    doms = DomainList.create("s", max_domains=16)
+    process = Process(SHMDOMAINS_DIR=str(segment_dir))
+    process.party.tell("doms = DomainList.attach('s'); doms.lock()")
+    assert len(doms.info.attached) == 2
+    process.kill()
+    process.party.conn.close()
+    assert [one.pid for one in doms.info.attached] == [os.getpid()]
+    doms.lock(timeout=10)
+    doms.unlock()
+    doms.unlink()
+    let_go(doms)
+
+
+def test_a_forked_child_is_attached(home: Home, stranger: Party, segment_name: str) -> None:
+    home.party.tell(f"doms = DomainList.create({segment_name!r}, max_domains=8)")
+    child = home.begin("fork", doms="doms")
+    # It inherited the descriptor and has not used the list yet: a stranger sees it in use.
+    home.party.tell("doms.close(); del doms; gc.collect()")
+    with pytest.raises(SegmentInUse):
+        stranger.tell(f"unlink({segment_name!r})")
+    child.tell("len(doms)")
+    stranger.tell(f"doms = DomainList.attach({segment_name!r})")
+    assert child.pid in stranger.tell("[process.pid for process in doms.info.attached]")
+    with pytest.raises(SegmentInUse, match=str(child.pid)):
+        stranger.tell("doms.unlink()")
+    child.leave()
+    home.party.tell("reap()")
+    stranger.tell("doms.unlink(); doms.close()")
+
+
+def test_a_pickle_of_a_segment_that_was_made_anew(party: Party) -> None:
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    dom = doms.get(name="web1")
+    dom.unlock()
+    pickled = pickle.dumps(doms), pickle.dumps(dom)
+    assert party.tell(f"len(pickle.loads({pickled[0]!r}))") == 1  # a stranger finds it by name
+    party.tell(f"with pickle.loads({pickled[1]!r}) as dom: dom.pid = 9")
+    assert doms.peek(name="web1").pid == 9
+    party.tell("del dom; gc.collect()")
+    doms.unlink()
+    for blob in pickled:
+        with pytest.raises(SegmentNotFound):
+            party.tell(f"pickle.loads({blob!r})")
+    with DomainList.create("s", max_domains=16):
+        for blob in pickled:
+            with pytest.raises(SegmentMismatch, match="anew"):
+                party.tell(f"pickle.loads({blob!r})")
+    let_go(doms)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------
+
+MISFITS: dict[str, tuple[int, type[SegmentError], str]] = {
+    "magic": (MAGIC, SegmentMismatch, "no shmdomains segment"),
+    "layout": (LAYOUT, SegmentMismatch, "layout version"),
+    "signature": (SIGNATURE, SegmentMismatch, "sizes"),
+    "boot": (BOOT, SegmentMismatch, "boot"),
+    "boot, second half": (BOOT + 8, SegmentMismatch, "boot"),
+    "pid namespace": (PID_NAMESPACE, SegmentMismatch, "PID namespace"),
+    "kind of lock": (KIND, SegmentCorrupt, "kind of lock"),
+    "size": (TOTAL, SegmentCorrupt, "limits"),
+    "slots": (MAX_SLOTS, SegmentCorrupt, "limits"),
+    "heap": (HEAP_CELLS, SegmentCorrupt, "limits"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+@pytest.mark.parametrize("change", [1, 1 << 40, (1 << 64) - 1], ids=hex)
+def test_a_misfit_is_named(place: Path, what: str, change: int) -> None:
+    offset, error, words = MISFITS[what]
+    made()
+    put_word(place, offset, word(place, offset) ^ change)
+    before = place.read_bytes()
+    for call in (DomainList.attach, DomainList.open):
+        with pytest.raises(error) as caught:
+            call("s")
+        assert words in str(caught.value) and str(place) in str(caught.value)
+    if what == "layout":
+        assert "export" in str(caught.value) and "import" in str(caught.value)
+    assert place.read_bytes() == before
+    put_word(place, offset, word(place, offset) ^ change)
+    with DomainList.attach("s") as doms:  # nothing was harmed
+        assert len(doms) == 1 and doms.check()
+    gc.collect()
+    shmdomains.unlink("s")
+
+
+def test_a_misfit_can_be_unlinked(segment_dir: Path, place: Path) -> None:
+    made()
+    put_word(place, LAYOUT, 99)
+    shmdomains.unlink("s")
+    assert os.listdir(segment_dir) == []
+
+
+def test_a_truncated_file(place: Path) -> None:
+    made()
+    whole = place.stat().st_size
+    content = place.read_bytes()[: 1 << 16]
+    for size in (0, 1, 8, 100, 4096, 8191, 8192, whole // 2, whole - 4096, whole - 1, whole + 1):
+        with open(place, "r+b") as file:
+            file.truncate(0)
+            file.write(content)
+            file.truncate(size)
+        for call in (DomainList.attach, DomainList.open):
+            with pytest.raises((SegmentMismatch, SegmentCorrupt)) as caught:
+                call("s")
+            assert str(place) in str(caught.value)
+    assert place.stat().st_size == whole + 1
+
+
+def test_what_is_no_segment_at_all(place: Path) -> None:
+    for content in (b"", b"hello", b"\0" * (1 << 20), os.urandom(1 << 20)):
+        place.write_bytes(content)
+        place.chmod(0o600)
+        with pytest.raises(SegmentMismatch):
+            DomainList.attach("s")
+        with pytest.raises(SegmentExists):
+            DomainList.create("s")
+        assert place.read_bytes() == content
+
+
+def put_symlink(place: Path) -> None:
+    made("real")
+    place.symlink_to("real.segment")
+
+
+def put_dangling_symlink(place: Path) -> None:
+    place.symlink_to("nowhere")
+
+
+def put_fifo(place: Path) -> None:
+    os.mkfifo(place, 0o600)
+
+
+def put_socket(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(place))
+
+
+INTRUDERS: dict[str, Callable[[Path], None]] = {
+    "symlink": put_symlink,
+    "dangling symlink": put_dangling_symlink,
+    "fifo": put_fifo,
+    "socket": put_socket,
+    "directory": lambda place: place.mkdir(mode=0o700),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", INTRUDERS)
+def test_something_else_in_its_place(segment_dir: Path, place: Path, what: str) -> None:
+    INTRUDERS[what](place)
+    before = sorted(os.listdir(segment_dir)), place.lstat().st_ino
+    for call in (
+        lambda: DomainList.attach("s"),
+        lambda: DomainList.open("s"),
+        lambda: shmdomains.unlink("s"),
+        lambda: shmdomains.unlink("s", force=True),
+    ):
+        with pytest.raises(SegmentRefused) as caught:
+            call()
+        assert isinstance(caught.value, PermissionError) and str(place) in str(caught.value)
+    with pytest.raises(SegmentExists):
+        DomainList.create("s")
+    assert (sorted(os.listdir(segment_dir)), place.lstat().st_ino) == before
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o644, 0o640, 0o400, 0o700, 0o606, 0o4600], ids=oct)
+def test_a_wrong_mode(place: Path, mode: int) -> None:
+    made()
+    place.chmod(mode)
+    for call in (DomainList.attach, DomainList.open):
+        with pytest.raises(SegmentRefused, match=f"{mode:04o}" if os.getuid() == 0 else ""):
+            call("s")
+    assert stat.S_IMODE(place.stat().st_mode) == mode
+    place.chmod(0o600)
+    DomainList.attach("s").close()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702], ids=oct)
+def test_a_folder_where_others_may_write(segment_dir: Path, mode: int) -> None:
+    made()
+    segment_dir.chmod(mode)
+    for call in (DomainList.attach, DomainList.open, DomainList.create):
+        with pytest.raises(SegmentRefused, match="writable"):
+            call("s")
+    segment_dir.chmod(0o1777)  # sticky, like /tmp
+    DomainList.attach("s").close()
+
+
+# --- other users -------------------------------------------------------------------------------------------------
+
+ALICE, BOB, STAFF = 54321, 54322, 54399
+"""Users and a group that nobody has; a number is all that the kernel wants."""
+
+
+@pytest.fixture
+def as_user(segment_dir: Path) -> Iterator[Callable[..., Party]]:
+    """Begin a process as another user, who may walk into the folder."""
+    if os.getuid() != 0:
+        pytest.skip("only root can be another user")
+    segment_dir.chmod(0o755)
+    started: list[Process] = []
+
+    def begin(user: int, *groups: int, **more: str) -> Party:
+        options = {"user": user, "group": user, "extra_groups": list(groups)}
+        environment = {"SHMDOMAINS_DIR": str(segment_dir), "HOME": "/", **more}
+        try:
+            started.append(Process(options=options, **environment))
+        except (Stuck, OSError, subprocess.SubprocessError) as exc:
+            pytest.skip(f"another user can not run this Python or read this package: {exc}")
+        return started[-1].party
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.party.conn.close()
+
+
+def test_a_foreign_users_segment(
+    segment_dir: Path, place: Path, as_user: Callable[..., Party]
+) -> None:
+    made()
+    alice = as_user(ALICE)
+    for call in ("DomainList.attach('s')", "DomainList.open('s')", "unlink('s')"):
+        with pytest.raises(SegmentRefused):
+            alice.tell(call)
+    with pytest.raises(SegmentRefused):  # nor can she make one where she may not write
+        alice.tell("DomainList.create('mine')")
+    os.chown(place, ALICE, ALICE)
+    for call in (DomainList.attach, DomainList.open, shmdomains.unlink):  # root looks too
+        with pytest.raises(SegmentRefused, match=str(ALICE)):
+            call("s")
+    with pytest.raises(SegmentRefused):
+        as_user(BOB).tell("DomainList.attach('s')")
+    assert place.exists()
+
+
+def test_a_user_and_her_own_segment(segment_dir: Path, as_user: Callable[..., Party]) -> None:
+    own = segment_dir / "alice"
+    own.mkdir(mode=0o755)
+    os.chown(own, ALICE, ALICE)
+    alice = as_user(ALICE, SHMDOMAINS_DIR=str(own))
+    alice.tell("doms = DomainList.create('s'); doms.define(xml('web1')).name")
+    assert alice.tell("[(one.uid, one.mode) for one in segments()]") == [(ALICE, 0o600)]
+    with pytest.raises(SegmentRefused):
+        as_user(BOB, SHMDOMAINS_DIR=str(own)).tell("DomainList.attach('s')")
+    second = as_user(ALICE, SHMDOMAINS_DIR=str(own))
+    assert second.tell("doms = DomainList.attach('s'); [info.name for info in doms]") == ["web1"]
+    second.tell("dom = doms.get(name='web1')")
+    with pytest.raises(shmdomains.LockTimeout) as caught:
+        alice.tell("doms.get(name='web1', timeout=0)")
+    assert caught.value.holder is not None and caught.value.holder.pid == second.pid
+
+
+def test_roots_folder_is_trusted(segment_dir: Path, as_user: Callable[..., Party]) -> None:
+    """What root made for a group, a member uses; a stranger to the group does not."""
+    shared = segment_dir / "shared"
+    doms = DomainList.create(path=shared / "s", max_domains=16, mode=0o660, group=STAFF)
+    folder, file = shared.stat(), (shared / "s").stat()
+    assert (stat.S_IMODE(folder.st_mode), folder.st_gid) == (0o2750, STAFF)
+    assert (stat.S_IMODE(file.st_mode), file.st_gid) == (0o660, STAFF)
+    doms.define(xml("web1"))
+    member = as_user(ALICE, STAFF)
+    member.tell(f"doms = DomainList.attach(path={str(shared / 's')!r})")
+    member.tell("doms.define(xml('web2')); dom = doms.get(name='web1'); dom.pid = 5")
+    with pytest.raises(shmdomains.LockTimeout) as caught:
+        doms.get(name="web1", timeout=0)
+    assert caught.value.holder is not None and caught.value.holder.pid == member.pid
+    member.tell("dom.unlock()")
+    assert doms.peek(name="web1").pid == 5 and len(doms) == 2
+    with pytest.raises(SegmentRefused):
+        as_user(BOB).tell(f"DomainList.attach(path={str(shared / 's')!r})")
+    with pytest.raises((SegmentInUse, SegmentRefused)):
+        member.tell("doms.unlink()")
+    let_go(doms)
+
+
+def test_a_members_segment_is_the_groups(segment_dir: Path, as_user: Callable[..., Party]) -> None:
+    """The owner need not be us if mode and group match."""
+    room = segment_dir / "room"
+    room.mkdir()
+    os.chown(room, ALICE, STAFF)
+    room.chmod(0o2750)
+    path = str(room / "s")
+    alice = as_user(ALICE, STAFF)
+    alice.tell(f"doms = DomainList.create(path={path!r}, mode=0o660, group={STAFF})")
+    alice.tell("doms.define(xml('web1')).name")
+    bob = as_user(BOB, STAFF)
+    assert bob.tell(f"doms = DomainList.attach(path={path!r}); len(doms)") == 1
+    bob.tell("with doms.get(name='web1') as dom: dom.pid = 6")
+    assert alice.tell("doms.peek(name='web1').pid") == 6
+    os.chmod(path, 0o600)  # the group was taken off
+    with pytest.raises(SegmentRefused):
+        as_user(BOB, STAFF).tell(f"DomainList.attach(path={path!r})")
+    os.chmod(path, 0o660)
+    room.chmod(0o2770)  # anybody of the group might have put it there
+    with pytest.raises(SegmentRefused):
+        as_user(BOB, STAFF).tell(f"DomainList.attach(path={path!r})")
+
+
+@needs_root
+def test_a_service_that_dropped_root_creates_a_segment(segment_dir: Path, party: Party) -> None:
+    """Without exec after setuid a process may not look into its own /proc/self/fd."""
+    own = segment_dir / "service"
+    own.mkdir(mode=0o700)
+    os.chown(own, ALICE, ALICE)
+    segment_dir.chmod(0o755)
+    party.tell(f"os.setgroups([]); os.setgid({ALICE}); os.setuid({ALICE})")
+    party.tell(
+        f"os.environ['SHMDOMAINS_DIR'] = {str(own)!r}\n"
+        "doms = DomainList.create('s', max_domains=8); doms.define(xml('web1')).name"
+    )
+    assert party.tell("[info.name for info in DomainList.attach('s')]") == ["web1"]
+
+
+def test_the_folder_without_an_override(
+    segment_dir: Path, tmp_path: Path, as_user: Callable[..., Party]
+) -> None:
+    """$XDG_RUNTIME_DIR if it is on tmpfs, else a folder of one's own in /dev/shm."""
+    runtime = segment_dir / "runtime"
+    runtime.mkdir(mode=0o700)
+    os.chown(runtime, ALICE, ALICE)
+    alice = as_user(ALICE, SHMDOMAINS_DIR="", XDG_RUNTIME_DIR=str(runtime))
+    alice.tell("doms = DomainList.create('s')")
+    assert (runtime / "shmdomains" / "s.segment").is_file()
+    assert alice.tell("[one.name for one in segments()]") == ["s"]
+    alice.tell("doms.unlink()")
+    fallback = Path(f"/dev/shm/shmdomains-{ALICE}")
+    alice = as_user(ALICE, SHMDOMAINS_DIR="", XDG_RUNTIME_DIR="/proc")
+    try:
+        alice.tell("doms = DomainList.create('s')")
+        assert (fallback / "s.segment").is_file()
+        assert stat.S_IMODE(fallback.stat().st_mode) == 0o700
+        alice.tell("doms.unlink()")
+    finally:
+        shutil.rmtree(fallback, ignore_errors=True)
+
+
+# --- full ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_heap(place: Path) -> None:
+    doms = DomainList.create("s", max_domains=64, max_bytes=2 << 20)
+    made_of = definition("vm", description="x" * 100_000)
+    names = []
+    with pytest.raises(SegmentFull) as caught:
+        for number in range(64):
+            doms.define(made_of.replace(name=f"vm{number}"))
+            names.append(f"vm{number}")
+    assert isinstance(caught.value, MemoryError) and "max_bytes" in str(caught.value)
+    assert 3 < len(names) < 64
+    assert [info.name for info in doms] == names and len(doms) == len(names)
+    assert all(len(info.definition.description) == 100_000 for info in doms)
+    assert not doms.is_locked and doms.check()
+    with doms.get(name="vm0") as dom:
+        dom.data = b"x" * 300_000
+        with pytest.raises(SegmentFull):
+            dom.commit()
+        assert dom.data is None
+        dom.pid = 7  # what needs no room goes on
+    doms.undefine(name="vm1")
+    doms.define(made_of.replace(name="vm99"))
+    assert doms.peek(name="vm0").pid == 7 and doms.check()
+    assert place.stat().st_blocks * 512 <= 2 << 20
+    doms.close()
+
+
+def fill(path: Path) -> None:
+    """Take the last byte of a file system."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"\0" * 4096):
+            pass
+
+
+@pytest.fixture
+def small_tmpfs(segment_dir: Path) -> Iterator[Path]:
+    """A tmpfs of 2 MiB."""
+    folder = Path(tempfile.mkdtemp(dir=segment_dir))
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "shmdomains-test", str(folder)],
+        capture_output=True, timeout=20,
+    )  # fmt: skip
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True, timeout=20)
+
+
+def test_a_full_file_system(small_tmpfs: Path) -> None:
+    """Memory is committed before it is touched: an error, and no SIGBUS, in writers and readers."""
+    process = Process(SHMDOMAINS_DIR=str(small_tmpfs))
+    reader = Process(SHMDOMAINS_DIR=str(small_tmpfs))
+    try:
+        party = process.party
+        party.tell("doms = DomainList.create('s', max_domains=100_000)")
+        reader.party.tell("doms = DomainList.attach('s')")
+        names = party.tell(
+            "names = []\n"
+            "try:\n"
+            "    for number in range(3000):\n"
+            "        doms.define(xml(f'vm{number}', description='x' * 3000))\n"
+            "        names.append(f'vm{number}')\n"
+            "except SegmentFull as exc: reason = str(exc)\n"
+            "names"
+        )
+        assert 50 < len(names) < 1000
+        assert "memory" in party.tell("reason")
+        for other in (party, reader.party):
+            assert other.tell("[info.name for info in doms]") == names
+            assert other.tell("len(doms), doms.peek(name='vm3').definition.name") == (
+                len(names), "vm3",
+            )  # fmt: skip
+            assert other.tell("doms.check().problems") == []
+        with pytest.raises(SegmentFull):
+            reader.party.tell("with doms.get(name='vm0') as dom: dom.data = b'x' * (2 << 20)")
+        fill(small_tmpfs / "filler")
+        with pytest.raises(SegmentFull):
+            reader.party.tell("DomainList.create('second')")
+        assert sorted(os.listdir(small_tmpfs)) == ["filler", "s.segment"]
+        for other in (party, reader.party):
+            assert len(other.tell("[info.definition.description for info in doms]")) == len(names)
+        # What was committed is there to be used again.
+        party.tell("doms.undefine(name='vm0'); doms.define(xml('new', description='x' * 3000))\n1")
+        party.tell("with doms.get(name='vm1') as dom: number = dom.activate(); dom.pid = 7")
+        assert reader.party.tell("doms.peek(name='vm1').pid") == 7
+        # And when there is memory again, it goes on.
+        subprocess.run(
+            ["mount", "-o", "remount,size=8m", str(small_tmpfs)], check=True, timeout=20
+        )
+        assert party.tell(
+            "for number in range(300): doms.define(xml(f'more{number}'))\ndoms.check().problems"
+        ) == []
+        assert reader.party.tell("len(doms)") == len(names) + 300
+    finally:
+        for one in (process, reader):
+            one.kill()
+            one.party.conn.close()
+
+
+def test_a_file_system_that_is_full_at_creation(small_tmpfs: Path) -> None:
+    fill(small_tmpfs / "filler")
+    os.truncate(small_tmpfs / "filler", (2 << 20) - (40 << 10))  # room for some of it
+    process = Process(SHMDOMAINS_DIR=str(small_tmpfs))
+    try:
+        for _ in range(2):
+            with pytest.raises(SegmentFull):
+                process.party.tell("DomainList.create('s')")
+        assert os.listdir(small_tmpfs) == ["filler"]
+        os.unlink(small_tmpfs / "filler")
+        process.party.tell("DomainList.create('s').define(xml('web1')).name")
+    finally:
+        process.kill()
+        process.party.conn.close()
+
+
+# --- large ---------------------------------------------------------------------------------------------------------
+
+
+def test_room_for_a_million_domains(place: Path) -> None:
+    """Memory is committed as it is used: an empty list of a million is a small one."""
+    for doms in (
+        DomainList(max_domains=1_000_000),
+        DomainList.create("s", max_domains=1_000_000),
+    ):
+        assert doms.info.max_domains == 1_000_000
+        assert doms.info.bytes_committed < 1 << 20
+        assert doms.info.bytes_max > 1 << 30
+        doms.define(xml("web1"))
+        assert doms.peek(name="web1").name == "web1" and doms.check()
+        assert doms.info.bytes_committed < 2 << 20
+        doms.close()
+    assert place.stat().st_blocks * 512 < 2 << 20
+
+
+def test_the_limit_of_the_format(place: Path) -> None:
+    with DomainList.create("s", max_domains=(1 << 24) - 2) as doms:
+        doms.define(xml("web1"))
+        assert doms.info.bytes_committed < 4 << 20 and doms.check()
+        doms.unlink()
+
+
+def test_more_multiprocessing_locks_than_a_process_can_map(segment_dir: Path) -> None:
+    def maps() -> int:
+        with open("/proc/self/maps") as file:
+            return sum(1 for _ in file)
+
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    before = maps()
+    for call in (
+        lambda: DomainList(max_domains=limit, lock="multiprocessing"),
+        lambda: DomainList.create("s", max_domains=1_000_000, lock="multiprocessing"),
+    ):
+        if limit > 900_000:
+            pytest.skip(f"vm.max_map_count is {limit} here")
+        with pytest.raises(SegmentFull) as caught:
+            call()
+        assert "max_map_count" in str(caught.value) and "robust" in str(caught.value)
+    assert maps() <= before + 10 and os.listdir(segment_dir) == []
+
+
+def test_ids_come_to_an_end(place: Path) -> None:
+    """2^31-1 is the last; after it an error, and no id twice."""
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    header = place.read_bytes()[:8192]
+    with doms.get(name="web1") as dom:
+        assert dom.activate() == 1
+        dom.rollback()  # only the next id moved
+    moved = [
+        at
+        for at in range(0, 8192, 8)
+        if struct.unpack_from("<Q", header, at) == (1,) and word(place, at) == 2
+    ]
+    assert len(moved) == 1, "found by its change from 1 to 2"
+    put_word(place, moved[0], 2**31 - 1)
+    with doms.get(name="web1") as dom:
+        assert dom.activate() == 2**31 - 1
+        dom.commit()
+        assert doms.peek(id=2**31 - 1).name == "web1" and doms.check()
+        dom.deactivate()
+        dom.commit()
+        for _ in range(2):
+            with pytest.raises(SegmentFull, match="2147483647"):
+                dom.activate(pid=7)
+            assert (dom.id, dom.pid, dom.changed) == (-1, None, False)
+    with doms.get(name="web1") as dom:
+        assert not dom.is_active
+    doms.close()
+
+
+# --- strangers and multiprocessing locks ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inherited(segment_dir: Path) -> Iterator[DomainList]:
+    """A named list with multiprocessing locks, which `party` did not inherit."""
+    doms = DomainList.create("s", max_domains=16, lock="multiprocessing")
+    doms.define(xml("web1"))
+    doms.define(xml("web2"))
+    with doms.get(name="web2") as dom:
+        dom.activate(pid=7)
+        dom.data = {"a": 1}
+    yield doms
+    assert not doms.is_locked
+    doms.close()
+
+
+def test_a_stranger_may_read(inherited: DomainList, party: Party) -> None:
+    party.tell("doms = DomainList.attach('s')")
+    number = inherited.peek(name="web2").id
+    with inherited.locked(), inherited.find_by_name("web1"):  # whoever holds what
+        assert party.tell("[info.name for info in doms]") == ["web1", "web2"]
+        assert party.tell("[info.name for info in doms.list(active=True)]") == ["web2"]
+        assert party.tell("doms.count(), len(doms), doms.info.domains, doms.info.lock") == (
+            2, 2, 2, "multiprocessing",
+        )  # fmt: skip
+        assert party.tell(f"doms.peek(id={number}).name, doms.peek(name='x')") == ("web2", None)
+        assert party.tell("info = doms.peek(name='web2'); info.data['a'], info.uuid in doms") == (
+            1, True,
+        )  # fmt: skip
+        assert party.tell("info.definition.name, doms.check().problems") == ("web2", [])
+        assert party.tell("doms.lookup(name='nobody')") is None
+    inherited.define(xml("web3"))
+    assert party.tell("len(doms)") == 3
+    party.tell("doms.close()")
+
+
+NEED_A_LOCK = [
+    "doms.lock()",
+    "doms.lock(0)",
+    "doms.acquire(False)",
+    "doms.locked().__enter__()",
+    "doms.get(name='web1')",
+    "doms.get(name='web1', timeout=0)",
+    "doms.lookup(name='web1')",
+    "doms.lock_many([])",
+    "doms.lock_many(doms.snapshot())",
+    "doms.define(xml('web9'))",
+    "doms.undefine(name='web1')",
+    "doms.load_all_configs('/nonexistent')",
+    "dom.lock()",
+    "dom.lock(0)",
+    "dom.try_lock()",
+    "dom.acquire(False)",
+    "dom.__enter__()",
+]
+
+
+def test_a_stranger_may_not_lock(inherited: DomainList, party: Party) -> None:
+    with inherited.get(name="web1") as dom:
+        pickled = pickle.dumps(dom)
+    party.tell(f"doms = DomainList.attach('s'); dom = pickle.loads({pickled!r})")
+    for call in NEED_A_LOCK:
+        with pytest.raises(LockKindMismatch) as caught:
+            party.tell(call)
+        assert isinstance(caught.value, SegmentError) and "inherited" in str(caught.value), call
+    for call in ("doms.find_by_name('web1')", "doms.free()"):
+        with pytest.raises(ListNotLocked):
+            party.tell(call)
+    assert len(inherited) == 2 and inherited.check()
+    party.tell("del dom; doms.close()")
+
+
+def test_a_named_list_of_the_multiprocessing_kind_is_inherited(
+    home: Home, segment_name: str
+) -> None:
+    for start in ("fork", "spawn", "forkserver"):
+        home.party.tell(
+            f"doms = DomainList.create({segment_name!r}, max_domains=8, lock='multiprocessing',"
+            f" context=multiprocessing.get_context({start!r}))\n"
+            "doms.define(xml('web1')).name"
+        )
+        child = home.begin(start, doms="doms")
+        child.tell("dom = doms.get(name='web1'); dom.pid = 5")
+        assert home.party.tell("doms.lookup(name='web2')") is None
+        with pytest.raises(shmdomains.LockTimeout):
+            home.party.tell("doms.get(name='web1', timeout=0)")
+        child.tell("dom.unlock()")
+        assert home.party.tell("doms.peek(name='web1').pid") == 5
+        child.leave()
+        home.party.tell("reap(); doms.unlink(); doms.close(); del doms; gc.collect()")
+
+
+# --- damage ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_segment_can_be_read(place: Path) -> None:
+    """As after a repair that failed."""
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    dom = doms.get(name="web1")
+    dom.unlock()
+    put_word(place, POISONED, 1)
+    for call in (
+        lambda: doms.lock(),
+        lambda: doms.acquire(False),
+        lambda: doms.get(name="web1"),
+        lambda: doms.lookup(name="web1"),
+        lambda: doms.define(xml("web2")),
+        lambda: doms.undefine(name="web1"),
+        lambda: dom.lock(),
+        lambda: dom.try_lock(),
+    ):
+        with pytest.raises(SegmentPoisoned) as caught:
+            call()
+        assert isinstance(caught.value, SegmentError) and "export" in str(caught.value)
+    assert [info.name for info in doms] == ["web1"] and len(doms) == 1
+    assert doms.peek(name="web1").definition.name == "web1"
+    assert not doms.is_locked and not dom.is_locked
+    put_word(place, POISONED, 0)
+    with dom, pytest.raises(shmdomains.LockOrder):  # nothing stayed locked
+        doms.lock()
+    doms.close()
+
+
+def test_a_reader_that_is_overtaken_for_too_long_says_busy(place: Path) -> None:
+    """A miss counts only when no writer was at work; one that never ends is simulated."""
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    uuid = doms.peek(name="web1").uuid
+    even = word(place, LIST_SEQUENCE)
+    assert even > 0 and even % 2 == 0
+    with thread_party(doms=doms) as writer:
+        writer.tell("doms.lock()")
+        put_word(place, LIST_SEQUENCE, even + 1)
+        for timeout in (0, 0.02):
+            with pytest.raises(Busy) as caught:
+                doms.peek(name="nobody", timeout=timeout)
+            assert isinstance(caught.value, TimeoutError)
+            assert isinstance(caught.value, ShmDomainsError)
+        # A hit is a hit.
+        assert doms.peek(name="web1", timeout=0).uuid == uuid and uuid in doms
+        with pytest.raises(shmdomains.LockTimeout):
+            doms.lookup(name="nobody", timeout=0.02)
+        put_word(place, LIST_SEQUENCE, even)
+        assert doms.peek(name="nobody", timeout=0) is None
+        writer.tell("doms.unlock()")
+    assert doms.check()
+    doms.close()
+
+
+def committed_ranges(path: Path) -> list[tuple[int, bytes]]:
+    """What of a sparse file is there."""
+    found = []
+    with open(path, "rb") as file:
+        end, at = path.stat().st_size, 0
+        while at < end:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            found.append((start, os.pread(file.fileno(), at - start, start)))
+    return found
+
+
+EXERCISE = """
+def exercise(path):
+    met = []
+    def attempt(what):
+        try: what()
+        except ShmDomainsError as exc: met.append(type(exc).__name__)
+        except Exception as exc: met.append(repr(exc))
+    def change():
+        with doms.get(name='web1', timeout=0.05) as dom:
+            dom.pid, dom.data = 7, 'x' * 100
+            dom.commit(timeout=0.05)
+            dom.activate() if not dom.is_active else dom.deactivate()
+            dom.commit(timeout=0.05)
+    attempt(lambda: DomainList.attach(path=path).close())
+    if met: return met
+    doms = DomainList.attach(path=path)
+    attempt(lambda: [(info.name, info.state, info.reason, info.data, info.next_definition)
+                     for info in doms.snapshot()])
+    attempt(lambda: [info.definition for info in doms.snapshot()])
+    attempt(lambda: doms.peek(name='web2', timeout=0.02))
+    attempt(lambda: doms.peek(id=1, timeout=0.02))
+    attempt(lambda: (doms.info, len(doms), doms.count()))
+    attempt(lambda: doms.check(timeout=0.05))
+    attempt(change)
+    attempt(lambda: doms.get(id=1, timeout=0.05).unlock())
+    doms.close()
+    return met
+"""
+
+
+def test_flipped_bits_are_plain_errors(segment_dir: Path, place: Path) -> None:
+    """Whatever bit is wrong before attaching: an error of ours or none, no crash and no hang."""
+    doms = DomainList.create("s", max_domains=16, max_bytes=2 << 20)
+    for name in ("web1", "web2", "web3"):
+        doms.define(xml(name, memory=4096, description="a description"))
+    with doms.get(name="web2") as dom:
+        dom.activate(pid=7)
+        dom.data = {"key": ["value"] * 20}
+    doms.undefine(name="web3")
+    let_go(doms)
+    del doms, dom
+    gc.collect()
+    size, ranges = place.stat().st_size, committed_ranges(place)
+    dice = random.Random(20081023)
+    # The header and what is not zero deserve more flips than empty tables.
+    spots = [dice.randrange(0, 768) for _ in range(200)]
+    filled = [start + at for start, data in ranges for at in range(len(data)) if data[at]]
+    spots += dice.choices(filled, k=250)
+    process = Process(SHMDOMAINS_DIR=str(segment_dir))
+    process.party.tell(EXERCISE)
+    met: set[str] = set()
+    strange: list[tuple[int, int, str]] = []
+    try:
+        for turn, spot in enumerate(spots):
+            bit = dice.randrange(8)
+            path = segment_dir / f"flipped-{turn}"
+            with open(path, "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.truncate(size)
+                for start, data in ranges:
+                    os.pwrite(file.fileno(), data, start)
+                (byte,) = os.pread(path_fd := os.open(path, os.O_RDONLY), 1, spot)
+                os.close(path_fd)
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), spot)
+            try:
+                errors = process.party.tell(f"exercise({str(path)!r})")
+            except (EOFError, ConnectionResetError):
+                pytest.fail(f"crashed: bit {bit} of byte {spot} of the segment")
+            except Stuck:
+                pytest.fail(f"hung: bit {bit} of byte {spot} of the segment")
+            met.update(errors)
+            strange += [(spot, bit, error) for error in errors if "(" in error]
+            path.unlink()
+        with contextlib.suppress(EOFError):
+            assert process.party.tell("exercise('" + str(place) + "')") == []  # the right one
+    finally:
+        process.kill()
+        process.party.conn.close()
+    assert {"SegmentCorrupt", "SegmentMismatch"} <= met  # it was not all in vain
+    assert not strange, "not errors of ours:\n" + "\n".join(map(str, strange))
+
+
+def test_stale_handles_of_another_segment(place: Path) -> None:
+    """A handle knows its segment, not its name."""
+    doms = DomainList.create("s", max_domains=16)
+    doms.define(xml("web1"))
+    dom = doms.get(name="web1")
+    dom.unlock()
+    doms.unlink()
+    with DomainList.create("s", max_domains=16) as second:
+        second.define(xml("web1"))
+        with second.get(name="web1") as other:
+            assert other != dom
+            with dom:  # lives on in the old one
+                assert dom.uuid != other.uuid
+    with doms.locked():
+        doms.free()
+    with pytest.raises(DomainRemoved):
+        dom.lock()
+    doms.close()
