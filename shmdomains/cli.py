@@ -229,7 +229,7 @@ def _prepare_output() -> None:
         return
     # Unbuffered ($PYTHONUNBUFFERED, usual in containers) Python drops, without an error, what a
     # write to a disk that gets full leaves over.
-    sys.stdout = open(
+    sys.stdout = os.fdopen(
         sys.stdout.fileno(),
         "w",
         encoding=sys.stdout.encoding,

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that parse the files.")
 @limit_options
+@timeout_option
 @format_option
 @click.pass_obj
 def load(
@@ -74,6 +75,7 @@ def load(
     workers: int | None,
     max_domains: int | None,
     max_bytes: int | None,
+    timeout: float | None,
     form: str,
 ) -> None:
     """Load a config directory; makes the segment if need be.
@@ -83,7 +85,7 @@ def load(
     """
     autostart_dir = autostart_dir or _usual_autostart_dir(directory)
     with _open(target, max_domains, max_bytes) as doms, _progress() as progress:
-        report = doms.load_all_configs(directory, autostart_dir, progress, workers)
+        report = doms.load_all_configs(directory, autostart_dir, progress, workers, timeout)
     _print_load_report(target, report, form)
     if report.failures:
         click.get_current_context().exit(1)

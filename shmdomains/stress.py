@@ -2,7 +2,7 @@
 
 `run` loads a directory of libvirt domain XML into a list in a memfd, adds clones if asked for,
 starts workers (stress_worker.py), kills and replaces them at random moments if asked for, shows
-how it goes, and at the end prints what was done and what was proven (stress_proof.py). The
+how it goes (stress_view.py), and at the end prints what was done and proven (stress_proof.py). The
 directory is only read: the list forgets it once it is loaded, so nothing that a worker defines or
 removes reaches it. Nothing is left behind, neither files nor processes.
 
@@ -22,31 +22,17 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
-from rich.text import Text
 
 from . import config, stress_proof, stress_worker
 from .domain_list import DomainList
 from .errors import LockTimeout, ShmDomainsError
-from .stress_journal import (
-    LIST,
-    OWN,
-    Journal,
-    Kind,
-    Page,
-    Plan,
-    Word,
-    duration_of,
-    separator_for,
-)
+from .stress_journal import OWN, Journal, Page, Plan, Word, separator_for
+from .stress_view import View
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -87,7 +73,7 @@ def run(
     """
     if workers < 1 or not 0 < seconds < math.inf or (domains is not None and domains < 0):
         raise ValueError("workers and seconds are more than 0, domains is not negative")
-    view = _View(console)
+    view = View(console)
     context = multiprocessing.get_context(start)
     try:
         doms, plan = _load(config_dir, workers, kill, lock, domains, context, view)
@@ -107,7 +93,7 @@ def run(
 
 
 def _storm_and_prove(
-    doms: DomainList, plan: Plan, context: BaseContext, seconds: float, kill: bool, view: _View
+    doms: DomainList, plan: Plan, context: BaseContext, seconds: float, kill: bool, view: View
 ) -> int:
     journal = Journal(plan.workers, plan.domains, seconds)
     try:
@@ -120,15 +106,14 @@ def _storm_and_prove(
         journal.close()
     view.table(journal, storm.elapsed)
     view.say(storm.summary)
-    failures = [*storm.failures]
     for finding in findings:
         view.finding(finding)
-    view.failures(failures)
+    view.failures(storm.failures)
     if plan.forgiving:
         view.explain(storm.notes, journal)
     if storm.interrupted or cut_short:
         view.say("interrupted; this is what was proven so far", "yellow")
-    if failures or not all(finding.holds for finding in findings):
+    if storm.failures or not all(finding.holds for finding in findings):
         return 1
     return INTERRUPTED if storm.interrupted or cut_short else 0
 
@@ -143,7 +128,7 @@ def _load(
     lock: str,
     domains: int | None,
     context: BaseContext,
-    view: _View,
+    view: View,
 ) -> tuple[DomainList, Plan]:
     files = config.scan(config_dir)
     if not files:
@@ -179,7 +164,7 @@ def _room_for(files: list[Path], count: int) -> int | None:
     return None if average <= 4096 else max(count * int(16_384 + 4 * average), 256 << 20)
 
 
-def _load_files(doms: DomainList, config_dir: Path, view: _View) -> list[tuple[bytes, str]]:
+def _load_files(doms: DomainList, config_dir: Path, view: View) -> list[tuple[bytes, str]]:
     autostart = config_dir / "autostart"
     with view.progress(f"loading {config_dir}") as show:
         report = doms.load_all_configs(config_dir, autostart if autostart.is_dir() else None, show)
@@ -193,7 +178,7 @@ def _load_files(doms: DomainList, config_dir: Path, view: _View) -> list[tuple[b
     return [(info.uuid.bytes, info.name) for info in doms.snapshot(definitions=False)]
 
 
-def _clone(doms: DomainList, plan: Plan, view: _View) -> None:
+def _clone(doms: DomainList, plan: Plan, view: View) -> None:
     first = len(plan.loaded)
     if first == plan.domains:
         return
@@ -246,7 +231,7 @@ class _Storm:
         journal: Journal,
         plan: Plan,
         context: BaseContext,
-        view: _View,
+        view: View,
         kill: bool,
     ) -> None:
         self._doms = doms
@@ -479,169 +464,3 @@ class _Storm:
             f"{self.kills:,} kills, {self._total(Word.RECOVERIES):,} recoveries (a domain was "
             f"taken over from a dead worker), {misses}"
         )
-
-
-# --- what is shown --------------------------------------------------------------------------
-
-
-class _View:
-    """Everything that is printed. On a terminal progress is live, elsewhere a line now and then."""
-
-    PLAIN_INTERVAL = 2.0
-    LIVE_INTERVAL = 0.1
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live: Progress | None = None
-        self._task: TaskID | None = None
-        self._label = ""
-        self._next = 0.0
-        self._state = (0, 0)
-        self.note = ""
-
-    def say(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style))
-
-    @contextmanager
-    def progress(self, label: str) -> Iterator[stress_proof.Progress]:
-        """Show a function `(done, total)` at work. Refreshed by who calls it: no thread."""
-        self._label, self.note, self._state = label, "", (0, 0)
-        now = time.monotonic()
-        if not self._console.is_terminal:
-            self._next = now + self.PLAIN_INTERVAL
-            yield self._advance
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(
-            *columns,
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ) as self._live:
-            self._task = self._live.add_task(self._label, total=None, note="")
-            self._live.refresh()
-            try:
-                yield self._advance
-            finally:
-                self._live = None
-
-    def _advance(self, done: int, total: int) -> None:
-        self._state = done, total
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Bring what is shown up to date, unless that was done a moment ago."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        done, total = self._state
-        if self._live is not None and self._task is not None:
-            self._next = now + self.LIVE_INTERVAL
-            note = self.note or (f"{done:,} of {total:,}" if total else "")
-            self._live.update(self._task, completed=done, total=total or None, note=note)
-            self._live.refresh()
-        elif not self._console.is_terminal and total:
-            self._next = now + self.PLAIN_INTERVAL
-            note = self.note and f" {self.note}"
-            self.say(f"{self._label}: {100 * done // total} %{note}")
-
-    def table(self, journal: Journal, elapsed: float) -> None:
-        """Rates, latencies and waits of each kind of operation."""
-        table = Table(title=f"{elapsed:.1f} s", title_justify="left")
-        table.add_column("operation")
-        for heading in ("per second", "p50", "p99", "waits > 1 ms", "longest wait"):
-            table.add_column(heading, justify="right")
-        total = 0
-        for kind in Kind:
-            counts = [
-                sum(at) for at in zip(*(p.histogram(kind) for p in journal.pages), strict=True)
-            ]
-            number = sum(counts)
-            waits = [page.waits(kind) for page in journal.pages]
-            total += number
-            table.add_row(
-                kind.label,
-                _rate(number / elapsed),
-                _duration(_percentile(counts, 0.5)),
-                _duration(_percentile(counts, 0.99)),
-                f"{sum(many for many, _ in waits):,}",
-                _duration(max(longest for _, longest in waits)),
-            )
-        table.add_section()
-        table.add_row("all", _rate(total / elapsed), "", "", "", "")
-        self._console.print(table)
-
-    def finding(self, finding: stress_proof.Finding) -> None:
-        if not finding.complete and not finding.problems:
-            self.say(f"- {finding.claim}: not looked at to the end", "yellow")
-            return
-        if finding.excused:
-            mark, style = "~", "yellow"
-        else:
-            mark, style = ("✓", "green") if finding.holds else ("✗", "bold red")
-        detail = f": {finding.detail}" if finding.detail else ""
-        self.say(f"{mark} {finding.claim}{detail}", style)
-        self._problems(finding.problems, style)
-
-    def failures(self, failures: list[str]) -> None:
-        if not failures:
-            self.say("✓ no worker failed", "green")
-            return
-        self.say("✗ no worker failed: some did", "bold red")
-        self._problems(failures, "bold red")
-
-    def _problems(self, problems: list[str], style: str) -> None:
-        for problem in problems[: stress_proof.EXAMPLES]:
-            self.say(f"    {problem}", style)
-        if len(problems) > stress_proof.EXAMPLES:
-            self.say(f"    and {len(problems) - stress_proof.EXAMPLES:,} more", style)
-
-    def explain(self, notes: list[str], journal: Journal) -> None:
-        """Why a lock may stick, if one did."""
-        given_up = set[int]().union(*(page.given_up for page in journal.pages))
-        if not notes and not given_up:
-            return
-        locks = len(given_up - {LIST})
-        what = [f"{locks} domain lock{'s' if locks != 1 else ''}"] if locks else []
-        what += ["the list lock"] if LIST in given_up else []
-        self.say(
-            f"stuck: {' and '.join(what) or 'a lock'}. A multiprocessing lock whose holder is "
-            "killed after it acquired the lock and before it could say so stays locked for good: "
-            "nobody can know that it is dead. This is reported, not failed; robust locks do not "
-            "have it.",
-            "yellow",
-        )
-        self._problems(notes, "yellow")
-
-
-def _percentile(counts: list[int], part: float) -> float:
-    """Nanoseconds that this part of all operations did not exceed; 0: there are no operations."""
-    left = part * sum(counts)
-    for bucket, count in enumerate(counts):
-        left -= count
-        if count and left <= 0:
-            return duration_of(bucket)
-    return 0.0
-
-
-def _rate(number: float) -> str:
-    """
-    >>> _rate(0.25), _rate(12345.6)
-    ('0.2', '12,346')
-    """
-    return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
-
-
-def _duration(ns: float) -> str:
-    """
-    >>> _duration(0), _duration(1500), _duration(2_000_000), _duration(3e9)
-    ('-', '1.5 µs', '2.0 ms', '3.0 s')
-    """
-    if not ns:
-        return "-"
-    for unit, size in (("s", 1e9), ("ms", 1e6)):
-        if ns >= size:
-            return f"{ns / size:.1f} {unit}"
-    return f"{ns / 1e3:.1f} µs"

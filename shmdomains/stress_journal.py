@@ -186,7 +186,6 @@ class Word(enum.IntEnum):
     IN_DOUBT = 12  # changes in flight when a worker was killed: all, and those that were kept
     KEPT = 13
     STUCK = 14  # entries in the list of locks that were given up
-    FAILED = 15
 
 
 def bucket_of(ns: int) -> int:

@@ -47,7 +47,7 @@ def store(request: pytest.FixtureRequest) -> Store:
 
 @pytest.fixture
 def doms(store: Store) -> Iterator[DomainList]:
-    """An empty list with room for 64 domains. Whatever a test does, its invariants hold after it."""
+    """An empty list with room for 64 domains. After the test all its invariants must hold."""
     doms = store.make()
     yield doms
     if not doms.closed:
@@ -129,7 +129,7 @@ def _stranger_keeper(_common_dir: str) -> Iterator[_Kept]:
 
 @pytest.fixture
 def home(_home_keeper: _Kept) -> Iterator[Home]:
-    """A clean process to fork from. What it was told and the children it began go after the test."""
+    """A clean process to fork from. What it was told, and its children, go after the test."""
     home: Home = _home_keeper.get()
     try:
         yield home
@@ -163,7 +163,7 @@ def segment_name() -> str:
     return f"test-{os.getpid()}-{next(_numbers)}"
 
 
-# --- nothing is left -----------------------------------------------------------------------------
+# --- nothing is left ---------------------------------------------------------------------------
 
 
 def _entries() -> set[Path]:
@@ -202,17 +202,13 @@ def _gone(look: Callable[[], set[Any]], before: set[Any]) -> set[Any]:
 
 
 @pytest.fixture
-def nothing_left(
-    _home_keeper: _Kept, _stranger_keeper: _Kept
-) -> Iterator[None]:
+def nothing_left(_home_keeper: _Kept, _stranger_keeper: _Kept) -> Iterator[None]:
     """Fails the test that leaves an entry in /dev/shm or a child process."""
     _home_keeper.get(), _stranger_keeper.get()
     entries, children = _entries(), _children()
     yield
     left = _gone(_children, children)
-    replaced = {
-        kept.get().process.pid for kept in (_home_keeper, _stranger_keeper)
-    }
+    replaced = {kept.get().process.pid for kept in (_home_keeper, _stranger_keeper)}
     assert {child for child in left if child.pid not in replaced} == set(), "children left"
     left = {entry for entry in _gone(_entries, entries) if not _is_a_strangers(entry)}
     assert left == set(), "left in shared memory"

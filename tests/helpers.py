@@ -1,12 +1,12 @@
 """Other parties for the tests: threads, children of every start method, strangers.
 
-A `Party` is somebody else who does what a test tells it: code goes to it through a socket, the value
-of the last expression (or the exception) comes back. Every answer has a deadline, so a hang is a
-failure and not a stuck test run; nothing here sleeps to synchronise.
+A `Party` is somebody else who does what a test tells it: code goes to it through a socket, the
+value of the last expression (or the exception) comes back. Every answer has a deadline, so a hang
+is a failure and not a stuck test run; nothing here sleeps to synchronise.
 
 Forking is done in a `Home`: a process of its own that never had a thread or a lock before, since
-pytest may have both. This file is also that process's program (``python helpers.py ADDRESS``), and a
-stranger's, who has nothing in common with anybody but the name of a segment.
+pytest may have both. This file is also that process's program (``python helpers.py ADDRESS``), and
+a stranger's, who has nothing in common with anybody but the name of a segment.
 """
 
 from __future__ import annotations
@@ -85,16 +85,17 @@ def definition(name: str = "web1", uuid: Any = None, **more: Any) -> DomainDef:
     return DomainDef.from_xml(xml(name, uuid, **more))
 
 
-# --- the store under test ------------------------------------------------------------------------
+# --- the store under test ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Store:
     """A place where domains live, as the conformance tests see it.
 
-    `create` is an expression for a new, empty list (`context` is the multiprocessing context of the
-    parties to come, `room` the number of domains, `size` the bytes or ``None``), `publish` one for a list with the name `name`, and
-    `attach` what a stranger does with that name; both ``None`` if strangers may not write.
+    `create` is an expression for a new, empty list, in which `room` is the number of domains,
+    `size` the bytes or ``None``, `context` the multiprocessing context of the parties to come.
+    `publish` is one for a list with the name `name`, and `attach` what a stranger does with that
+    name; both ``None`` if strangers may not write.
     """
 
     name: str
@@ -130,7 +131,7 @@ STORES = [
 ]
 
 
-# --- the party's side ----------------------------------------------------------------------------
+# --- the party's side --------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -224,7 +225,7 @@ def reap(deadline: float = DEADLINE) -> list[int | None]:
     return codes
 
 
-# --- the test's side -----------------------------------------------------------------------------
+# --- the test's side ---------------------------------------------------------------------------
 
 
 class Stuck(AssertionError):
@@ -302,7 +303,10 @@ def admit(listener: socket.socket) -> Party:
 
 
 class Process:
-    """A fresh interpreter, `more` in its environment, `options` for Popen, with nothing but this file's program in it."""
+    """A fresh interpreter with nothing in it but this file's program.
+
+    `more` is put into its environment, `options` are Popen's.
+    """
 
     def __init__(self, *, options: dict[str, Any] | None = None, **more: str) -> None:
         with door() as (address, listener):
@@ -341,7 +345,7 @@ class Home(Process):
     """A clean process to fork from."""
 
     def begin(self, start: str, **given: str) -> Party:
-        """Begin a party by a start method. `given`: names it gets, and what they are in the home."""
+        """Begin a party; `given`: the names it gets, and what they are in the home."""
         items = ", ".join(f"{name!r}: ({source})" for name, source in given.items())
         with door() as (address, listener):
             self.party.tell(f"begin({start!r}, {address!r}, {{{items}}})")

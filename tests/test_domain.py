@@ -1,4 +1,4 @@
-"""Every method and every error of `Domain`, for every store: its lock, its fields, its transactions.
+"""Every method and every error of `Domain`, for every store: lock, fields, transactions.
 
 `web1` is a locked domain's handle; `other` is a second thread. Committed state is read with `peek`,
 which takes no lock.
@@ -222,6 +222,49 @@ def test_a_handle_dropped_where_warnings_are_errors(
     other.tell("doms.get(name='web1', timeout=0).unlock()")
 
 
+def test_a_handle_that_another_thread_drops(doms: DomainList, other: Party) -> None:
+    """Only its own thread can give a lock back; it does so with its next call."""
+    doms.define(xml("web1", WEB1))
+    doms.define(xml("web2"))
+    box = [doms.get(name="web1")]
+    box[0].pid = 3
+    with pytest.warns(ResourceWarning, match="still locked"):
+        thread = threading.Thread(target=box.clear)
+        thread.start()
+        thread.join(20)
+    with doms.get(name="web2"):
+        pass
+    assert other.tell("with doms.get(name='web1', timeout=5) as dom: seen = dom.pid\nseen") is None
+    with doms.get(name="web1", timeout=0) as dom:
+        assert dom.pid is None and dom.previous_owner_died is None
+    with doms.locked():
+        pass
+
+
+def test_who_drops_others_handles_may_lock_as_many_as_ever(doms: DomainList) -> None:
+    """The count of locks held is that of the thread that locked."""
+    infos = [doms.define(xml(name)) for name in "abcdef"]
+    with doms.locked():
+        box = [doms.find_by_name(name) for name in "abc"]
+    got: list[Any] = []
+
+    def drop_and_lock() -> None:
+        box.clear()
+        try:
+            with doms.lock_many(infos[3:], timeout=5) as many:
+                got.extend(dom.name for dom in many)
+        except Exception as exc:
+            got.append(exc)
+
+    with pytest.warns(ResourceWarning, match="still locked"):
+        thread = threading.Thread(target=drop_and_lock)
+        thread.start()
+        thread.join(20)
+    assert got == ["d", "e", "f"]
+    with doms.lock_many(infos, timeout=5) as many:
+        assert len(many) == 6
+
+
 # --- handles -----------------------------------------------------------------------------------
 
 
@@ -232,7 +275,7 @@ def test_handles_are_equal_when_their_domain_is(doms: DomainList, web1: Domain) 
     pickled = pickle.loads(pickle.dumps(web1))
     assert web1 is not second and web1 == second == pickled
     assert len({web1, second, pickled}) == 1
-    assert not web1 != second
+    assert (web1 != second) is False
     doms.define(xml("web2"))
     with doms.get(name="web2") as web2:
         assert web1 != web2 and len({web1, web2}) == 2
@@ -292,7 +335,45 @@ def test_a_removed_domain(web1: Domain, doms: DomainList) -> None:
         doms.free(timeout=0)
 
 
-# --- with ----------------------------------------------------------------------------------------
+def test_a_stale_handle_of_a_slot_that_this_thread_holds(doms: DomainList, other: Party) -> None:
+    """The slot has a new domain, held here: the stale handle is stale, and the hold stands."""
+    doms.define(xml("old"))
+    stale = doms.get(name="old")
+    stale.unlock()
+    doms.undefine(name="old")
+    doms.define(xml("web1", WEB1))
+    with doms.get(name="web1") as dom:
+        dom.pid = 1
+        for call in (stale.try_lock, stale.acquire, lambda: stale.lock(0), lambda: stale.lock(5)):
+            with pytest.raises(DomainRemoved):
+                call()
+            assert dom.is_locked and dom.pid == 1 and dom.previous_owner_died is None
+            with pytest.raises(LockTimeout):
+                other.tell("doms.get(name='web1', timeout=0)")
+        with pytest.raises(DomainRemoved):
+            stale.__enter__()
+    assert seen(doms).pid == 1 and doms.check()
+
+
+def test_a_stale_handle_does_not_wait_for_the_slots_next_domain(
+    doms: DomainList, other: Party
+) -> None:
+    """It is told at once: that domain is none of its business, and its holder might be stuck."""
+    doms.define(xml("old"))
+    stale = doms.get(name="old")
+    stale.unlock()
+    doms.undefine(name="old")
+    doms.define(xml("web1", WEB1))
+    other.tell("dom = doms.get(name='web1')")
+    for call in (stale.try_lock, lambda: stale.lock(0), lambda: stale.lock(0.05), stale.acquire):
+        with pytest.raises(DomainRemoved):
+            call() if call != stale.acquire else stale.acquire(timeout=0.05)
+    with pytest.raises(DomainRemoved), doms.locked():
+        doms.remove_inactive(stale, timeout=0.05)
+    other.tell("dom.unlock()")
+
+
+# --- with --------------------------------------------------------------------------------------
 
 
 def test_with_locks_and_commits(web1: Domain, doms: DomainList) -> None:
@@ -362,7 +443,7 @@ def test_nested_with_and_an_exception(web1: Domain, doms: DomainList) -> None:
     assert not web1.is_locked and seen(doms).pid is None
 
 
-# --- transactions --------------------------------------------------------------------------------
+# --- transactions ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -474,7 +555,7 @@ def test_blobs_up_to_16_mib(doms: DomainList, web1: Domain) -> None:
     assert not web1.changed and doms.info.heap_used < 1 << 16
 
 
-# --- fields ----------------------------------------------------------------------------------------
+# --- fields ------------------------------------------------------------------------------------
 
 
 def test_state_and_reason(web1: Domain, doms: DomainList) -> None:
@@ -542,7 +623,7 @@ def test_flags(web1: Domain, doms: DomainList) -> None:
             assert (web1.persistent, web1.autostart) == (persistent, autostart)
 
 
-# --- data ------------------------------------------------------------------------------------------
+# --- data --------------------------------------------------------------------------------------
 
 
 VALUES: list[Any] = [
@@ -609,7 +690,7 @@ def test_data_none_is_none(web1: Domain, doms: DomainList) -> None:
     assert web1.data is None and seen(doms).data is None
 
 
-# --- definitions -----------------------------------------------------------------------------------
+# --- definitions -------------------------------------------------------------------------------
 
 
 def test_the_definition_is_the_same_object_while_it_does_not_change(
@@ -705,7 +786,7 @@ def test_the_new_definition_is_live_after_deactivation_in_later_holds(
     assert doms.check()
 
 
-# --- active and inactive -------------------------------------------------------------------------------
+# --- active and inactive -----------------------------------------------------------------------
 
 
 def test_activate_and_deactivate(web1: Domain, doms: DomainList) -> None:
@@ -808,7 +889,7 @@ def test_on_and_off_again_in_one_transaction(web1: Domain, doms: DomainList) -> 
     assert doms.peek(id=number) is None and doms.info.active == 0 and doms.check()
 
 
-# --- the public classes --------------------------------------------------------------------------
+# --- the public classes ------------------------------------------------------------------------
 
 
 MADE_BY_HAND = {

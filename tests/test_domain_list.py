@@ -163,7 +163,7 @@ def test_another_lists_domain_is_no_hindrance(
     second.close()
 
 
-# --- time-outs -------------------------------------------------------------------------------------
+# --- time-outs ---------------------------------------------------------------------------------
 
 WAITS: dict[str, Callable[[DomainList, Any], Any]] = {
     "lock": lambda doms, t: doms.lock(t),
@@ -321,7 +321,7 @@ def test_a_holder_that_left_is_not_named(doms: DomainList, other: Party) -> None
     doms.unlock()
 
 
-# --- keys -----------------------------------------------------------------------------------------
+# --- keys --------------------------------------------------------------------------------------
 
 
 def test_exactly_one_key(doms: DomainList, web1: DomainInfo) -> None:
@@ -369,7 +369,8 @@ def test_a_uuid_in_every_spelling(doms: DomainList, web1: DomainInfo, spelling: 
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "web1", "{" + str(WEB1) + "}", f"urn:uuid:{WEB1}", str(WEB1)[:-1], b"short", 7, 1.5],
+    "bad",
+    ["", "web1", "{" + str(WEB1) + "}", f"urn:uuid:{WEB1}", str(WEB1)[:-1], b"short", 7, 1.5],
     ids=repr,
 )
 def test_what_is_no_uuid(doms: DomainList, bad: Any) -> None:
@@ -442,7 +443,7 @@ def test_names_are_found_whatever_they_are(doms: DomainList, name: str) -> None:
     assert names(doms) == ["other"]
 
 
-# --- find: the list lock is the caller's ------------------------------------------------------------
+# --- find: the list lock is the caller's -------------------------------------------------------
 
 
 def test_find_needs_the_list_lock(doms: DomainList, web1: DomainInfo, other: Party) -> None:
@@ -486,7 +487,9 @@ def test_find_by_id_finds_active_domains_only(doms: DomainList, web1: DomainInfo
         assert doms.find_by_id(number) is None and doms.find_by_id(-1) is None
 
 
-def test_an_id_counts_when_it_is_committed(doms: DomainList, web1: DomainInfo, other: Party) -> None:
+def test_an_id_counts_when_it_is_committed(
+    doms: DomainList, web1: DomainInfo, other: Party
+) -> None:
     with doms.get(name="web1") as dom:
         number = dom.activate()
         assert other.tell(f"doms.lookup(id={number}, timeout=0)") is None
@@ -569,7 +572,7 @@ def test_a_domain_is_not_locked_twice(doms: DomainList, web1: DomainInfo) -> Non
         assert dom.is_locked
 
 
-# --- lock_many --------------------------------------------------------------------------------------
+# --- lock_many ---------------------------------------------------------------------------------
 
 
 def test_lock_many_takes_handles_infos_and_uuids(doms: DomainList) -> None:
@@ -614,20 +617,21 @@ def test_lock_many_in_a_list_that_is_locked_already(doms: DomainList) -> None:
 
 def test_lock_many_is_all_or_nothing(doms: DomainList, other: Party) -> None:
     a, b, c = (doms.define(xml(name)) for name in "abc")
-    gone = handle(doms, "c")
+    first, gone = handle(doms, "a"), handle(doms, "c")
     doms.undefine(name="c")
     attempts: list[tuple[list[Any], type[Exception]]] = [
-        ([a, b, c], DomainNotFound),
-        ([a, b, gone], DomainRemoved),
-        ([a, b, uuid_module.uuid4()], DomainNotFound),
-        ([a, b, "no uuid"], DefinitionError),
-        ([a, b, a], AlreadyLocked),
-        ([a, handle(doms, "a")], AlreadyLocked),
+        ([first, b, c], DomainNotFound),
+        ([first, b, gone], DomainRemoved),
+        ([first, b, uuid_module.uuid4()], DomainNotFound),
+        ([first, b, "no uuid"], DefinitionError),
+        ([first, b, a], AlreadyLocked),
+        ([b, a, first], AlreadyLocked),
+        ([first, handle(doms, "a")], AlreadyLocked),
     ]
     for wanted, error in attempts:
         with pytest.raises(error):
             doms.lock_many(wanted)
-        assert not doms.is_locked
+        assert not doms.is_locked and not first.is_locked
         assert other.tell("doms.acquire(timeout=0), doms.release()")[0]
         for name in "ab":
             other.tell(f"doms.get(name={name!r}, timeout=0).unlock()")
@@ -644,7 +648,9 @@ def test_an_error_in_the_iterable_locks_nothing(doms: DomainList, web1: DomainIn
     handle(doms)
 
 
-def test_no_more_than_a_thousand_locks(store: Store, other_of: Callable[[DomainList], Party]) -> None:
+def test_no_more_than_a_thousand_locks(
+    store: Store, other_of: Callable[[DomainList], Party]
+) -> None:
     doms = store.make(room=1010)
     with doms.locked():
         for number in range(1002):
@@ -678,7 +684,7 @@ def other_of() -> Iterator[Callable[[DomainList], Party]]:
         yield lambda doms: stack.enter_context(thread_party(doms=doms))
 
 
-# --- assign_def ---------------------------------------------------------------------------------------
+# --- assign_def --------------------------------------------------------------------------------
 
 
 def test_assign_def_makes_a_domain(doms: DomainList) -> None:
@@ -708,13 +714,16 @@ def test_persistence_is_committed_with_a_new_domain(doms: DomainList) -> None:
 
 
 def test_assign_def_gives_a_uuid(doms: DomainList) -> None:
-    with doms.locked():
-        with doms.assign_def(definition("a")) as a, doms.assign_def(definition("b")) as b:
-            assert a.uuid != b.uuid
-            for dom in (a, b):
-                assert isinstance(dom.uuid, UUID) and dom.uuid.version == 4
-                assert dom.definition.uuid == dom.uuid
-                assert str(dom.uuid) in dom.definition.to_xml()
+    with (
+        doms.locked(),
+        doms.assign_def(definition("a")) as a,
+        doms.assign_def(definition("b")) as b,
+    ):
+        assert a.uuid != b.uuid
+        for dom in (a, b):
+            assert isinstance(dom.uuid, UUID) and dom.uuid.version == 4
+            assert dom.definition.uuid == dom.uuid
+            assert str(dom.uuid) in dom.definition.to_xml()
 
 
 def test_assign_def_replaces_an_inactive_domains_definition(
@@ -778,7 +787,7 @@ def test_a_uuid_and_a_name_of_two_domains(doms: DomainList, web1: DomainInfo) ->
     assert str(caught.value) == f"domain 'web1' is already defined with uuid {WEB1}"
 
 
-# --- remove, free ------------------------------------------------------------------------------------
+# --- remove, free ------------------------------------------------------------------------------
 
 
 def test_remove_inactive(doms: DomainList, web1: DomainInfo) -> None:
@@ -889,7 +898,7 @@ def test_free_that_times_out_is_no_harm(doms: DomainList, other: Party) -> None:
     assert len(doms) == 0
 
 
-# --- rename ---------------------------------------------------------------------------------------------
+# --- rename ------------------------------------------------------------------------------------
 
 
 def rename(doms: DomainList, old: str, new: Any) -> None:
@@ -973,7 +982,7 @@ def test_rename_of_a_removed_domain(doms: DomainList, web1: DomainInfo) -> None:
         doms.rename(dom, "web2")
 
 
-# --- define, undefine -------------------------------------------------------------------------------------
+# --- define, undefine --------------------------------------------------------------------------
 
 
 def test_define_takes_xml_and_definitions(doms: DomainList) -> None:
@@ -990,7 +999,10 @@ def test_define_takes_xml_and_definitions(doms: DomainList) -> None:
 def test_defines_info_is_complete(doms: DomainList) -> None:
     info = doms.define(xml("web1", WEB1, title="t"))
     assert (info.uuid, info.definition.title, info.next_definition, info.data) == (
-        WEB1, "t", None, None,
+        WEB1,
+        "t",
+        None,
+        None,
     )
 
 
@@ -1091,7 +1103,7 @@ def test_set_autostart(doms: DomainList, web1: DomainInfo) -> None:
         doms.set_autostart(dom, True)
 
 
-# --- reading without a lock ----------------------------------------------------------------------------
+# --- reading without a lock --------------------------------------------------------------------
 
 
 def test_peek_is_committed_state(doms: DomainList, web1: DomainInfo) -> None:
@@ -1119,8 +1131,18 @@ def test_infos_outlive_their_domain(doms: DomainList, web1: DomainInfo) -> None:
 def test_infos_are_immutable(doms: DomainList, web1: DomainInfo) -> None:
     info = doms.peek(name="web1")
     for field in (
-        "id", "name", "uuid", "state", "reason", "persistent", "autostart", "pid", "is_active",
-        "definition", "next_definition", "data",
+        "id",
+        "name",
+        "uuid",
+        "state",
+        "reason",
+        "persistent",
+        "autostart",
+        "pid",
+        "is_active",
+        "definition",
+        "next_definition",
+        "data",
     ):
         value = getattr(info, field)
         with pytest.raises(AttributeError):
@@ -1228,7 +1250,7 @@ def test_reading_needs_no_lock_at_all(zoo: DomainList, other: Party) -> None:
     other.tell("[dom.unlock() for dom in held]; doms.unlock()")
 
 
-# --- info, check, repr ---------------------------------------------------------------------------------
+# --- info, check, repr -------------------------------------------------------------------------
 
 
 def test_info(doms: DomainList, store: Store) -> None:
@@ -1277,7 +1299,7 @@ def test_repr(doms: DomainList, web1: DomainInfo) -> None:
     assert "closed" in repr(doms)
 
 
-# --- close ------------------------------------------------------------------------------------------------
+# --- close -------------------------------------------------------------------------------------
 
 
 CLOSED: dict[str, Callable[[DomainList, Domain], Any]] = {
@@ -1318,9 +1340,7 @@ CLOSED: dict[str, Callable[[DomainList, Domain], Any]] = {
 
 
 @pytest.mark.parametrize("call", CLOSED)
-def test_everything_on_a_closed_list_says_so(
-    doms: DomainList, web1: DomainInfo, call: str
-) -> None:
+def test_everything_on_a_closed_list_says_so(doms: DomainList, web1: DomainInfo, call: str) -> None:
     dom = handle(doms)
     doms.close()
     with pytest.raises(ListClosed):
@@ -1350,7 +1370,9 @@ def test_close_gives_the_list_lock_back(store: Store) -> None:
         assert other.tell("doms.closed, doms.is_locked") == (True, False)
 
 
-def test_a_domain_that_is_locked_at_close_can_be_unlocked(doms: DomainList, web1: DomainInfo) -> None:
+def test_a_domain_that_is_locked_at_close_can_be_unlocked(
+    doms: DomainList, web1: DomainInfo
+) -> None:
     dom = doms.get(name="web1")
     dom.pid = 5
     doms.close()
@@ -1384,7 +1406,7 @@ def test_what_nobody_refers_to_is_gone(store: Store) -> None:
     assert (len(os.listdir("/proc/self/fd")), maps()) == (fds, mapped)
 
 
-# --- limits, creation ----------------------------------------------------------------------------------
+# --- limits, creation --------------------------------------------------------------------------
 
 
 def test_a_full_list(store: Store) -> None:
@@ -1466,7 +1488,7 @@ def test_many_domains_and_growing_indexes(store: Store) -> None:
     doms.close()
 
 
-# --- pickles -------------------------------------------------------------------------------------------
+# --- pickles -----------------------------------------------------------------------------------
 
 
 def test_a_memfd_list_that_is_gone_can_not_be_unpickled(store: Store) -> None:
@@ -1482,7 +1504,7 @@ def test_a_memfd_list_that_is_gone_can_not_be_unpickled(store: Store) -> None:
             pickle.loads(blob)
 
 
-# --- the public names ------------------------------------------------------------------------------------
+# --- the public names --------------------------------------------------------------------------
 
 
 def test_one_tree_of_errors() -> None:

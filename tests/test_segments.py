@@ -95,7 +95,7 @@ def put_word(path: Path, offset: int, value: int) -> None:
         os.pwrite(file.fileno(), struct.pack("<Q", value), offset)
 
 
-# --- create, attach, open --------------------------------------------------------------------------
+# --- create, attach, open ----------------------------------------------------------------------
 
 
 def test_create_and_attach(segment_dir: Path, place: Path, party: Party) -> None:
@@ -146,11 +146,13 @@ def test_attach_to_nothing(place: Path) -> None:
 
 
 def test_open_creates_or_attaches(place: Path) -> None:
-    with DomainList.open("s", max_domains=5) as first:
-        with DomainList.open("s", max_domains=99) as second:
-            assert second.info.max_domains == 5
-            first.define(xml("web1"))
-            assert len(second) == 1
+    with (
+        DomainList.open("s", max_domains=5) as first,
+        DomainList.open("s", max_domains=99) as second,
+    ):
+        assert second.info.max_domains == 5
+        first.define(xml("web1"))
+        assert len(second) == 1
 
 
 def test_the_default_name(segment_dir: Path) -> None:
@@ -270,7 +272,7 @@ def test_a_killed_creator_leaves_nothing(segment_dir: Path, party: Party) -> Non
     made()
 
 
-# --- two attachments in one process --------------------------------------------------------------------
+# --- two attachments in one process ------------------------------------------------------------
 
 
 def test_two_attachments_are_one_segment() -> None:
@@ -307,7 +309,7 @@ def test_closing_one_attachment_leaves_the_others_lock(lock: Any) -> None:
     first.close()
 
 
-# --- races ------------------------------------------------------------------------------------------------
+# --- races -------------------------------------------------------------------------------------
 
 RACE = """
 context = multiprocessing.get_context("fork")
@@ -376,13 +378,10 @@ def test_a_race_of_openers_and_unlinkers(home: Home, segment_name: str) -> None:
         "race(work)"
     )
     assert got == [("done", None)] * 6
-    home.party.tell(
-        f"try: unlink({segment_name!r})\n"
-        "except SegmentNotFound: pass"
-    )
+    home.party.tell(f"try: unlink({segment_name!r})\nexcept SegmentNotFound: pass")
 
 
-# --- unlink --------------------------------------------------------------------------------------------------
+# --- unlink ------------------------------------------------------------------------------------
 
 
 def test_unlink(segment_dir: Path) -> None:
@@ -506,7 +505,7 @@ def test_a_pickle_of_a_segment_that_was_made_anew(party: Party) -> None:
     let_go(doms)
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------
+# --- what does not fit -------------------------------------------------------------------------
 
 MISFITS: dict[str, tuple[int, type[SegmentError], str]] = {
     "magic": (MAGIC, SegmentMismatch, "no shmdomains segment"),
@@ -646,7 +645,7 @@ def test_a_folder_where_others_may_write(segment_dir: Path, mode: int) -> None:
     DomainList.attach("s").close()
 
 
-# --- other users -------------------------------------------------------------------------------------------------
+# --- other users -------------------------------------------------------------------------------
 
 ALICE, BOB, STAFF = 54321, 54322, 54399
 """Users and a group that nobody has; a number is all that the kernel wants."""
@@ -795,7 +794,7 @@ def test_the_folder_without_an_override(
         shutil.rmtree(fallback, ignore_errors=True)
 
 
-# --- full ---------------------------------------------------------------------------------------------------------
+# --- full --------------------------------------------------------------------------------------
 
 
 def test_a_full_heap(place: Path) -> None:
@@ -883,12 +882,13 @@ def test_a_full_file_system(small_tmpfs: Path) -> None:
         party.tell("with doms.get(name='vm1') as dom: number = dom.activate(); dom.pid = 7")
         assert reader.party.tell("doms.peek(name='vm1').pid") == 7
         # And when there is memory again, it goes on.
-        subprocess.run(
-            ["mount", "-o", "remount,size=8m", str(small_tmpfs)], check=True, timeout=20
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small_tmpfs)], check=True, timeout=20)
+        assert (
+            party.tell(
+                "for number in range(300): doms.define(xml(f'more{number}'))\ndoms.check().problems"
+            )
+            == []
         )
-        assert party.tell(
-            "for number in range(300): doms.define(xml(f'more{number}'))\ndoms.check().problems"
-        ) == []
         assert reader.party.tell("len(doms)") == len(names) + 300
     finally:
         for one in (process, reader):
@@ -912,15 +912,12 @@ def test_a_file_system_that_is_full_at_creation(small_tmpfs: Path) -> None:
         process.party.conn.close()
 
 
-# --- large ---------------------------------------------------------------------------------------------------------
+# --- large -------------------------------------------------------------------------------------
 
 
 def test_room_for_a_million_domains(place: Path) -> None:
     """Memory is committed as it is used: an empty list of a million is a small one."""
-    for doms in (
-        DomainList(max_domains=1_000_000),
-        DomainList.create("s", max_domains=1_000_000),
-    ):
+    for doms in (DomainList(max_domains=1_000_000), DomainList.create("s", max_domains=1_000_000)):
         assert doms.info.max_domains == 1_000_000
         assert doms.info.bytes_committed < 1 << 20
         assert doms.info.bytes_max > 1 << 30
@@ -987,7 +984,7 @@ def test_ids_come_to_an_end(place: Path) -> None:
     doms.close()
 
 
-# --- strangers and multiprocessing locks ----------------------------------------------------------------------------
+# --- strangers and multiprocessing locks -------------------------------------------------------
 
 
 @pytest.fixture
@@ -1080,7 +1077,7 @@ def test_a_named_list_of_the_multiprocessing_kind_is_inherited(
         home.party.tell("reap(); doms.unlink(); doms.close(); del doms; gc.collect()")
 
 
-# --- damage ------------------------------------------------------------------------------------------------------------
+# --- damage ------------------------------------------------------------------------------------
 
 
 def test_a_poisoned_segment_can_be_read(place: Path) -> None:

@@ -1,9 +1,9 @@
 """The list against a dict, driven by hypothesis.
 
-Two processes use one list: the home that made it, and a child of it. Each is told what to do through
-its socket and answers before the next step, so the model knows at every moment who holds what, what
-is committed and what only its holder sees. Every wait has time-out 0: it either succeeds at once or
-says who is in the way, and which of the two it is the model knows too.
+Two processes use one list: the home that made it, and a child of it. Each is told what to do
+through its socket and answers before the next step, so the model knows at every moment who holds
+what, what is committed and what only its holder sees. Every wait has time-out 0: it either succeeds
+at once or says who is in the way, and which of the two it is the model knows too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ def look(info):
             int(info.state), int(info.reason), info.pid, info.persistent, info.autostart, info.data)
 """
 
-FORMS = {"uuid": "uuid={0.uuid!r}", "name": "name={0.committed.name!r}", "id": "id={0.committed.id}"}
+FORMS = {
+    "uuid": "uuid={0.uuid!r}",
+    "name": "name={0.committed.name!r}",
+    "id": "id={0.committed.id}",
+}
 
 
 class Machine(RuleBasedStateMachine):
@@ -303,15 +307,13 @@ class Machine(RuleBasedStateMachine):
     def find_what_is_not_there(self, party: int, name: str, number: int) -> None:
         if self.by_name(name) is None:
             self.refused(party, f"doms.get(name={name!r}, timeout=0)", DomainNotFound)
-            assert self.do(party, f"doms.lookup(name={name!r}, timeout=0), doms.peek(name={name!r})") == (
-                None,
-                None,
-            )
+            assert self.do(
+                party, f"doms.lookup(name={name!r}, timeout=0), doms.peek(name={name!r})"
+            ) == (None, None)
         if number not in [model.committed.id for model in self.live]:
-            assert self.do(party, f"doms.lookup(id={number}, timeout=0), doms.peek(id={number})") == (
-                None,
-                None,
-            )
+            assert self.do(
+                party, f"doms.lookup(id={number}, timeout=0), doms.peek(id={number})"
+            ) == (None, None)
 
     @precondition(lambda self: self.live)
     @rule(party=who, number=pick, way=st.sampled_from(["lock(0)", "try_lock()", "acquire(False)"]))
@@ -594,7 +596,7 @@ def test_two_processes_against_a_dict(home: Home, store: Store) -> None:
     run_state_machine_as_test(
         Bound,
         settings=settings(
-            max_examples=100,
+            max_examples=60,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

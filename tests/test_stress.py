@@ -488,7 +488,7 @@ from pathlib import Path
 from rich.console import Console
 from shmdomains import stress
 if __name__ == "__main__":
-    stress._View.PLAIN_INTERVAL = 0.2
+    stress.View.PLAIN_INTERVAL = 0.2
     sys.exit(stress.run(Path({str(SAMPLES)!r}), seconds=60, kill=True, start={start!r}, workers=2,
                         console=Console(width=200)))
 """
