@@ -31,7 +31,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, NamedTuple, Protocol
 
 import filelock
@@ -830,14 +829,7 @@ class _LockedDomain(Protocol):
     @property
     def changed(self) -> bool: ...
     def rollback(self) -> None: ...
-    def __enter__(self) -> _LockedDomain: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> object: ...
+    def _in_passing(self) -> AbstractContextManager[None]: ...
 
 
 class Store(Protocol):
@@ -939,7 +931,8 @@ class _Loader:
         return True
 
     def _assign(self, item: _Parsed, definition: DomainDef) -> bool:
-        with self._store.assign_def(definition, persistent=True, timeout=self._timeout) as dom:
+        dom = self._store.assign_def(definition, persistent=True, timeout=self._timeout)
+        with dom._in_passing():
             # Who had the domain while we waited for it may have saved another definition.
             if dom.changed and item.is_stale():
                 dom.rollback()

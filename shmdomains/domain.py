@@ -7,6 +7,8 @@ on a record in shared memory; a store of another kind puts them on its own recor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -61,12 +63,14 @@ class DomainRules(_Record):
         *,
         state: DomainState = DomainState.RUNNING,
         reason: int = RunningReason.BOOTED,
+        timeout: float | None = None,
     ) -> int:
         """Make the domain active; returns its id, which no other domain ever has or had.
 
         `pid` is the hypervisor's process, if there is one. Part of the transaction: others see it
         after `commit()` or `unlock()`; a rollback wastes the id. Raises `DomainActive`,
-        `DomainNotLocked`, and `SegmentFull` when every id was given out.
+        `DomainNotLocked`, `SegmentFull` when every id was given out, and `LockTimeout` when the
+        lock of the ids was not free within `timeout` seconds.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()
@@ -79,7 +83,7 @@ class DomainRules(_Record):
         """
         if self.is_active:
             raise DomainActive(f"domain '{self.name}' is already running with id {self.id}")
-        id = self._take_id()
+        id = self._take_id(timeout)
         self.pid = pid
         self.set_state(state, reason)
         return id
@@ -99,6 +103,20 @@ class DomainRules(_Record):
         if successor is not None:
             self.definition = successor
             self.next_definition = None
+
+    @contextmanager
+    def _in_passing(self) -> Iterator[None]:
+        """Hold the domain, which is locked, for a block that commits; nobody is given it, so who is
+        next still learns of the death of an earlier holder."""
+        try:
+            yield
+        except BaseException:
+            if self.is_locked:
+                self.rollback()
+            raise
+        finally:
+            if self.is_locked:
+                self._hand_back()
 
     def _encode_definition(self, definition: DomainDef) -> bytes:
         if not isinstance(definition, DomainDef):

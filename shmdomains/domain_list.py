@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import time
 import uuid as uuid_module
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import context as mp_context
@@ -161,22 +162,19 @@ def _state_mask(state: int | Iterable[int] | None) -> int:
 
 def _encode_dirs(dirs: ConfigDirs) -> bytes:
     paths = (dirs.config_dir, dirs.autostart_dir)
-    return msgspec.msgpack.encode([None if path is None else os.fsencode(path) for path in paths])
+    blob = msgspec.msgpack.encode([None if path is None else os.fsencode(path) for path in paths])
+    # A flipped bit would be another path, and files would be made there.
+    return zlib.crc32(blob).to_bytes(4, "big") + blob
 
 
 def _decode_dirs(blob: bytes) -> ConfigDirs:
-    try:
-        paths = msgspec.msgpack.decode(blob, type=tuple[bytes, bytes | None])
-    except msgspec.MsgspecError:
-        paths = (b"", None)
-    # What is relative was not written by load_all_configs; files made there would be anywhere.
-    if not all(path is None or os.path.isabs(path) for path in paths):
+    if zlib.crc32(blob[4:]).to_bytes(4, "big") != blob[:4]:
         raise SegmentCorrupt("the config directory that the segment remembers is damaged")
-    config_dir, autostart_dir = (
-        None if path is None else Path(os.fsdecode(path)) for path in paths
+    config_dir, autostart_dir = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
+    return ConfigDirs(
+        Path(os.fsdecode(config_dir)),
+        None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
     )
-    assert config_dir is not None
-    return ConfigDirs(config_dir, autostart_dir)
 
 
 class DomainListRules(_Store):
@@ -194,9 +192,21 @@ class DomainListRules(_Store):
         ...     doms.find_by_name("web1") is None
         True
         """
-        self.lock(timeout)
-        try:
+        if self.is_locked:
+            raise AlreadyLocked("this thread holds the list lock already")
+        with self._list_held(timeout):
             yield self
+
+    @contextmanager
+    def _list_held(self, timeout: float | None) -> Iterator[None]:
+        """Hold the list lock, unless this thread does already. Ctrl-C may arrive just as the wait
+        ends, so the lock is taken inside the `try`."""
+        if self.is_locked:
+            yield
+            return
+        try:
+            self.lock(timeout)
+            yield
         finally:
             if self.is_locked:
                 self.unlock()
@@ -221,32 +231,31 @@ class DomainListRules(_Store):
         deadline = _Deadline(timeout)
         wanted = list(domains)
         taken = LockedDomains()
-        held_before = self.is_locked
-        if not held_before:
-            self.lock(deadline.left())
         try:
-            for one in wanted:
-                taken.append(self._lock_one(one, deadline))
+            with self._list_held(deadline.left()):
+                for one in wanted:
+                    self._lock_one(one, taken, deadline)
         except BaseException:
             for dom in reversed(taken):
-                dom.unlock()
+                if dom.is_locked:
+                    dom._hand_back()
             raise
-        finally:
-            if not held_before:
-                self.unlock()
         return taken
 
-    def _lock_one(self, one: Domain | core.Info | Uuid, deadline: _Deadline) -> Domain:
+    def _lock_one(
+        self, one: Domain | core.Info | Uuid, taken: LockedDomains, deadline: _Deadline
+    ) -> None:
         if isinstance(one, Domain):
             if one.is_locked:
                 raise AlreadyLocked(f"domain {one.uuid} is asked for twice, or locked already")
+            taken.append(one)
             one.lock(deadline.left())
-            return one
+            return
         uuid = one.uuid if isinstance(one, core.Info) else one
         dom = self.find_by_uuid(uuid, deadline.left())
         if dom is None:
             raise DomainNotFound(f"no domain with matching uuid '{parse_uuid(uuid)}'")
-        return dom
+        taken.append(dom)
 
     # --- assign, remove, rename: the list lock is the caller's ---
 
@@ -287,7 +296,8 @@ class DomainListRules(_Store):
         if definition.uuid is None:
             definition = definition.replace(uuid=known.uuid)
         dom = self.find_by_uuid(known.uuid, timeout)
-        assert dom is not None  # removing needs the list lock, which is ours
+        if dom is None:  # removing needs the list lock, which is ours
+            raise SegmentCorrupt(f"domain '{known.name}' is there and can not be found by its uuid")
         try:
             if dom.is_active:
                 dom.next_definition = definition
@@ -328,14 +338,12 @@ class DomainListRules(_Store):
                 f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
                 "until nobody holds it"
             )
-        dom.lock(timeout)
-        try:
+        deadline = _Deadline(timeout)
+        dom.lock(deadline.left())
+        with dom._in_passing():
             if dom.is_active:
                 raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
-            self._remove(dom)
-        finally:
-            if dom.is_locked:
-                dom.unlock()
+            self._remove(dom, deadline.left())
 
     def free(self, timeout: float | None = None) -> None:
         """Remove every domain, active ones too (virDomainObjListFree). List lock held.
@@ -351,22 +359,21 @@ class DomainListRules(_Store):
             raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
         for dom in doms:
             dom.lock(deadline.left())
-            try:
-                self._remove(dom)
-            finally:
-                if dom.is_locked:
-                    dom.unlock()
+            with dom._in_passing():
+                self._remove(dom, deadline.left())
 
-    def rename(self, dom: Domain, new_name: str) -> None:
+    def rename(self, dom: Domain, new_name: str, timeout: float | None = None) -> None:
         """Rename an inactive domain (virDomainRename). List lock held, `dom` locked, nothing
         uncommitted.
 
         Name and definitions change in one commit; if the list was loaded from a config directory
         and the domain is persistent, its file and autostart link follow, and a failure there leaves
         all as it was. Raises `InvalidName` (also for the name that it has), `DomainExists`,
-        `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`.
+        `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`,
+        and `LockTimeout` when the directory's filelock is not free within `timeout` seconds.
         """
         self._need_list_lock("rename")
+        deadline = _Deadline(timeout)
         if dom.is_active:
             raise DomainActive(f"cannot rename active domain '{dom.name}'")
         if dom.changed:
@@ -382,10 +389,10 @@ class DomainListRules(_Store):
         renamed = None if successor is None else successor.replace(name=new_name).encode()
         dirs = self._config_dirs()
         if dirs is None or not dom.persistent:
-            self._rename(dom, new_name, definition.encode(), renamed)
+            self._rename(dom, new_name, definition.encode(), renamed, deadline.left())
             return
-        with dirs.renaming(old_name, definition):
-            self._rename(dom, new_name, definition.encode(), renamed)
+        with dirs.renaming(old_name, definition, deadline.left()):
+            self._rename(dom, new_name, definition.encode(), renamed, deadline.left())
 
     # --- the whole of it: the list lock is taken here ---
 
@@ -401,26 +408,18 @@ class DomainListRules(_Store):
         """
         deadline = _Deadline(timeout)
         definition = _as_definition(definition)
-        held_before = self.is_locked
-        if not held_before:
-            self.lock(deadline.left())
-        try:
+        with self._list_held(deadline.left()):
             existed = self._known(definition) is not None
             dom = self.assign_def(definition, True, deadline.left())
-        finally:
-            if not held_before:
-                self.unlock()
         try:
-            self._save_and_commit(dom, deadline)
+            with dom._in_passing():
+                self._save_and_commit(dom, deadline)
+                info = self.peek(uuid=dom.uuid, timeout=None)
         except BaseException:
-            dom.rollback()
-            dom.unlock()
             if not existed:
                 self._take_back(dom)
             raise
-        info = self.peek(uuid=dom.uuid, timeout=None)
-        dom.unlock()
-        assert info is not None
+        assert info is not None  # we held it
         return info
 
     def _save_and_commit(self, dom: Domain, deadline: _Deadline) -> None:
@@ -433,15 +432,11 @@ class DomainListRules(_Store):
 
     def _take_back(self, dom: Domain) -> None:
         """Remove a domain whose first save failed, unless somebody made use of it meanwhile."""
-        held_before = self.is_locked
-        if not held_before:
-            self.lock()
-        try:
-            with suppress(DomainActive, DomainRemoved):
-                self.remove_inactive(dom)
-        finally:
-            if not held_before:
-                self.unlock()
+        with (
+            suppress(DomainActive, DomainRemoved),
+            self._list_held(None),
+        ):
+            self.remove_inactive(dom)
 
     def undefine(
         self,
@@ -459,40 +454,28 @@ class DomainListRules(_Store):
         `LockOrder`.
         """
         deadline = _Deadline(timeout)
-        held_before = self.is_locked
-        if not held_before:
-            self.lock(deadline.left())
-        try:
+        with self._list_held(deadline.left()):
             dom = self.get(uuid=uuid, name=name, id=id, timeout=deadline.left())
-            try:
+            with dom._in_passing():
                 self._undefine(dom, deadline)
-            except BaseException:
-                dom.rollback()
-                raise
-            finally:
-                if dom.is_locked:
-                    dom.unlock()
-        finally:
-            if not held_before:
-                self.unlock()
 
     def _undefine(self, dom: Domain, deadline: _Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
         dirs = self._config_dirs()
         if dirs is None:
-            self._forget(dom)
+            self._forget(dom, deadline)
             return
         with dirs.deleting(dom.name, deadline.left()):
-            self._forget(dom)
+            self._forget(dom, deadline)
 
-    def _forget(self, dom: Domain) -> None:
+    def _forget(self, dom: Domain, deadline: _Deadline) -> None:
         if not dom.is_active:
-            self._remove(dom)
+            self._remove(dom, deadline.left())
             return
         dom.persistent = False
         dom.autostart = False
-        dom.commit()
+        dom.commit(deadline.left())
 
     # --- config directories ---
 
@@ -523,7 +506,7 @@ class DomainListRules(_Store):
         blob = self._settings()
         return _decode_dirs(blob) if blob else None
 
-    def save_config(self, dom: Domain) -> None:
+    def save_config(self, dom: Domain, timeout: float | None = None) -> None:
         """Write what the domain will be after its next start to the config directory
         (virDomainSaveConfig): its `next_definition`, else its definition. Domain locked.
 
@@ -533,9 +516,9 @@ class DomainListRules(_Store):
         dirs = self._config_dirs()
         definition = dom.next_definition or dom.definition
         if dirs is not None:
-            dirs.save(definition)
+            dirs.save(definition, timeout)
 
-    def delete_config(self, dom: Domain) -> None:
+    def delete_config(self, dom: Domain, timeout: float | None = None) -> None:
         """Remove the domain's config file and autostart link (virDomainDeleteConfig).
 
         Domain locked. Raises `ConfigError`.
@@ -543,9 +526,9 @@ class DomainListRules(_Store):
         dirs = self._config_dirs()
         name = dom.name
         if dirs is not None:
-            dirs.delete(name)
+            dirs.delete(name, timeout)
 
-    def set_autostart(self, dom: Domain, enabled: bool) -> None:
+    def set_autostart(self, dom: Domain, enabled: bool, timeout: float | None = None) -> None:
         """Start the domain with the host, or not: the record and the link on disk together
         (virDomainSetAutostart). Domain locked; committed.
 
@@ -557,9 +540,9 @@ class DomainListRules(_Store):
             raise UncommittedChanges(f"commit or roll back domain '{dom.name}' first")
         dirs = self._config_dirs()
         if dirs is not None and (dirs.autostart_dir is not None or enabled):
-            dirs.set_autostart(dom.name, enabled)
+            dirs.set_autostart(dom.name, enabled, timeout)
         dom.autostart = enabled
-        dom.commit()
+        dom.commit(timeout)
 
     # --- listing ---
 
@@ -630,13 +613,11 @@ class DomainList(DomainListRules, core.Segment):
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             self._begin(fd, *_make_locks(lock, max_domains, context))
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
 
     def _begin(self, fd: int, list_lock: Any = None, slot_locks: Any = None) -> None:
-        if not self._attach(fd, Domain, list_lock, slot_locks):
-            os.close(fd)
+        self._attach(fd, Domain, list_lock, slot_locks)
         _lists[self._identity] = self
 
     @classmethod
@@ -711,11 +692,9 @@ class DomainList(DomainListRules, core.Segment):
         try:
             self._begin(fd, list_lock, slot_locks)
         except ShmDomainsError as exc:
-            os.close(fd)
             raise type(exc)(f"segment {file}: {exc}") from None
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
         self._path = file
         self._name = None if path is not None else name or segment_file.DEFAULT_NAME
 
@@ -838,7 +817,10 @@ def _restore(
                 "itself to the process, as an argument of Process or initargs of a pool"
             )
         number = segment_file.attach(path)
-    doms._begin(number, *(locks or ()))
+    try:
+        doms._begin(number, *(locks or ()))
+    finally:
+        os.close(number)
     doms._name, doms._path = name, path
     if doms._identity != identity:
         raise SegmentMismatch(f"segment {path} was created anew since this was pickled")

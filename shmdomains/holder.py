@@ -64,7 +64,7 @@ def command_of(pid: int) -> str | None:
     try:
         process = psutil.Process(pid)
         command = " ".join(process.cmdline()) or process.name()
-    except (psutil.Error, OSError):
+    except (psutil.Error, OSError, ValueError, OverflowError):
         return None
     return command if len(command) <= 120 else command[:117] + "..."
 
@@ -78,7 +78,7 @@ def lock_timeout(
     held_for: float | None,
 ) -> LockTimeout:
     """Make the error for a wait that was too long. `tid` 0: it was free again by then."""
-    waited = "is locked" if not timeout else f"was not free within {timeout:g} s"
+    waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
     if not tid:
         return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
     start = start_ticks or (core.process_start(pid) if pid else 0)

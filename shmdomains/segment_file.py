@@ -292,10 +292,12 @@ def _scan() -> Iterator[SegmentFile]:
         except OSError:
             continue
         for entry in entries:
-            if entry.suffix != SUFFIX:
+            if entry.suffix != SUFFIX or entry.name.startswith("."):
                 continue
             with suppress(OSError):
                 status = entry.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
                 yield SegmentFile(
                     name=entry.name[: -len(SUFFIX)],
                     path=entry,

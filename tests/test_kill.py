@@ -358,6 +358,26 @@ def test_half_a_change_of_the_heap(
     assert doms.info.heap_used == used
 
 
+def test_the_garbage_of_a_dead_holder_is_freed_by_the_next(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    """It died between allocating and committing; the next one commits nothing."""
+    used = doms.info.heap_used
+    holder = start(hold, path, "b")
+    holder.hear()
+    cell = planted.read(planted.header("heap_committed")) - 64
+    planted.write(planted.slot(1, "extent") + 8 * 2, cell << 25 | 130)
+    planted.write(planted.at["map"] + cell // 8, 7)
+    planted.write(planted.header("heap_used"), used // 64 + 3)
+    sound(doms)
+    assert doms.check().counts["garbage"] == 1
+    holder.kill()
+    doms.get(name="b", timeout=DEADLINE).unlock()
+    sound(doms)
+    assert doms.check().counts["garbage"] == 0
+    assert doms.info.heap_used == used
+
+
 def test_half_a_change_of_the_ids(
     start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
 ) -> None:

@@ -365,7 +365,7 @@ def test_a_race_of_openers_and_unlinkers(home: Home, segment_name: str) -> None:
     got = home.party.tell(
         "def work(number):\n"
         "    for turn in range(30):\n"
-        f"        with DomainList.open({segment_name!r}, max_domains=64) as doms:\n"
+        f"        with DomainList.open({segment_name!r}, max_domains=256) as doms:\n"
         "            name = f'vm{number}-{turn}'\n"
         "            doms.define(xml(name))\n"
         "            assert doms.peek(name=name).name == name\n"

@@ -196,7 +196,8 @@ int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tal
     const sd_header *header = segment->header;
     uint64_t turns[3] = {sd_load_acquire(&header->list_seq), sd_load_acquire(&header->id_seq),
                          sd_load_acquire(&header->heap_turn)};
-    look at = {segment, report, context, tally, NULL, sd_load_acquire(&header->heap_committed)};
+    look at = {segment, report, context, tally, NULL, 0};
+    at.committed = sd_unsealed(sd_load_acquire(&header->heap_committed));
     memset(tally, 0, sizeof *tally);
     *still = true;
     if (at.committed > segment->at.heap_cells) {
@@ -206,6 +207,8 @@ int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tal
     at.named = calloc(at.committed / 64 + 1, 8);
     if (!at.named) return SD_ERRNO;
     uint32_t slots = sd_slot_count(segment);
+    if (slots != sd_load(&header->slot_count))
+        fault(&at, "counts", "the number of slots or its watermark is damaged");
     tally->slots = slots;
     for (uint32_t slot = 0; slot < slots; slot++) check_slot(&at, slot);
     check_entries(&at, SD_UUID_INDEX, "UUID", tally->domains);

@@ -24,7 +24,7 @@ enum {
     SD_DIED,        /* locked, and the holder before us died */
     SD_TIMEOUT,     /* the deadline passed */
     SD_INTERRUPTED, /* the wait hook wants out (a signal handler raised) */
-    SD_NESTED,      /* a signal handler asks for a lock that its own thread was about to use */
+    SD_NESTED,      /* this very thread has it: a signal handler asks in the middle of a wait */
     SD_MISS,        /* not there */
     SD_DOUBT,       /* not seen, but writers were about: look again under the lock */
     SD_FULL,        /* no slot, no cell, no id left within the limits */
@@ -64,7 +64,7 @@ typedef struct sd_segment {
     dev_t device;
     ino_t inode;
     sd_geometry at;
-    uint64_t kind, seed, id[2];
+    uint64_t kind, seed, id[2], pid_namespace;
     sd_header *header;
     sd_slot *slots;
     sd_names *names;
@@ -73,6 +73,8 @@ typedef struct sd_segment {
     unsigned users;        /* DomainLists of this process that refer to it */
     unsigned held;         /* slot locks held by threads of this process, list lock included */
     uint64_t list_nonce;   /* the thread of ours that holds the list lock, or 0 */
+    unsigned list_nested;  /* how deep in signal handlers it was then */
+    void *list_taker;      /* the binding's object that took it */
     uint64_t epoch;        /* fork epoch in which we entered the attached table */
     struct sd_segment *next;
 } sd_segment;
@@ -81,11 +83,12 @@ typedef struct sd_segment {
  * SD_FULL: limits out of range.  SD_NO_MEMORY.  SD_ERRNO. */
 int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells);
 
-/* Map the segment behind `fd`, or find it if this process has it mapped already (`*fresh` says
- * which; if not, `fd` was not kept).  SD_MISMATCH with a reason in `why`; SD_CORRUPT; SD_ERRNO. */
-int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size);
-/* Give up what others can see of the last use: the entry in the attached table and the flock.  Does
- * nothing while there are other uses, or a lock of ours is held. */
+/* Map the segment behind `fd`, or find it if this process has it mapped already.  `fd` stays the
+ * caller's; the segment keeps a duplicate.  SD_MISMATCH with a reason in `why`; SD_CORRUPT;
+ * SD_ERRNO. */
+int sd_map(int fd, sd_segment **out, char *why, size_t why_size);
+/* Give up what others can see of the last use: the entry in the attached table and the flock.
+ * Does nothing while there are other uses, or a lock of ours is held. */
 void sd_detach(sd_segment *segment);
 /* Drop one use; unmaps after the last one unless a lock of ours is held. */
 void sd_unmap(sd_segment *segment);
@@ -96,6 +99,9 @@ sd_segment *sd_mapped(const uint64_t id[2]);
 int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes);
 void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at);
 void sd_enter_attached(sd_segment *segment);
+/* First use in a forked child: nothing of its parent's is held.  SD_MISMATCH: the child lives in
+ * another PID namespace, where the thread numbers in locks mean nothing. */
+int sd_begin_in_child(sd_segment *segment);
 void sd_leave_attached(sd_segment *segment);
 
 /* --- threads and processes ------------------------------------------------------------------- */
@@ -114,7 +120,7 @@ typedef struct sd_thread {
     uint64_t nonce;     /* this thread; never used again in this process or its children */
     uint64_t who;       /* see sd_identity() */
     uint64_t pid;
-    unsigned held;      /* slots this thread holds, in all segments */
+    unsigned held;      /* slots and list locks this thread holds, in all segments */
     unsigned nested;    /* signal handlers running inside a wait of this thread */
     void *records;      /* the binding's list of its locked handles */
     sd_orphan *orphans;
@@ -150,6 +156,8 @@ uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */
  * while one of the core's own short locks is held.  The binding's version lets other threads run
  * and looks at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
 extern int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline);
+/* The same without a look at signals: no Python runs in this thread meanwhile. */
+extern int (*sd_slice_hook)(pthread_mutex_t *mutex, uint64_t deadline);
 
 int sd_mutex_init(pthread_mutex_t *mutex);
 /* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT; SD_NESTED; lock: SD_INTERRUPTED. */
@@ -171,7 +179,7 @@ void sd_list_unlock(sd_segment *segment);
 /* A slot's lock, likewise.  `given`: whether the holder was given the domain, so that it may clear
  * what stands there about the death of an earlier one. */
 int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline);
-int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died);
+int sd_slot_entered(sd_segment *segment, uint32_t slot);
 void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool given);
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given);
 
@@ -307,10 +315,12 @@ int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view
                    uint64_t *extent); /* SD_OK, SD_MISS (none), SD_DOUBT */
 int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
 
+/* 0 when a watermark is damaged. */
 static inline uint32_t sd_slot_count(const sd_segment *segment)
 {
     uint64_t count = sd_load_acquire(&segment->header->slot_count);
-    return (uint32_t)(count <= segment->at.max_slots ? count : segment->at.max_slots);
+    uint64_t committed = sd_unsealed(sd_load(&segment->header->slots_committed));
+    return committed <= segment->at.max_slots && count <= committed ? (uint32_t)count : 0;
 }
 
 static inline const sd_fields *sd_copy_of(const sd_slot *slot, uint64_t cur)

@@ -18,7 +18,7 @@ from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy, memset, strerror
+from libc.string cimport memcmp, memcpy, memset, strerror, strncpy
 from libc.errno cimport errno
 
 import warnings
@@ -66,6 +66,8 @@ cdef extern from "core.h" nogil:
         sd_slot *slots
         sd_word *attached
         uint64_t list_nonce
+        unsigned list_nested
+        void *list_taker
         uint64_t epoch
     ctypedef struct sd_orphan:
         sd_segment *segment
@@ -121,11 +123,11 @@ cdef extern from "core.h" nogil:
     int sd_geometry_make(sd_geometry *, uint64_t, uint64_t)
     uint64_t sd_geometry_fixed(uint64_t)
     int sd_format(int, uint64_t, uint64_t, uint64_t)
-    int sd_map(int, sd_segment **, int *, char *, size_t)
+    int sd_map(int, sd_segment **, char *, size_t)
     void sd_detach(sd_segment *)
     void sd_unmap(sd_segment *)
     sd_segment *sd_mapped(const uint64_t *)
-    void sd_enter_attached(sd_segment *)
+    int sd_begin_in_child(sd_segment *)
     int sd_mutex_slice(pthread_mutex_t *, uint64_t)
     uint32_t sd_mutex_owner(const pthread_mutex_t *)
     int sd_list_lock(sd_segment *, uint64_t)
@@ -133,7 +135,7 @@ cdef extern from "core.h" nogil:
     void sd_list_leaving(sd_segment *)
     void sd_list_unlock(sd_segment *)
     int sd_slot_lock(sd_segment *, uint32_t, uint64_t)
-    int sd_slot_entered(sd_segment *, uint32_t, bint)
+    int sd_slot_entered(sd_segment *, uint32_t)
     void sd_slot_leaving(sd_segment *, uint32_t, bint)
     void sd_slot_unlock(sd_segment *, uint32_t, bint)
     bint sd_take_over(sd_owner *, uint64_t)
@@ -166,10 +168,12 @@ cdef extern from "core.h" nogil:
 
 cdef extern from "core.h":
     int (*sd_wait_hook)(pthread_mutex_t *, uint64_t) noexcept
+    int (*sd_slice_hook)(pthread_mutex_t *, uint64_t) noexcept
     ctypedef void (*sd_report)(void *, const char *, const char *) noexcept
     int sd_check(sd_segment *, sd_report, void *, sd_tally *, int *)
 
 cdef object EMPTY = ()
+cdef object BLOB_NAMES = ("definition", "next definition", "data")
 cdef object STATES = None       # tuple: number -> DomainState
 cdef object REASONS = None      # tuple: state -> {number: reason}
 cdef object DECODE = None       # three callables: blob -> value
@@ -197,16 +201,24 @@ cdef PyObject *kept_value = NULL
 cdef PyObject *kept_traceback = NULL
 
 
+cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
+    cdef int result
+    with nogil:
+        result = sd_mutex_slice(mutex, deadline)
+    return result
+
+
 cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int result = SD_OK
     cdef int raised
-    cdef sd_thread *thread
+    cdef sd_thread *thread = sd_self()
     if mutex != NULL:
-        with nogil:
-            result = sd_mutex_slice(mutex, deadline)
+        result = slice_hook(mutex, deadline)
         if result != SD_TIMEOUT:
             return result
-    thread = sd_self()
+    # Whoever we wait for may be waiting for what another thread dropped in our name.
+    if thread.orphans != NULL:
+        free_orphans(thread)
     thread.nested += 1
     raised = PyErr_CheckSignals()
     thread.nested -= 1
@@ -217,6 +229,7 @@ cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
 
 
 sd_wait_hook = wait_hook
+sd_slice_hook = slice_hook
 
 
 cdef uint64_t deadline_of(timeout) except? 1:
@@ -246,8 +259,8 @@ cdef int fail(int result, object what) except -1:
             f"{what}: one of the segment's own short locks was not free in time")
     if result == SD_NESTED:
         raise errors.LockOrder(
-            f"{what}: asked by a signal handler that interrupted this thread in the middle of a "
-            "change; set a flag in the handler and do this after the interrupted call")
+            f"{what}: this thread is in the middle of using it, and a signal handler interrupted "
+            "it there; set a flag in the handler and do this after the interrupted call")
     if result == SD_FULL:
         raise errors.SegmentFull(
             f"{what}: the segment is full; create it with larger max_domains or max_bytes")
@@ -316,6 +329,21 @@ cdef object reason_of(const sd_values *values):
     return REASONS[values.state].get(values.reason, values.reason)
 
 
+cdef object decode(int which, object blob):
+    """What is in the heap was encoded by us: if it does not decode, it was damaged."""
+    if blob is not None:
+        try:
+            return DECODE[which](blob)
+        except MemoryError:
+            raise
+        except Exception as exc:
+            reason = exc
+    else:
+        reason = "it is missing"
+    raise errors.SegmentCorrupt(
+        f"the {BLOB_NAMES[which]} of a domain is damaged: {reason}") from None
+
+
 cdef object copy_extent(sd_segment *segment, uint64_t extent):
     cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
     blob = PyBytes_FromStringAndSize(NULL, size)
@@ -336,6 +364,12 @@ cdef class Info:
     cdef sd_values values
     cdef object name_text
     cdef list blobs  # of the three blobs, or None: taken without
+
+    def __cinit__(self, *args, **kwargs):
+        self.segment = NOWHERE
+
+    def __init__(self):
+        raise TypeError("DomainInfos come from a DomainList: peek(), list(), snapshot()")
 
     @property
     def id(self):
@@ -393,7 +427,7 @@ cdef class Info:
         """The live definition (`DomainDef`), decoded when first asked for."""
         value = self.segment.cached(self.slot, self.life, self.values.version[SD_DEFINITION])
         if value is None:
-            value = DECODE[SD_DEFINITION](self.blob(SD_DEFINITION))
+            value = decode(SD_DEFINITION, self.blob(SD_DEFINITION))
             self.segment.remember(self.slot, self.life, self.values.version[SD_DEFINITION], value)
         return value
 
@@ -401,13 +435,13 @@ cdef class Info:
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
         blob = self.blob(SD_NEXT_DEFINITION)
-        return None if blob is None else DECODE[SD_NEXT_DEFINITION](blob)
+        return None if blob is None else decode(SD_NEXT_DEFINITION, blob)
 
     @property
     def data(self):
         """The driver's own data, or None."""
         blob = self.blob(SD_DATA)
-        return None if blob is None else DECODE[SD_DATA](blob)
+        return None if blob is None else decode(SD_DATA, blob)
 
     def __repr__(self):
         return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.values.id} "
@@ -419,12 +453,14 @@ cdef struct cache_key:
     uint32_t slot
 
 
+@cython.no_gc_clear
 cdef class Segment:
     """A mapped segment: locks, look-ups, lock-free reading. `DomainList` adds the rules."""
     cdef sd_segment *segment
     cdef bint multiprocessing
     cdef readonly bint closed
     cdef unsigned handles  # to its records, that are still referred to
+    cdef unsigned inside   # threads that wait
     cdef object list_lock, slot_locks  # lock="multiprocessing"
     cdef object record_class
     cdef cache_key *keys
@@ -444,14 +480,14 @@ cdef class Segment:
         PyMem_Free(self.keys)
 
     def _attach(self, int fd, record_class, list_lock=None, slot_locks=None):
-        """Map the segment behind `fd`. Returns whether `fd` was kept (else it is the caller's)."""
+        """Map the segment behind `fd`, which stays the caller's."""
         cdef char why[200]
-        cdef int fresh
         cdef sd_segment *segment
+        self.values = [None] * CACHE_SIZE
         self.keys = <cache_key *>PyMem_Calloc(CACHE_SIZE, sizeof(cache_key))
         if self.keys == NULL:
             raise MemoryError
-        cdef int result = sd_map(fd, &segment, &fresh, why, sizeof(why))
+        cdef int result = sd_map(fd, &segment, why, sizeof(why))
         if result == SD_MISMATCH:
             raise errors.SegmentMismatch(why.decode())
         if result == SD_CORRUPT:
@@ -462,50 +498,64 @@ cdef class Segment:
         self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
         self.list_lock, self.slot_locks = list_lock, slot_locks
         self.record_class = record_class
-        self.values = [None] * CACHE_SIZE
         self.closed = False
-        return fresh
 
     # --- state of this attachment ---
 
     cdef int usable(self) except -1:
         if self.closed:
             raise errors.ListClosed("this DomainList is closed")
-        if self.segment.epoch != sd_fork_epoch:
-            sd_enter_attached(self.segment)
+        if self.segment.epoch != sd_fork_epoch and sd_begin_in_child(self.segment) != SD_OK:
+            raise errors.SegmentMismatch(
+                "this process lives in another PID namespace than its parent, where the thread "
+                "numbers in the locks mean nothing")
         return 0
+
+    cdef int leave(self) except -1:
+        """A wait is over; the list may have been closed meanwhile."""
+        self.inside -= 1
+        if not self.closed:
+            return 0
+        if not self.handles and not self.inside:
+            sd_detach(self.segment)
+        raise errors.ListClosed("this DomainList was closed during the wait")
 
     def _close(self):
         """Give up this attachment; the mapping stays while handles refer to it."""
         if self.closed:
             return
-        if self.segment.list_nonce == sd_self().nonce:
+        if (self.segment.list_nonce == sd_self().nonce
+                and self.segment.list_taker == <void *>self):
             self.release_list()
         self.closed = True
-        if not self.handles:
+        if not self.handles and not self.inside:
             sd_detach(self.segment)
 
     cdef object cached(self, uint32_t slot, uint64_t life, uint64_t version):
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        if (self.keys[at].slot == slot and self.keys[at].life == life
+        if (self.keys != NULL and self.keys[at].slot == slot and self.keys[at].life == life
                 and self.keys[at].version == version):
             return self.values[at]
         return None
 
     cdef void remember(self, uint32_t slot, uint64_t life, uint64_t version, object value):
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
+        self.keys[at].life = 0  # dropping the old value may run anything
         self.values[at] = value
         self.keys[at] = cache_key(life, version, slot)
 
     cdef object definition_of(self, uint32_t slot, uint64_t life, const sd_values *values):
         cdef uint64_t extent
-        value = self.cached(slot, life, values.version[SD_DEFINITION])
+        cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
+        value = self.cached(slot, life, version)
         if value is not None:
             return value
+        if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
+            decode(SD_DEFINITION, None)
         if sd_blob_get(self.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
             fail(SD_CORRUPT, "definition")
-        value = DECODE[SD_DEFINITION](copy_extent(self.segment, extent))
-        self.remember(slot, life, values.version[SD_DEFINITION], value)
+        value = decode(SD_DEFINITION, copy_extent(self.segment, extent))
+        self.remember(slot, life, version, value)
         return value
 
     # --- locks ---
@@ -519,9 +569,11 @@ cdef class Segment:
                                    who >> 22 if who else 0,
                                    (sd_now() - since) / 1e9 if who and since else None)
 
-    cdef int take_mp(self, object lock, sd_owner *owner, uint64_t deadline) except -1:
+    cdef int take_mp(self, object lock, sd_owner *owner, uint64_t deadline,
+                     uint64_t *died_who, uint64_t *died_pid) except -1:
         """A multiprocessing.Lock; SD_DIED: its holder was dead and we stand in its place."""
         cdef uint64_t who, now
+        cdef sd_thread *thread = sd_self()
         cdef double pause
         if lock is None:
             raise errors.LockKindMismatch(
@@ -532,6 +584,7 @@ cdef class Segment:
         while True:
             who = sd_load_acquire(&owner.who)
             if who and not sd_alive(who) and sd_take_over(owner, who):
+                died_who[0], died_pid[0] = who, sd_load(&owner.pid)
                 return SD_DIED
             now = sd_now()
             if deadline != SD_FOREVER and now >= deadline:
@@ -539,23 +592,40 @@ cdef class Segment:
             pause = 0.05
             if deadline != SD_FOREVER and deadline - now < 50000000:
                 pause = (deadline - now) / 1e9
-            if lock.acquire(True, pause):
-                return SD_OK
-            # The lock looks at signals only while it sleeps.
-            if PyErr_CheckSignals():
-                return -1
+            if thread.orphans != NULL:
+                free_orphans(thread)
+            thread.nested += 1
+            try:
+                if lock.acquire(True, pause):
+                    return SD_OK
+                # The lock looks at signals only while it sleeps.
+                if PyErr_CheckSignals():
+                    return -1
+            finally:
+                thread.nested -= 1
 
     cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
         cdef int result
+        cdef uint64_t who, pid
         cdef sd_segment *segment = self.segment
-        if not self.multiprocessing:
-            result = sd_list_lock(segment, deadline)
-        else:
-            result = self.take_mp(self.list_lock, &segment.header.list_owner, deadline)
-            if result == SD_OK or result == SD_DIED:
-                result = sd_list_entered(segment, result == SD_DIED)
-                if result != SD_OK:
-                    self.list_lock.release()
+        self.inside += 1
+        try:
+            if not self.multiprocessing:
+                result = sd_list_lock(segment, deadline)
+            else:
+                result = self.take_mp(self.list_lock, &segment.header.list_owner, deadline,
+                                      &who, &pid)
+                if result == SD_OK or result == SD_DIED:
+                    result = sd_list_entered(segment, result == SD_DIED)
+                    if result != SD_OK:
+                        sd_store(&segment.header.list_owner.who, 0)
+                        self.list_lock.release()
+            if result == SD_OK:
+                segment.list_taker = <void *>self
+                if self.closed:
+                    self.release_list()
+        finally:
+            self.leave()
         if result == SD_OK:
             return 0
         if result == SD_TIMEOUT:
@@ -567,6 +637,8 @@ cdef class Segment:
         if not self.multiprocessing:
             sd_list_unlock(self.segment)
             return 0
+        if self.list_lock is None:
+            raise errors.LockKindMismatch("unlock through the DomainList that locked")
         sd_list_leaving(self.segment)
         self.list_lock.release()
         return 0
@@ -576,19 +648,25 @@ cdef class Segment:
         cdef int result
         cdef uint64_t who, pid
         cdef sd_slot *record = &self.segment.slots[slot]
-        if not self.multiprocessing:
-            result = sd_slot_lock(self.segment, slot, deadline)
-        else:
-            who, pid = sd_load(&record.owner.who), sd_load(&record.owner.pid)
-            result = self.take_mp(None if self.slot_locks is None else self.slot_locks[slot],
-                                  &record.owner, deadline)
-            if result == SD_DIED:
-                sd_recover_slot(self.segment, slot, who, pid)
-                result = SD_OK
-            if result == SD_OK:
-                result = sd_slot_entered(self.segment, slot, False)
-                if result != SD_OK:
-                    self.slot_locks[slot].release()
+        self.inside += 1
+        try:
+            if not self.multiprocessing:
+                result = sd_slot_lock(self.segment, slot, deadline)
+            else:
+                result = self.take_mp(None if self.slot_locks is None else self.slot_locks[slot],
+                                      &record.owner, deadline, &who, &pid)
+                if result == SD_DIED:
+                    sd_recover_slot(self.segment, slot, who, pid)
+                    result = SD_OK
+                if result == SD_OK:
+                    result = sd_slot_entered(self.segment, slot)
+                    if result != SD_OK:
+                        sd_store(&record.owner.who, 0)
+                        self.slot_locks[slot].release()
+            if result == SD_OK and self.closed:
+                self.release_slot(slot, False)
+        finally:
+            self.leave()
         if result == SD_OK or result == SD_TIMEOUT:
             return result
         return fail(result, "lock a domain")
@@ -648,7 +726,7 @@ cdef class Segment:
         self.usable()
         if self.segment.list_nonce != thread.nonce:
             raise errors.ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
-        if thread.nested:
+        if thread.nested > self.segment.list_nested:
             fail(SD_NESTED, what)
         return 0
 
@@ -665,6 +743,8 @@ cdef class Segment:
         """
         cdef uint64_t deadline = deadline_of(timeout)
         self.usable()
+        if sd_self().orphans != NULL:
+            free_orphans(sd_self())
         if self.segment.list_nonce == sd_self().nonce:
             raise errors.AlreadyLocked("this thread holds the list lock already")
         if sd_self().records != NULL and self.holds_any():
@@ -678,6 +758,8 @@ cdef class Segment:
         cdef sd_thread *thread = sd_self()
         self.usable()
         if self.segment.list_nonce == thread.nonce:
+            if thread.nested > self.segment.list_nested:
+                fail(SD_NESTED, "unlock the list")
             self.release_list()
             return
         if self.segment.list_nonce and sd_load(&self.segment.header.list_owner.pid) == thread.pid:
@@ -722,11 +804,15 @@ cdef class Segment:
         """Once more, under the lock of the index. SD_OK or SD_MISS."""
         cdef int result
         if key.what == SD_ID_INDEX:
+            self.inside += 1
             result = sd_ids_lock(self.segment, deadline)
-            if result != SD_OK:
+            if result == SD_OK:
+                result = sd_find(self.segment, key, slot)
+                sd_ids_unlock(self.segment)
+                self.leave()
+            else:
+                self.leave()
                 return fail(result, "find by id")
-            result = sd_find(self.segment, key, slot)
-            sd_ids_unlock(self.segment)
         else:
             # While a domain is held the list lock may only be tried (its holder may want that one).
             self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
@@ -770,29 +856,22 @@ cdef class Segment:
         cdef sd_slot *at = &self.segment.slots[slot]
         cdef Record record
         self.not_held_here(slot)
+        # Made before the lock is taken: an allocation may run the collector, which runs anything.
+        record = self.new_record()
         if self.acquire_slot(slot, deadline) == SD_TIMEOUT:
             self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
         if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
             self.release_slot(slot, False)
             return None
-        try:
-            record = self.new_record(slot)
-        except BaseException:
-            self.release_slot(slot, False)
-            raise
+        record.lead_to(slot)
         record.own()
         return record
 
-    cdef Record new_record(self, uint32_t slot):
-        cdef sd_slot *at = &self.segment.slots[slot]
+    cdef Record new_record(self):
         cdef Record record = (<PyTypeObject *>self.record_class).tp_new(
             self.record_class, EMPTY, NULL)
         record.segment = self
         self.handles += 1
-        record.slot = slot
-        record.life = sd_load(&at.life)
-        record.uuid_raw[0] = sd_load(&at.uuid[0])
-        record.uuid_raw[1] = sd_load(&at.uuid[1])
         return record
 
     cdef object describe(self, uint32_t slot):
@@ -947,8 +1026,17 @@ cdef class Segment:
             return 0
         if sd_ids_lock(segment, SD_TRY) == SD_OK:
             sd_ids_unlock(segment)
-        if not self.multiprocessing and sd_list_lock(segment, SD_TRY) == SD_OK:
-            sd_list_unlock(segment)
+        if not sd_load(&segment.header.list_seq) & 1:
+            return 0
+        if not self.multiprocessing:
+            if sd_list_lock(segment, SD_TRY) == SD_OK:
+                sd_list_unlock(segment)
+        elif self.list_lock is not None:
+            try:
+                self.acquire_list(SD_TRY, 0)
+            except errors.LockTimeout:
+                return 0
+            self.release_list()
         return 0
 
     def snapshot(self, definitions=True):
@@ -996,7 +1084,10 @@ cdef class Segment:
 
     def __len__(self):
         self.usable()
-        return sd_load(&self.segment.header.live)
+        cdef uint64_t live = sd_load(&self.segment.header.live)
+        if live > self.segment.at.max_slots:
+            fail(SD_CORRUPT, "count")
+        return live
 
     def __contains__(self, uuid):
         cdef sd_key key
@@ -1045,16 +1136,13 @@ cdef class Segment:
         values.state = 5
         values.flags = SD_FLAG_PERSISTENT if persistent else 0
         set_change(&blobs[SD_DEFINITION], definition)
+        record = self.new_record()
         self.lock_free_slot(&slot, &link, deadline, timeout)
         result = sd_insert(self.segment, slot, link, words, raw, &values, blobs, deadline)
         if result != SD_OK:
             self.release_slot(slot, False)
             fail(result, f"define domain {name!r}")
-        try:
-            record = self.new_record(slot)
-        except BaseException:
-            self.release_slot(slot, True)
-            raise
+        record.lead_to(slot)
         record.own()
         return record
 
@@ -1081,19 +1169,21 @@ cdef class Segment:
             if passed > 64:
                 patience = deadline
 
-    def _remove(self, Record record):
+    def _remove(self, Record record, timeout=None):
         """Remove a record that this thread has locked; its lock is released. List lock held."""
-        cdef Record mine = record.mine()
+        cdef Record mine = record.mine_to_change()
+        cdef uint64_t deadline = deadline_of(timeout)
         self.need_list("remove")
-        cdef int result = sd_remove(self.segment, mine.slot, SD_FOREVER)
+        cdef int result = sd_remove(self.segment, mine.slot, deadline)
         if result != SD_OK:
             fail(result, "remove a domain")
         mine.drop_changes()
         mine.disown(True)
 
-    def _rename(self, Record record, name, bytes definition, bytes next_definition):
+    def _rename(self, Record record, name, bytes definition, bytes next_definition, timeout=None):
         """Name and definitions in one commit. List lock held; duplicates were looked for."""
-        cdef Record mine = record.mine()
+        cdef Record mine = record.mine_to_change()
+        cdef uint64_t deadline = deadline_of(timeout)
         cdef unsigned char raw[252]
         cdef sd_blob blobs[3]
         self.need_list("rename")
@@ -1103,7 +1193,7 @@ cdef class Segment:
         set_change(&blobs[SD_DEFINITION], definition)
         if next_definition is not None:
             set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
-        cdef int result = sd_commit(self.segment, mine.slot, &mine.values, blobs, raw, SD_FOREVER)
+        cdef int result = sd_commit(self.segment, mine.slot, &mine.values, blobs, raw, deadline)
         if result != SD_OK:
             fail(result, f"rename to {name!r}")
         mine.reload()
@@ -1123,7 +1213,8 @@ cdef class Segment:
         self.usable()
         if slot >= sd_slot_count(self.segment) or len(uuid) != 16:
             raise errors.DomainRemoved("this handle's domain does not exist in this list")
-        record = self.new_record(slot)
+        record = self.new_record()
+        record.lead_to(slot)
         record.life = life
         uuid_words(uuid, record.uuid_raw)
         return record
@@ -1131,11 +1222,14 @@ cdef class Segment:
     def _live_handles(self):
         """Unlocked handles to every live record, in slot order."""
         cdef uint32_t slot
+        cdef Record record
         cdef list found = []
         self.usable()
         for slot in range(sd_slot_count(self.segment)):
             if sd_load(&self.segment.slots[slot].life) & 1:
-                found.append(self.new_record(slot))
+                record = self.new_record()
+                record.lead_to(slot)
+                found.append(record)
         return found
 
     def _set_settings(self, bytes settings):
@@ -1191,9 +1285,8 @@ cdef class Segment:
             "slots": sd_load(&header.slot_count),
             "bytes_max": self.segment.at.total_bytes,
             "heap_max": self.segment.at.heap_cells * SD_CELL,
-            "heap_committed": sd_load(&header.heap_committed) * SD_CELL,
             "heap_used": sd_load(&header.heap_used) * SD_CELL,
-            "creator": (header.creator_pid, header.creator_who >> 22),
+            "creator": (header.creator_pid & 0x3fffff, header.creator_who >> 22),
             "created": header.created / 1e9,
             "poisoned": sd_load(&header.poisoned),
             "attached": [(word & 0x3fffff, word >> 22) for word in attached],
@@ -1206,23 +1299,52 @@ cdef class Segment:
         cdef sd_tally tally
         cdef int still
         cdef int result
-        cdef list found = []
+        cdef fault *faults = NULL
         self.usable()
         if hold:
             self.need_list("check")
             result = sd_check_hold(self.segment, deadline_of(timeout))
             if result != SD_OK:
                 fail(result, "check")
-        result = sd_check(self.segment, report, <void *>found, &tally, &still)
+        result = sd_check(self.segment, report, &faults, &tally, &still)
         if hold:
             sd_check_release(self.segment)
+        found = list_faults(faults)
         if result != SD_OK:
             fail(result, "check")
         return found, tally, bool(still)
 
 
+# What a check finds is kept outside of Python while it holds locks: making an object may run the
+# collector, and that may run anything.
+cdef struct fault:
+    char invariant[32]
+    char what[200]
+    fault *next
+
+
 cdef void report(void *context, const char *invariant, const char *what) noexcept:
-    (<list>context).append((invariant.decode(), what.decode("utf-8", "replace")))
+    cdef fault **faults = <fault **>context
+    cdef fault *one = <fault *>malloc(sizeof(fault))
+    if one == NULL:
+        return
+    strncpy(one.invariant, invariant, 31)
+    strncpy(one.what, what, 199)
+    one.invariant[31] = one.what[199] = 0
+    one.next = faults[0]
+    faults[0] = one
+
+
+cdef list list_faults(fault *one):
+    cdef fault *next
+    cdef list found = []
+    while one != NULL:
+        found.append((one.invariant.decode(), one.what.decode("utf-8", "replace")))
+        next = one.next
+        free(one)
+        one = next
+    found.reverse()
+    return found
 
 
 cdef void free_orphans(sd_thread *thread):
@@ -1231,7 +1353,7 @@ cdef void free_orphans(sd_thread *thread):
     while thread.orphans != NULL:
         orphan = thread.orphans
         thread.orphans = orphan.next
-        sd_slot_unlock(orphan.segment, orphan.slot, True)
+        sd_slot_unlock(orphan.segment, orphan.slot, False)
         free(orphan)
 
 
@@ -1288,6 +1410,7 @@ cdef class Record:
     cdef uint64_t uuid_raw[2]
     cdef uint64_t nonce      # of the thread that holds it through this handle, or 0
     cdef sd_thread *thread
+    cdef unsigned nested     # how deep in signal handlers it was locked
     cdef void *before
     cdef void *after         # neighbours among that thread's locked handles
     cdef sd_values values    # as changed by the holder
@@ -1297,13 +1420,26 @@ cdef class Record:
     cdef list blobs          # what they are in the heap; None clears
     cdef object __weakref__
 
+    def __cinit__(self, *args, **kwargs):
+        self.segment = NOWHERE
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("Domains come from a DomainList: get(), find_by_name(), assign_def(), ...")
+
     def __dealloc__(self):
         if self.held_somewhere():
             abandon(self)
-        if self.segment is not None:
+        if self.segment is not NOWHERE:
             self.segment.handles -= 1
             if self.segment.closed and not self.segment.handles:
                 sd_detach(self.segment.segment)
+
+    cdef void lead_to(self, uint32_t slot):
+        cdef sd_slot *at = &self.segment.segment.slots[slot]
+        self.slot = slot
+        self.life = sd_load(&at.life)
+        self.uuid_raw[0] = sd_load(&at.uuid[0])
+        self.uuid_raw[1] = sd_load(&at.uuid[1])
 
     # --- who holds it ---
 
@@ -1328,10 +1464,18 @@ cdef class Record:
                 f"domain {uuid_object(self.uuid_raw)} is not locked by this thread: with dom: ...")
         return mine
 
+    cdef Record mine_to_change(self):
+        """A signal handler may not change what the code that it interrupted is committing."""
+        cdef Record mine = self.mine()
+        if sd_self().nested > mine.nested:
+            fail(SD_NESTED, "change a domain")
+        return mine
+
     cdef void own(self):
         cdef sd_thread *thread = sd_self()
         self.nonce = thread.nonce
         self.thread = thread
+        self.nested = thread.nested
         self.before = NULL
         self.after = thread.records
         if thread.records != NULL:
@@ -1445,16 +1589,27 @@ cdef class Record:
         seconds, Ctrl-C) everything is rolled back, the domain is unlocked all the same, and the
         error is raised. Raises `DomainNotLocked`, or `NotOwner` in another thread.
         """
+        self.give_back(timeout, True)
+
+    def _hand_back(self, timeout=None):
+        """`unlock` by who was not given the domain, only passed through: the next one still learns
+        of the death of an earlier holder."""
+        self.give_back(timeout, False)
+
+    cdef int give_back(self, object timeout, bint given) except -1:
         cdef Record mine = self.mine_or_none()
+        cdef uint64_t deadline = deadline_of(timeout)
         if mine is None:
             self.not_mine()
-        if not mine.touched and not mine.pending:
-            mine.disown(True)
-            return
-        try:
-            mine.do_commit(deadline_of(timeout))
-        finally:
-            mine.disown(True)
+        if sd_self().nested > mine.nested:
+            fail(SD_NESTED, "unlock a domain")
+        if mine.touched or mine.pending:
+            try:
+                mine.do_commit(deadline)
+            finally:
+                mine.disown(given)
+            return 0
+        return mine.disown(given)
 
     cdef int not_mine(self) except -1:
         if self.held_somewhere():
@@ -1481,11 +1636,11 @@ cdef class Record:
 
         On failure everything since the last commit is rolled back and the error raised.
         """
-        self.mine().do_commit(deadline_of(timeout))
+        self.mine_to_change().do_commit(deadline_of(timeout))
 
     def rollback(self):
         """Forget all changes since the last commit. Domain lock."""
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         mine.drop_changes()
         mine.reload()
 
@@ -1499,9 +1654,10 @@ cdef class Record:
         if mine is None:
             return
         if kind is not None:
+            mine = mine.mine_to_change()
             mine.drop_changes()
             mine.touched = False
-        mine.unlock()
+        mine.give_back(None, True)
 
     # --- fields ---
 
@@ -1535,7 +1691,7 @@ cdef class Record:
 
     @state.setter
     def state(self, value):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         cdef int number = value
         if number < 0 or number >= len(STATES):
             raise ValueError(f"{value!r} is no DomainState")
@@ -1550,7 +1706,7 @@ cdef class Record:
 
     @reason.setter
     def reason(self, value):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         cdef int number = value
         if number < 0 or number > 0xffff:
             raise ValueError(f"a reason is a number from 0 to 65535, not {value!r}")
@@ -1564,7 +1720,7 @@ cdef class Record:
 
     @persistent.setter
     def persistent(self, bint value):
-        self.mine().set_flag(SD_FLAG_PERSISTENT, value)
+        self.mine_to_change().set_flag(SD_FLAG_PERSISTENT, value)
 
     @property
     def autostart(self):
@@ -1574,7 +1730,7 @@ cdef class Record:
 
     @autostart.setter
     def autostart(self, bint value):
-        self.mine().set_flag(SD_FLAG_AUTOSTART, value)
+        self.mine_to_change().set_flag(SD_FLAG_AUTOSTART, value)
 
     cdef int set_flag(self, uint64_t flag, bint value) except -1:
         if value:
@@ -1592,7 +1748,7 @@ cdef class Record:
 
     @pid.setter
     def pid(self, value):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         if value is not None and not 0 < value <= 0x7fffffff:
             raise ValueError(f"{value!r} is no process id")
         mine.values.pid = -1 if value is None else value
@@ -1612,7 +1768,7 @@ cdef class Record:
 
     @definition.setter
     def definition(self, value):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         mine.set_blob(SD_DEFINITION, value, self._encode_definition(value))
 
     @property
@@ -1623,7 +1779,7 @@ cdef class Record:
 
     @next_definition.setter
     def next_definition(self, value):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         if value is None:
             mine.set_blob(SD_NEXT_DEFINITION, None, None)
         else:
@@ -1639,7 +1795,7 @@ cdef class Record:
 
     @data.setter
     def data(self, value):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         if value is None:
             mine.set_blob(SD_DATA, None, None)
             return
@@ -1665,7 +1821,7 @@ cdef class Record:
             return None
         if sd_blob_get(self.segment.segment, self.slot, &self.values, which, &extent) != SD_OK:
             fail(SD_CORRUPT, "read")
-        return DECODE[which](copy_extent(self.segment.segment, extent))
+        return decode(which, copy_extent(self.segment.segment, extent))
 
     @property
     def previous_owner_died(self):
@@ -1685,7 +1841,7 @@ cdef class Record:
 
     def _take_id(self, timeout=None):
         """The next id, entered into this transaction; never given out again."""
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         cdef int32_t id
         cdef int result = sd_take_id(self.segment.segment, &id, deadline_of(timeout))
         if result == SD_FULL:
@@ -1698,7 +1854,7 @@ cdef class Record:
         return id
 
     def _drop_id(self):
-        cdef Record mine = self.mine()
+        cdef Record mine = self.mine_to_change()
         mine.values.id = -1
         mine.touched = True
 
@@ -1736,10 +1892,12 @@ cdef void abandon(Record record) noexcept:
     cdef bint here = record.nonce == self.nonce
     record.leave_thread()
     if record.segment.multiprocessing:
-        sd_slot_leaving(record.segment.segment, slot, True)
+        record.thread.held -= 1
+        self.held += 1
+        sd_slot_leaving(record.segment.segment, slot, False)
         record.segment.slot_locks[slot].release()
     elif here:
-        sd_slot_unlock(record.segment.segment, slot, True)
+        sd_slot_unlock(record.segment.segment, slot, False)
     else:
         orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
         if orphan != NULL:
@@ -1750,6 +1908,10 @@ cdef void abandon(Record record) noexcept:
     if warnings is not None:  # the interpreter may be going down
         warnings.warn("a Domain that was still locked was dropped; its changes are rolled back "
                       "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)
+
+
+# Where a handle leads that no list made.
+cdef Segment NOWHERE = Segment()
 
 
 # --- creating a segment --------------------------------------------------------------------------

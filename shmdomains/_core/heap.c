@@ -17,7 +17,7 @@
 bool sd_extent_valid(const sd_segment *segment, uint64_t extent)
 {
     uint64_t bytes = SD_EXTENT_BYTES(extent), cell = SD_EXTENT_CELL(extent);
-    uint64_t committed = sd_load_acquire(&segment->header->heap_committed);
+    uint64_t committed = sd_unsealed(sd_load_acquire(&segment->header->heap_committed));
     if (committed > segment->at.heap_cells) return false;
     return bytes && bytes <= SD_BLOB_MAX && cell < committed && sd_cells(bytes) <= committed - cell;
 }
@@ -93,7 +93,7 @@ static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint6
     if (result == SD_OK)
         result = sd_commit_memory(segment, segment->at.heap + committed * SD_CELL, more * SD_CELL);
     if (result != SD_OK) return result;
-    sd_publish(&segment->header->heap_committed, committed + more);
+    sd_publish(&segment->header->heap_committed, sd_seal(committed + more));
     *found = committed;
     return SD_OK;
 }
@@ -101,7 +101,7 @@ static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint6
 static int find_room(sd_segment *segment, uint64_t cells, uint64_t *found)
 {
     sd_header *header = segment->header;
-    uint64_t committed = sd_load(&header->heap_committed);
+    uint64_t committed = sd_unsealed(sd_load(&header->heap_committed));
     if (committed > segment->at.heap_cells) return SD_CORRUPT;
     uint64_t hint = sd_load(&header->heap_hint[cells % SD_HINTS]);
     if (hint && is_free(segment, hint - 1, cells, committed)) {

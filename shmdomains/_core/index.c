@@ -91,7 +91,7 @@ void sd_sequence_end(sd_word *sequence)
 /* The table that counts.  SD_CORRUPT if the level can not be. */
 static int current(const sd_segment *segment, int index, sd_word **table, uint64_t *mask)
 {
-    uint64_t level = sd_load_acquire(level_of(segment, index));
+    uint64_t level = sd_unsealed(sd_load_acquire(level_of(segment, index)));
     if (level >= segment->at.levels) return SD_CORRUPT;
     *table = segment->table[index][level];
     *mask = (1ull << (SD_INDEX_BITS + level)) - 1;
@@ -145,7 +145,7 @@ int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot
 }
 
 /* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind
- * the hole.  A copy is stored before the original goes, so nothing is out of the table in between. */
+ * the hole.  A copy is stored before the original goes, so no entry is ever out of the table. */
 static void shift_back(sd_word *table, uint64_t mask, uint64_t hole)
 {
     uint64_t at = hole;
@@ -192,7 +192,7 @@ int sd_index_clear(sd_segment *segment, int index)
 static int grow(sd_segment *segment, int index, const sd_word *table, uint64_t mask)
 {
     sd_word *level = level_of(segment, index), *sequence = sd_index_sequence(segment, index);
-    uint64_t next = sd_load(level) + 1, wider = mask * 2 + 1;
+    uint64_t next = sd_unsealed(sd_load(level)) + 1, wider = mask * 2 + 1;
     if (next >= segment->at.levels) return SD_FULL;
     int result = sd_commit_memory(segment, segment->at.table[index][next], (wider + 1) * 8);
     if (result != SD_OK) return result;
@@ -205,7 +205,7 @@ static int grow(sd_segment *segment, int index, const sd_word *table, uint64_t m
         uint64_t entry = sd_load(&table[i]);
         if (entry) put(target, wider, entry);
     }
-    sd_publish(level, next);
+    sd_publish(level, sd_seal(next));
     sd_sequence_end(sequence);
     return SD_OK;
 }

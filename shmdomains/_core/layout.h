@@ -1,8 +1,8 @@
 /* layout.h - the segment, byte by byte.
  *
- * One mapping, at its full size from the first moment; memory is committed region by region, before
- * use, and nothing is ever moved or shrunk.  Offsets are not stored: they follow from two limits
- * (slots, heap cells) by sd_geometry_make(), so a damaged header cannot point anywhere.
+ * One mapping, at its full size from the first moment; memory is committed region by region,
+ * before use, and nothing is ever moved or shrunk.  Offsets are not stored: they follow from two
+ * limits (slots, heap cells) by sd_geometry_make(), so a damaged header cannot point anywhere.
  *
  *   header       2 pages      limits, locks, counters
  *   attached     4,096 words  who is attached
@@ -148,11 +148,11 @@ typedef struct {
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
     sd_owner list_owner;
     _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: next holder rebuilds */
-    sd_word list_level[2];    /* of the UUID and the name index */
+    sd_word list_level[2];    /* of the UUID and the name index; sealed */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
     _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init */
-    sd_word slots_committed;  /* slots and names with memory behind them; stored after fallocate */
+    sd_word slots_committed;  /* slots and names with memory; stored after fallocate; sealed */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* which settings buffer counts; the commit store of a change.
                                  A dead writer leaves garbage in the other */
@@ -160,14 +160,14 @@ typedef struct {
     /* The id lock. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t id_mutex;
     _Alignas(SD_CACHE_LINE) sd_word id_seq;
-    sd_word id_level;
+    sd_word id_level; /* sealed */
     sd_word id_dirty;
     sd_word next_id; /* stored before the id is used: a death wastes one, never repeats one */
     sd_word active;  /* entries of the id index; derived: rebuilt by recovery */
 
     /* The heap lock. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t heap_mutex;
-    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map behind them */
+    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map; sealed */
     sd_word heap_used;  /* cells; derived: rebuilt by recovery */
     sd_word heap_dirty;
     sd_word heap_rover; /* where the next search starts: a hint */
@@ -212,6 +212,20 @@ static inline void sd_publish(sd_word *word, uint64_t value)
     sd_crash_point();
     atomic_store_explicit(word, value, memory_order_release);
     atomic_thread_fence(memory_order_release);
+}
+
+/* Watermarks - what has memory behind it - carry their own complement: a flipped bit must not lead
+ * to a hole of the file, where a read may be SIGBUS.  36 bits of value, 28 of check. */
+#define SD_SEAL_BITS 36
+static inline uint64_t sd_seal(uint64_t value)
+{
+    return (value & ((1ull << SD_SEAL_BITS) - 1)) | ~value << SD_SEAL_BITS;
+}
+
+static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */
+{
+    uint64_t value = word & ((1ull << SD_SEAL_BITS) - 1);
+    return sd_seal(value) == word ? value : UINT64_MAX;
 }
 
 /* Relaxed words in and out of the segment; `bytes` need not be a multiple of 8, the last word is

@@ -228,16 +228,15 @@ static void forget_pending(void)
 
 /* Mark the death of an owner that does not exist (5. above).  A thread that ends is taken off its
  * locks by the kernel before its number can be free, so a number without a thread is no race.  A
- * mutex that names *this* thread is an orphan too: the callers know that it does not hold it - but
- * for a signal handler that runs in the middle of a wait, whose thread may hold a slot that is
- * just being made; it is turned away. */
+ * mutex that names *this* thread is an orphan too, if the thread holds nothing.  If it does, or if
+ * this is a signal handler in the middle of a wait, it may hold just this one: turn it away. */
 static int bury_missing_owner(pthread_mutex_t *mutex)
 {
     uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
     uint32_t tid = word & FUTEX_TID_MASK;
     if (!tid) return SD_TIMEOUT;
     if (tid == (uint32_t)syscall(SYS_gettid)) {
-        if (sd_self()->nested) return SD_NESTED;
+        if (sd_self()->nested || sd_self()->held) return SD_NESTED;
     } else if (kill((pid_t)tid, 0) == 0 || errno != ESRCH) {
         return SD_TIMEOUT;
     }
@@ -265,6 +264,7 @@ static int wait_without_hook(pthread_mutex_t *mutex, uint64_t deadline)
 }
 
 int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline) = wait_without_hook;
+int (*sd_slice_hook)(pthread_mutex_t *mutex, uint64_t deadline) = wait_without_hook;
 
 static inline void relax(void)
 {
@@ -304,7 +304,7 @@ int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline)
 int sd_mutex_lock_briefly(pthread_mutex_t *mutex)
 {
     int result = try_and_spin(mutex);
-    return result == SD_TIMEOUT ? sd_mutex_slice(mutex, SD_FOREVER) : result;
+    return result == SD_TIMEOUT ? sd_slice_hook(mutex, SD_FOREVER) : result;
 }
 
 int sd_mutex_consistent(pthread_mutex_t *mutex)
@@ -343,8 +343,8 @@ static inline bool poisoned(const sd_segment *segment)
 int sd_list_entered(sd_segment *segment, bool died)
 {
     sd_header *header = segment->header;
+    sign(&header->list_owner); /* before the repair: who dies in it must be known to be dead */
     if (died || sd_load(&header->list_dirty)) {
-        sd_store(&header->list_owner.who, 0);
         sd_store(&header->list_dirty, 1);
         int result = sd_recover_list(segment);
         if (result != SD_OK) {
@@ -354,9 +354,10 @@ int sd_list_entered(sd_segment *segment, bool died)
         sd_publish(&header->list_dirty, 0);
     }
     if (poisoned(segment)) return SD_POISONED;
-    sign(&header->list_owner);
     segment->list_nonce = sd_self()->nonce;
+    segment->list_nested = sd_self()->nested;
     segment->held++;
+    sd_self()->held++;
     return SD_OK;
 }
 
@@ -367,7 +368,10 @@ int sd_list_lock(sd_segment *segment, uint64_t deadline)
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = sd_list_entered(segment, locked == SD_DIED);
     if (locked == SD_DIED) sd_mutex_consistent(mutex);
-    if (result != SD_OK) sd_mutex_unlock(mutex);
+    if (result != SD_OK) {
+        sd_store(&segment->header->list_owner.who, 0);
+        sd_mutex_unlock(mutex);
+    }
     return result;
 }
 
@@ -376,6 +380,7 @@ void sd_list_leaving(sd_segment *segment)
     sd_publish(&segment->header->list_owner.who, 0);
     segment->list_nonce = 0;
     segment->held--;
+    sd_self()->held--;
 }
 
 void sd_list_unlock(sd_segment *segment)
@@ -386,13 +391,9 @@ void sd_list_unlock(sd_segment *segment)
 
 /* --- a slot's lock --------------------------------------------------------------------------- */
 
-int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died)
+int sd_slot_entered(sd_segment *segment, uint32_t slot)
 {
     sd_slot *record = &segment->slots[slot];
-    if (died) {
-        sd_recover_slot(segment, slot, sd_load(&record->owner.who), sd_load(&record->owner.pid));
-        sd_publish(&record->owner.who, 0);
-    }
     if (poisoned(segment)) return SD_POISONED;
     sign(&record->owner);
     segment->held++;
@@ -402,11 +403,18 @@ int sd_slot_entered(sd_segment *segment, uint32_t slot, bool died)
 
 int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
 {
-    pthread_mutex_t *mutex = &segment->slots[slot].mutex;
+    sd_slot *record = &segment->slots[slot];
+    pthread_mutex_t *mutex = &record->mutex;
     int locked = sd_mutex_lock(mutex, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
-    int result = sd_slot_entered(segment, slot, locked == SD_DIED);
-    if (locked == SD_DIED) sd_mutex_consistent(mutex);
+    if (locked == SD_DIED) {
+        sd_recover_slot(segment, slot, sd_load(&record->owner.who), sd_load(&record->owner.pid));
+        /* Signed only after this: who dies in between must not pass for the one who had the
+         * domain. */
+        sd_publish(&record->owner.who, 0);
+        sd_mutex_consistent(mutex);
+    }
+    int result = sd_slot_entered(segment, slot);
     if (result != SD_OK) sd_mutex_unlock(mutex);
     return result;
 }

@@ -44,8 +44,8 @@ void sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values)
     read_fields(sd_copy_of(record, sd_load(&record->cur)), values);
 }
 
-/* The committed values while others may commit: the copy chosen by a `cur` that stands still.
- * Only single fields of the result belong together where the caller holds the lock that pins them. */
+/* The committed values while others may commit: the copy chosen by a `cur` that stands still. Only
+ * single fields of the result belong together where the caller holds the lock that pins them. */
 void sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values)
 {
     const sd_slot *record = &segment->slots[slot];
@@ -323,9 +323,10 @@ int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline)
 static int add_slots(sd_segment *segment)
 {
     sd_header *header = segment->header;
-    uint64_t count = sd_slot_count(segment), committed = sd_load(&header->slots_committed);
+    uint64_t count = sd_slot_count(segment);
+    uint64_t committed = sd_unsealed(sd_load(&header->slots_committed));
+    if (count != sd_load(&header->slot_count)) return SD_CORRUPT;
     if (count >= segment->at.max_slots) return SD_FULL;
-    if (committed > segment->at.max_slots || committed < count) return SD_CORRUPT;
     if (count == committed) {
         uint64_t more = segment->at.max_slots - count < 256 ? segment->at.max_slots - count : 256;
         int result = sd_commit_memory(segment, segment->at.slots + count * sizeof(sd_slot),
@@ -334,7 +335,7 @@ static int add_slots(sd_segment *segment)
             result = sd_commit_memory(segment, segment->at.names + count * sizeof(sd_names),
                                       more * sizeof(sd_names));
         if (result != SD_OK) return result;
-        sd_publish(&header->slots_committed, count + more);
+        sd_publish(&header->slots_committed, sd_seal(count + more));
     }
     int result = sd_mutex_init(&segment->slots[count].mutex);
     if (result != SD_OK) return result;

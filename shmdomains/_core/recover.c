@@ -29,6 +29,7 @@ int sd_recover_list(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint64_t live = 0, head = 0;
+    if (sd_slot_count(segment) != sd_load(&header->slot_count)) return SD_CORRUPT;
     sd_sequence_begin(&header->list_seq);
     int result = sd_index_clear(segment, SD_UUID_INDEX);
     if (result == SD_OK) result = sd_index_clear(segment, SD_NAME_INDEX);
@@ -54,11 +55,12 @@ int sd_recover_ids(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint64_t active = 0;
+    if (sd_slot_count(segment) != sd_load(&header->slot_count)) return SD_CORRUPT;
     sd_sequence_begin(&header->id_seq);
     int result = sd_index_clear(segment, SD_ID_INDEX);
     for (uint32_t slot = 0; slot < sd_slot_count(segment) && result == SD_OK; slot++) {
         sd_values values;
-        if (!(sd_load(&segment->slots[slot].life) & 1)) continue;
+        if (!(sd_load_acquire(&segment->slots[slot].life) & 1)) continue;
         sd_values_settled(segment, slot, &values);
         if (values.id < 0) continue;
         result = sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values.id), slot);
@@ -73,8 +75,9 @@ int sd_recover_ids(sd_segment *segment)
 int sd_recover_heap(sd_segment *segment)
 {
     sd_header *header = segment->header;
-    uint64_t used = 0, committed = sd_load(&header->heap_committed);
+    uint64_t used = 0, committed = sd_unsealed(sd_load(&header->heap_committed));
     if (committed > segment->at.heap_cells) return SD_CORRUPT;
+    if (sd_slot_count(segment) != sd_load(&header->slot_count)) return SD_CORRUPT;
     sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
     for (uint64_t w = 0; w * 64 < committed; w++)
         if (sd_load(&segment->map[w])) sd_store(&segment->map[w], 0);

@@ -65,7 +65,7 @@ int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_ce
 {
     memset(geometry, 0, sizeof *geometry);
     if (max_slots < 1 || max_slots > SD_SLOTS_MAX) return SD_FULL;
-    if (heap_cells < 64 || heap_cells >> 36) return SD_FULL;
+    if (heap_cells < 64 || heap_cells >= 1ull << (SD_SEAL_BITS - 1)) return SD_FULL;
     lay_out(geometry, max_slots, heap_cells);
     return SD_OK;
 }
@@ -206,6 +206,11 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     header->creator_pid = self->pid;
     clock_gettime(CLOCK_REALTIME, &now);
     header->created = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+    sd_store(&header->list_level[0], sd_seal(0));
+    sd_store(&header->list_level[1], sd_seal(0));
+    sd_store(&header->id_level, sd_seal(0));
+    sd_store(&header->slots_committed, sd_seal(0));
+    sd_store(&header->heap_committed, sd_seal(0));
     sd_store(&header->next_id, 1); /* as libvirt's: 0 is never given out */
     header->magic = SD_MAGIC;
     if (sd_mutex_init(&header->list_mutex) || sd_mutex_init(&header->id_mutex)) return SD_ERRNO;
@@ -256,8 +261,8 @@ static int read_header(int fd, const struct stat *status, sd_header *header, cha
     return SD_OK;
 }
 
-/* A mapping keeps the open file that it was made from, and with it that file's flock.  So it is made
- * from an open file of its own: then closing `fd` lets go of the flock. */
+/* A mapping keeps the open file that it was made from, and with it that file's flock.  So it is
+ * made from an open file of its own: then closing `fd` lets go of the flock. */
 static void *map_file(int fd, uint64_t bytes)
 {
     char path[40];
@@ -269,14 +274,13 @@ static void *map_file(int fd, uint64_t bytes)
     return base;
 }
 
-int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
+int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
 {
     struct stat status;
     sd_header header;
     why[0] = 0;
     if (fstat(fd, &status)) return SD_ERRNO;
     sd_segment *segment = find_mapped(&status);
-    *fresh = segment == NULL;
     if (segment) {
         segment->users++;
         *out = segment;
@@ -288,18 +292,23 @@ int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
     if (result == SD_OK)
         result = validate(&header, (uint64_t)status.st_size, &segment->at, why, why_size);
     if (result == SD_OK) {
-        segment->base = map_file(fd, segment->at.total_bytes);
-        if (segment->base == MAP_FAILED) result = SD_ERRNO;
+        segment->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+        segment->base = segment->fd < 0 ? MAP_FAILED : map_file(fd, segment->at.total_bytes);
+        if (segment->base == MAP_FAILED) {
+            if (segment->fd >= 0) close(segment->fd);
+            result = SD_ERRNO;
+        }
     }
     if (result != SD_OK) {
         free(segment);
         return result;
     }
-    segment->fd = fd;
     segment->device = status.st_dev;
     segment->inode = status.st_ino;
     segment->kind = header.kind;
     segment->seed = header.seed;
+    segment->pid_namespace = header.pid_namespace;
+    segment->epoch = sd_fork_epoch;
     memcpy(segment->id, header.id, sizeof segment->id);
     set_pointers(segment);
     segment->users = 1;
@@ -311,8 +320,8 @@ int sd_map(int fd, sd_segment **out, int *fresh, char *why, size_t why_size)
 }
 
 /* The mapping stays: a thread may still be inside.  Nothing of it can be locked any more, so the
- * process may map the segment anew.  Closing the descriptor lets go of the flock, unless a child has
- * inherited it. */
+ * process may map the segment anew.  Closing the descriptor lets go of the flock, unless a child
+ * has inherited it. */
 void sd_detach(sd_segment *segment)
 {
     if (segment->fd < 0 || segment->users > 1 || segment->held) return;
@@ -349,11 +358,6 @@ void sd_enter_attached(sd_segment *segment)
 {
     const sd_thread *self = sd_self();
     uint64_t me = sd_identity((uint32_t)self->pid, self->who >> 22);
-    if (segment->epoch != sd_fork_epoch) { /* what our parent holds is not ours */
-        segment->held = 0;
-        segment->list_nonce = 0;
-        segment->epoch = sd_fork_epoch;
-    }
     for (int pass = 0; pass < 2; pass++) {
         for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
             uint64_t word = sd_load(&segment->attached[i]);
@@ -364,6 +368,16 @@ void sd_enter_attached(sd_segment *segment)
             if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return;
         }
     }
+}
+
+int sd_begin_in_child(sd_segment *segment)
+{
+    if (read_pid_namespace() != segment->pid_namespace) return SD_MISMATCH;
+    segment->held = 0;
+    segment->list_nonce = 0;
+    segment->epoch = sd_fork_epoch;
+    sd_enter_attached(segment);
+    return SD_OK;
 }
 
 void sd_leave_attached(sd_segment *segment)
