@@ -341,9 +341,13 @@ class Planted:
         [place] = [place for place in places if self.read(place)]
         return place
 
+    def watermark(self, at: int) -> int:
+        """A word that carries its complement: 36 bits of value."""
+        return self.read(at) & (1 << 36) - 1
+
     def entries(self, index: int) -> list[int]:
         """The places of an index's entries in the table that counts."""
-        level = self.read(
+        level = self.watermark(
             self.header("list_level") + 8 * index if index < 2 else self.header("id_level")
         )
         table = self.at[f"table.{index}.{level}"]

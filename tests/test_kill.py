@@ -333,7 +333,7 @@ def test_half_a_change_of_the_heap(
     used = doms.info.heap_used
     word = planted.at["map"]
     map_before = planted.read(word)
-    committed_cells = planted.read(planted.header("heap_committed"))
+    committed_cells = planted.watermark(planted.header("heap_committed"))
     holder = start(hold_mutex, path, planted.header("heap_mutex"))
     holder.hear()
     if grown == "allocate":
@@ -365,7 +365,7 @@ def test_the_garbage_of_a_dead_holder_is_freed_by_the_next(
     used = doms.info.heap_used
     holder = start(hold, path, "b")
     holder.hear()
-    cell = planted.read(planted.header("heap_committed")) - 64
+    cell = planted.watermark(planted.header("heap_committed")) - 64
     planted.write(planted.slot(1, "extent") + 8 * 2, cell << 25 | 130)
     planted.write(planted.at["map"] + cell // 8, 7)
     planted.write(planted.header("heap_used"), used // 64 + 3)

@@ -120,7 +120,9 @@ typedef struct sd_thread {
     uint64_t nonce;     /* this thread; never used again in this process or its children */
     uint64_t who;       /* see sd_identity() */
     uint64_t pid;
-    unsigned held;      /* slots and list locks this thread holds, in all segments */
+    unsigned held;      /* slots this thread holds, in all segments */
+    unsigned lists;     /* list locks it holds */
+    unsigned short_wait; /* it waits for one of the core's own short locks */
     unsigned nested;    /* signal handlers running inside a wait of this thread */
     void *records;      /* the binding's list of its locked handles */
     sd_orphan *orphans;

@@ -75,7 +75,9 @@ cdef extern from "core.h" nogil:
         sd_orphan *next
     ctypedef struct sd_thread:
         uint64_t nonce, who, pid, epoch
-        unsigned held, nested
+        unsigned held
+        unsigned nested
+        unsigned short_wait
         void *records
         sd_orphan *orphans
     ctypedef struct sd_values:
@@ -211,6 +213,7 @@ cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
 cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int result = SD_OK
     cdef int raised
+    cdef unsigned short_wait
     cdef sd_thread *thread = sd_self()
     if mutex != NULL:
         result = slice_hook(mutex, deadline)
@@ -220,7 +223,9 @@ cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     if thread.orphans != NULL:
         free_orphans(thread)
     thread.nested += 1
+    short_wait, thread.short_wait = thread.short_wait, 0
     raised = PyErr_CheckSignals()
+    thread.short_wait = short_wait
     thread.nested -= 1
     if raised:
         PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
@@ -259,8 +264,8 @@ cdef int fail(int result, object what) except -1:
             f"{what}: one of the segment's own short locks was not free in time")
     if result == SD_NESTED:
         raise errors.LockOrder(
-            f"{what}: this thread is in the middle of using it, and a signal handler interrupted "
-            "it there; set a flag in the handler and do this after the interrupted call")
+            f"{what}: this thread is in the middle of using it: a signal handler interrupted it "
+            "there, or kept what was waited for; set a flag in the handler and do it afterwards")
     if result == SD_FULL:
         raise errors.SegmentFull(
             f"{what}: the segment is full; create it with larger max_domains or max_bytes")

@@ -154,7 +154,7 @@ sd_thread *sd_thread_begin(void)
     self->nonce = atomic_fetch_add(&nonces, 1);
     self->pid = (uint64_t)getpid();
     self->who = sd_identity((uint32_t)syscall(SYS_gettid), start_of_self);
-    self->held = self->nested = 0;
+    self->held = self->lists = self->nested = self->short_wait = 0;
     self->records = NULL;
     self->orphans = NULL;
     return self;
@@ -226,18 +226,27 @@ static void forget_pending(void)
     if (pthread_mutex_lock(&own) == 0) pthread_mutex_unlock(&own);
 }
 
+/* May this thread hold a mutex that it asks for?  Never one of the core's own short locks.  A slot
+ * or a list lock, if it holds any, or if this is a signal handler in the middle of a wait: what the
+ * interrupted code holds may not be on record yet. */
+static bool may_be_ours(void)
+{
+    const sd_thread *self = sd_self();
+    return !self->short_wait && (self->nested || self->held || self->lists);
+}
+
 /* Mark the death of an owner that does not exist (5. above).  A thread that ends is taken off its
  * locks by the kernel before its number can be free, so a number without a thread is no race.  A
- * mutex that names *this* thread is an orphan too, if the thread holds nothing.  If it does, or if
- * this is a signal handler in the middle of a wait, it may hold just this one: turn it away. */
+ * mutex that names *this* thread is an orphan too, unless it may be ours: then the caller is turned
+ * away.  Waiters without an owner are nobody's doing but a flipped bit's. */
 static int bury_missing_owner(pthread_mutex_t *mutex)
 {
     uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
     uint32_t tid = word & FUTEX_TID_MASK;
-    if (!tid) return SD_TIMEOUT;
+    if (!word || word & FUTEX_OWNER_DIED) return SD_TIMEOUT;
     if (tid == (uint32_t)syscall(SYS_gettid)) {
-        if (sd_self()->nested || sd_self()->held) return SD_NESTED;
-    } else if (kill((pid_t)tid, 0) == 0 || errno != ESRCH) {
+        if (may_be_ours()) return SD_NESTED;
+    } else if (tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH)) {
         return SD_TIMEOUT;
     }
     uint32_t dead = (word & FUTEX_WAITERS) | FUTEX_OWNER_DIED;
@@ -357,7 +366,7 @@ int sd_list_entered(sd_segment *segment, bool died)
     segment->list_nonce = sd_self()->nonce;
     segment->list_nested = sd_self()->nested;
     segment->held++;
-    sd_self()->held++;
+    sd_self()->lists++;
     return SD_OK;
 }
 
@@ -380,7 +389,7 @@ void sd_list_leaving(sd_segment *segment)
     sd_publish(&segment->header->list_owner.who, 0);
     segment->list_nonce = 0;
     segment->held--;
-    sd_self()->held--;
+    sd_self()->lists--;
 }
 
 void sd_list_unlock(sd_segment *segment)
@@ -446,8 +455,12 @@ static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *d
     if (locked == SD_DIED || sd_load(dirty)) {
         sd_store(dirty, 1);
         result = recover(segment);
-        if (result == SD_OK) sd_publish(dirty, 0);
-        else sd_poison(segment, reason, 0);
+        if (result == SD_OK) {
+            sd_publish(dirty, 0);
+        } else {
+            sd_poison(segment, reason, 0);
+            result = SD_POISONED;
+        }
     }
     if (result == SD_OK && poisoned(segment)) result = SD_POISONED;
     if (locked == SD_DIED) sd_mutex_consistent(mutex);
@@ -458,8 +471,12 @@ static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *d
 int sd_ids_lock(sd_segment *segment, uint64_t deadline)
 {
     sd_header *header = segment->header;
-    return entered_short(segment, &header->id_mutex, &header->id_dirty,
-                         sd_mutex_lock(&header->id_mutex, deadline), sd_recover_ids, SD_POISON_IDS);
+    sd_thread *self = sd_self();
+    self->short_wait++;
+    int locked = sd_mutex_lock(&header->id_mutex, deadline);
+    self->short_wait--;
+    return entered_short(segment, &header->id_mutex, &header->id_dirty, locked, sd_recover_ids,
+                         SD_POISON_IDS);
 }
 
 void sd_ids_unlock(sd_segment *segment)
@@ -471,9 +488,12 @@ void sd_ids_unlock(sd_segment *segment)
 int sd_heap_lock_briefly(sd_segment *segment)
 {
     sd_header *header = segment->header;
-    return entered_short(segment, &header->heap_mutex, &header->heap_dirty,
-                         sd_mutex_lock_briefly(&header->heap_mutex), sd_recover_heap,
-                         SD_POISON_HEAP);
+    sd_thread *self = sd_self();
+    self->short_wait++;
+    int locked = sd_mutex_lock_briefly(&header->heap_mutex);
+    self->short_wait--;
+    return entered_short(segment, &header->heap_mutex, &header->heap_dirty, locked,
+                         sd_recover_heap, SD_POISON_HEAP);
 }
 
 void sd_heap_unlock(sd_segment *segment)
