@@ -7,6 +7,7 @@ on a record in shared memory; a store of another kind puts them on its own recor
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -38,6 +39,13 @@ def decode_data(blob: bytes) -> Any:
     return msgpack.unpackb(blob, use_list=False, object_hook=MappingProxyType, strict_map_key=False)
 
 
+def _checked_reason(reason: int) -> int:
+    number = operator.index(reason)
+    if not 0 <= number <= 0xFFFF:
+        raise ValueError(f"a reason is a number from 0 to 65535, not {reason!r}")
+    return number
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, MappingProxyType):
         return dict(value)
@@ -54,6 +62,7 @@ class DomainRules(_Record):
 
         Raises `DomainNotLocked`. Source: virDomainObjSetState.
         """
+        state, reason = DomainState(state), _checked_reason(reason)
         self.state = state
         self.reason = reason
 
@@ -83,6 +92,10 @@ class DomainRules(_Record):
         """
         if self.is_active:
             raise DomainActive(f"domain '{self.name}' is already running with id {self.id}")
+        # All of it is checked before any of it is changed.
+        state, reason = DomainState(state), _checked_reason(reason)
+        if pid is not None and not 0 < operator.index(pid) < 1 << 31:
+            raise ValueError(f"{pid!r} is no process id")
         id = self._take_id(timeout)
         self.pid = pid
         self.set_state(state, reason)
@@ -96,6 +109,7 @@ class DomainRules(_Record):
         """
         if not self.is_active:
             raise DomainInactive(f"domain '{self.name}' is not running")
+        reason = _checked_reason(reason)
         self._drop_id()
         self.pid = None
         self.set_state(DomainState.SHUTOFF, reason)

@@ -42,6 +42,7 @@ from .errors import (
     DomainRemoved,
     DomainTransient,
     InvalidName,
+    ListClosed,
     ListNotLocked,
     SegmentCorrupt,
     SegmentExists,
@@ -212,6 +213,8 @@ class DomainListRules(_Store):
                 self.unlock()
 
     def _need_list_lock(self, what: str) -> None:
+        if self.closed:
+            raise ListClosed("this DomainList is closed")
         if not self.is_locked:
             raise ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
 

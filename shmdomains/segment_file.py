@@ -135,11 +135,7 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
     """
     if mode not in _MODES:
         raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
-    with suppress(FileExistsError):
-        os.mkdir(path.parent, 0o700)
-        if group is not None:
-            os.chown(path.parent, -1, _gid(group))
-            os.chmod(path.parent, 0o2750)
+    _make_directory(path.parent, group)
     _check_directory(path.parent)
     place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -167,6 +163,20 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
     finally:
         os.close(place)
     return fd
+
+
+def _make_directory(path: Path, group: int | str | None) -> None:
+    try:
+        os.mkdir(path, 0o700)
+        if group is not None:
+            os.chown(path, -1, _gid(group))
+            os.chmod(path, 0o2750)
+    except FileExistsError:
+        return
+    except OSError as exc:
+        raise SegmentRefused(
+            exc.errno, f"can not make the segment directory: {exc.strerror}", str(path)
+        ) from exc
 
 
 def _open_unnamed(path: Path) -> int:

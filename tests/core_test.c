@@ -7,6 +7,8 @@
  *                              refusals only where there is no room; the map rebuilt from descriptors
  *   core_test views SEED       readers without a lock among writers: never a mixture of two commits,
  *                              never a miss of what is there
+ *   core_test stores SEED      the same between every two stores of a writer, and the words that only
+ *                              change while a sequence is odd change only then
  *
  * Exit status 0 if all held; otherwise it says what did not, and dies.
  */
@@ -18,6 +20,16 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+/* What to look at before each store into a segment. */
+static void (*before_store)(void);
+
+#ifdef SD_CRASH_POINTS
+void sd_crash_point(void)
+{
+    if (before_store) before_store();
+}
+#endif
 
 static uint64_t random_state;
 
@@ -166,7 +178,6 @@ static int test_index(void)
 {
     sd_segment *segment = make(KEYS, 64);
     sd_store(&segment->header->slots_committed, sd_seal(KEYS));
-    sd_store(&segment->header->slots_committed, KEYS);
     sd_store(&segment->header->slot_count, KEYS);
     /* Small and crowded: looked at after every step. */
     for (uint32_t key = 0; key < 60; key++) hash[key] = crowded_hash();
@@ -445,6 +456,7 @@ static void look(uint32_t slot)
     sd_view view;
     uint64_t found[3][64], size[3] = {0};
     int result = sd_view_begin(shared, slot, &view);
+    if (result == SD_MISS) return;
     MUST(result == SD_OK || result == SD_DOUBT);
     for (int b = 0; b < 3 && result == SD_OK; b++) {
         uint64_t extent;
@@ -509,6 +521,95 @@ static int test_views(void)
     return 0;
 }
 
+/* --- between two stores ------------------------------------------------------------------------ */
+
+static uint64_t sums[2]; /* of what changes only while the list's, the ids' sequence is odd */
+static uint64_t stores;
+
+static uint64_t sum_table(int index, uint64_t sum)
+{
+    for (uint64_t i = 0; i < 1u << SD_INDEX_BITS; i++)
+        sum = sum * seed_word + sd_load(&shared->table[index][0][i]);
+    return sum;
+}
+
+static void sum_up(uint64_t now[2])
+{
+    now[0] = sum_table(SD_NAME_INDEX, sum_table(SD_UUID_INDEX, 0));
+    now[1] = sum_table(SD_ID_INDEX, 0);
+    for (uint32_t slot = 0; slot < sd_slot_count(shared); slot++)
+        now[0] += sd_load(&shared->slots[slot].life) * (slot + seed_word);
+}
+
+/* Somebody who looks at this moment: nothing that is there is missed, no record is torn. */
+static void inspect(void)
+{
+    uint64_t now[2];
+    sum_up(now);
+    MUST(now[0] == sums[0] || sd_load(&shared->header->list_seq) & 1, "an index moved unseen");
+    MUST(now[1] == sums[1] || sd_load(&shared->header->id_seq) & 1, "the id index moved unseen");
+    memcpy(sums, now, sizeof sums);
+    stores++;
+    for (uint32_t slot, n = 0; n < DOMAINS; n++) {
+        sd_key key = {.what = SD_UUID_INDEX};
+        domain_uuid(n, key.uuid);
+        int result = sd_find(shared, &key, &slot);
+        MUST(result == SD_OK || result == SD_DOUBT, "a domain that is there was missed");
+        MUST(result != SD_OK || slot == n);
+    }
+    for (uint32_t slot = 0; slot < sd_slot_count(shared); slot++) look(slot);
+}
+
+/* Rename a domain and change all of it, or start or stop it. */
+static void work_on(uint32_t slot, uint64_t k)
+{
+    uint64_t words[3][64];
+    sd_values values;
+    sd_blob blobs[3] = {{0}};
+    unsigned char name[SD_NAME_MAX + 1];
+    MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
+    sd_values_get(shared, slot, &values);
+    bool start = values.id < 0 && k % 3 == 0, stop = values.id >= 0;
+    if (start) MUST(sd_take_id(shared, &values.id, SD_FOREVER) == SD_OK);
+    if (stop) values.id = -1;
+    if (!start && !stop) spell(k, &values, words, blobs), spell_name(k, name);
+    MUST(sd_commit(shared, slot, &values, blobs, start || stop ? NULL : name, SD_FOREVER) == SD_OK);
+    sd_slot_unlock(shared, slot, true);
+}
+
+static int test_stores(void)
+{
+    uint32_t passer = 0;
+    sd_tally tally;
+    int still, problems = 0;
+    shared = make(500, 100000);
+    MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+    for (uint64_t n = 0; n < DOMAINS; n++) MUST(add(n, n) == n);
+    sum_up(sums);
+    before_store = inspect;
+    for (uint64_t k = 100; k < 500; k++) {
+        uint64_t what = roll(3);
+        if (what == 0 && !passer) {
+            passer = add(k, 1ull << 30 | k << 8 | 255);
+        } else if (what == 1 && passer) {
+            MUST(sd_slot_lock(shared, passer, SD_FOREVER) == SD_OK);
+            MUST(sd_remove(shared, passer, SD_FOREVER) == SD_OK);
+            sd_slot_unlock(shared, passer, true);
+            passer = 0;
+        } else {
+            work_on((uint32_t)roll(DOMAINS), k << 8);
+        }
+    }
+    before_store = NULL;
+    sd_list_unlock(shared);
+    MUST(sd_check(shared, complain, &problems, &tally, &still) == SD_OK && still && !problems);
+#ifdef SD_CRASH_POINTS
+    MUST(stores > 10000, "only %lu stores were seen", stores);
+#endif
+    sd_unmap(shared);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 3) return 2;
@@ -517,5 +618,6 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "index")) return test_index();
     if (!strcmp(argv[1], "heap")) return test_heap();
     if (!strcmp(argv[1], "views")) return test_views();
+    if (!strcmp(argv[1], "stores")) return test_stores();
     return 2;
 }

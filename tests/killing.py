@@ -282,6 +282,7 @@ def driver(sanitize: bool = False) -> Path | None:
     _homes.append(home)
     program = Path(home.name) / "core_test"
     command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{CORE}", "-pthread"]
+    command += ["-DSD_CRASH_POINTS"]
     command += ["-o", str(program), str(TESTS / "core_test.c"), *(str(CORE / c) for c in _SOURCES)]
     plain = ["-O0"]
     checked = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -630,7 +630,9 @@ def test_a_segment_directory_that_can_not_be_used(
     config_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHMDOMAINS_DIR", str(tmp_path / "no" / "where"))
-    assert failure("load", config_dir) == f"{tmp_path}/no/where: No such file or directory"
+    assert failure("load", config_dir) == (
+        f"{tmp_path}/no/where: can not make the segment directory: No such file or directory"
+    )
     (tmp_path / "file").touch()
     monkeypatch.setenv("SHMDOMAINS_DIR", str(tmp_path / "file"))
     assert "is no directory" in failure("load", config_dir)

@@ -876,7 +876,7 @@ def fork_at_the_limit(pipe: Pipe, path: str) -> None:
     held: list[Domain] = []
     with suppress(TooManyLocks), doms.locked():
         for i in range(1000):
-            held.append(doms.find_by_name(f"x{i}"))  # noqa: PERF401 - as far as it goes
+            held.append(doms.find_by_name(f"x{i}"))
     child = fork(lock_in_child, doms)
     pipe.say((len(held) > 900, child.hear()))
 

@@ -301,9 +301,7 @@ def held_elsewhere(take: Callable[[], Any]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("what", ["domain", "list"])
-def test_a_lock_that_stays(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+def test_a_lock_that_stays(directory: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     prove = stress_proof.prove
 
     def proving(doms: DomainList, journal: Journal, plan: Plan, *args: Any) -> Any:
@@ -352,7 +350,9 @@ def test_workers_get_on_without_a_lock_that_sticks(
     monkeypatch.setattr(stress, "FORGIVING_LOCK_TIMEOUT", 0.1)
     status, text = run(directory, lock="multiprocessing", kill=True, seconds=1)
     assert status == 0, text
-    assert f"stuck: {'the list lock' if which == 'list' else '1 domain lock'}. A multi" in text
+    # The kills of the storm may have left another one locked for good.
+    stuck = "stuck: the list lock" if which == "list" else r"stuck: .*\d+ domain locks?"
+    assert re.search(stuck, text), text
     assert "~ nothing stays locked" in text
 
 
@@ -392,9 +392,7 @@ def test_a_define_that_was_acknowledged_and_not_done(
     assert "is missing" in text or "lost: " in text
 
 
-def test_an_exception_is_told_in_one_line(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_is_told_in_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def touch(self: Worker, dom: Domain, mark: Mark) -> Mark:
         raise RuntimeError("the roof\nis on fire")
 
@@ -423,9 +421,7 @@ def test_a_worker_that_dies_of_something_else(
 
 
 @pytest.mark.parametrize("when", ["while it runs", "at its end"])
-def test_a_worker_that_hangs(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
+def test_a_worker_that_hangs(directory: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     def hang(self: Worker) -> None:
         with self._doms.locked():
             self._begin(Kind.PEEK)
@@ -550,9 +546,7 @@ def changed(doms: DomainList, count: int) -> None:
         dom.data = [count, 0, 5, 0, -1, [count]]
 
 
-@pytest.mark.parametrize(
-    ("acknowledged", "found", "kept"), [(0, 0, 0), (0, 1, 1), (1, 1, 0)]
-)
+@pytest.mark.parametrize(("acknowledged", "found", "kept"), [(0, 0, 0), (0, 1, 1), (1, 1, 0)])
 def test_a_change_in_flight_is_settled(
     dead: tuple[DomainList, Journal, Plan], acknowledged: int, found: int, kept: int
 ) -> None:
@@ -586,9 +580,7 @@ def test_definitions_in_flight_are_settled(dead: tuple[DomainList, Journal, Plan
     settle(doms, journal, plan, 0, 1.0)
     assert page.own(2) == (0, 0)
 
-    own = DomainDef.from_xml(
-        XML.format(plan.own_name(0, 7, 0), UUID(bytes=plan.own_uuid(0, 7)))
-    )
+    own = DomainDef.from_xml(XML.format(plan.own_name(0, 7, 0), UUID(bytes=plan.own_uuid(0, 7))))
     doms.define(own)
     page.intend(Intent.DEFINE, 2, 7)
     settle(doms, journal, plan, 0, 1.0)

@@ -26,6 +26,7 @@ import warnings
 from shmdomains import errors
 
 cdef extern from "Python.h":
+    object PyNumber_Index(object)
     int PyErr_CheckSignals()
     void PyErr_Fetch(PyObject **, PyObject **, PyObject **)
     void PyErr_Restore(PyObject *, PyObject *, PyObject *)
@@ -827,17 +828,19 @@ cdef class Segment:
             return result
         return fail(result, "find")
 
-    cdef Record look_up(self, const sd_key *key, object timeout):
+    cdef Record look_up(self, const sd_key *key, uint64_t deadline, object timeout):
         """Probe, lock that one slot, verify; None: not there.
 
         A hit that turns out to be another domain once it is locked was removed or renamed
         meanwhile; the look-up begins again, for its key may have come back in another slot.
         """
-        cdef uint64_t deadline = deadline_of(timeout)
         cdef uint32_t slot
         cdef int result
         cdef Record record
-        if sd_self().records != NULL:
+        cdef sd_thread *thread = sd_self()
+        if thread.orphans != NULL:
+            free_orphans(thread)
+        if thread.records != NULL:
             if sd_find(self.segment, key, &slot) == SD_OK:
                 self.not_held_here(slot)
             self.may_wait(deadline)
@@ -902,10 +905,11 @@ cdef class Segment:
         `LockOrder` (this thread holds another domain and would wait), `AlreadyLocked`.
         """
         cdef sd_key key
+        cdef uint64_t deadline = deadline_of(timeout)
         cdef Record record = None
         self.usable()
         if self.make_key(&key, uuid, name, id):
-            record = self.look_up(&key, timeout)
+            record = self.look_up(&key, deadline, timeout)
         if record is None:
             raise self.missing(uuid, name, id)
         return record
@@ -913,31 +917,34 @@ cdef class Segment:
     def lookup(self, *, uuid=None, name=None, id=None, timeout=None):
         """Like `get`, but None when there is no such domain."""
         cdef sd_key key
+        cdef uint64_t deadline = deadline_of(timeout)
         self.usable()
         if not self.make_key(&key, uuid, name, id):
             return None
-        return self.look_up(&key, timeout)
+        return self.look_up(&key, deadline, timeout)
 
     def find_by_id(self, id, timeout=None):
         """The active domain with this id, locked, or None. List lock held by the caller
         (virDomainFindByID)."""
-        cdef sd_key key
-        self.need_list("find_by_id")
-        return self.look_up(&key, timeout) if self.make_key(&key, None, None, id) else None
+        return self.find("find_by_id", None, None, id, timeout)
 
     def find_by_uuid(self, uuid, timeout=None):
         """The domain with this UUID, locked, or None. List lock held by the caller
         (virDomainFindByUUID)."""
-        cdef sd_key key
-        self.need_list("find_by_uuid")
-        return self.look_up(&key, timeout) if self.make_key(&key, uuid, None, None) else None
+        return self.find("find_by_uuid", uuid, None, None, timeout)
 
     def find_by_name(self, name, timeout=None):
         """The domain with this name, locked, or None. List lock held by the caller
         (virDomainFindByName)."""
+        return self.find("find_by_name", None, name, None, timeout)
+
+    cdef Record find(self, object what, object uuid, object name, object id, object timeout):
         cdef sd_key key
-        self.need_list("find_by_name")
-        return self.look_up(&key, timeout) if self.make_key(&key, None, name, None) else None
+        cdef uint64_t deadline = deadline_of(timeout)
+        self.need_list(what)
+        if not self.make_key(&key, uuid, name, id):
+            return None
+        return self.look_up(&key, deadline, timeout)
 
     # --- reading without any lock ---
 
@@ -991,10 +998,11 @@ cdef class Segment:
         `timeout`: seconds after which a read that writers keep overtaking raises `Busy`.
         """
         cdef sd_key key
+        cdef uint64_t deadline = deadline_of(timeout)
         self.usable()
         if not self.make_key(&key, uuid, name, id):
             return None
-        return self.look(&key, True, deadline_of(timeout))
+        return self.look(&key, True, deadline)
 
     def _glance(self, *, uuid=None, name=None, id=None):
         """`peek` without definitions and data."""
@@ -1566,6 +1574,8 @@ cdef class Record:
             if held.life == self.life:
                 self.segment.not_held_here(self.slot)
             self.outlived()
+        if sd_load(&at.life) != self.life:
+            self.outlived()  # a life that ended does not come back: no need to wait for the slot
         self.segment.may_wait(deadline)
         if self.segment.acquire_slot(self.slot, deadline) == SD_TIMEOUT:
             self.segment.timed_out(&at.owner, &at.mutex, self.segment.describe(self.slot), timeout)
@@ -1697,7 +1707,7 @@ cdef class Record:
     @state.setter
     def state(self, value):
         cdef Record mine = self.mine_to_change()
-        cdef int number = value
+        cdef long number = PyNumber_Index(value)
         if number < 0 or number >= len(STATES):
             raise ValueError(f"{value!r} is no DomainState")
         mine.values.state = <uint16_t>number
@@ -1712,7 +1722,7 @@ cdef class Record:
     @reason.setter
     def reason(self, value):
         cdef Record mine = self.mine_to_change()
-        cdef int number = value
+        cdef long number = PyNumber_Index(value)
         if number < 0 or number > 0xffff:
             raise ValueError(f"a reason is a number from 0 to 65535, not {value!r}")
         mine.values.reason = <uint16_t>number
@@ -1754,9 +1764,10 @@ cdef class Record:
     @pid.setter
     def pid(self, value):
         cdef Record mine = self.mine_to_change()
-        if value is not None and not 0 < value <= 0x7fffffff:
+        cdef long number = -1 if value is None else PyNumber_Index(value)
+        if value is not None and not 0 < number <= 0x7fffffff:
             raise ValueError(f"{value!r} is no process id")
-        mine.values.pid = -1 if value is None else value
+        mine.values.pid = <int32_t>number
         mine.touched = True
 
     @property
