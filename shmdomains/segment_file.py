@@ -4,7 +4,7 @@ A segment is created in an unnamed file of its directory, filled, locked and onl
 name, so nobody ever opens half a segment, a killed creator leaves nothing and the loser of a race
 sees that the name is taken. Every attached process holds a shared `flock`; who wants to unlink asks
 for an exclusive one on a descriptor of its own (a descriptor inherited over fork shares the lock of
-its parent, and would say yes).
+its parent, and would say yes). Names are made and removed under a `flock` of the directory.
 
 Directories belong to us (or root) and nobody else may write there, so a name can neither be
 squatted nor be made to lead elsewhere; links are refused all the same.
@@ -18,7 +18,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -146,6 +146,7 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
             os.fchmod(fd, mode)
             fill(fd)
             fcntl.flock(fd, fcntl.LOCK_SH)
+            fcntl.flock(place, fcntl.LOCK_EX)
             # Through /proc: linking a descriptor directly needs a capability.
             os.link(
                 f"/proc/self/fd/{fd}",
@@ -258,17 +259,23 @@ def is_same_file(path: Path, fd: int) -> bool:
 
 def unlink(path: Path, force: bool = False) -> None:
     """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`."""
-    while True:
+    with ExitStack() as stack:
+        place = _open_directory(path.parent)
+        stack.callback(os.close, place)
+        # Names come and go under the directory's lock, so this one keeps its file meanwhile.
+        fcntl.flock(place, fcntl.LOCK_EX)
         fd = _open_checked(path)
-        try:
-            if not force:
-                _lock_exclusively(path, fd)
-            if not is_same_file(path, fd):
-                continue
-            os.unlink(path)
-            return
-        finally:
-            os.close(fd)
+        stack.callback(os.close, fd)
+        if not force:
+            _lock_exclusively(path, fd)
+        os.unlink(path)
+
+
+def _open_directory(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise SegmentNotFound(exc.errno, f"no such segment: {exc.strerror}", str(path)) from exc
 
 
 def _lock_exclusively(path: Path, fd: int) -> None:
