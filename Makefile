@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean FORCE
+.PHONY: help demo test bench lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean FORCE
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check
@@ -31,6 +31,10 @@ demo: $(VENV)/.installed ## set up, then run the main job on the samples while w
 test: $(VENV)/.installed-test ## set up, then run the tests
 	$(say) 'test: pytest on tests, on the docstrings and on the README'
 	@$(py) -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## set up, then time the operations and the hand-over from a killed holder
+	$(say) 'bench: a first look at speed, on this machine alone'
+	@$(py) bench/quick.py
 
 lint: lint-ruff lint-mypy lint-cython lint-c ## set up, then run ruff, mypy, cython-lint and gcc's warnings
 

@@ -381,6 +381,55 @@ def test_a_race_of_openers_and_unlinkers(home: Home, segment_name: str) -> None:
     home.party.tell(f"try: unlink({segment_name!r})\nexcept SegmentNotFound: pass")
 
 
+def test_unlinking_without_force_splits_nobody(home: Home, segment_name: str) -> None:
+    """Who is attached is in the segment that the name leads to, until somebody forces it."""
+    home.party.tell(RACE)
+    got = home.party.tell(
+        "def work(number):\n"
+        "    split = 0\n"
+        "    for turn in range(150):\n"
+        f"        with DomainList.open({segment_name!r}, max_domains=8) as doms:\n"
+        "            if number % 2:\n"
+        "                try: doms.unlink()\n"
+        "                except (SegmentNotFound, SegmentInUse): pass\n"
+        "                continue\n"
+        "            try:\n"
+        f"                with DomainList.attach({segment_name!r}) as same:\n"
+        "                    split += same._identity != doms._identity\n"
+        "            except SegmentNotFound: split += 1\n"
+        "    return split\n"
+        "race(work, 4)"
+    )
+    home.party.tell(f"try: unlink({segment_name!r})\nexcept SegmentNotFound: pass")
+    assert got == [("done", 0)] * 4
+
+
+def test_who_attaches_while_another_unlinks(
+    place: Path, party: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either it is attached and nothing is unlinked, or it finds nothing to attach to."""
+    doms = DomainList.create("s", max_domains=8)
+    honest = segment_file.is_same_file
+
+    def somebody_attaches(path: Path, fd: int) -> bool:
+        monkeypatch.setattr(segment_file, "is_same_file", honest)
+        same = honest(path, fd)
+        party.start("doms = DomainList.attach('s')")
+        party.is_waiting()
+        return same
+
+    monkeypatch.setattr(segment_file, "is_same_file", somebody_attaches)
+    with contextlib.suppress(SegmentInUse):
+        doms.unlink()
+    try:
+        party.answer()
+    except SegmentNotFound:
+        assert not place.exists()
+    else:
+        assert place.exists(), "it is attached to a segment that has no name"
+    let_go(doms)
+
+
 # --- unlink ------------------------------------------------------------------------------------
 
 
