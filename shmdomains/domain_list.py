@@ -715,9 +715,7 @@ class DomainList(DomainListRules, core.Segment):
                 f"segment {self._path} is in use by process "
                 f"{', '.join(str(one.pid) for one in others)}; force unlinks it all the same"
             )
-        if not segment_file.is_same_file(self._path, self._fd):
-            raise SegmentNotFound(f"{self._path} is not this segment any more")
-        segment_file.unlink(self._path, force=True)
+        segment_file.unlink_attached(self._path, self._fd, force)
 
     def close(self) -> None:
         """Detach. The list lock is released if this thread holds it; locked domains stay locked

@@ -18,7 +18,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -259,23 +259,45 @@ def is_same_file(path: Path, fd: int) -> bool:
 
 def unlink(path: Path, force: bool = False) -> None:
     """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`."""
-    with ExitStack() as stack:
-        place = _open_directory(path.parent)
-        stack.callback(os.close, place)
-        # Names come and go under the directory's lock, so this one keeps its file meanwhile.
-        fcntl.flock(place, fcntl.LOCK_EX)
+    with _names_locked(path):
         fd = _open_checked(path)
-        stack.callback(os.close, fd)
-        if not force:
-            _lock_exclusively(path, fd)
-        os.unlink(path)
+        try:
+            if not force:
+                _lock_exclusively(path, fd)
+            os.unlink(path)
+        finally:
+            os.close(fd)
 
 
-def _open_directory(path: Path) -> int:
+def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
+    """`unlink` by a process that is attached through `fd` itself, and stays so.
+
+    Children that inherited `fd` share its `flock` and do not count as others here.
+    """
+    with _names_locked(path):
+        if not is_same_file(path, fd):
+            raise SegmentNotFound(errno.ENOENT, "the name is not this segment's", str(path))
+        try:
+            if not force:
+                _lock_exclusively(path, fd)
+            os.unlink(path)
+        finally:
+            # Asking for the exclusive lock gave up the shared one, whatever the answer was.
+            fcntl.flock(fd, fcntl.LOCK_SH)
+
+
+@contextmanager
+def _names_locked(path: Path) -> Iterator[None]:
+    """Names come and go under the directory's lock, so in here each keeps its file."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as exc:
         raise SegmentNotFound(exc.errno, f"no such segment: {exc.strerror}", str(path)) from exc
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 def _lock_exclusively(path: Path, fd: int) -> None:

@@ -1124,11 +1124,10 @@ class FakeDomain:
     def rollback(self) -> None:
         self.changed = False
 
-    def __enter__(self) -> FakeDomain:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if exc_info[0] is None and (self.changed or self.definition.name not in self.store.domains):
+    @contextmanager
+    def _in_passing(self) -> Iterator[None]:
+        yield
+        if self.changed or self.definition.name not in self.store.domains:
             self.store.domains[self.definition.name] = self
 
 

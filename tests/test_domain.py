@@ -423,16 +423,23 @@ def test_unlocking_inside_the_block(web1: Domain, doms: DomainList, other: Party
 
 
 def test_nested_with(web1: Domain, doms: DomainList, other: Party) -> None:
-    """The inner block ends the hold, as each `with` does; the outer one then has nothing to do."""
+    """The outermost block ends the hold, and commits; an unlock inside ends it at once."""
     with web1:
         web1.pid = 1
         with web1:
             web1.autostart = True
+        assert web1.is_locked and web1.changed
+        assert seen(doms).pid is None
+        web1.pid = 2
+    assert not web1.is_locked
+    other.tell("doms.get(name='web1', timeout=0).unlock()")
+    assert (seen(doms).pid, seen(doms).autostart) == (2, True)
+    with web1:
+        with web1:
+            web1.unlock()
         assert not web1.is_locked
         with pytest.raises(DomainNotLocked):
             web1.pid = 2
-        other.tell("doms.get(name='web1', timeout=0).unlock()")
-    assert (seen(doms).pid, seen(doms).autostart) == (1, True)
 
 
 def test_nested_with_and_an_exception(web1: Domain, doms: DomainList) -> None:

@@ -695,27 +695,34 @@ def test_a_dead_holders_multiprocessing_lock_is_taken_over(
 
 def count_inherited(pipe: Pipe, doms: DomainList, turns: int) -> None:
     pipe.say("ready")
+    pipe.listen()
     for _ in range(turns):
         with doms.get(name="a", timeout=DEADLINE) as dom:
-            dom.data = (dom.data or 0) + 1
+            before = dom.data or 0
+            for _ in range(3000):  # so long that a second owner would be in between
+                pass
+            dom.data = before + 1
     pipe.say("done")
     pipe.rest()
 
 
 def compete_for_the_dead(pipe: Pipe) -> None:
+    """They find the holder dead at the same moment."""
     doms = inherited_list()
-    for turn in range(10):
+    for turn in range(25):
         holder = fork(hold_inherited, doms, ["a"])
         assert holder.hear() == "holding"
-        takers = [fork(count_inherited, doms, 20) for _ in range(4)]
+        takers = [fork(count_inherited, doms, 3) for _ in range(4)]
         for taker in takers:
             assert taker.hear() == "ready"
         holder.kill()
         for taker in takers:
+            taker.tell("go")
+        for taker in takers:
             assert taker.hear() == "done"
         for child in (holder, *takers):
             child.close()
-        assert doms.peek(name="a").data == 80 * (turn + 1)
+        assert doms.peek(name="a").data == 12 * (turn + 1)
     sound(doms)
     pipe.say("fine")
 

@@ -431,9 +431,10 @@ cdef class Info:
     @property
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for."""
+        blob = self.blob(SD_DEFINITION)
         value = self.segment.cached(self.slot, self.life, self.values.version[SD_DEFINITION])
         if value is None:
-            value = decode(SD_DEFINITION, self.blob(SD_DEFINITION))
+            value = decode(SD_DEFINITION, blob)
             self.segment.remember(self.slot, self.life, self.values.version[SD_DEFINITION], value)
         return value
 
@@ -1424,6 +1425,7 @@ cdef class Record:
     cdef uint64_t nonce      # of the thread that holds it through this handle, or 0
     cdef sd_thread *thread
     cdef unsigned nested     # how deep in signal handlers it was locked
+    cdef unsigned depth      # of `with` blocks
     cdef void *before
     cdef void *after         # neighbours among that thread's locked handles
     cdef sd_values values    # as changed by the holder
@@ -1496,6 +1498,7 @@ cdef class Record:
         thread.records = <void *>self
         self.pending = 0
         self.touched = False
+        self.depth = 0
         sd_values_get(self.segment.segment, self.slot, &self.values)
 
     cdef void leave_thread(self):
@@ -1660,8 +1663,11 @@ cdef class Record:
         mine.reload()
 
     def __enter__(self):
-        if self.mine_or_none() is None:
+        cdef Record mine = self.mine_or_none()
+        if mine is None:
             self.take(SD_FOREVER, None)
+            mine = self
+        mine.depth += 1
         return self
 
     def __exit__(self, kind, value, traceback):
@@ -1671,7 +1677,10 @@ cdef class Record:
         if kind is not None:
             mine = mine.mine_to_change()
             mine.drop_changes()
-            mine.touched = False
+            mine.reload()
+        if mine.depth > 1:
+            mine.depth -= 1  # an inner block; the outer one goes on
+            return
         mine.give_back(None, True)
 
     # --- fields ---
