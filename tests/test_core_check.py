@@ -400,3 +400,27 @@ def test_core(part: str, seed: int) -> None:
         pytest.skip("no C compiler")
     done = subprocess.run([program, part, str(seed)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("which", ["list", "id", "heap", "slot"])
+def test_the_damaged_kind_of_a_lock_is_found(
+    doms: DomainList, planted: Planted, which: str
+) -> None:
+    place = planted.slot(1, "mutex") if which == "slot" else planted.header(f"{which}_mutex")
+    planted.flip(place + planted.at["mutex.__data.__kind"], 3)
+    problems = doms._check(False)[0]
+    planted.flip(place + planted.at["mutex.__data.__kind"], 3)
+    assert [name for name, _ in problems] == ["locks"]
+    assert doms.check()
+
+
+def test_the_free_end_of_the_heap_joins_what_is_committed_next() -> None:
+    """One MiB is committed and nearly free; a blob needs it together with all that is not yet."""
+    doms = DomainList(max_domains=4, max_bytes=4 << 20)
+    doms.define(xml("a"))
+    room = doms.info.heap_free
+    assert room > 2 << 20
+    with doms.get(name="a") as dom:
+        dom.data = b"y" * (room - 1024)
+    assert doms.check()
+    assert len(doms.peek(name="a").data) == room - 1024

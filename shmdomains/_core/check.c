@@ -117,6 +117,7 @@ static void check_slot(const look *at, uint32_t slot)
         }
     }
     if (extents > counted) at->tally->garbage += extents - counted;
+    if (!sd_mutex_sound(&record->mutex)) fault(at, "locks", "slot %u: its lock is damaged", slot);
     if (result != SD_OK) return;
     at->tally->domains++;
     check_identity(at, slot, &view);
@@ -183,6 +184,9 @@ static void check_counts(const look *at)
     if (sd_load(&header->active) != at->tally->active)
         fault(at, "counts", "%llu active domains are counted, %llu are there",
               (unsigned long long)sd_load(&header->active), (unsigned long long)at->tally->active);
+    if (!sd_mutex_sound(&header->list_mutex) || !sd_mutex_sound(&header->id_mutex) ||
+        !sd_mutex_sound(&header->heap_mutex))
+        fault(at, "locks", "the list's, the ids' or the heap's lock is damaged");
     if (sd_load(&header->list_seq) & 1) fault(at, "I5 sequence", "the list's sequence is odd");
     if (sd_load(&header->id_seq) & 1) fault(at, "I5 sequence", "the ids' sequence is odd");
     if (sd_load(&header->poisoned))

@@ -169,6 +169,7 @@ int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline);
 int sd_mutex_lock_briefly(pthread_mutex_t *mutex); /* one slice, signals left alone */
 int sd_mutex_consistent(pthread_mutex_t *mutex);
 void sd_mutex_unlock(pthread_mutex_t *mutex);
+bool sd_mutex_sound(const pthread_mutex_t *mutex); /* its kind word is the one we gave it */
 uint32_t sd_mutex_owner(const pthread_mutex_t *mutex);          /* tid, 0 if free */
 
 /* The list lock.  lock = the mutex, then entered(); unlock = leaving(), then the mutex.  For

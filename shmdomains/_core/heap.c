@@ -81,12 +81,28 @@ static bool search(const sd_segment *segment, uint64_t cells, uint64_t from, uin
     return true;
 }
 
-/* Commit room for `cells` more, and their map, behind the watermark. */
+/* Free cells at the very end of what is committed, `most` at the most. */
+static uint64_t free_tail(const sd_segment *segment, uint64_t committed, uint64_t most)
+{
+    uint64_t tail = 0;
+    while (tail < most && tail < committed) {
+        uint64_t cell = committed - tail - 1;
+        if (sd_load(&segment->map[cell / 64]) >> (cell % 64) & 1) break;
+        tail++;
+    }
+    return tail;
+}
+
+/* Commit room, and its map, behind the watermark, so that `cells` lie free before its new place. */
 static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint64_t *found)
 {
     uint64_t room = segment->at.heap_cells - committed;
-    if (cells > room) return SD_FULL;
-    uint64_t more = cells > GROW_CELLS ? cells : GROW_CELLS;
+    uint64_t tail = free_tail(segment, committed, cells);
+    uint64_t missing = cells - tail;
+    *found = committed - tail;
+    if (!missing) return SD_OK;
+    if (missing > room) return SD_FULL;
+    uint64_t more = missing > GROW_CELLS ? missing : GROW_CELLS;
     if (more > room) more = room;
     uint64_t first = committed / 8, last = (committed + more + 7) / 8;
     int result = sd_commit_memory(segment, segment->at.map + first, last - first);
@@ -94,7 +110,6 @@ static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint6
         result = sd_commit_memory(segment, segment->at.heap + committed * SD_CELL, more * SD_CELL);
     if (result != SD_OK) return result;
     sd_publish(&segment->header->heap_committed, sd_seal(committed + more));
-    *found = committed;
     return SD_OK;
 }
 

@@ -203,9 +203,14 @@ static int outcome(int error)
     }
 }
 
+bool sd_mutex_sound(const pthread_mutex_t *mutex)
+{
+    return __atomic_load_n(&mutex->__data.__kind, __ATOMIC_RELAXED) == mutex_kind;
+}
+
 int sd_mutex_try(pthread_mutex_t *mutex)
 {
-    if (__atomic_load_n(&mutex->__data.__kind, __ATOMIC_RELAXED) != mutex_kind) return SD_CORRUPT;
+    if (!sd_mutex_sound(mutex)) return SD_CORRUPT;
     return outcome(pthread_mutex_trylock(mutex));
 }
 
@@ -260,7 +265,7 @@ int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
     uint64_t until = sd_now() + SD_SLICE_NS;
     if (until > deadline) until = deadline;
     struct timespec at = {(time_t)(until / 1000000000ull), (long)(until % 1000000000ull)};
-    if (__atomic_load_n(&mutex->__data.__kind, __ATOMIC_RELAXED) != mutex_kind) return SD_CORRUPT;
+    if (!sd_mutex_sound(mutex)) return SD_CORRUPT;
     int result = outcome(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &at));
     if (result == SD_OK || result == SD_DIED) return result;
     forget_pending();
