@@ -120,8 +120,8 @@ class DomainRules(_Record):
 
     @contextmanager
     def _in_passing(self) -> Iterator[None]:
-        """Hold the domain, which is locked, for a block that commits; nobody is given it, so who is
-        next still learns of the death of an earlier holder."""
+        """Hold the domain, which is or gets locked in the block, for a change of our own; nobody is
+        given it, so who is next still learns of the death of an earlier holder."""
         try:
             yield
         except BaseException:

@@ -118,6 +118,8 @@ class LockedDomains(list[Domain]):
     a ``with`` block: committed, or rolled back if the block raised."""
 
     def __enter__(self) -> LockedDomains:
+        for dom in self:
+            dom.__enter__()
         return self
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
@@ -310,7 +312,7 @@ class DomainListRules(_Store):
                 dom.persistent = persistent
         except BaseException:
             dom.rollback()
-            dom.unlock()
+            dom._hand_back()
             raise
         return dom
 
@@ -342,8 +344,8 @@ class DomainListRules(_Store):
                 "until nobody holds it"
             )
         deadline = _Deadline(timeout)
-        dom.lock(deadline.left())
         with dom._in_passing():
+            dom.lock(deadline.left())
             if dom.is_active:
                 raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
             self._remove(dom, deadline.left())
@@ -361,8 +363,8 @@ class DomainListRules(_Store):
         if held is not None:
             raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
         for dom in doms:
-            dom.lock(deadline.left())
             with dom._in_passing():
+                dom.lock(deadline.left())
                 self._remove(dom, deadline.left())
 
     def rename(self, dom: Domain, new_name: str, timeout: float | None = None) -> None:

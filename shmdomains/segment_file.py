@@ -35,6 +35,7 @@ from .errors import (
 SUFFIX = ".segment"
 DEFAULT_NAME = "default"
 _MODES = (0o600, 0o660)
+_PATIENCE = 10.0  # seconds for the lock of a directory, which is held for microseconds
 
 
 class SegmentFile(msgspec.Struct, frozen=True):
@@ -146,7 +147,7 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
             os.fchmod(fd, mode)
             fill(fd)
             fcntl.flock(fd, fcntl.LOCK_SH)
-            fcntl.flock(place, fcntl.LOCK_EX)
+            _lock_directory(place, path.parent)
             # Through /proc: linking a descriptor directly needs a capability.
             os.link(
                 f"/proc/self/fd/{fd}",
@@ -162,7 +163,7 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
             os.close(fd)
             raise
     finally:
-        os.close(place)
+        _unlock_and_close(place)
     return fd
 
 
@@ -266,7 +267,7 @@ def unlink(path: Path, force: bool = False) -> None:
                 _lock_exclusively(path, fd)
             os.unlink(path)
         finally:
-            os.close(fd)
+            _unlock_and_close(fd)
 
 
 def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
@@ -294,10 +295,31 @@ def _names_locked(path: Path) -> Iterator[None]:
     except OSError as exc:
         raise SegmentNotFound(exc.errno, f"no such segment: {exc.strerror}", str(path)) from exc
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)
+        _lock_directory(place, path.parent)
         yield
     finally:
-        os.close(place)
+        _unlock_and_close(place)
+
+
+def _unlock_and_close(fd: int) -> None:
+    # Closing alone would leave the lock with a child that was forked meanwhile.
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _lock_directory(fd: int, path: Path) -> None:
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise SegmentInUse(
+                    f"another process keeps {path} locked, in which names are made and removed; "
+                    "it may be stopped (its number stands in /proc/locks)"
+                ) from None
+            time.sleep(0.005)
 
 
 def _lock_exclusively(path: Path, fd: int) -> None:

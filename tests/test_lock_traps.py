@@ -427,15 +427,25 @@ def test_close_releases_the_list_lock(
     assert holder.ask() == "free"
 
 
-def test_a_list_dropped_with_its_lock_held_stays_mapped(path: str) -> None:
+def test_a_list_dropped_with_its_lock_held_lets_go_of_it(path: str) -> None:
     doms = DomainList.create(path=path)
     doms.lock()
-    del doms
+    with pytest.warns(ResourceWarning, match="held its lock"):
+        del doms
+    assert mappings(path) == 0
+    again = DomainList.attach(path=path)
+    assert not again.is_locked
+    again.lock(timeout=0)
+    again.unlock()
+
+
+def test_a_list_dropped_by_another_thread_than_its_locks_stays_mapped(path: str) -> None:
+    box = [DomainList.create(path=path)]
+    box[0].lock()
+    in_thread(box.clear)
     assert mappings(path) == 1, "the kernel looks at a held mutex when its thread dies"
     again = DomainList.attach(path=path)
     assert again.is_locked
-    again.unlock()
-    again.lock(timeout=0)
     again.unlock()
 
 

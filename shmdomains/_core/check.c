@@ -230,11 +230,7 @@ int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tal
 
 int sd_check_hold(sd_segment *segment, uint64_t deadline)
 {
-    int result = sd_ids_lock(segment, deadline);
-    if (result != SD_OK) return result;
-    result = sd_heap_lock_briefly(segment);
-    if (result != SD_OK) sd_ids_unlock(segment);
-    return result;
+    return sd_short_locks(segment, true, true, deadline);
 }
 
 void sd_check_release(sd_segment *segment)

@@ -70,7 +70,10 @@ typedef struct sd_segment {
     sd_names *names;
     sd_word *attached, *map, *heap;
     sd_word *table[SD_INDEXES][SD_INDEX_LEVELS];
-    unsigned users;        /* DomainLists of this process that refer to it */
+    unsigned users;        /* objects of this process that refer to it */
+    unsigned open;         /* those that were not closed */
+    unsigned handles;      /* to its records, that are still referred to */
+    unsigned inside;       /* threads of this process that wait */
     unsigned held;         /* slot locks held by threads of this process, list lock included */
     uint64_t list_nonce;   /* the thread of ours that holds the list lock, or 0 */
     unsigned list_nested;  /* how deep in signal handlers it was then */
@@ -87,8 +90,8 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells);
  * caller's; the segment keeps a duplicate.  SD_MISMATCH with a reason in `why`; SD_CORRUPT;
  * SD_ERRNO. */
 int sd_map(int fd, sd_segment **out, char *why, size_t why_size);
-/* Give up what others can see of the last use: the entry in the attached table and the flock.
- * Does nothing while there are other uses, or a lock of ours is held. */
+/* Give up what others can see of us - the entry in the attached table, the flock - once nothing is
+ * open, nobody waits, and no handle or lock is left. */
 void sd_detach(sd_segment *segment);
 /* Drop one use; unmaps after the last one unless a lock of ours is held. */
 void sd_unmap(sd_segment *segment);
@@ -289,6 +292,8 @@ int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *value
  * nobody has it).  On failure nothing has changed. */
 int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
               const sd_blob blobs[SD_BLOBS], const unsigned char *name, uint64_t deadline);
+/* The id lock if `ids`, and the heap lock if `heap`.  Signals run only while neither is held. */
+int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline);
 /* The next id, never given out again.  Slot lock held. */
 int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline);
 

@@ -59,7 +59,9 @@ cdef extern from "core.h" nogil:
         uint64_t max_slots, heap_cells, total_bytes
     ctypedef struct sd_segment:
         int fd
-        unsigned users, held
+        unsigned open
+        unsigned handles
+        unsigned inside
         sd_geometry at
         uint64_t kind
         uint64_t id[2]
@@ -214,7 +216,7 @@ cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
 cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int result = SD_OK
     cdef int raised
-    cdef unsigned short_wait
+    cdef unsigned nested, short_wait
     cdef sd_thread *thread = sd_self()
     if mutex != NULL:
         result = slice_hook(mutex, deadline)
@@ -223,11 +225,10 @@ cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     # Whoever we wait for may be waiting for what another thread dropped in our name.
     if thread.orphans != NULL:
         free_orphans(thread)
-    thread.nested += 1
-    short_wait, thread.short_wait = thread.short_wait, 0
+    nested, short_wait = thread.nested, thread.short_wait
+    thread.nested, thread.short_wait = nested + 1, 0
     raised = PyErr_CheckSignals()
-    thread.short_wait = short_wait
-    thread.nested -= 1
+    thread.nested, thread.short_wait = nested, short_wait  # not -= 1: a handler may have forked
     if raised:
         PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
         return SD_INTERRUPTED
@@ -340,9 +341,7 @@ cdef object decode(int which, object blob):
     if blob is not None:
         try:
             return DECODE[which](blob)
-        except MemoryError:
-            raise
-        except Exception as exc:
+        except (ValueError, TypeError, OverflowError) as exc:
             reason = exc
     else:
         reason = "it is missing"
@@ -466,8 +465,6 @@ cdef class Segment:
     cdef sd_segment *segment
     cdef bint multiprocessing
     cdef readonly bint closed
-    cdef unsigned handles  # to its records, that are still referred to
-    cdef unsigned inside   # threads that wait
     cdef object list_lock, slot_locks  # lock="multiprocessing"
     cdef object record_class
     cdef cache_key *keys
@@ -482,6 +479,11 @@ cdef class Segment:
 
     def __dealloc__(self):
         if self.segment != NULL:
+            if (self.segment.list_taker == <void *>self
+                    and self.segment.list_nonce == sd_self().nonce):
+                drop_list(self)
+            if not self.closed:
+                self.segment.open -= 1
             sd_unmap(self.segment)
             self.segment = NULL
         PyMem_Free(self.keys)
@@ -518,25 +520,31 @@ cdef class Segment:
                 "numbers in the locks mean nothing")
         return 0
 
-    cdef int leave(self) except -1:
+    cdef void leave(self):
         """A wait is over; the list may have been closed meanwhile."""
-        self.inside -= 1
-        if not self.closed:
-            return 0
-        if not self.handles and not self.inside:
+        if self.segment.inside:  # 0: a handler forked, and this is the child
+            self.segment.inside -= 1
+        if self.closed:
             sd_detach(self.segment)
-        raise errors.ListClosed("this DomainList was closed during the wait")
+
+    cdef int still_open(self) except -1:
+        if self.closed:
+            raise errors.ListClosed("this DomainList was closed during the wait")
+        return 0
 
     def _close(self):
         """Give up this attachment; the mapping stays while handles refer to it."""
         if self.closed:
             return
-        if (self.segment.list_nonce == sd_self().nonce
-                and self.segment.list_taker == <void *>self):
+        cdef sd_thread *thread = sd_self()
+        # A signal handler may close the list, but what it interrupted still needs the list lock.
+        if (self.segment.list_nonce == thread.nonce
+                and self.segment.list_taker == <void *>self
+                and thread.nested <= self.segment.list_nested):
             self.release_list()
         self.closed = True
-        if not self.handles and not self.inside:
-            sd_detach(self.segment)
+        self.segment.open -= 1
+        sd_detach(self.segment)
 
     cdef object cached(self, uint32_t slot, uint64_t life, uint64_t version):
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
@@ -547,7 +555,7 @@ cdef class Segment:
 
     cdef void remember(self, uint32_t slot, uint64_t life, uint64_t version, object value):
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        self.keys[at].life = 0  # dropping the old value may run anything
+        cdef object old = self.values[at]  # dropped last: that may run anything
         self.values[at] = value
         self.keys[at] = cache_key(life, version, slot)
 
@@ -580,6 +588,7 @@ cdef class Segment:
                      uint64_t *died_who, uint64_t *died_pid) except -1:
         """A multiprocessing.Lock; SD_DIED: its holder was dead and we stand in its place."""
         cdef uint64_t who, now
+        cdef unsigned nested
         cdef sd_thread *thread = sd_self()
         cdef double pause
         if lock is None:
@@ -590,6 +599,8 @@ cdef class Segment:
             return SD_OK
         while True:
             who = sd_load_acquire(&owner.who)
+            if who == thread.who:
+                return SD_NESTED  # a signal handler, or the collector, took it and kept it
             if who and not sd_alive(who) and sd_take_over(owner, who):
                 died_who[0], died_pid[0] = who, sd_load(&owner.pid)
                 return SD_DIED
@@ -601,7 +612,8 @@ cdef class Segment:
                 pause = (deadline - now) / 1e9
             if thread.orphans != NULL:
                 free_orphans(thread)
-            thread.nested += 1
+            nested = thread.nested
+            thread.nested = nested + 1
             try:
                 if lock.acquire(True, pause):
                     return SD_OK
@@ -609,13 +621,13 @@ cdef class Segment:
                 if PyErr_CheckSignals():
                     return -1
             finally:
-                thread.nested -= 1
+                thread.nested = nested
 
     cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
         cdef int result
         cdef uint64_t who, pid
         cdef sd_segment *segment = self.segment
-        self.inside += 1
+        segment.inside += 1
         try:
             if not self.multiprocessing:
                 result = sd_list_lock(segment, deadline)
@@ -634,7 +646,7 @@ cdef class Segment:
         finally:
             self.leave()
         if result == SD_OK:
-            return 0
+            return self.still_open()
         if result == SD_TIMEOUT:
             self.timed_out(&segment.header.list_owner, &segment.header.list_mutex,
                            "the list lock", timeout)
@@ -655,7 +667,7 @@ cdef class Segment:
         cdef int result
         cdef uint64_t who, pid
         cdef sd_slot *record = &self.segment.slots[slot]
-        self.inside += 1
+        self.segment.inside += 1
         try:
             if not self.multiprocessing:
                 result = sd_slot_lock(self.segment, slot, deadline)
@@ -675,6 +687,7 @@ cdef class Segment:
         finally:
             self.leave()
         if result == SD_OK or result == SD_TIMEOUT:
+            self.still_open()
             return result
         return fail(result, "lock a domain")
 
@@ -740,7 +753,7 @@ cdef class Segment:
     @property
     def is_locked(self):
         """Whether this thread holds the list lock."""
-        return not self.closed and self.segment.list_nonce == sd_self().nonce
+        return self.segment != NULL and self.segment.list_nonce == sd_self().nonce
 
     def lock(self, timeout=None):
         """Take the list lock (the patch's driver lock).
@@ -763,12 +776,14 @@ cdef class Segment:
     def unlock(self):
         """Release the list lock. Raises `ListNotLocked`, or `NotOwner` in another thread."""
         cdef sd_thread *thread = sd_self()
-        self.usable()
-        if self.segment.list_nonce == thread.nonce:
+        if self.segment != NULL and self.segment.list_nonce == thread.nonce:
             if thread.nested > self.segment.list_nested:
                 fail(SD_NESTED, "unlock the list")
             self.release_list()
+            if self.closed:
+                sd_detach(self.segment)
             return
+        self.usable()
         if self.segment.list_nonce and sd_load(&self.segment.header.list_owner.pid) == thread.pid:
             raise errors.NotOwner("another thread of this process holds the list lock")
         raise errors.ListNotLocked("this thread does not hold the list lock")
@@ -811,15 +826,15 @@ cdef class Segment:
         """Once more, under the lock of the index. SD_OK or SD_MISS."""
         cdef int result
         if key.what == SD_ID_INDEX:
-            self.inside += 1
+            self.segment.inside += 1
             result = sd_ids_lock(self.segment, deadline)
-            if result == SD_OK:
-                result = sd_find(self.segment, key, slot)
-                sd_ids_unlock(self.segment)
-                self.leave()
-            else:
+            if result != SD_OK:
                 self.leave()
                 return fail(result, "find by id")
+            result = sd_find(self.segment, key, slot)
+            sd_ids_unlock(self.segment)
+            self.leave()
+            self.still_open()
         else:
             # While a domain is held the list lock may only be tried (its holder may want that one).
             self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
@@ -864,9 +879,9 @@ cdef class Segment:
         """Lock the slot and hand out the domain if it is still the one that was meant."""
         cdef sd_slot *at = &self.segment.slots[slot]
         cdef Record record
-        self.not_held_here(slot)
         # Made before the lock is taken: an allocation may run the collector, which runs anything.
         record = self.new_record()
+        self.not_held_here(slot)
         if self.acquire_slot(slot, deadline) == SD_TIMEOUT:
             self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
         if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
@@ -880,7 +895,6 @@ cdef class Segment:
         cdef Record record = (<PyTypeObject *>self.record_class).tp_new(
             self.record_class, EMPTY, NULL)
         record.segment = self
-        self.handles += 1
         return record
 
     cdef object describe(self, uint32_t slot):
@@ -1313,20 +1327,20 @@ cdef class Segment:
         cdef sd_tally tally
         cdef int still
         cdef int result
-        cdef fault *faults = NULL
+        cdef faults found = {"first": NULL, "count": 0}
         self.usable()
         if hold:
             self.need_list("check")
             result = sd_check_hold(self.segment, deadline_of(timeout))
             if result != SD_OK:
                 fail(result, "check")
-        result = sd_check(self.segment, report, &faults, &tally, &still)
+        result = sd_check(self.segment, report, &found, &tally, &still)
         if hold:
             sd_check_release(self.segment)
-        found = list_faults(faults)
+        problems = list_faults(found.first)
         if result != SD_OK:
             fail(result, "check")
-        return found, tally, bool(still)
+        return problems, tally, bool(still)
 
 
 # What a check finds is kept outside of Python while it holds locks: making an object may run the
@@ -1336,17 +1350,28 @@ cdef struct fault:
     char what[200]
     fault *next
 
+cdef struct faults:
+    fault *first
+    unsigned count
+
+cdef enum:
+    FAULTS_MAX = 1000
+
 
 cdef void report(void *context, const char *invariant, const char *what) noexcept:
-    cdef fault **faults = <fault **>context
-    cdef fault *one = <fault *>malloc(sizeof(fault))
+    cdef faults *found = <faults *>context
+    cdef fault *one
+    found.count += 1
+    if found.count > FAULTS_MAX:
+        return
+    one = <fault *>malloc(sizeof(fault))
     if one == NULL:
         return
     strncpy(one.invariant, invariant, 31)
     strncpy(one.what, what, 199)
     one.invariant[31] = one.what[199] = 0
-    one.next = faults[0]
-    faults[0] = one
+    one.next = found.first
+    found.first = one
 
 
 cdef list list_faults(fault *one):
@@ -1361,6 +1386,14 @@ cdef list list_faults(fault *one):
     return found
 
 
+cdef void drop_list(Segment doms) noexcept:
+    """A list is going away while this thread holds its lock."""
+    doms.release_list()
+    if warnings is not None:
+        warnings.warn("a DomainList was dropped while this thread held its lock, which is freed: "
+                      "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
+
+
 cdef void free_orphans(sd_thread *thread):
     """Locks of this thread whose handles another thread dropped."""
     cdef sd_orphan *orphan
@@ -1368,6 +1401,7 @@ cdef void free_orphans(sd_thread *thread):
         orphan = thread.orphans
         thread.orphans = orphan.next
         sd_slot_unlock(orphan.segment, orphan.slot, False)
+        sd_detach(orphan.segment)
         free(orphan)
 
 
@@ -1426,6 +1460,7 @@ cdef class Record:
     cdef sd_thread *thread
     cdef unsigned nested     # how deep in signal handlers it was locked
     cdef unsigned depth      # of `with` blocks
+    cdef bint leads          # to a slot; not yet while that is being locked
     cdef void *before
     cdef void *after         # neighbours among that thread's locked handles
     cdef sd_values values    # as changed by the holder
@@ -1444,13 +1479,15 @@ cdef class Record:
     def __dealloc__(self):
         if self.held_somewhere():
             abandon(self)
-        if self.segment is not NOWHERE:
-            self.segment.handles -= 1
-            if self.segment.closed and not self.segment.handles:
+        if self.leads:
+            self.segment.segment.handles -= 1
+            if self.segment.closed:
                 sd_detach(self.segment.segment)
 
     cdef void lead_to(self, uint32_t slot):
         cdef sd_slot *at = &self.segment.segment.slots[slot]
+        self.leads = True
+        self.segment.segment.handles += 1
         self.slot = slot
         self.life = sd_load(&at.life)
         self.uuid_raw[0] = sd_load(&at.uuid[0])
@@ -1536,6 +1573,7 @@ cdef class Record:
                     set_change(&changes[b], self.blobs[b])
         result = sd_commit(self.segment.segment, self.slot, &self.values, changes, NULL, deadline)
         if result != SD_OK:
+            dropped = self.objects, self.blobs  # what goes with them may run anything: later
             self.drop_changes()
             self.reload()
             return fail(result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
@@ -1667,6 +1705,7 @@ cdef class Record:
         if mine is None:
             self.take(SD_FOREVER, None)
             mine = self
+        mine = mine.mine_to_change()
         mine.depth += 1
         return self
 

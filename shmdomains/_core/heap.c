@@ -93,7 +93,8 @@ static uint64_t free_tail(const sd_segment *segment, uint64_t committed, uint64_
     return tail;
 }
 
-/* Commit room, and its map, behind the watermark, so that `cells` lie free before its new place. */
+/* Commit room, and its map, behind the watermark, so that `cells` lie free before its new place.
+ * */
 static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint64_t *found)
 {
     uint64_t room = segment->at.heap_cells - committed;

@@ -219,7 +219,7 @@ static inline void sd_publish(sd_word *word, uint64_t value)
 #define SD_SEAL_BITS 36
 static inline uint64_t sd_seal(uint64_t value)
 {
-    return (value & ((1ull << SD_SEAL_BITS) - 1)) | ~value << SD_SEAL_BITS;
+    return (value & ((1ull << SD_SEAL_BITS) - 1)) | ~(value ^ value >> 28) << SD_SEAL_BITS;
 }
 
 static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */

@@ -232,8 +232,8 @@ static void forget_pending(void)
 }
 
 /* May this thread hold a mutex that it asks for?  Never one of the core's own short locks.  A slot
- * or a list lock, if it holds any, or if this is a signal handler in the middle of a wait: what the
- * interrupted code holds may not be on record yet. */
+ * or a list lock, if it holds any, or if this is a signal handler in the middle of a wait: what
+ * the interrupted code holds may not be on record yet. */
 static bool may_be_ours(void)
 {
     const sd_thread *self = sd_self();
@@ -242,8 +242,8 @@ static bool may_be_ours(void)
 
 /* Mark the death of an owner that does not exist (5. above).  A thread that ends is taken off its
  * locks by the kernel before its number can be free, so a number without a thread is no race.  A
- * mutex that names *this* thread is an orphan too, unless it may be ours: then the caller is turned
- * away.  Waiters without an owner are nobody's doing but a flipped bit's. */
+ * mutex that names *this* thread is an orphan too, unless it may be ours: then the caller is
+ * turned away.  Waiters without an owner are nobody's doing but a flipped bit's. */
 static int bury_missing_owner(pthread_mutex_t *mutex)
 {
     uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
@@ -393,6 +393,7 @@ void sd_list_leaving(sd_segment *segment)
 {
     sd_publish(&segment->header->list_owner.who, 0);
     segment->list_nonce = 0;
+    segment->list_taker = NULL;
     segment->held--;
     sd_self()->lists--;
 }

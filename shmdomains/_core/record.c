@@ -150,9 +150,8 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
 
 /* --- commit ---------------------------------------------------------------------------------- */
 
-/* The id lock if `ids`, and the heap lock if `heap`.  Signals run only while neither is held, so a
- * wait of more than a slice starts again from the front. */
-static int lock_short(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
+/* A wait of more than a slice starts again from the front. */
+int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
 {
     for (;;) {
         int result = ids ? sd_ids_lock(segment, deadline) : SD_OK;
@@ -274,11 +273,11 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
         blob_changes |= blobs[b].change;
         new_blobs |= blobs[b].change && blobs[b].bytes;
     }
-    bool ids = now.id != next.id, heap = new_blobs || sd_load(&record->dirty);
+    bool ids = now.id != next.id, tidy = blob_changes || sd_load(&record->dirty);
 
-    int result = lock_short(segment, ids, heap, deadline);
+    int result = sd_short_locks(segment, ids, new_blobs, deadline);
     if (result != SD_OK) return result;
-    if (heap) {
+    if (new_blobs) {
         result = allocate_blobs(segment, slot, &now, blobs);
         sd_heap_unlock(segment);
     }
@@ -299,7 +298,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
         flip(record, &next);
     }
     if (ids) sd_ids_unlock(segment);
-    if (blob_changes) sd_tidy(segment, slot);
+    if (tidy) sd_tidy(segment, slot);
     return result;
 }
 
@@ -337,9 +336,11 @@ static int add_slots(sd_segment *segment)
         if (result != SD_OK) return result;
         sd_publish(&header->slots_committed, sd_seal(count + more));
     }
-    int result = sd_mutex_init(&segment->slots[count].mutex);
+    sd_slot *fresh = &segment->slots[count];
+    if (sd_load(&fresh->cur) || sd_load(&fresh->life)) return SD_CORRUPT; /* somebody lived here */
+    int result = sd_mutex_init(&fresh->mutex);
     if (result != SD_OK) return result;
-    sd_store(&segment->slots[count].next_free, sd_load(&header->free_head));
+    sd_store(&fresh->next_free, sd_load(&header->free_head));
     sd_publish(&header->slot_count, count + 1);
     sd_publish(&header->free_head, count + 1);
     return SD_OK;
@@ -373,7 +374,7 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     sd_slot *record = &segment->slots[slot];
     sd_values next = *values, now;
     sd_values_get(segment, slot, &now);
-    int result = lock_short(segment, false, true, deadline);
+    int result = sd_short_locks(segment, false, true, deadline);
     if (result != SD_OK) return result;
     result = allocate_blobs(segment, slot, &now, blobs);
     sd_heap_unlock(segment);
@@ -422,7 +423,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
     sd_values_get(segment, slot, &now);
     sd_name_get(segment, slot, now.flags, name);
     bool ids = now.id >= 0;
-    int result = lock_short(segment, ids, false, deadline);
+    int result = sd_short_locks(segment, ids, false, deadline);
     if (result != SD_OK) return result;
 
     if (ids) sd_sequence_begin(&header->id_seq);

@@ -283,6 +283,7 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     sd_segment *segment = find_mapped(&status);
     if (segment) {
         segment->users++;
+        segment->open++;
         *out = segment;
         return SD_OK;
     }
@@ -311,7 +312,7 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     segment->epoch = sd_fork_epoch;
     memcpy(segment->id, header.id, sizeof segment->id);
     set_pointers(segment);
-    segment->users = 1;
+    segment->users = segment->open = 1;
     segment->next = mapped;
     mapped = segment;
     sd_enter_attached(segment);
@@ -319,12 +320,24 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     return SD_OK;
 }
 
-/* The mapping stays: a thread may still be inside.  Nothing of it can be locked any more, so the
- * process may map the segment anew.  Closing the descriptor lets go of the flock, unless a child
- * has inherited it. */
+/* In a forked child, before its first use: what threads of our parent hold or wait for is not
+ * ours. */
+static void forget_parent(sd_segment *segment)
+{
+    if (segment->epoch == sd_fork_epoch) return;
+    segment->held = segment->inside = 0;
+    segment->list_nonce = 0;
+    segment->list_taker = NULL;
+}
+
+/* The mapping stays for objects that still refer to it.  Nothing of it can be locked any more, so
+ * the process may map the segment anew.  Closing the descriptor lets go of the flock, unless a
+ * child has inherited it. */
 void sd_detach(sd_segment *segment)
 {
-    if (segment->fd < 0 || segment->users > 1 || segment->held) return;
+    forget_parent(segment);
+    if (segment->fd < 0 || segment->open || segment->handles) return;
+    if (segment->inside || segment->held) return;
     for (sd_segment **at = &mapped; *at; at = &(*at)->next) {
         if (*at != segment) continue;
         *at = segment->next;
@@ -337,8 +350,9 @@ void sd_detach(sd_segment *segment)
 
 void sd_unmap(sd_segment *segment)
 {
+    segment->users--;
     sd_detach(segment);
-    if (--segment->users || segment->held) return;
+    if (segment->users || segment->fd >= 0) return;
     munmap(segment->base, segment->at.total_bytes);
     free(segment);
 }
@@ -373,8 +387,7 @@ void sd_enter_attached(sd_segment *segment)
 int sd_begin_in_child(sd_segment *segment)
 {
     if (read_pid_namespace() != segment->pid_namespace) return SD_MISMATCH;
-    segment->held = 0;
-    segment->list_nonce = 0;
+    forget_parent(segment);
     segment->epoch = sd_fork_epoch;
     sd_enter_attached(segment);
     return SD_OK;
