@@ -210,8 +210,8 @@ int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tal
     }
     at.named = calloc(at.committed / 64 + 1, 8);
     if (!at.named) return SD_ERRNO;
-    uint32_t slots = sd_slot_count(segment);
-    if (slots != sd_load(&header->slot_count))
+    uint32_t slots;
+    if (sd_slots(segment, &slots) != SD_OK)
         fault(&at, "counts", "the number of slots or its watermark is damaged");
     tally->slots = slots;
     for (uint32_t slot = 0; slot < slots; slot++) check_slot(&at, slot);

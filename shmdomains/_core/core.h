@@ -323,12 +323,22 @@ int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view
                    uint64_t *extent); /* SD_OK, SD_MISS (none), SD_DOUBT */
 int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
 
-/* 0 when a watermark is damaged. */
-static inline uint32_t sd_slot_count(const sd_segment *segment)
+/* How many slots there are.  One look: the count may rise under the eyes of who holds only the id or
+ * the heap lock, and the watermark is raised before it.  SD_CORRUPT: one of the two is damaged. */
+static inline int sd_slots(const sd_segment *segment, uint32_t *slots)
 {
     uint64_t count = sd_load_acquire(&segment->header->slot_count);
     uint64_t committed = sd_unsealed(sd_load(&segment->header->slots_committed));
-    return committed <= segment->at.max_slots && count <= committed ? (uint32_t)count : 0;
+    bool sound = committed <= segment->at.max_slots && count <= committed;
+    *slots = sound ? (uint32_t)count : 0;
+    return sound ? SD_OK : SD_CORRUPT;
+}
+
+static inline uint32_t sd_slot_count(const sd_segment *segment) /* 0 when damaged */
+{
+    uint32_t slots;
+    sd_slots(segment, &slots);
+    return slots;
 }
 
 static inline const sd_fields *sd_copy_of(const sd_slot *slot, uint64_t cur)

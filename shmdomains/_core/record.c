@@ -322,9 +322,9 @@ int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline)
 static int add_slots(sd_segment *segment)
 {
     sd_header *header = segment->header;
-    uint64_t count = sd_slot_count(segment);
+    uint32_t count;
     uint64_t committed = sd_unsealed(sd_load(&header->slots_committed));
-    if (count != sd_load(&header->slot_count)) return SD_CORRUPT;
+    if (sd_slots(segment, &count) != SD_OK) return SD_CORRUPT;
     if (count >= segment->at.max_slots) return SD_FULL;
     if (count == committed) {
         uint64_t more = segment->at.max_slots - count < 256 ? segment->at.max_slots - count : 256;

@@ -29,11 +29,12 @@ int sd_recover_list(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint64_t live = 0, head = 0;
-    if (sd_slot_count(segment) != sd_load(&header->slot_count)) return SD_CORRUPT;
+    uint32_t slots;
+    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
     sd_sequence_begin(&header->list_seq);
     int result = sd_index_clear(segment, SD_UUID_INDEX);
     if (result == SD_OK) result = sd_index_clear(segment, SD_NAME_INDEX);
-    for (uint32_t slot = sd_slot_count(segment); slot-- > 0 && result == SD_OK;) {
+    for (uint32_t slot = slots; slot-- > 0 && result == SD_OK;) {
         sd_slot *record = &segment->slots[slot];
         if (sd_load(&record->life) & 1) {
             result = enter_identity(segment, slot);
@@ -55,10 +56,11 @@ int sd_recover_ids(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint64_t active = 0;
-    if (sd_slot_count(segment) != sd_load(&header->slot_count)) return SD_CORRUPT;
+    uint32_t slots;
+    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
     sd_sequence_begin(&header->id_seq);
     int result = sd_index_clear(segment, SD_ID_INDEX);
-    for (uint32_t slot = 0; slot < sd_slot_count(segment) && result == SD_OK; slot++) {
+    for (uint32_t slot = 0; slot < slots && result == SD_OK; slot++) {
         sd_values values;
         if (!(sd_load_acquire(&segment->slots[slot].life) & 1)) continue;
         sd_values_settled(segment, slot, &values);
@@ -75,13 +77,14 @@ int sd_recover_ids(sd_segment *segment)
 int sd_recover_heap(sd_segment *segment)
 {
     sd_header *header = segment->header;
+    uint32_t slots;
     uint64_t used = 0, committed = sd_unsealed(sd_load(&header->heap_committed));
     if (committed > segment->at.heap_cells) return SD_CORRUPT;
-    if (sd_slot_count(segment) != sd_load(&header->slot_count)) return SD_CORRUPT;
+    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
     sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
     for (uint64_t w = 0; w * 64 < committed; w++)
         if (sd_load(&segment->map[w])) sd_store(&segment->map[w], 0);
-    for (uint32_t slot = 0; slot < sd_slot_count(segment); slot++)
+    for (uint32_t slot = 0; slot < slots; slot++)
         for (int b = 0; b < SD_BLOBS; b++)
             for (int i = 0; i < 2; i++) {
                 uint64_t extent = sd_load(&segment->slots[slot].extent[b][i]);
