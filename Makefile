@@ -13,7 +13,8 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean FORCE
+.PHONY: help demo test bench lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean \
+    crash-links FORCE
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check
@@ -137,6 +138,24 @@ $(VENV)/.installed-build: $(VENV)/pyvenv.cfg pyproject.toml
 	$(check_machine)
 	@$(pip) install --quiet 'build>=1.2'
 	@touch $@
+
+# The core once more, under the same name, with a hook in front of each store into a segment that
+# kills the process there (tests/test_crash_points.py asks for the file of the Python that runs it).
+# It stays in build/: the Python files are links, and nothing of it gets into a wheel.
+crash := build/crash-points/shmdomains
+
+crash-links:
+	@mkdir -p $(crash)/_core
+	@ln -sf $(abspath shmdomains)/*.py $(crash)/
+	@ln -sf $(abspath $(core))/__init__.py $(crash)/_core/
+
+$(crash)/_core/core%.so: $(build_inputs) tests/crash_points.c | crash-links
+	$(say) 'building the core with crash points into $(@D)'
+	@$(py) -m cython -3 -o $(@:.so=.c) $(core)/core.pyx
+	@$(CC) -DSD_CRASH_POINTS -std=c11 -O1 -fvisibility=hidden -pthread -fPIC -shared $(CFLAGS) \
+	    -I$(core) -I$$($(py) -c 'import sysconfig as s; print(s.get_path("include"))') \
+	    -o $@.new $(@:.so=.c) $(handwritten) tests/crash_points.c
+	@mv $@.new $@
 
 define install
 $(say) 'building the core, installing shmdomains$(1) and what it needs into $(VENV)'

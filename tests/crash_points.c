@@ -1,0 +1,25 @@
+/* crash_points.c - the hook of the test build: SIGKILL at the n-th store into a segment.
+ *
+ * Linked into a second build of the core (SD_CRASH_POINTS, see the Makefile), which only
+ * crash_driver.py ever loads. The hook runs *before* each store, so a process that dies at point n
+ * has made n - 1 stores.
+ */
+#include "core.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#define SEEN __attribute__((visibility("default")))
+
+SEEN long sd_crash_count; /* stores so far, the one to come included */
+SEEN long sd_crash_at;    /* 0: never */
+
+/* So that the same operation makes the same stores in every run: hashes depend on the seed. */
+SEEN long sd_crash_seed_offset = offsetof(sd_header, seed);
+
+void sd_crash_point(void)
+{
+    if (++sd_crash_count != sd_crash_at) return;
+    kill(getpid(), SIGKILL);
+    for (;;) pause();
+}
