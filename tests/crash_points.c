@@ -4,6 +4,7 @@
  * crash_driver.py ever loads. The hook runs *before* each store, so a process that dies at point n
  * has made n - 1 stores.
  */
+#define _GNU_SOURCE
 #include "core.h"
 
 #include <signal.h>
