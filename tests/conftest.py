@@ -20,6 +20,7 @@ import helpers
 import psutil
 import pytest
 from helpers import STORES, Home, Party, Process, Store, thread_party
+from killing import Child, Nursery, Planted, driver
 
 from shmdomains import DomainDef, DomainList
 
@@ -212,3 +213,35 @@ def nothing_left(_home_keeper: _Kept, _stranger_keeper: _Kept) -> Iterator[None]
     assert {child for child in left if child.pid not in replaced} == set(), "children left"
     left = {entry for entry in _gone(_entries, entries) if not _is_a_strangers(entry)}
     assert left == set(), "left in shared memory"
+
+
+# --- victims and damage: killing.py ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """A clean process that forks the children of a module's tests."""
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def start(nursery: Nursery) -> Iterator[Callable[..., Child]]:
+    """``start(function, *arguments)``: a child, gone after the test."""
+    yield nursery.start
+    nursery.clear()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Where a test may create a segment."""
+    return str(tmp_path / "list.segment")
+
+
+@pytest.fixture
+def planted(doms: DomainList, path: str) -> Iterator[Planted]:
+    """The words of the segment at `path`, to be read and damaged."""
+    if driver() is None:
+        pytest.skip("no C compiler, so nobody says where the words of a segment lie")
+    with Planted(path) as planted:
+        yield planted

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from killing import Planted, driver, xml
@@ -19,11 +18,6 @@ from shmdomains import DomainList, SegmentCorrupt
 
 UUID, NAME, ID = 0, 1, 2
 DEFINITION, NEXT, DATA = 0, 1, 2
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "list.segment")
 
 
 @pytest.fixture
@@ -40,14 +34,6 @@ def doms(path: str) -> Iterator[DomainList]:
             dom.data = 2
         doms.undefine(name="d4")
         yield doms
-
-
-@pytest.fixture
-def planted(doms: DomainList, path: str) -> Iterator[Planted]:
-    if driver() is None:
-        pytest.skip("no C compiler, so nobody says where the words of a segment lie")
-    with Planted(path) as planted:
-        yield planted
 
 
 Damage = tuple[int, int]  # where, and the value of the word there

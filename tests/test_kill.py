@@ -25,11 +25,9 @@ import pytest
 from killing import (
     DEADLINE,
     Child,
-    Nursery,
     Pipe,
     Planted,
     asleep,
-    driver,
     fork,
     hold,
     hold_mutex,
@@ -43,37 +41,12 @@ from shmdomains import Busy, DomainDef, DomainList, LockTimeout
 NAMES = ["a", "b", "c"]
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture
-def start(nursery: Nursery) -> Iterator[Callable[..., Child]]:
-    yield nursery.start
-    nursery.clear()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "list.segment")
-
-
 @pytest.fixture
 def doms(path: str) -> Iterator[DomainList]:
     with DomainList.create(path=path, max_domains=20_000) as doms:
         for name in NAMES:
             doms.define(xml(name))
         yield doms
-
-
-@pytest.fixture
-def planted(doms: DomainList, path: str) -> Iterator[Planted]:
-    if driver() is None:
-        pytest.skip("no C compiler, so nobody says where the words of a segment lie")
-    with Planted(path) as planted:
-        yield planted
 
 
 def sound(doms: DomainList) -> None:

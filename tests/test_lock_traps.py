@@ -28,10 +28,8 @@ from killing import (
     OWNER_DIED,
     WAITERS,
     Child,
-    Nursery,
     Pipe,
     Planted,
-    driver,
     fork,
     hold,
     hold_mutex,
@@ -65,37 +63,12 @@ NAMES = ["a", "b", "c"]
 NO_SUCH_TID = 0x3FFFFFF0  # above every pid_max
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture
-def start(nursery: Nursery) -> Iterator[Callable[..., Child]]:
-    yield nursery.start
-    nursery.clear()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "list.segment")
-
-
 @pytest.fixture
 def doms(path: str) -> Iterator[DomainList]:
     with DomainList.create(path=path, max_domains=3000) as doms:
         for name in NAMES:
             doms.define(xml(name))
         yield doms
-
-
-@pytest.fixture
-def planted(doms: DomainList, path: str) -> Iterator[Planted]:
-    if driver() is None:
-        pytest.skip("no C compiler, so nobody says where the words of a segment lie")
-    with Planted(path) as planted:
-        yield planted
 
 
 def mutex_of(planted: Planted, which: str) -> int:
