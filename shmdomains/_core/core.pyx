@@ -555,7 +555,7 @@ cdef class Segment:
 
     cdef void remember(self, uint32_t slot, uint64_t life, uint64_t version, object value):
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        cdef object old = self.values[at]  # dropped last: that may run anything
+        cdef object _old = self.values[at]  # dropped last: that may run anything
         self.values[at] = value
         self.keys[at] = cache_key(life, version, slot)
 
@@ -1573,7 +1573,7 @@ cdef class Record:
                     set_change(&changes[b], self.blobs[b])
         result = sd_commit(self.segment.segment, self.slot, &self.values, changes, NULL, deadline)
         if result != SD_OK:
-            dropped = self.objects, self.blobs  # what goes with them may run anything: later
+            _dropped = self.objects, self.blobs  # what goes with them may run anything: later
             self.drop_changes()
             self.reload()
             return fail(result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
