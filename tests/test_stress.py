@@ -479,7 +479,8 @@ def processes_of_session(session: int) -> list[psutil.Process]:
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_ctrl_c_ends_it_in_order(start: str) -> None:
     code = f"""
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(60, exit=True)  # a hang says where
 from pathlib import Path
 from rich.console import Console
 from shmdomains import stress
