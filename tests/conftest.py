@@ -242,6 +242,6 @@ def path(tmp_path: Path) -> str:
 def planted(doms: DomainList, path: str) -> Iterator[Planted]:
     """The words of the segment at `path`, to be read and damaged."""
     if driver() is None:
-        pytest.skip("no C compiler, so nobody says where the words of a segment lie")
+        pytest.fail("no C compiler, so nobody says where the words of a segment lie")
     with Planted(path) as planted:
         yield planted
