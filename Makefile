@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean \
+.PHONY: help demo test soak bench lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean \
     crash-links FORCE
 
 py := $(VENV)/bin/python
@@ -32,6 +32,10 @@ demo: $(VENV)/.installed ## set up, then run the main job on the samples while w
 test: $(VENV)/.installed-test ## set up, then run the tests
 	$(say) 'test: pytest on tests, on the docstrings and on the README'
 	@$(py) -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed-test ## set up, then run what proves that nothing is lost, at its larger sizes
+	$(say) 'soak: kills, histories, models and damage at their larger sizes'
+	@SHMDOMAINS_SOAK=1 $(py) -m pytest -m soak -rs --durations=20 $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed ## set up, then time the operations and the hand-over from a killed holder
 	$(say) 'bench: a first look at speed, on this machine alone'

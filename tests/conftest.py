@@ -215,6 +215,28 @@ def nothing_left(_home_keeper: _Kept, _stranger_keeper: _Kept) -> Iterator[None]
     assert left == set(), "left in shared memory"
 
 
+# --- what was tried ----------------------------------------------------------------------------
+
+_tried: dict[str, int] = {}
+
+
+@pytest.fixture
+def tried() -> Callable[[str, int], None]:
+    """``tried(what, times)``: adds to the figures that stand at the end of a run."""
+
+    def add(what: str, times: int) -> None:
+        _tried[what] = _tried.get(what, 0) + times
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _tried:
+        terminalreporter.section("what was tried")
+        for what, times in _tried.items():
+            terminalreporter.line(f"{times:>12,}  {what}")
+
+
 # --- victims and damage: killing.py ------------------------------------------------------------
 
 

@@ -40,6 +40,9 @@ DEADLINE = 20.0
 A_MOMENT = 0.05
 """Seconds for which somebody who ought to wait must not answer: only ever too kind, never flaky."""
 
+SOAK = os.environ.get("SHMDOMAINS_SOAK") == "1"
+"""``make soak``: what is marked ``soak`` takes its larger sizes."""
+
 _PATHS = [str(Path(shmdomains.__file__).parent.parent), str(Path(__file__).parent)]
 
 

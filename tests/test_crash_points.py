@@ -18,15 +18,15 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 from crash_driver import OPERATIONS, UNSIGNED
+from helpers import SOAK
 
 TESTS = Path(__file__).resolve().parent
-SOAK = bool(os.environ.get("SHMDOMAINS_SOAK"))
 PATIENCE = 3600 if SOAK else 60  # seconds for one operation
 RECOVERIES = 1547  # deaths in recoveries that are known, all cases together
 
@@ -113,6 +113,7 @@ def covered() -> dict[str, int]:
     return {"operations": 0, "cases": 0, "recoveries": 0}
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(PATIENCE + 60)
 @pytest.mark.parametrize(("name", "lock"), CASES)
 def test_killed_at_every_store(
@@ -133,11 +134,8 @@ def test_killed_at_every_store(
     covered["recoveries"] += found["recoveries"]
 
 
-def test_how_many_points(covered: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_many_points(covered: dict[str, int], tried: Callable[[str, int], None]) -> None:
     if covered["operations"] == len(CASES):
         assert covered["recoveries"] >= RECOVERIES
-    with capsys.disabled():
-        print(
-            f"\n{covered['operations']} operations killed at {covered['cases']} points, "
-            f"their recoveries at {covered['recoveries']}"
-        )
+    tried("kills at a store of an operation", covered["cases"])
+    tried("kills at a store of its recovery", covered["recoveries"])

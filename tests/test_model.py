@@ -1,15 +1,15 @@
 """The protocol's models: every interleaving of a few processes, with kills, the repairs included.
 
 What holds must hold in every state, and each rule must be seen to matter: a model in which it is
-dropped must break. The larger ones run with SHMDOMAINS_SOAK=1.
+dropped must break. The larger ones run in `make soak`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
+from helpers import SOAK
 from model import growth, heap, ids, index, slots
 from model.explorer import (
     DIED,
@@ -28,7 +28,6 @@ from model.explorer import (
 )
 
 SUBJECTS = {"heap": heap, "index": index, "ids": ids, "slots": slots, "growth": growth}
-SOAK = os.environ.get("SHMDOMAINS_SOAK") == "1"
 LIMIT = 20_000_000 if SOAK else 400_000
 
 FEWEST = {
@@ -114,9 +113,9 @@ def test_the_protocol_holds(subject: str, case: str, say: Callable[[str], None])
     holds(subject, case, SUBJECTS[subject].MODELS[case](), say)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(not SOAK, reason="SHMDOMAINS_SOAK=1 walks through the larger models")
+@pytest.mark.skipif(not SOAK, reason="`make soak` walks through the larger models")
 @pytest.mark.parametrize(("subject", "case"), cases("SOAK"))
 def test_the_protocol_holds_for_more(subject: str, case: str, say: Callable[[str], None]) -> None:
     holds(subject, case, SUBJECTS[subject].SOAK[case](), say)
