@@ -186,33 +186,13 @@ class DomainListRules(_Store):
     # --- locks ---
 
     @contextmanager
-    def locked(self, timeout: float | None = None) -> Iterator[DomainListRules]:
-        """Hold the list lock for a ``with`` block; see `lock`.
-
-        >>> from shmdomains import DomainList
-        >>> doms = DomainList()
-        >>> with doms.locked():
-        ...     doms.find_by_name("web1") is None
-        True
-        """
-        if self.is_locked:
-            raise AlreadyLocked("this thread holds the list lock already")
-        with self._list_held(timeout):
-            yield self
-
-    @contextmanager
     def _list_held(self, timeout: float | None) -> Iterator[None]:
-        """Hold the list lock, unless this thread does already. Ctrl-C may arrive just as the wait
-        ends, so the lock is taken inside the `try`."""
+        """Hold the list lock, unless this thread does already."""
         if self.is_locked:
             yield
             return
-        try:
-            self.lock(timeout)
+        with self.locked(timeout):
             yield
-        finally:
-            if self.is_locked:
-                self.unlock()
 
     def _need_list_lock(self, what: str) -> None:
         if self.closed:

@@ -1,9 +1,12 @@
 """Types of the native core; what each thing means stands in core.pyx."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType, TracebackType
 from typing import Any, TypeAlias
 from uuid import UUID
+
+from typing_extensions import Self
 
 from ..definition import DomainDef
 from ..domain import Domain
@@ -63,6 +66,7 @@ class Segment:
     def is_locked(self) -> bool: ...
     def lock(self, timeout: float | None = None) -> None: ...
     def unlock(self) -> None: ...
+    def locked(self, timeout: float | None = None) -> AbstractContextManager[Self]: ...
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool: ...
     def release(self) -> None: ...
     def get(

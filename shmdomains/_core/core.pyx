@@ -179,9 +179,9 @@ cdef extern from "core.h":
 
 cdef object EMPTY = ()
 cdef object BLOB_NAMES = ("definition", "next definition", "data")
-cdef object STATES = None       # tuple: number -> DomainState
-cdef object REASONS = None      # tuple: state -> {number: reason}
-cdef object DECODE = None       # three callables: blob -> value
+cdef tuple STATES = None        # tuple: number -> DomainState
+cdef tuple REASONS = None       # tuple: state -> {number: reason}
+cdef tuple DECODE = None        # three callables: blob -> value
 cdef object PARSE_UUID = None
 cdef object UUID = None
 cdef object HOLDERS = None      # module holder: who is behind a pid, and LockTimeout
@@ -349,29 +349,70 @@ cdef object decode(int which, object blob):
         f"the {BLOB_NAMES[which]} of a domain is damaged: {reason}") from None
 
 
-cdef object copy_extent(sd_segment *segment, uint64_t extent):
+cdef bytes copy_extent(sd_segment *segment, uint64_t extent):
     cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
-    blob = PyBytes_FromStringAndSize(NULL, size)
+    cdef bytes blob = PyBytes_FromStringAndSize(NULL, size)
     sd_copy_out(PyBytes_AS_STRING(blob), sd_extent_at(segment, extent), size)
     return blob
 
 
+cdef struct cache_key:
+    uint64_t life, version
+    uint32_t slot
+
+
+@cython.final
+@cython.no_gc
+cdef class Decoded:
+    """The definitions that this process decoded last, at most one a place; a committed version of
+    a domain's definition is decoded once while it stays here.
+
+    A list and the infos that it handed out share it, and it leads to neither: definitions are
+    immutable values. So no cycle runs through an `Info`, and the collector, which would otherwise
+    look at each of 100,000 listed ones several times, need not know of them.
+    """
+    cdef cache_key *keys
+    cdef list values
+
+    def __cinit__(self):
+        self.values = [None] * CACHE_SIZE
+        self.keys = <cache_key *>PyMem_Calloc(CACHE_SIZE, sizeof(cache_key))
+        if self.keys == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        PyMem_Free(self.keys)
+
+    cdef object get(self, uint32_t slot, uint64_t life, uint64_t version):
+        cdef uint32_t at = slot & (CACHE_SIZE - 1)
+        cdef const cache_key *key = &self.keys[at]
+        if key.slot == slot and key.life == life and key.version == version:
+            return self.values[at]
+        return None
+
+    cdef void put(self, uint32_t slot, uint64_t life, uint64_t version, object value):
+        cdef uint32_t at = slot & (CACHE_SIZE - 1)
+        cdef object _old = self.values[at]  # dropped last: that may run anything
+        self.values[at] = value
+        self.keys[at] = cache_key(life, version, slot)
+
+
+@cython.final
+@cython.no_gc
 cdef class Info:
     """One domain as it was committed at one moment. Immutable; reading it takes no lock.
 
     Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
     the set that a snapshot gives is not one moment's.
     """
-    cdef Segment segment
+    cdef Decoded decoded
     cdef uint32_t slot
     cdef uint64_t life
     cdef uint64_t uuid_raw[2]
     cdef sd_values values
     cdef object name_text
-    cdef list blobs  # of the three blobs, or None: taken without
-
-    def __cinit__(self, *args, **kwargs):
-        self.segment = NOWHERE
+    cdef bint whole  # taken with its blobs
+    cdef bytes definition_blob, next_blob, data_blob
 
     def __init__(self):
         raise TypeError("DomainInfos come from a DomainList: peek(), list(), snapshot()")
@@ -421,42 +462,38 @@ cdef class Info:
         """Process id of the hypervisor, or None."""
         return None if self.values.pid == -1 else self.values.pid
 
-    cdef object blob(self, int which):
-        if self.blobs is None:
+    cdef int need_blobs(self) except -1:
+        if not self.whole:
             raise AttributeError(
                 "this DomainInfo was taken with definitions=False; take it with definitions=True")
-        return self.blobs[which]
+        return 0
 
     @property
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for."""
-        blob = self.blob(SD_DEFINITION)
-        value = self.segment.cached(self.slot, self.life, self.values.version[SD_DEFINITION])
+        cdef uint64_t version = self.values.version[SD_DEFINITION]
+        self.need_blobs()
+        value = self.decoded.get(self.slot, self.life, version)
         if value is None:
-            value = decode(SD_DEFINITION, blob)
-            self.segment.remember(self.slot, self.life, self.values.version[SD_DEFINITION], value)
+            value = decode(SD_DEFINITION, self.definition_blob)
+            self.decoded.put(self.slot, self.life, version, value)
         return value
 
     @property
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
-        blob = self.blob(SD_NEXT_DEFINITION)
-        return None if blob is None else decode(SD_NEXT_DEFINITION, blob)
+        self.need_blobs()
+        return None if self.next_blob is None else decode(SD_NEXT_DEFINITION, self.next_blob)
 
     @property
     def data(self):
         """The driver's own data, or None."""
-        blob = self.blob(SD_DATA)
-        return None if blob is None else decode(SD_DATA, blob)
+        self.need_blobs()
+        return None if self.data_blob is None else decode(SD_DATA, self.data_blob)
 
     def __repr__(self):
         return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.values.id} "
                 f"state={state_of(&self.values).name}>")
-
-
-cdef struct cache_key:
-    uint64_t life, version
-    uint32_t slot
 
 
 @cython.no_gc_clear
@@ -467,15 +504,13 @@ cdef class Segment:
     cdef readonly bint closed
     cdef object list_lock, slot_locks  # lock="multiprocessing"
     cdef object record_class
-    cdef cache_key *keys
-    cdef list values
+    cdef Decoded decoded
     cdef object __weakref__
     cdef dict __dict__
 
     def __cinit__(self, *args, **kwargs):
         self.segment = NULL
         self.closed = True
-        self.keys = NULL
 
     def __dealloc__(self):
         if self.segment != NULL:
@@ -486,17 +521,14 @@ cdef class Segment:
                 self.segment.open -= 1
             sd_unmap(self.segment)
             self.segment = NULL
-        PyMem_Free(self.keys)
 
     def _attach(self, int fd, record_class, list_lock=None, slot_locks=None):
         """Map the segment behind `fd`, which stays the caller's."""
         cdef char why[200]
         cdef sd_segment *segment
-        self.values = [None] * CACHE_SIZE
-        self.keys = <cache_key *>PyMem_Calloc(CACHE_SIZE, sizeof(cache_key))
-        if self.keys == NULL:
-            raise MemoryError
-        cdef int result = sd_map(fd, &segment, why, sizeof(why))
+        cdef int result
+        self.decoded = Decoded()
+        result = sd_map(fd, &segment, why, sizeof(why))
         if result == SD_MISMATCH:
             raise errors.SegmentMismatch(why.decode())
         if result == SD_CORRUPT:
@@ -546,23 +578,10 @@ cdef class Segment:
         self.segment.open -= 1
         sd_detach(self.segment)
 
-    cdef object cached(self, uint32_t slot, uint64_t life, uint64_t version):
-        cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        if (self.keys != NULL and self.keys[at].slot == slot and self.keys[at].life == life
-                and self.keys[at].version == version):
-            return self.values[at]
-        return None
-
-    cdef void remember(self, uint32_t slot, uint64_t life, uint64_t version, object value):
-        cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        cdef object _old = self.values[at]  # dropped last: that may run anything
-        self.values[at] = value
-        self.keys[at] = cache_key(life, version, slot)
-
     cdef object definition_of(self, uint32_t slot, uint64_t life, const sd_values *values):
         cdef uint64_t extent
         cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
-        value = self.cached(slot, life, version)
+        value = self.decoded.get(slot, life, version)
         if value is not None:
             return value
         if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
@@ -570,7 +589,7 @@ cdef class Segment:
         if sd_blob_get(self.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
             fail(SD_CORRUPT, "definition")
         value = decode(SD_DEFINITION, copy_extent(self.segment, extent))
-        self.remember(slot, life, version, value)
+        self.decoded.put(slot, life, version, value)
         return value
 
     # --- locks ---
@@ -788,6 +807,14 @@ cdef class Segment:
             raise errors.NotOwner("another thread of this process holds the list lock")
         raise errors.ListNotLocked("this thread does not hold the list lock")
 
+    def locked(self, timeout=None):
+        """Hold the list lock for a ``with`` block; see `lock`.
+
+            with doms.locked():
+                dom = doms.find_by_name("web1")
+        """
+        return ListHold(self, timeout)
+
     def acquire(self, block=True, timeout=None):
         """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
         try:
@@ -966,10 +993,8 @@ cdef class Segment:
     cdef Info view(self, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
         """A consistent view of the slot, or None when nothing lives there (or not `key`)."""
         cdef sd_view view
-        cdef uint64_t extent
-        cdef int result, b
-        cdef Info info = None
-        cdef list found = None
+        cdef int result
+        cdef Info info = Info.__new__(Info)
         cdef unsigned tries = 0
         while True:
             result = sd_view_begin(self.segment, slot, &view)
@@ -980,15 +1005,7 @@ cdef class Segment:
                     return None
                 if not blobs:
                     break
-                found = [None, None, None]
-                for b in range(3):
-                    result = sd_view_extent(self.segment, slot, &view, b, &extent)
-                    if result == SD_OK:
-                        found[b] = copy_extent(self.segment, extent)
-                    elif result != SD_MISS:
-                        break
-                else:
-                    result = sd_view_check(self.segment, slot, &view)
+                result = self.copy_blobs(slot, &view, info)
                 if result == SD_CORRUPT:
                     fail(result, "read")
                 if result == SD_OK:
@@ -996,15 +1013,35 @@ cdef class Segment:
             tries += 1
             if tries > 100:
                 back_off(deadline)
-        info = Info.__new__(Info)
-        info.segment = self
+        info.decoded = self.decoded
         info.slot = slot
         info.life = view.life
         info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
         info.values = view.values
         info.name_text = name_object(view.name)
-        info.blobs = found
+        info.whole = blobs
         return info
+
+    cdef int copy_blobs(self, uint32_t slot, const sd_view *view, Info info) except? -1:
+        """SD_OK, SD_CORRUPT, or SD_DOUBT: a writer came in between."""
+        cdef bytes blob
+        cdef uint64_t extent
+        cdef int b, result
+        for b in range(3):
+            result = sd_view_extent(self.segment, slot, view, b, &extent)
+            if result == SD_OK:
+                blob = copy_extent(self.segment, extent)
+            elif result == SD_MISS:
+                blob = None
+            else:
+                return result
+            if b == SD_DEFINITION:
+                info.definition_blob = blob
+            elif b == SD_NEXT_DEFINITION:
+                info.next_blob = blob
+            else:
+                info.data_blob = blob
+        return sd_view_check(self.segment, slot, view)
 
     def peek(self, *, uuid=None, name=None, id=None, timeout=1.0):
         """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
@@ -1445,6 +1482,25 @@ cdef int set_change(sd_blob *blob, bytes value) except -1:
     return 0
 
 
+@cython.final
+cdef class ListHold:
+    """The list lock for a ``with`` block. No signal handler runs between the end of the wait and
+    the first line of the block, nor in `__exit__`, so Ctrl-C can not leave the list locked."""
+    cdef Segment doms
+    cdef object timeout
+
+    def __init__(self, Segment doms not None, timeout):
+        self.doms, self.timeout = doms, timeout
+
+    def __enter__(self):
+        self.doms.lock(self.timeout)
+        return self.doms
+
+    def __exit__(self, kind, value, traceback):
+        if self.doms.is_locked:
+            self.doms.unlock()
+
+
 @cython.no_gc_clear
 cdef class Record:
     """A handle to one domain's record. `Domain` adds what a domain may do.
@@ -1579,8 +1635,8 @@ cdef class Record:
             return fail(result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
         self.reload()
         if self.pending & 1 and self.objects[SD_DEFINITION] is not None:
-            self.segment.remember(self.slot, self.life, self.values.version[SD_DEFINITION],
-                                  self.objects[SD_DEFINITION])
+            self.segment.decoded.put(self.slot, self.life, self.values.version[SD_DEFINITION],
+                                     self.objects[SD_DEFINITION])
         self.drop_changes()
         return 0
 
