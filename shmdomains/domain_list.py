@@ -274,7 +274,8 @@ class DomainListRules(_Store):
         known = self._known(definition)
         if known is None:
             uuid = definition.uuid or uuid_module.uuid4()
-            definition = definition.replace(uuid=uuid)
+            if definition.uuid is None:
+                definition = definition.replace(uuid=uuid)
             return self._create(
                 uuid, definition.name, definition.encode(), bool(persistent), timeout
             )

@@ -353,6 +353,16 @@ SPELLINGS: list[Any] = [
 ]
 
 
+def test_uuids_that_are_handed_out_are_made_like_any(doms: DomainList, web1: DomainInfo) -> None:
+    """The core makes them without `UUID.__init__`."""
+    ours, known = web1.uuid, UUID(bytes=WEB1.bytes)
+    assert ours == known and hash(ours) == hash(known) and repr(ours) == repr(known)
+    assert ours.is_safe is known.is_safe
+    assert pickle.loads(pickle.dumps(ours)) == known
+    with pytest.raises(TypeError):
+        ours.int = 1
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=repr)
 def test_a_uuid_in_every_spelling(doms: DomainList, web1: DomainInfo, spelling: Any) -> None:
     assert spelling in doms
@@ -370,7 +380,19 @@ def test_a_uuid_in_every_spelling(doms: DomainList, web1: DomainInfo, spelling: 
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "web1", "{" + str(WEB1) + "}", f"urn:uuid:{WEB1}", str(WEB1)[:-1], b"short", 7, 1.5],
+    [
+        "",
+        "web1",
+        "{" + str(WEB1) + "}",
+        f"urn:uuid:{WEB1}",
+        str(WEB1)[:-1],
+        str(WEB1)[:-1] + "g",
+        str(WEB1)[:-1] + "é",
+        str(WEB1).replace("-", "_"),
+        b"short",
+        7,
+        1.5,
+    ],
     ids=repr,
 )
 def test_what_is_no_uuid(doms: DomainList, bad: Any) -> None:

@@ -27,6 +27,9 @@ from shmdomains import errors
 
 cdef extern from "Python.h":
     object PyNumber_Index(object)
+    int PyObject_GenericSetAttr(object, object, object) except -1
+    bint PyUnicode_IS_COMPACT_ASCII(object)
+    void *PyUnicode_1BYTE_DATA(object)
     int PyErr_CheckSignals()
     void PyErr_Fetch(PyObject **, PyObject **, PyObject **)
     void PyErr_Restore(PyObject *, PyObject *, PyObject *)
@@ -184,6 +187,7 @@ cdef tuple REASONS = None       # tuple: state -> {number: reason}
 cdef tuple DECODE = None        # three callables: blob -> value
 cdef object PARSE_UUID = None
 cdef object UUID = None
+cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None      # module holder: who is behind a pid, and LockTimeout
 
 cdef enum:
@@ -192,9 +196,10 @@ cdef enum:
 
 def configure(*, states, reasons, decode, parse_uuid, uuid_class, holders):
     """Tell the core the types that it hands out. Called once, by the modules that define them."""
-    global STATES, REASONS, DECODE, PARSE_UUID, UUID, HOLDERS
+    global STATES, REASONS, DECODE, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
+    SAFE_UNKNOWN = uuid_class(int=0).is_safe
 
 
 # --- waiting -------------------------------------------------------------------------------------
@@ -287,6 +292,8 @@ cdef int fail(int result, object what) except -1:
 
 cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
     cdef bytes raw
+    if type(value) is str and canonical_uuid(value, <unsigned char *>words):
+        return 0
     if type(value) is bytes and PyBytes_GET_SIZE(value) == 16:
         raw = value
     elif isinstance(value, UUID):
@@ -297,8 +304,39 @@ cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
     return 0
 
 
+cdef inline int hex_digit(unsigned char letter) noexcept:
+    if c'0' <= letter <= c'9':
+        return letter - c'0'
+    letter |= 0x20
+    return letter - c'a' + 10 if c'a' <= letter <= c'f' else -1
+
+
+cdef bint canonical_uuid(str text, unsigned char *to) noexcept:
+    """Read a UUID as it is usually written, 8-4-4-4-12; what else is one, names.parse_uuid knows."""
+    cdef const unsigned char *at
+    cdef int i, high, low
+    if not PyUnicode_IS_COMPACT_ASCII(text) or len(text) != 36:
+        return False
+    at = <const unsigned char *>PyUnicode_1BYTE_DATA(text)
+    for i in range(16):
+        if i in (4, 6, 8, 10):
+            if at[0] != c'-':
+                return False
+            at += 1
+        high, low = hex_digit(at[0]), hex_digit(at[1])
+        if high < 0 or low < 0:
+            return False
+        to[i] = <unsigned char>(high << 4 | low)
+        at += 2
+    return True
+
+
 cdef object uuid_object(const uint64_t *words):
-    return UUID(bytes=PyBytes_FromStringAndSize(<const char *>words, 16))
+    """A `uuid.UUID`. Its `__init__` would look at all that it was not given, for a microsecond."""
+    cdef object uuid = UUID.__new__(UUID)
+    PyObject_GenericSetAttr(uuid, "int", int.from_bytes((<const char *>words)[:16], "big"))
+    PyObject_GenericSetAttr(uuid, "is_safe", SAFE_UNKNOWN)
+    return uuid
 
 
 cdef object name_object(const unsigned char *name):
