@@ -312,7 +312,7 @@ cdef inline int hex_digit(unsigned char letter) noexcept:
 
 
 cdef bint canonical_uuid(str text, unsigned char *to) noexcept:
-    """Read a UUID as it is usually written, 8-4-4-4-12; what else is one, names.parse_uuid knows."""
+    """Read a UUID as it is usually written, 8-4-4-4-12; other spellings are names.parse_uuid's."""
     cdef const unsigned char *at
     cdef int i, high, low
     if not PyUnicode_IS_COMPACT_ASCII(text) or len(text) != 36:
