@@ -11,7 +11,7 @@ get on. A storm that stays busy never shows a lost wake-up.
 
 Nothing waits for ever. A wait for a lock has a time-out that names the holder; a worker that makes
 no progress is reported, with what it was doing and who holds the list, and killed. This process
-starts no threads, so forking it is safe.
+starts no threads, so forking it is safe. Ctrl-C is looked at where nothing is half done (`_CtrlC`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rich.console import Console
 
@@ -76,20 +77,21 @@ def run(
     view = View(console)
     context = multiprocessing.get_context(start)
     try:
-        doms, plan = _load(config_dir, workers, kill, lock, domains, context, view)
-    except (ShmDomainsError, OSError) as exc:
-        view.say(f"stress: {exc}", "red")
-        return 1
-    except KeyboardInterrupt:
-        view.say("stress: interrupted before the workers were started", "yellow")
+        try:
+            doms, plan = _load(config_dir, workers, kill, lock, domains, context, view)
+        except (ShmDomainsError, OSError) as exc:
+            view.say(f"stress: {exc}", "red")
+            return 1
+        view.say(
+            f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} ({start}, "
+            f"{lock} locks), {seconds:g} s" + (", killed at random moments" if kill else ""),
+            "bold",
+        )
+        with doms:
+            return _storm_and_prove(doms, plan, context, seconds, kill, view)
+    except KeyboardInterrupt:  # while loading or printing; the rest sees to it itself
+        view.say("stress: interrupted", "yellow")
         return INTERRUPTED
-    view.say(
-        f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} ({start}, {lock} "
-        f"locks), {seconds:g} s" + (", killed at random moments" if kill else ""),
-        "bold",
-    )
-    with doms:
-        return _storm_and_prove(doms, plan, context, seconds, kill, view)
 
 
 def _storm_and_prove(
@@ -222,6 +224,41 @@ class _Post:
         return f"worker {self.number}{pid}"
 
 
+class _CtrlC:
+    """Ctrl-C during the storm: kept until it is asked for, at a moment when nothing is half done.
+
+    Python would raise it between any two instructions. Between the `waitpid` that reaps a worker
+    and multiprocessing's note of it, for one: then that worker never ends for us, and its number,
+    which is free, is what the next signal goes to. A context manager; in another thread than the
+    main one, and where Ctrl-C is ignored, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handler: Any = None  # whose place we take
+        self._kept: tuple[Any, ...] | None = None
+
+    def __enter__(self) -> _CtrlC:
+        before = signal.getsignal(signal.SIGINT)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            self._handler = before
+            signal.signal(signal.SIGINT, self._keep)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self.look()
+
+    def _keep(self, *call: object) -> None:
+        self._kept = call
+
+    def look(self) -> None:
+        """If it came: do what would have been done then, which is to raise `KeyboardInterrupt`."""
+        call, self._kept = self._kept, None
+        if call is not None:
+            self._handler(*call)
+
+
 class _Storm:
     """The workers, from the first start to the last end."""
 
@@ -244,6 +281,7 @@ class _Storm:
         self._posts = [_Post(number, page) for number, page in enumerate(journal.pages)]
         self._began = 0.0
         self._ticked = time.monotonic()
+        self._ctrl_c = _CtrlC()
         self.elapsed = 0.0
         self.kills = 0
         self.interrupted = False
@@ -252,6 +290,13 @@ class _Storm:
 
     def run(self, seconds: float) -> None:
         """Let it blow for so long. Ctrl-C ends it early, and in order."""
+        try:
+            with self._ctrl_c:
+                self._run(seconds)
+        except KeyboardInterrupt:  # it came when all was over but the last look
+            self.interrupted = True
+
+    def _run(self, seconds: float) -> None:
         try:
             with self._view.progress("storm") as show:
                 self._gather()
@@ -269,8 +314,12 @@ class _Storm:
 
     def _gather(self) -> None:
         """Start the workers, and the clock once all of them got to work."""
-        if self._context.get_start_method() == "forkserver":
+        start = self._context.get_start_method()
+        if start == "forkserver":
             self._context.set_forkserver_preload([stress_worker.__name__])
+        if start != "fork":
+            # Its own start unblocks SIGINT, which `_start` wants blocked while a child begins.
+            resource_tracker.ensure_running()
         self._began = time.monotonic()
         for post in self._posts:
             self._start(post)
@@ -328,7 +377,8 @@ class _Storm:
     # --- one worker ---
 
     def _start(self, post: _Post) -> None:
-        # Ctrl-C reaches the whole foreground group; the child ignores it, as soon as it can.
+        # Ctrl-C reaches the whole foreground group. A child begins with it blocked, and ignores it
+        # as soon as it runs code of ours.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = self._context.Process(  # type: ignore[attr-defined]
@@ -393,7 +443,9 @@ class _Storm:
     # --- all of them ---
 
     def _tick(self, timeout: float) -> None:
-        """Wait a little for something to happen, and see to it."""
+        """Wait a little for something to happen, and see to it. The only place where Ctrl-C is
+        raised."""
+        self._ctrl_c.look()
         sentinels = [cast("BaseProcess", post.process).sentinel for post in self._living]
         if sentinels:
             connection.wait(sentinels, timeout)

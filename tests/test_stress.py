@@ -16,12 +16,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import popen_fork, popen_spawn_posix
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import psutil
 import pytest
+from helpers import SOAK
 from rich.console import Console
 
 from shmdomains import CheckReport, Domain, DomainDef, DomainList, stress, stress_proof
@@ -476,36 +479,159 @@ def processes_of_session(session: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_ctrl_c_ends_it_in_order(start: str) -> None:
-    code = f"""
-import faulthandler, sys
+PROGRAM = f"""
+import faulthandler, os, signal, sys
 faulthandler.dump_traceback_later(60, exit=True)  # a hang says where
+from multiprocessing import util
 from pathlib import Path
 from rich.console import Console
 from shmdomains import stress
+
+def interrupt(*processes):
+    if processes and not interrupted:
+        interrupted.extend(processes)
+        for pid in processes:
+            os.kill(pid, signal.SIGINT)
+
+interrupted = []
+
+{{moment}}
+
 if __name__ == "__main__":
     stress.View.PLAIN_INTERVAL = 0.2
-    sys.exit(stress.run(Path({str(SAMPLES)!r}), seconds=60, kill=True, start={start!r}, workers=2,
+    sys.exit(stress.run(Path({str(SAMPLES)!r}), seconds=60, kill=True, start={{start!r}}, workers=2,
                         console=Console(width=200)))
 """
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code],
+
+
+def begin_storm(start: str, moment: str = "") -> subprocess.Popen[str]:
+    """A storm in a session of its own; `moment`: Python that calls `interrupt` with the processes
+    that get SIGINT, when the moment has come."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", PROGRAM.format(start=start, moment=moment)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    lines = iter(process.stdout)
-    text = next(line for line in lines if line.startswith("storm:"))
-    os.killpg(process.pid, signal.SIGINT)
-    text += "".join(lines)
+
+
+def ended_in_order(process: subprocess.Popen[str], text: str) -> None:
     assert process.wait(30) == 130, text
     assert "Traceback" not in text and text.count("✓") == 8, text
     assert "interrupted; this is what was proven so far" in text
     left = processes_of_session(process.pid)
     assert not psutil.wait_procs(left, 10)[1]  # multiprocessing's own end a moment after us
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_ctrl_c_ends_it_in_order(start: str) -> None:
+    with begin_storm(start) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        text = next(line for line in lines if line.startswith("storm:"))
+        os.killpg(process.pid, signal.SIGINT)
+        text += "".join(lines)
+        ended_in_order(process, text)
+
+
+# Where Ctrl-C did harm: within a statement of multiprocessing, whose next one takes note of what
+# was done, and in a worker that could not ignore it yet.
+MOMENTS = {
+    "a worker was reaped": """
+waitpid = os.waitpid
+def reap(*how):
+    found = waitpid(*how)
+    interrupt(*[os.getpid()] * bool(found[0]))
+    return found
+os.waitpid = reap
+""",
+    "a worker was forked": """
+fork = os.fork
+def begin():
+    pid = fork()
+    interrupt(*[pid, os.getpid()] * bool(pid))
+    return pid
+os.fork = begin
+""",
+    "a worker was spawned": """
+spawn = util.spawnv_passfds
+def begin(program, arguments, fds):
+    pid = spawn(program, arguments, fds)
+    if "--multiprocessing-fork" in arguments:
+        if interrupted:  # the first worker was; by the second one it is our turn
+            os.kill(os.getpid(), signal.SIGINT)
+        interrupt(pid)
+    return pid
+util.spawnv_passfds = begin
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("start", "moment"),
+    [
+        ("fork", "a worker was reaped"),
+        ("spawn", "a worker was reaped"),
+        ("fork", "a worker was forked"),
+        ("spawn", "a worker was spawned"),
+    ],
+)
+@pytest.mark.timeout(100)
+def test_ctrl_c_at_the_moment_when(start: str, moment: str) -> None:
+    with begin_storm(start, MOMENTS[moment]) as process:
+        assert process.stdout is not None
+        ended_in_order(process, process.stdout.read())
+
+
+AT_A_LINE = """
+file, line, me = {file!r}, {line}, os.getpid()
+
+def trace(frame, event, argument):
+    if frame.f_code.co_filename != file or os.getpid() != me:
+        return None
+    if event == "line" and frame.f_lineno == line:
+        interrupt(me)
+    return trace
+
+def run(storm, seconds):
+    sys.settrace(trace)
+    whole(storm, seconds)
+
+whole, stress._Storm.run = stress._Storm.run, run
+"""
+
+
+def lines_of(function: Callable[..., Any]) -> list[tuple[str, int]]:
+    code = function.__code__
+    return sorted({(code.co_filename, line) for *_, line in code.co_lines() if line})[1:]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not SOAK, reason="`make soak` goes through the lines that see to the workers")
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_ctrl_c_at_every_line_that_sees_to_workers(
+    start: str, tried: Callable[[str, int], None]
+) -> None:
+    """Those of the storm, and of what it calls of multiprocessing. A line that is not come to lets
+    the storm go on, and is interrupted from outside."""
+    storm = stress._Storm
+    functions = [storm._gather, storm._start, storm._reap, storm._tick, storm._kill_worker]
+    functions += [storm._look_after, storm._end, BaseProcess.start, BaseProcess.close]
+    functions += [popen_fork.Popen.poll]
+    functions += [popen_spawn_posix.Popen._launch] if start == "spawn" else []
+    places = sorted({place for function in functions for place in lines_of(function)})
+    for file, line in places:
+        with begin_storm(start, AT_A_LINE.format(file=file, line=line)) as begun:
+            assert begun.stdout is not None
+            text = ""
+            for said in begun.stdout:
+                text += said
+                if text.count("storm:") == 4:
+                    os.killpg(begun.pid, signal.SIGINT)
+            ended_in_order(begun, text)
+    tried(f"lines at which Ctrl-C came ({start})", len(places))
 
 
 # --- the journal ----------------------------------------------------------------------------
