@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from killing import Child, Pipe, Planted, fork, hold_mutex
 
 import shmdomains
-from shmdomains import Domain, DomainList, ListClosed, SegmentCorrupt
+from shmdomains import Domain, DomainDef, DomainList, ListClosed, SegmentCorrupt
 from shmdomains import domain as domain_module
 
 XML = "<domain type='kvm'><name>{}</name><memory>1</memory><os><type>hvm</type></os></domain>"
@@ -177,3 +180,239 @@ def test_handles_come_from_lists_only() -> None:
     for use in (nowhere.lock, nowhere.try_lock, nowhere.__enter__):
         with pytest.raises(ListClosed):
             use()
+
+
+# --- fork -----------------------------------------------------------------------------------------
+
+KINDS = ["robust", "multiprocessing"]
+NAMES = "abc"
+
+
+def make(kind: str, path: str | None = None) -> DomainList:
+    """A list of three domains; with a path others can hold its mutexes through the file."""
+    room: dict[str, Any] = {"max_domains": 10, "lock": kind}
+    doms = DomainList(**room) if path is None else DomainList.create(path=path, **room)
+    for name in NAMES:
+        doms.define(XML.format(name))
+    return doms
+
+
+def all_free(doms: DomainList, timeout: float = DEADLINE) -> None:
+    with doms.locked(timeout):
+        for name in NAMES:
+            doms.find_by_name(name, timeout).unlock()
+    report = doms.check()
+    assert report, report.problems
+
+
+def keep(pipe: Pipe, doms: DomainList, what: str) -> None:
+    """Hold a domain or the list until told."""
+    one = doms if what == "list" else doms.get(name=what, timeout=DEADLINE)
+    if what == "list":
+        doms.lock(DEADLINE)
+    pipe.say("held")
+    pipe.listen()
+    one.unlock()
+    pipe.say("free")
+
+
+def take_all(pipe: Pipe, doms: DomainList) -> None:
+    all_free(doms)
+    pipe.say("free")
+
+
+def get_it(doms: DomainList) -> None:
+    with doms.get(name="a") as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+
+
+def lock_it(doms: DomainList) -> None:
+    with doms.locked():
+        get_it(doms)
+
+
+def find_it(doms: DomainList) -> None:
+    with doms.locked(), doms.find_by_name("a") as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+
+
+def assign_it(doms: DomainList) -> None:
+    with doms.locked(), doms.assign_def(DomainDef.from_xml(XML.format("a"))) as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+
+
+def commit_it(doms: DomainList) -> None:
+    with doms.get(name="a", timeout=0) as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.commit()
+
+
+def unlock_it(doms: DomainList) -> None:
+    with doms.get(name="a", timeout=0) as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+
+
+def activate_it(doms: DomainList) -> None:
+    with doms.get(name="a", timeout=0) as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.activate()
+
+
+def define_it(doms: DomainList) -> None:
+    doms.define(XML.format("d"))
+    with doms.get(name="a", timeout=0) as dom:
+        dom.data = (dom.data or ()) + (os.getpid(),)
+
+
+# What is held by somebody else, and who waits for it.
+WAITS = [
+    ("a", get_it),
+    ("list", lock_it),
+    ("a", find_it),
+    ("a", assign_it),
+    ("heap", commit_it),
+    ("heap", unlock_it),
+    ("heap", define_it),
+    ("id", activate_it),
+]
+
+
+@pytest.fixture
+def short_locks(tmp_path: Path) -> dict[str, int]:
+    """Where the core's own short locks lie in a segment."""
+    with DomainList.create(path=tmp_path / "sample"), Planted(tmp_path / "sample") as planted:
+        return {name: planted.header(f"{name}_mutex") for name in ("heap", "id")}
+
+
+def fork_in_a_wait(
+    pipe: Pipe, kind: str, path: str, held: str | int, wait: str, raising: bool
+) -> None:
+    doms = make(kind, path)
+    if isinstance(held, int):
+        holder = fork(hold_mutex, path, held)
+        assert holder.hear() == 0
+    else:
+        holder = fork(keep, doms, held)
+        assert holder.hear() == "held"
+    ours, theirs = os.pipe()
+    me, born = os.getpid(), []
+
+    def multiply(*_: object) -> None:
+        if not born:
+            born.append(os.fork())
+            if born[0]:
+                holder.tell()
+            elif raising:
+                sys.exit()
+
+    signal.signal(signal.SIGALRM, multiply)
+    signal.setitimer(signal.ITIMER_REAL, 0.03)
+    try:
+        globals()[wait](doms)
+        outcome = "done"
+    except BaseException as exc:
+        outcome = f"{type(exc).__name__}: {exc}"
+    if os.getpid() != me:
+        try:
+            assert not doms.is_locked
+            all_free(doms)
+        except BaseException as exc:
+            outcome += f" and then {exc!r}"
+        os.write(theirs, outcome.encode())
+        os._exit(0)
+    os.close(theirs)
+    others = os.read(ours, 4096).decode()
+    os.waitpid(born[0], 0)
+    pipe.say((outcome, others))
+    assert doms.peek(name="a").data == (me,)
+    with doms.get(name="a", timeout=DEADLINE) as dom:
+        assert dom.previous_owner_died is None
+    all_free(doms)
+    pipe.say("fine")
+
+
+@pytest.mark.parametrize("raising", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("held", "wait"), WAITS, ids=[wait.__name__ for _, wait in WAITS])
+def test_a_handler_that_forks_in_the_middle_of_a_wait(
+    start: Callable[..., Child],
+    path: str,
+    short_locks: dict[str, int],
+    kind: str,
+    held: str,
+    wait: Callable[[DomainList], None],
+    raising: bool,
+) -> None:
+    """The child comes out of the same wait. It holds nothing of what its parent holds, so there is
+    nothing that it could go on with: it would commit what is its parent's, without a lock."""
+    child = start(fork_in_a_wait, kind, path, short_locks.get(held, held), wait.__name__, raising)
+    outcome, others = child.hear(2 * DEADLINE)
+    assert outcome == "done"
+    assert others.startswith("SystemExit" if raising else "LockOrder"), others
+    assert raising or "a signal handler forked" in others
+    assert "and then" not in others
+    assert child.hear() == "fine"
+
+
+def fork_beside_a_wait(pipe: Pipe, kind: str, path: str, what: str, gone: str) -> None:
+    """Another thread forks while this one is in a slice."""
+    doms = make(kind, path)
+    holder = fork(keep, doms, what)
+    assert holder.hear() == "held"
+    waiting, said = threading.Event(), []
+
+    def beget() -> None:
+        assert waiting.wait(DEADLINE)
+        while "futex" not in Path(f"/proc/self/task/{os.getpid()}/wchan").read_text():
+            os.sched_yield()
+        child = fork(globals()[gone], doms)
+        said.append(child.hear())
+        child.join()
+        holder.tell()
+
+    thread = threading.Thread(target=beget)
+    thread.start()
+    waiting.set()
+    if what == "list":
+        doms.lock(DEADLINE)
+        doms.unlock()
+    else:
+        doms.get(name=what, timeout=DEADLINE).unlock()
+    thread.join()
+    assert said == ["fine"]
+    all_free(doms)
+    pipe.say("fine")
+
+
+def child_that_works(pipe: Pipe, doms: DomainList) -> None:
+    with doms.get(name="b", timeout=DEADLINE) as dom:
+        dom.data = "child"
+    grandchild = fork(child_that_looks, doms)
+    assert grandchild.hear() == "fine"
+    grandchild.join()
+    pipe.say("fine")
+
+
+def child_that_looks(pipe: Pipe, doms: DomainList) -> None:
+    assert [info.name for info in doms] == [*NAMES]
+    pipe.say("fine")
+
+
+def child_that_goes(pipe: Pipe, doms: DomainList) -> None:
+    pipe.say("fine")
+
+
+def child_that_closes(pipe: Pipe, doms: DomainList) -> None:
+    doms.close()
+    pipe.say("fine")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["a", "list"])
+@pytest.mark.parametrize(
+    "gone", [child_that_works, child_that_looks, child_that_goes, child_that_closes]
+)
+def test_another_thread_forks_while_one_waits(
+    start: Callable[..., Child], path: str, kind: str, what: str, gone: Callable[..., None]
+) -> None:
+    assert start(fork_beside_a_wait, kind, path, what, gone.__name__).hear(2 * DEADLINE) == "fine"

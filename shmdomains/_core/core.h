@@ -25,6 +25,7 @@ enum {
     SD_TIMEOUT,     /* the deadline passed */
     SD_INTERRUPTED, /* the wait hook wants out (a signal handler raised) */
     SD_NESTED,      /* this very thread has it: a signal handler asks in the middle of a wait */
+    SD_FORKED,      /* a signal handler forked in the middle of a wait, and this is the child */
     SD_MISS,        /* not there */
     SD_DOUBT,       /* not seen, but writers were about: look again under the lock */
     SD_FULL,        /* no slot, no cell, no id left within the limits */
@@ -159,13 +160,13 @@ uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */
 
 /* Waits at most until `deadline` and at most one slice; called with `mutex` seen busy, and never
  * while one of the core's own short locks is held.  The binding's version lets other threads run
- * and looks at signals (SD_INTERRUPTED); with `mutex` NULL it only looks at signals. */
+ * and looks at signals (SD_INTERRUPTED, SD_FORKED); with `mutex` NULL it only looks at signals. */
 extern int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline);
 /* The same without a look at signals: no Python runs in this thread meanwhile. */
 extern int (*sd_slice_hook)(pthread_mutex_t *mutex, uint64_t deadline);
 
 int sd_mutex_init(pthread_mutex_t *mutex);
-/* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT; SD_NESTED; lock: SD_INTERRUPTED. */
+/* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT; SD_NESTED; lock: SD_INTERRUPTED, SD_FORKED. */
 int sd_mutex_try(pthread_mutex_t *mutex);
 int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline); /* no signals, no hook */
 int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline);

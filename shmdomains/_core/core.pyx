@@ -109,8 +109,8 @@ cdef extern from "core.h" nogil:
         uint64_t domains, active, slots, extents, cells, garbage
 
     enum:
-        SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_MISS, SD_DOUBT, SD_FULL
-        SD_NO_MEMORY, SD_CORRUPT, SD_POISONED, SD_MISMATCH, SD_ERRNO
+        SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_FORKED, SD_MISS, SD_DOUBT
+        SD_FULL, SD_NO_MEMORY, SD_CORRUPT, SD_POISONED, SD_MISMATCH, SD_ERRNO
         SD_KIND_ROBUST, SD_KIND_MULTIPROCESSING
         SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
         SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA
@@ -223,6 +223,7 @@ cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int raised
     cdef unsigned nested, short_wait
     cdef sd_thread *thread = sd_self()
+    cdef uint64_t epoch = sd_fork_epoch
     if mutex != NULL:
         result = slice_hook(mutex, deadline)
         if result != SD_TIMEOUT:
@@ -233,11 +234,13 @@ cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     nested, short_wait = thread.nested, thread.short_wait
     thread.nested, thread.short_wait = nested + 1, 0
     raised = PyErr_CheckSignals()
-    thread.nested, thread.short_wait = nested, short_wait  # not -= 1: a handler may have forked
+    sd_self()  # begins anew in a child that a handler forked, and must not later than here
+    thread.nested, thread.short_wait = nested, short_wait
     if raised:
         PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
         return SD_INTERRUPTED
-    return result
+    # What was locked before the wait is the parent's, and the child does not know what that was.
+    return result if epoch == sd_fork_epoch else SD_FORKED
 
 
 sd_wait_hook = wait_hook
@@ -273,6 +276,11 @@ cdef int fail(int result, object what) except -1:
         raise errors.LockOrder(
             f"{what}: this thread is in the middle of using it: a signal handler interrupted it "
             "there, or kept what was waited for; set a flag in the handler and do it afterwards")
+    if result == SD_FORKED:
+        raise errors.LockOrder(
+            f"{what}: a signal handler forked in the middle of a wait, and the child holds nothing "
+            "of what its parent holds; let it end in the handler, or set a flag there and fork "
+            "afterwards")
     if result == SD_FULL:
         raise errors.SegmentFull(
             f"{what}: the segment is full; create it with larger max_domains or max_bytes")
@@ -647,7 +655,9 @@ cdef class Segment:
         cdef uint64_t who, now
         cdef unsigned nested
         cdef sd_thread *thread = sd_self()
+        cdef uint64_t epoch = sd_fork_epoch
         cdef double pause
+        cdef bint taken
         if lock is None:
             raise errors.LockKindMismatch(
                 "this list uses multiprocessing locks, which only processes can have that "
@@ -672,13 +682,19 @@ cdef class Segment:
             nested = thread.nested
             thread.nested = nested + 1
             try:
-                if lock.acquire(True, pause):
-                    return SD_OK
+                taken = lock.acquire(True, pause)
                 # The lock looks at signals only while it sleeps.
-                if PyErr_CheckSignals():
+                if not taken and PyErr_CheckSignals():
                     return -1
             finally:
+                sd_self()  # as in wait_hook
                 thread.nested = nested
+            if epoch != sd_fork_epoch:
+                if taken:
+                    lock.release()
+                return SD_FORKED
+            if taken:
+                return SD_OK
 
     cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
         cdef int result
@@ -1226,6 +1242,7 @@ cdef class Segment:
         cdef uint32_t slot
         cdef sd_word *link
         cdef uint64_t deadline = deadline_of(timeout)
+        cdef uint64_t epoch = sd_fork_epoch
         cdef Record record
         cdef int result
         self.need_list("assign_def")
@@ -1243,7 +1260,8 @@ cdef class Segment:
         self.lock_free_slot(&slot, &link, deadline, timeout)
         result = sd_insert(self.segment, slot, link, words, raw, &values, blobs, deadline)
         if result != SD_OK:
-            self.release_slot(slot, False)
+            if epoch == sd_fork_epoch:  # else it is our parent's
+                self.release_slot(slot, False)
             fail(result, f"define domain {name!r}")
         record.lead_to(slot)
         record.own()
@@ -1642,6 +1660,8 @@ cdef class Record:
         self.nonce = 0
 
     cdef int disown(self, bint given) except -1:
+        if self.nonce != sd_self().nonce:
+            return 0  # a signal handler forked in a wait: it is our parent's
         self.leave_thread()
         return self.segment.release_slot(self.slot, given)
 
