@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import environment
 from killing import Child, Pipe, Planted, fork, hold_mutex
 
 import shmdomains
@@ -416,3 +420,361 @@ def test_another_thread_forks_while_one_waits(
     start: Callable[..., Child], path: str, kind: str, what: str, gone: Callable[..., None]
 ) -> None:
     assert start(fork_beside_a_wait, kind, path, what, gone.__name__).hear(2 * DEADLINE) == "fine"
+
+
+# --- the end of a process -------------------------------------------------------------------------
+
+# Two lists at once, one of each kind, and a watcher, forked before anything is held, that waits for
+# the end of this process and says what it then finds.
+LIFE = """
+import asyncio, atexit, gc, json, os, signal, subprocess, sys, threading, time, weakref
+from contextlib import suppress
+from shmdomains import DomainDef, DomainList, ShmDomainsError
+
+XML = "<domain type='kvm'><name>{{}}</name><memory>1</memory><os><type>hvm</type></os></domain>"
+lists = [DomainList.create(path=sys.argv[1], max_domains=10),
+         DomainList(max_domains=10, lock="multiprocessing")]
+for doms in lists:
+    for name in "abc":
+        doms.define(XML.format(name))
+ended, mine = os.pipe()
+me = os.getpid()
+
+def look(doms):
+    with doms.locked(10):
+        found = [doms.find_by_name(name, 10) for name in "abc"]
+    told = [[dom.data, dom.previous_owner_died and dom.previous_owner_died.pid] for dom in found]
+    for dom in found:
+        dom.unlock()
+    return told, doms.check().problems
+
+if not os.fork():
+    os.close(mine)
+    os.read(ended, 1)
+    try:
+        print(json.dumps([me, *map(look, lists)]), flush=True)
+    except BaseException as exc:
+        print(json.dumps(repr(exc)), flush=True)
+    os._exit(0)
+os.close(ended)
+
+held = []
+
+def take():
+    for doms in lists:
+        doms.lock(10)
+        held.append(doms.find_by_name("a", 10))
+        held[-1].data = "uncommitted"
+
+def work(text="committed"):
+    for doms in lists:
+        with doms.get(name="b", timeout=10) as dom:
+            dom.data = text
+        doms.define(XML.format("x"))
+        doms.undefine(name="x")
+
+def in_thread(target, daemon=True):
+    begun = threading.Event()
+    thread = threading.Thread(target=target, args=[begun], daemon=daemon)
+    thread.start()
+    assert begun.wait(10)
+    return thread
+
+{}
+"""
+
+# Name: how it ends, its exit status, what is then in the domains "a" and "b", what it says.
+ENDS: dict[str, tuple[str, int, Any, Any, str]] = {
+    "os._exit": ("take(); os._exit(7)", 7, None, None, ""),
+    "os._exit of a thread": (
+        """
+def leave():
+    take()
+    os._exit(7)
+threading.Thread(target=leave).start()
+time.sleep(1)
+lists[0].lock()
+""",
+        7,
+        None,
+        None,
+        "",
+    ),
+    "os.abort": ("take(); os.abort()", -signal.SIGABRT, None, None, ".*"),
+    "SIGTERM": ("take(); os.kill(me, signal.SIGTERM)", -signal.SIGTERM, None, None, ""),
+    "exec": ("take(); os.execv(sys.executable, [sys.executable, '-c', ''])", 0, None, None, ""),
+    "exception": ("take(); raise RuntimeError('end')", 1, None, None, "RuntimeError: end"),
+    "exception in a block": (
+        "with lists[0].get(name='a') as dom:\n    dom.data = 1\n    raise RuntimeError('end')",
+        1,
+        None,
+        None,
+        "RuntimeError: end",
+    ),
+    "sys.exit in a block": (
+        "with lists[0].locked(), lists[1].get(name='a') as dom:\n    dom.data = 1\n    sys.exit(3)",
+        3,
+        None,
+        None,
+        "",
+    ),
+    "handles alive": ("take()", 0, None, None, ""),
+    "handles in a cycle": (
+        """
+class Knot:
+    pass
+knot = Knot()
+knot.itself, knot.held = knot, held
+take()
+del held, knot
+""",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "handles kept by the interpreter": (
+        "take(); sys.held = held; lists.clear()",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "__del__ that works": (
+        """
+class Late:
+    def __init__(self):
+        self.work, self.take = work, take
+    def __del__(self):
+        self.work("late")
+late = Late()
+""",
+        0,
+        None,
+        "late",
+        "",
+    ),
+    "weakref.finalize": ("weakref.finalize(take, work, 'late'); del take", 0, None, "late", ""),
+    "atexit": (
+        """
+def late():
+    for dom in held:
+        dom.data = "late"
+        dom.unlock()
+    for doms in lists:
+        doms.unlock()
+    work("late")
+atexit.register(late)
+take()
+""",
+        0,
+        "late",
+        "late",
+        "",
+    ),
+    "atexit closes while threads wait": (
+        """
+def wait(begun, use):
+    begun.set()
+    use()
+def close():
+    for doms in lists:
+        doms.close()
+atexit.register(close)
+take()
+for doms in lists:
+    in_thread(lambda begun, doms=doms: wait(begun, lambda: doms.get(name="a")))
+    in_thread(lambda begun, doms=doms: wait(begun, lambda: doms.lock()))
+""",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "a daemon thread holds": (
+        """
+def hold(begun):
+    take()
+    begun.set()
+    while True:
+        time.sleep(1)
+in_thread(hold)
+""",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "daemon threads work": (
+        """
+def go_on(begun):
+    begun.set()
+    while True:
+        with suppress(ShmDomainsError):
+            work()
+for _ in range(4):
+    in_thread(go_on)
+time.sleep(0.05)
+""",
+        0,
+        None,
+        "committed",
+        "",
+    ),
+    "another thread goes on": (
+        """
+def go_on(begun):
+    begun.set()
+    time.sleep(0.05)
+    work("late")
+in_thread(go_on, daemon=False)
+""",
+        0,
+        None,
+        "late",
+        "",
+    ),
+    "a thread died holding": (
+        """
+threading.excepthook = lambda what: None
+def die(begun):
+    begun.set()
+    take()
+    raise RuntimeError
+in_thread(die).join()
+for doms in lists:
+    with doms.locked(10), doms.find_by_name("a", 10) as dom:
+        assert dom.previous_owner_died.pid == me and dom.data is None
+        dom.data = "saved"
+""",
+        0,
+        "saved",
+        None,
+        "",
+    ),
+    "signals all the way": (
+        """
+def handle(*_):
+    with suppress(ShmDomainsError):
+        for doms in lists:
+            doms.get(name="b", timeout=0).unlock()
+            doms.snapshot()
+signal.signal(signal.SIGURG, handle)  # which is ignored once Python takes its handlers away
+for _ in range(20000):
+    weakref.finalize(gc, lambda: None)
+take()
+pidfd = os.pidfd_open(me)
+if not os.fork():
+    os.close(mine)
+    while os.getppid() == me:
+        signal.pidfd_send_signal(pidfd, signal.SIGURG)
+        time.sleep(0.001)
+    os._exit(0)
+""",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "an interrupted wait": (
+        """
+with lists[0].get(name="a") as dom:
+    def wait(begun):
+        begun.set()
+        with suppress(ShmDomainsError):
+            lists[0].get(name="a", timeout=0.2)
+    waiter = in_thread(wait)
+    dom.data = 1
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    waiter.join()
+""",
+        -signal.SIGINT,
+        None,
+        None,
+        "KeyboardInterrupt",
+    ),
+    "blocks of generators": (
+        """
+class never:
+    def __await__(self):
+        yield
+def block(doms):
+    with doms.locked(), doms.find_by_name("a") as dom:
+        dom.data = "uncommitted"
+        yield dom
+async def task(doms):
+    with doms.get(name="b") as dom:
+        dom.data = "uncommitted"
+        await never()
+async def stream(doms):
+    with doms.get(name="c") as dom:
+        dom.data = "uncommitted"
+        yield dom
+suspended = []
+for doms in lists:
+    suspended += [block(doms), task(doms), stream(doms)]
+    next(suspended[-3])
+    suspended[-2].send(None)
+    with suppress(StopIteration):
+        suspended[-1].__anext__().send(None)
+""",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "a program that was started goes on": (
+        """
+take()
+goes_on = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+started = subprocess.Popen(goes_on, stdin=subprocess.PIPE, close_fds=False)
+os.posix_spawn(sys.executable, goes_on, os.environ)
+os._exit(0)
+""",
+        0,
+        None,
+        None,
+        "",
+    ),
+    "a child ends first, as its parent will": (
+        """
+take()
+child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    for doms, dom in zip(lists, held):
+        assert doms.is_locked and dom.is_locked
+        dom.data = "kept"
+        dom.unlock()
+""",
+        0,
+        "kept",
+        None,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_of_a_process(tmp_path: Path, end: str) -> None:
+    """Whatever it held, of two lists of either kind, the next can have at once; what it had
+    committed is there, what it had not is not; and it neither hangs nor complains."""
+    code, status, of_a, of_b, complaint = ENDS[end]
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", LIFE.format(code), str(tmp_path / "s")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE,
+    )
+    assert done.returncode == status, done.stderr
+    said = [line for line in done.stderr.splitlines() if "ResourceWarning" not in line]
+    assert bool(said) == bool(complaint), done.stderr
+    assert re.search(complaint, done.stderr)
+    assert status < 0 or not re.search("Exception ignored|Fatal", done.stderr)
+    pid, *found = json.loads(done.stdout)
+    for domains, problems in found:
+        assert problems == []
+        assert [data for data, _ in domains] in ([of_a, of_b, None], [of_a, of_b or None, None])
+        assert {died for _, died in domains} <= {None, pid}

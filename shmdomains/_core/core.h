@@ -19,6 +19,8 @@
 
 #include "layout.h"
 
+#include <semaphore.h>
+
 enum {
     SD_OK = 0,
     SD_DIED,        /* locked, and the holder before us died */
@@ -192,6 +194,10 @@ void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given);
 
 /* lock="multiprocessing": become the owner in place of a dead one.  False: somebody was faster. */
 bool sd_take_over(sd_owner *owner, uint64_t dead);
+/* Wait for the semaphore behind such a lock, a slice at most or until a signal comes, and sign if it
+ * was to be had.  Without the GIL: Python ends the threads that want it back when it shuts down, and
+ * a lock that was taken and not signed is locked for good.  SD_OK SD_TIMEOUT */
+int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline);
 
 int sd_ids_lock(sd_segment *segment, uint64_t deadline);
 void sd_ids_unlock(sd_segment *segment);

@@ -41,6 +41,8 @@ cdef extern from "Python.h":
 cdef extern from "core.h" nogil:
     ctypedef struct pthread_mutex_t:
         pass
+    ctypedef struct sem_t:
+        pass
     ctypedef struct sd_word:
         pass
     ctypedef struct sd_owner:
@@ -147,6 +149,7 @@ cdef extern from "core.h" nogil:
     void sd_slot_leaving(sd_segment *, uint32_t, bint)
     void sd_slot_unlock(sd_segment *, uint32_t, bint)
     bint sd_take_over(sd_owner *, uint64_t)
+    int sd_semaphore_slice(sem_t *, sd_owner *, uint64_t)
     void sd_recover_slot(sd_segment *, uint32_t, uint64_t, uint64_t)
     int sd_ids_lock(sd_segment *, uint64_t)
     void sd_ids_unlock(sd_segment *)
@@ -220,14 +223,20 @@ cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
 
 cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int result = SD_OK
-    cdef int raised
-    cdef unsigned nested, short_wait
-    cdef sd_thread *thread = sd_self()
-    cdef uint64_t epoch = sd_fork_epoch
     if mutex != NULL:
         result = slice_hook(mutex, deadline)
         if result != SD_TIMEOUT:
             return result
+    return after_slice(result)
+
+
+cdef int after_slice(int result) noexcept:
+    """What is done between two slices, locks of this thread that others dropped and signals; then
+    `result`, or what came of it."""
+    cdef int raised
+    cdef unsigned nested, short_wait
+    cdef sd_thread *thread = sd_self()
+    cdef uint64_t epoch = sd_fork_epoch
     # Whoever we wait for may be waiting for what another thread dropped in our name.
     if thread.orphans != NULL:
         free_orphans(thread)
@@ -652,18 +661,17 @@ cdef class Segment:
     cdef int take_mp(self, object lock, sd_owner *owner, uint64_t deadline,
                      uint64_t *died_who, uint64_t *died_pid) except -1:
         """A multiprocessing.Lock; SD_DIED: its holder was dead and we stand in its place."""
-        cdef uint64_t who, now
-        cdef unsigned nested
+        cdef uint64_t who
+        cdef int result
+        cdef sem_t *semaphore
         cdef sd_thread *thread = sd_self()
-        cdef uint64_t epoch = sd_fork_epoch
-        cdef double pause
-        cdef bint taken
         if lock is None:
             raise errors.LockKindMismatch(
                 "this list uses multiprocessing locks, which only processes can have that "
                 "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
         if lock.acquire(False):
             return SD_OK
+        semaphore = <sem_t *><size_t>lock._semlock.handle
         while True:
             who = sd_load_acquire(&owner.who)
             if who == thread.who:
@@ -671,30 +679,15 @@ cdef class Segment:
             if who and not sd_alive(who) and sd_take_over(owner, who):
                 died_who[0], died_pid[0] = who, sd_load(&owner.pid)
                 return SD_DIED
-            now = sd_now()
-            if deadline != SD_FOREVER and now >= deadline:
+            if deadline != SD_FOREVER and sd_now() >= deadline:
                 return SD_TIMEOUT
-            pause = 0.05
-            if deadline != SD_FOREVER and deadline - now < 50000000:
-                pause = (deadline - now) / 1e9
-            if thread.orphans != NULL:
-                free_orphans(thread)
-            nested = thread.nested
-            thread.nested = nested + 1
-            try:
-                taken = lock.acquire(True, pause)
-                # The lock looks at signals only while it sleeps.
-                if not taken and PyErr_CheckSignals():
-                    return -1
-            finally:
-                sd_self()  # as in wait_hook
-                thread.nested = nested
-            if epoch != sd_fork_epoch:
-                if taken:
-                    lock.release()
-                return SD_FORKED
-            if taken:
+            with nogil:
+                result = sd_semaphore_slice(semaphore, owner, deadline)
+            if result == SD_OK:
                 return SD_OK
+            result = after_slice(result)
+            if result != SD_TIMEOUT:
+                return result
 
     cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
         cdef int result

@@ -260,11 +260,16 @@ static int bury_missing_owner(pthread_mutex_t *mutex)
     return SD_TIMEOUT;
 }
 
-int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
+static struct timespec end_of_slice(uint64_t deadline)
 {
     uint64_t until = sd_now() + SD_SLICE_NS;
     if (until > deadline) until = deadline;
-    struct timespec at = {(time_t)(until / 1000000000ull), (long)(until % 1000000000ull)};
+    return (struct timespec){(time_t)(until / 1000000000ull), (long)(until % 1000000000ull)};
+}
+
+int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    struct timespec at = end_of_slice(deadline);
     if (!sd_mutex_sound(mutex)) return SD_CORRUPT;
     int result = outcome(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &at));
     if (result == SD_OK || result == SD_DIED) return result;
@@ -339,6 +344,14 @@ static void sign(sd_owner *owner)
     sd_store(&owner->pid, self->pid);
     sd_store(&owner->since, sd_now_coarse());
     sd_publish(&owner->who, self->who);
+}
+
+int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline)
+{
+    struct timespec at = end_of_slice(deadline);
+    if (sem_clockwait(semaphore, CLOCK_MONOTONIC, &at)) return SD_TIMEOUT;
+    sign(owner);
+    return SD_OK;
 }
 
 bool sd_take_over(sd_owner *owner, uint64_t dead)
