@@ -89,6 +89,9 @@ typedef struct sd_segment {
  * SD_FULL: limits out of range.  SD_NO_MEMORY.  SD_ERRNO. */
 int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells);
 
+/* The checksum of a header's constants. */
+uint64_t sd_constants_sum(const sd_header *header);
+
 /* Map the segment behind `fd`, or find it if this process has it mapped already.  `fd` stays the
  * caller's; the segment keeps a duplicate.  SD_MISMATCH with a reason in `why`; SD_CORRUPT;
  * SD_ERRNO. */

@@ -49,7 +49,7 @@
 #include <string.h>
 
 #define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
-#define SD_LAYOUT 1u
+#define SD_LAYOUT 2u
 
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
@@ -143,6 +143,7 @@ typedef struct {
     /* Set once, by whoever finds that a repair failed; any holder; never cleared. */
     _Alignas(SD_CACHE_LINE) sd_word poisoned; /* SD_POISON_* */
     sd_word poisoned_at;                      /* slot or index concerned */
+    uint64_t sum; /* of the constants above; written by the creator with them */
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;

@@ -92,6 +92,19 @@ static uint64_t signature(void)
     return h;
 }
 
+/* With another seed nothing would be found, and under another identity handles would lead here that
+ * are of another segment. */
+uint64_t sd_constants_sum(const sd_header *header)
+{
+    uint64_t words[offsetof(sd_header, poisoned) / 8], h = SD_MAGIC;
+    memcpy(words, header, sizeof words);
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        h = (h ^ words[i]) * 0x9e3779b97f4a7c15ull;
+        h ^= h >> 32;
+    }
+    return h;
+}
+
 static void read_boot(uint64_t boot[2])
 {
     char text[64] = "";
@@ -158,6 +171,10 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
                  (unsigned long long)size, (unsigned long long)at->total_bytes);
         return SD_CORRUPT;
     }
+    if (header->sum != sd_constants_sum(header)) {
+        snprintf(why, n, "what its creator wrote is damaged: the checksum does not fit");
+        return SD_CORRUPT;
+    }
     return SD_OK;
 }
 
@@ -213,6 +230,7 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     sd_store(&header->heap_committed, sd_seal(0));
     sd_store(&header->next_id, 1); /* as libvirt's: 0 is never given out */
     header->magic = SD_MAGIC;
+    header->sum = sd_constants_sum(header);
     if (sd_mutex_init(&header->list_mutex) || sd_mutex_init(&header->id_mutex)) return SD_ERRNO;
     return sd_mutex_init(&header->heap_mutex);
 }
