@@ -172,14 +172,17 @@ def fork(function: Callable[..., Any], *arguments: Any) -> Child:
 
 
 class Nursery:
-    """A clean process that forks children for a test. A context manager."""
+    """A clean process that forks children for a test. A context manager.
 
-    def __init__(self) -> None:
+    `more` is put into its environment.
+    """
+
+    def __init__(self, **more: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])} | more,
         )
         theirs.close()
         self._socket.settimeout(3 * DEADLINE)
