@@ -174,15 +174,17 @@ def fork(function: Callable[..., Any], *arguments: Any) -> Child:
 class Nursery:
     """A clean process that forks children for a test. A context manager.
 
-    `more` is put into its environment.
+    `packages`: where it looks for shmdomains first, if not where the test has it from. `more` is put
+    into its environment.
     """
 
-    def __init__(self, **more: str) -> None:
+    def __init__(self, *packages: Path, **more: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        paths = os.pathsep.join(map(str, [*packages, TESTS, *sys.path]))
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])} | more,
+            env={**os.environ, "PYTHONPATH": paths} | more,
         )
         theirs.close()
         self._socket.settimeout(3 * DEADLINE)

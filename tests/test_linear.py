@@ -198,6 +198,7 @@ def operations(draw: Callable[[st.SearchStrategy[int]], int]) -> Operation:
     return swaps("s", start, end, first, second, maybe=kind == 4)
 
 
+@pytest.mark.soak
 @settings(max_examples=5000 if SOAK else 600, deadline=None)
 @given(st.lists(operations(), max_size=6))
 def test_against_every_order(history: list[Operation]) -> None:
@@ -239,6 +240,7 @@ def sequential(draw: Callable[[st.SearchStrategy[int]], int]) -> list[Operation]
     return history
 
 
+@pytest.mark.soak
 @settings(max_examples=1000 if SOAK else 150, deadline=None)
 @given(sequential(), st.randoms(use_true_random=False))
 def test_what_one_after_another_did_is_accepted(
@@ -248,6 +250,7 @@ def test_what_one_after_another_did_is_accepted(
     assert contradiction(history, 0) is None
 
 
+@pytest.mark.soak
 @settings(max_examples=500 if SOAK else 80, deadline=None)
 @given(sequential(), st.integers(0, 1000))
 def test_a_result_that_is_false_is_not(history: list[Operation], at: int) -> None:

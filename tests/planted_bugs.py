@@ -1,0 +1,192 @@
+"""The core once more, with bugs in it that a recorded history must show.
+
+A copy of its sources is changed in a few places and built in ``build/planted-bugs``, as the one
+with crash points is (Makefile). All the bugs are in the one build; `sd_planted`, which it exports
+and the real core does not have, says which of them is on. Each place is found by its text, and a
+text that is not there exactly once is an error: a bug that is not planted is not caught either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from killing import CORE, TESTS
+
+FOLDER = TESTS.parent / "build" / "planted-bugs"
+
+BUGS = {
+    "none": 0,
+    "unlocks before the commit": 1,
+    "finds without looking again under the lock": 2,
+    "renames without the index": 3,
+    "reads without looking again": 4,
+    "commits in two steps": 5,
+}
+
+_SWITCH = '__attribute__((visibility("default"))) long sd_planted;'
+_DECLARED = {
+    "core.h": [("enum {\n    SD_OK = 0,", "extern long sd_planted;\n\nenum {\n    SD_OK = 0,")],
+    "lock.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
+    "core.pyx": [
+        (
+            'cdef extern from "core.h" nogil:\n',
+            'cdef extern from "core.h" nogil:\n    long sd_planted\n',
+        )
+    ],
+}
+
+PLANTED = {
+    "core.pyx": [
+        (
+            """
+            try:
+                mine.do_commit(deadline)
+            finally:
+                mine.disown(given)
+""",
+            """
+            if sd_planted == 1:
+                mine.disown(given)
+                mine.do_commit(deadline)
+                return 0
+            try:
+                mine.do_commit(deadline)
+            finally:
+                mine.disown(given)
+""",
+        ),
+        (
+            "if not (sd_matches(self.segment, slot, key) if key != NULL else ",
+            "if sd_planted != 2 and not (sd_matches(self.segment, slot, key) if key != NULL else ",
+        ),
+    ],
+    "record.c": [
+        ('#include "core.h"\n', '#include "core.h"\n\n#include <sched.h>\n'),
+        (
+            """
+    if (result == SD_OK)
+        result = sd_index_insert(segment, SD_NAME_INDEX,
+                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    if (result == SD_OK) sd_sequence_end(&header->list_seq);
+    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+}
+
+int sd_commit(""",
+            """
+    if (result == SD_OK && sd_planted != 3)
+        result = sd_index_insert(segment, SD_NAME_INDEX,
+                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    if (result == SD_OK) sd_sequence_end(&header->list_seq);
+    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+}
+
+int sd_commit(""",
+        ),
+        (
+            """
+    atomic_thread_fence(memory_order_acquire);
+    return sd_load(&record->life) == view->life && """,
+            """
+    if (sd_planted == 4) {
+        sched_yield();
+        return SD_OK;
+    }
+    atomic_thread_fence(memory_order_acquire);
+    return sd_load(&record->life) == view->life && """,
+        ),
+        (
+            """
+    } else {
+        flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+""",
+            """
+    } else {
+        if (sd_planted == 5) {
+            sd_values half = next;
+            half.state = now.state;
+            flip(record, &half);
+            sched_yield();
+        }
+        flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+""",
+        ),
+    ],
+}
+
+
+def plant(bug: str) -> None:
+    """Turn one on, in this process, which has the core with bugs."""
+    from shmdomains._core import core
+
+    ctypes.c_long.in_dll(ctypes.CDLL(core.__file__), "sd_planted").value = BUGS[bug]
+
+
+def build() -> Path:
+    """The folder with the package whose core has the bugs, up to date."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(FOLDER / "shmdomains")
+    return FOLDER
+
+
+def _build(package: Path) -> None:
+    source, binary = package / "_core", package / "_core" / f"core{_SUFFIX}"
+    texts = {file.name: _with_bugs(file) for file in _SOURCES}
+    wanted = hashlib.sha256(repr((sorted(texts.items()), _OPTIONS)).encode()).hexdigest()
+    stamp = package / "built-from"
+    source.mkdir(parents=True, exist_ok=True)
+    for file in [*CORE.parent.glob("*.py"), CORE / "__init__.py"]:
+        link = package / file.relative_to(CORE.parent)
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
+    if binary.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    c_files = ["core.c", *(name for name in texts if name.endswith(".c"))]
+    new = f"{binary.name}.new"
+    _run([sys.executable, "-m", "cython", "-3", "-o", "core.c", "core.pyx"], source)
+    _run([*_OPTIONS, "-o", new, *c_files], source)
+    (source / new).rename(binary)
+    stamp.write_text(wanted)
+
+
+_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+_SOURCES = sorted(
+    file for kind in ("pyx", "h", "c") for file in CORE.glob(f"*.{kind}") if file.name != "core.c"
+)
+_OPTIONS = [
+    *shlex.split(os.environ.get("CC") or "cc"),
+    *["-std=c11", "-O1", "-fvisibility=hidden", "-pthread", "-fPIC", "-shared", "-I."],
+    f"-I{sysconfig.get_path('include')}",
+    *shlex.split(os.environ.get("CFLAGS", "")),
+]
+
+
+def _with_bugs(file: Path) -> str:
+    text = file.read_text()
+    for old, new in _DECLARED.get(file.name, []) + PLANTED.get(file.name, []):
+        assert text.count(old) == 1, f"{file.name} has it {text.count(old)} times:\n{old}"
+        text = text.replace(old, new)
+    return text
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, f"the core with bugs can not be built:\n{done.stdout}"
