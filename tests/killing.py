@@ -174,8 +174,8 @@ def fork(function: Callable[..., Any], *arguments: Any) -> Child:
 class Nursery:
     """A clean process that forks children for a test. A context manager.
 
-    `packages`: where it looks for shmdomains first, if not where the test has it from. `more` is put
-    into its environment.
+    `packages`: where it looks for shmdomains first, if not where the test has it from. `more` is
+    put into its environment.
     """
 
     def __init__(self, *packages: Path, **more: str) -> None:

@@ -368,6 +368,7 @@ int sd_recover_list(sd_segment *segment);
 int sd_recover_ids(sd_segment *segment);
 int sd_recover_heap(sd_segment *segment);
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
+void sd_tidy_free_slots(sd_segment *segment);
 
 /* --- check.c: every invariant, from outside -------------------------------------------------- */
 

@@ -378,6 +378,7 @@ int sd_list_entered(sd_segment *segment, bool died)
             sd_poison(segment, SD_POISON_LIST, 0);
             return SD_POISONED;
         }
+        if (segment->kind == SD_KIND_ROBUST) sd_tidy_free_slots(segment);
         sd_publish(&header->list_dirty, 0);
     }
     if (poisoned(segment)) return SD_POISONED;

@@ -5,6 +5,7 @@
  * again: a recoverer that dies leaves the lock dead, and the next one runs the same function.
  *
  *   list lock   UUID and name index, number, free list   from life, uuid, committed names
+ *               and the blobs left in FREE slots         nobody else would look there
  *   id lock     id index                                 from committed ids
  *   heap lock   map of used cells                        from descriptors, counted or not
  *   slot lock   nothing is wrong with the record: garbage to free, and the death to remember
@@ -110,4 +111,24 @@ void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t 
         sd_publish(&record->died_who, who ? who : 1);
     }
     sd_tidy(segment, slot);
+}
+
+/* Who dies between a remove's commit and its end, or while it fills a slot for an insert, leaves
+ * blobs in a FREE slot, which nobody locks until it is used again; but all of them die with the list
+ * lock.  A slot's lock is only tried: its holder has a handle to a domain that is gone, or waits for
+ * the heap; then the slot's next user frees them.  List lock held; robust locks only, since the core
+ * does not know the others. */
+void sd_tidy_free_slots(sd_segment *segment)
+{
+    uint32_t slots = sd_slot_count(segment);
+    for (uint32_t slot = 0; slot < slots; slot++) {
+        const sd_slot *record = &segment->slots[slot];
+        uint64_t named = 0;
+        for (int b = 0; b < SD_BLOBS; b++)
+            named |= sd_load(&record->extent[b][0]) | sd_load(&record->extent[b][1]);
+        if (!named || sd_load(&record->life) & 1) continue;
+        if (sd_slot_lock(segment, slot, SD_TRY) != SD_OK) continue;
+        sd_tidy(segment, slot);
+        sd_slot_unlock(segment, slot, false);
+    }
 }
