@@ -147,18 +147,19 @@ $(VENV)/.installed-build: $(VENV)/pyvenv.cfg pyproject.toml
 # kills the process there (tests/test_crash_points.py asks for the file of the Python that runs it).
 # It stays in build/: the Python files are links, and nothing of it gets into a wheel.
 crash := build/crash-points/shmdomains
+crash_hooks := tests/crash_points.c tests/every_store.c
 
 crash-links:
 	@mkdir -p $(crash)/_core
 	@ln -sf $(abspath shmdomains)/*.py $(crash)/
 	@ln -sf $(abspath $(core))/__init__.py $(crash)/_core/
 
-$(crash)/_core/core%.so: $(build_inputs) tests/crash_points.c | crash-links
+$(crash)/_core/core%.so: $(build_inputs) $(crash_hooks) | crash-links
 	$(say) 'building the core with crash points into $(@D)'
 	@$(py) -m cython -3 -o $(@:.so=.c) $(core)/core.pyx
 	@$(CC) -DSD_CRASH_POINTS -std=c11 -O1 -fvisibility=hidden -pthread -fPIC -shared $(CFLAGS) \
 	    -I$(core) -I$$($(py) -c 'import sysconfig as s; print(s.get_path("include"))') \
-	    -o $@.new $(@:.so=.c) $(handwritten) tests/crash_points.c
+	    -o $@.new $(@:.so=.c) $(handwritten) $(crash_hooks)
 	@mv $@.new $@
 
 define install

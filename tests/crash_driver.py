@@ -597,8 +597,8 @@ class Found:
         self.failures += other.failures
 
 
-def forked(function: Callable[[], None]) -> int:
-    """Run it in a process of its own; returns its exit code, negative for a signal."""
+def start(function: Callable[[], None]) -> int:
+    """Run it in a process of its own; returns its number."""
     pid = os.fork()
     if not pid:
         status = 1
@@ -611,7 +611,16 @@ def forked(function: Callable[[], None]) -> int:
         finally:
             sys.stderr.flush()
             os._exit(status)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Wait for its end; returns its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def nothing_more() -> None:
+    """What a victim does before it begins: nothing."""
 
 
 class Trial:
@@ -626,9 +635,17 @@ class Trial:
 
     # What the victim does
 
-    def perform(self, run: Run, point: int, told: Callable[[int, list[Any]], object]) -> int:
+    def perform(
+        self,
+        run: Run,
+        point: int,
+        told: Callable[[int, list[Any]], object],
+        begin: Callable[[], None] = nothing_more,
+        follow: Callable[[int], int] = ended,
+    ) -> int:
         """Do it to the segment that is there, in a process that dies at `point`. If it does not, it
-        tells how many points there were, and its marks."""
+        tells how many points there were, and its marks. It calls `begin` just before it begins;
+        `follow` is given its number, and returns what `ended` does."""
         inherited = self.place.attach() if self.what.start == "inherited" else None
 
         def act() -> None:
@@ -637,6 +654,7 @@ class Trial:
                 subject = self.place.attach()
             marks = []
             self.count.value, self.at.value = 0, point
+            begin()
             for _ in run(subject):
                 if not point:
                     seen = state_of(subject) if self.what.start == "attached" else None
@@ -644,7 +662,7 @@ class Trial:
             self.at.value = 0
             told(self.count.value, marks)
 
-        code = forked(act)
+        code = follow(start(act))
         if inherited is not None:
             inherited.close()
         return code
@@ -699,7 +717,7 @@ class Trial:
         while True:
             self.second += step if self.second else 1
             self.place.write(broken)
-            code = forked(self.recover_and_die)
+            code = ended(start(self.recover_and_die))
             assert code in (0, -signal.SIGKILL), f"the recovery ended with {code}"
             self.survive(allowed)
             if code == 0:
@@ -708,13 +726,8 @@ class Trial:
 
     def recover_and_die(self) -> None:
         self.count.value, self.at.value = 0, self.second
-        doms = self.place.attach()
-        with doms.locked(0):
-            for slot in range(doms._statistics()["slots"]):
-                doms._lock_record(slot, NO_LIFE, 0)
-            problems, _, _ = doms._check(True, 0)
+        repair(self.place.attach())
         self.at.value = 0
-        assert not problems, problems
 
     # What must hold afterwards
 
@@ -805,6 +818,15 @@ class Trial:
         assert state_of(doms) == state
 
 
+def repair(doms: DomainList) -> None:
+    """Take every lock, those of free slots included; the slots' are kept."""
+    with doms.locked(0):
+        for slot in range(doms._statistics()["slots"]):
+            doms._lock_record(slot, NO_LIFE, 0)
+        problems, _, _ = doms._check(True, 0)
+    assert not problems, problems
+
+
 def take(lock: Any) -> bool:
     if not lock.acquire(False):
         return False
@@ -853,21 +875,19 @@ def run(trial: Trial, everything: bool, workers: int, number: int) -> None:
                 return
 
 
-def share(folder: Path, what: Operation, image: Image | None, lock: str, everything: bool) -> Found:
-    """A rehearsal, then the deaths, by as many processes as there are processors."""
+def in_parallel(work: Callable[[int, int], Found]) -> Found:
+    """``work(workers, number)`` of as many processes as there are processors."""
     workers = len(os.sched_getaffinity(0))
-    trial = Trial(what, Place(folder / "rehearsal", lock), image)
-    trial.rehearse()
-    total = Found(points=trial.found.points)
+    total = Found()
     results = [os.memfd_create("found") for _ in range(workers)]
     pids = []
     for number, result in enumerate(results):
         pids.append(os.fork())
         if not pids[-1]:
             try:
-                trial.place = Place(folder / str(number), lock)
-                run(trial, everything, workers, number)
-                os.write(result, pickle.dumps(trial.found))
+                os.write(result, pickle.dumps(work(workers, number)))
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
     for pid, result in zip(pids, results, strict=True):
@@ -879,12 +899,31 @@ def share(folder: Path, what: Operation, image: Image | None, lock: str, everyth
     return total
 
 
-def main() -> None:
+def share(folder: Path, what: Operation, image: Image | None, lock: str, everything: bool) -> Found:
+    """A rehearsal, then the deaths, in parallel."""
+    trial = Trial(what, Place(folder / "rehearsal", lock), image)
+    trial.rehearse()
+
+    def deaths(workers: int, number: int) -> Found:
+        trial.place = Place(folder / str(number), lock)
+        run(trial, everything, workers, number)
+        return trial.found
+
+    total = in_parallel(deaths)
+    total.points = trial.found.points
+    return total
+
+
+Answer = Callable[[Path, Operation, "Image | None", str, Any], Any]
+
+
+def serve(operations: dict[str, Operation], answer: Answer) -> None:
+    """Each request is answered with one line of JSON: a dataclass that has `failures`."""
     home = Path(sys.argv[1])
     images: dict[tuple[str, str], Image | None] = {}
     for number, request in enumerate(sys.stdin):
-        name, lock, everything = json.loads(request)
-        what = OPERATIONS[name]
+        name, lock, how = json.loads(request)
+        what = operations[name]
         folder = home / str(number)
         folder.mkdir()
         key = what.on.__name__, lock
@@ -893,12 +932,12 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # what is not looked at is not copied
         try:
-            found = share(folder, what, images[key], lock, everything)
+            found = asdict(answer(folder, what, images[key], lock, how))
         except Exception:
-            found = Found(failures=[traceback.format_exc()])
+            found = {"failures": [traceback.format_exc()]}
         shutil.rmtree(folder)
-        print(json.dumps(asdict(found)), flush=True)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(OPERATIONS, share)

@@ -1,0 +1,196 @@
+"""A worker may be killed at any instruction: each image that SIGKILL could leave is recovered from.
+
+test_crash_points.py kills at the stores that go through the inlines of layout.h. Here ptrace finds
+every instruction that stores into the segment, the C library's in its mutexes included, whatever it
+goes through; so this also shows that the numbered points are all there are. What is an image, and
+what must hold, stands in trace_driver.py. Where ptrace is refused these tests are skipped and say
+why. `make test` takes the operations in `SHORT`; ``SHMDOMAINS_SOAK=1`` takes all of them, and the
+repair after a death in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from crash_build import Driver, driving
+from crash_driver import OPERATIONS
+from helpers import SOAK
+
+PATIENCE = 900 if SOAK else 60  # seconds for one operation
+
+IMAGES = {
+    "create": 2,
+    "attach and close": 2,
+    "first use after a fork": 2,
+    "snapshot": 1,
+    "settings": 26,
+    "list lock": 12,
+    "domain lock": 12,
+    "find under the list lock": 57,
+    "lock many": 55,
+    "assign new": 163,
+    "assign new and change": 92,
+    "assign the first": 96,
+    "assign with slot growth": 95,
+    "assign with index growth": 1669,
+    "define": 59,
+    "assign over inactive": 70,
+    "assign over inactive larger": 623,
+    "assign over active": 123,
+    "change fields": 16,
+    "change a blob to a larger one": 151,
+    "change a blob to a smaller one": 51,
+    "change a blob to one of equal size": 76,
+    "clear a blob": 34,
+    "change everything": 117,
+    "commit mid way": 87,
+    "roll back": 12,
+    "set autostart": 16,
+    "rename": 195,
+    "activate": 42,
+    "deactivate": 77,
+    "restart": 90,
+    "remove inactive": 68,
+    "undefine active": 32,
+    "free": 218,
+}
+"""Images that are known of each operation; fewer mean that something is not seen any more."""
+
+REPAIRS = {
+    "create": 38,
+    "attach and close": 96,
+    "first use after a fork": 96,
+    "snapshot": 96,
+    "settings": 115,
+    "list lock": 115,
+    "domain lock": 109,
+    "find under the list lock": 155,
+    "lock many": 159,
+    "assign new": 148,
+    "assign new and change": 147,
+    "assign the first": 74,
+    "define": 147,
+    "assign over inactive": 125,
+    "assign over inactive larger": 127,
+    "assign over active": 125,
+    "change fields": 109,
+    "change a blob to a larger one": 125,
+    "change a blob to a smaller one": 125,
+    "change a blob to one of equal size": 125,
+    "clear a blob": 124,
+    "change everything": 126,
+    "commit mid way": 125,
+    "roll back": 109,
+    "set autostart": 109,
+    "rename": 142,
+    "activate": 118,
+    "deactivate": 137,
+    "restart": 137,
+    "remove inactive": 136,
+    "undefine active": 126,
+    "free": 122,
+}
+"""And of the repair after a death in it. Those of large segments take too long."""
+
+SHORT = ["create", "attach and close", "first use after a fork", "list lock", "domain lock"]
+SHORT += ["settings", "change fields", "clear a blob", "activate", "rename", "remove inactive"]
+
+TRACED = list(OPERATIONS) if SOAK else SHORT
+REPAIRED = list(REPAIRS) if SOAK else ["activate"]
+STEPPED = ["domain lock", "change fields"]
+KILLED = ["domain lock"]
+if SOAK:
+    # Most of the instructions of the others parse XML, the same ones each time, or only read.
+    STEPPED = [name for name in OPERATIONS if not name.startswith(("assign", "snapshot"))]
+    KILLED += ["find under the list lock", "activate", "rename", "remove inactive"]
+
+pytestmark = pytest.mark.soak
+Ask = Callable[[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    with driving("trace_driver.py", PATIENCE) as driver:
+        yield driver
+
+
+@pytest.fixture
+def ask(driver: Driver) -> Ask:
+    """``ask(operation, how)``: what was found."""
+
+    def ask(name: str, how: str) -> dict[str, Any]:
+        found = driver.ask(name, "robust", how)
+        if found.get("refused"):
+            pytest.skip(found["refused"])
+        return found
+
+    return ask
+
+
+@pytest.fixture
+def count(tried: Callable[[str, int], None]) -> Callable[[dict[str, Any]], None]:
+    """Nothing was wrong; it goes into the figures."""
+
+    def count(found: dict[str, Any]) -> None:
+        assert found["failures"] == [], "\n".join(found["failures"])
+        tried("stores into a segment that ptrace stopped at", found["stores"])
+        tried("stores into a mutex that ptrace stopped at", found["mutex_stores"])
+        tried("images of a death between two instructions", found["cases"])
+        tried("instructions in single steps", found["steps"])
+
+    return count
+
+
+Count = Callable[[dict[str, Any]], None]
+
+
+@pytest.mark.timeout(PATIENCE + 60)
+@pytest.mark.parametrize("name", TRACED)
+def test_killed_at_every_instruction(ask: Ask, count: Count, name: str) -> None:
+    found = ask(name, "judge")
+    count(found)
+    assert found["images"] >= IMAGES[name]
+    assert found["cases"] >= found["images"], "not every image was judged"
+    assert name == "create" or found["stores"] == found["points"]
+
+
+@pytest.mark.timeout(PATIENCE + 60)
+@pytest.mark.parametrize("name", REPAIRED)
+def test_killed_at_every_instruction_of_a_repair(ask: Ask, count: Count, name: str) -> None:
+    found = ask(name, "recovery")
+    count(found)
+    assert found["images"] >= REPAIRS[name]
+    assert found["stores"] == found["points"]
+
+
+@pytest.mark.timeout(PATIENCE + 60)
+@pytest.mark.parametrize("name", STEPPED)
+def test_in_single_steps_no_more_is_seen(ask: Ask, count: Count, name: str) -> None:
+    found = ask(name, "steps")
+    count(found)
+    assert found["steps"] > 1000, "that were no single steps"
+
+
+@pytest.mark.timeout(PATIENCE + 60)
+@pytest.mark.parametrize("name", KILLED)
+def test_the_kernel_leaves_what_is_said(ask: Ask, count: Count, name: str) -> None:
+    """A real SIGKILL at each stop, byte by byte."""
+    found = ask(name, "kernel")
+    count(found)
+    assert found["cases"] > IMAGES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bypass", "0 crash points precede it"),
+        ("write to the file", "changed by no store of the victim's code"),
+        ("change in two commits", "is none of"),
+        ("forget the robust list", "the kernel would leave the lock"),
+    ],
+)
+def test_what_is_wrong_is_caught(ask: Ask, name: str, said: str) -> None:
+    found = ask(name, "judge")
+    assert any(said in one for one in found["failures"]), found["failures"]
