@@ -29,6 +29,8 @@ BUGS = {
     "renames without the index": 3,
     "reads without looking again": 4,
     "commits in two steps": 5,
+    "misses without looking at the sequence": 6,
+    "undoes a commit when it repairs": 7,
 }
 
 _SWITCH = '__attribute__((visibility("default"))) long sd_planted;'
@@ -69,7 +71,7 @@ PLANTED = {
         ),
     ],
     "record.c": [
-        ('#include "core.h"\n', '#include "core.h"\n\n#include <sched.h>\n'),
+        ('#include "core.h"\n', '#include "core.h"\n\n#include <sched.h>\n#include <unistd.h>\n'),
         (
             """
     if (result == SD_OK)
@@ -81,6 +83,7 @@ PLANTED = {
 
 int sd_commit(""",
             """
+    if (sd_planted == 6) usleep(1000);
     if (result == SD_OK && sd_planted != 3)
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
@@ -89,6 +92,11 @@ int sd_commit(""",
 }
 
 int sd_commit(""",
+        ),
+        (
+            "    return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;",
+            "    if (sd_planted == 6) return SD_MISS;\n"
+            "    return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;",
         ),
         (
             """
@@ -122,6 +130,14 @@ int sd_commit(""",
     if (ids) sd_ids_unlock(segment);
 """,
         ),
+    ],
+    "recover.c": [
+        (
+            "        sd_publish(&record->died_who, who ? who : 1);\n    }\n    sd_tidy(",
+            "        sd_publish(&record->died_who, who ? who : 1);\n    }\n"
+            "    if (sd_planted == 7) sd_publish(&record->cur, sd_load(&record->cur) + 1);\n"
+            "    sd_tidy(",
+        )
     ],
 }
 
