@@ -52,6 +52,7 @@ from shmdomains.domain import encode_data
 
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
+SUM = 8  # bytes of the checksum in front of a blob
 NO_LIFE = (1 << 64) - 1
 UNSIGNED = 3  # points between taking a multiprocessing lock and having signed
 UUIDS = [str(uuid.UUID(int=i + 1)) for i in range(2000)]
@@ -558,7 +559,7 @@ def cells_of(state: State) -> int:
 
 
 def cells(blob: bytes | None) -> int:
-    return -(-len(blob or b"") // CELL)
+    return 0 if blob is None else -(-(SUM + len(blob)) // CELL)
 
 
 def difference(found: State | None, allowed: list[State | None]) -> str:

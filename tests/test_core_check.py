@@ -379,7 +379,7 @@ def test_a_name_of_an_impossible_length_is_never_handed_out(
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("part", ["index", "heap", "views", "stores"])
+@pytest.mark.parametrize("part", ["index", "heap", "views", "stores", "threads"])
 def test_core(part: str, seed: int) -> None:
     program = driver(sanitize=True)
     if program is None:

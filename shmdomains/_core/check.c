@@ -47,10 +47,9 @@ static void check_identity(const look *at, uint32_t slot, const sd_view *view)
 {
     sd_key key = {.what = SD_UUID_INDEX, .uuid = {view->uuid[0], view->uuid[1]}};
     check_found(at, slot, &key, "UUID");
-    if (!view->name[0] || view->name[0] > SD_NAME_MAX) {
-        fault(at, "I1 identity", "slot %u has a name of %u bytes", slot, view->name[0]);
-        return;
-    }
+    if (!view->name[0])
+        fault(at, "I1 identity",
+              "slot %u has a name of 0 bytes, or name and uuid do not fit their checksum", slot);
     key.what = SD_NAME_INDEX;
     memcpy(key.name, view->name, sizeof key.name);
     check_found(at, slot, &key, "name");
@@ -59,9 +58,25 @@ static void check_identity(const look *at, uint32_t slot, const sd_view *view)
     key.id = view->values.id;
     check_found(at, slot, &key, "id");
     at->tally->active++;
-    if ((uint64_t)view->values.id >= sd_load(&at->segment->header->next_id))
+    if ((uint64_t)view->values.id >= sd_unsealed(sd_load(&at->segment->header->next_id)))
         fault(at, "I4 ids", "slot %u has id %d, which was not given out yet", slot,
               view->values.id);
+}
+
+/* True also when writers were about, or there is no memory for a look. */
+static bool holds_what_was_written(const sd_segment *segment, uint32_t slot, const sd_view *view,
+                                   int blob, uint64_t extent)
+{
+    uint64_t size = SD_EXTENT_BYTES(extent);
+    unsigned char *copy = malloc(size);
+    uint64_t sum;
+    if (!copy) return true;
+    sd_copy_out(copy, sd_extent_at(segment, extent), size);
+    memcpy(&sum, copy, sizeof sum);
+    uint64_t version = view->values.version[blob];
+    bool fits = sum == sd_blob_sum(view->uuid, blob, version, copy + 8, size - 8);
+    free(copy);
+    return fits || sd_view_check(segment, slot, view) != SD_OK;
 }
 
 static void check_blobs(const look *at, uint32_t slot, const sd_view *view)
@@ -71,7 +86,9 @@ static void check_blobs(const look *at, uint32_t slot, const sd_view *view)
         int result = sd_view_extent(at->segment, slot, view, b, &extent);
         if (result != SD_OK && result != SD_MISS)
             fault(at, "I2 extents", "slot %u: blob %d counts and has no valid extent", slot, b);
-        if (view->values.version[b] > view->cur)
+        if (result == SD_OK && !holds_what_was_written(at->segment, slot, view, b, extent))
+            fault(at, "I2 extents", "slot %u: blob %d does not fit its checksum", slot, b);
+        if (view->values.version[b] > sd_cur_value(view->cur))
             fault(at, "I3 fields", "slot %u: blob %d is newer than its record", slot, b);
     }
     if (!(view->values.flags & SD_FLAG_PRESENT(SD_DEFINITION)))
@@ -108,7 +125,7 @@ static void check_slot(const look *at, uint32_t slot)
     while (result == SD_DOUBT);
     unsigned extents = 0, counted = 0;
     for (int b = 0; b < SD_BLOBS; b++) {
-        if (result == SD_OK && view.values.flags & SD_FLAG_PRESENT(b)) counted++;
+        if (result != SD_MISS && view.values.flags & SD_FLAG_PRESENT(b)) counted++;
         for (int i = 0; i < 2; i++) {
             uint64_t extent = sd_load(&record->extent[b][i]);
             if (!extent) continue;
@@ -118,8 +135,11 @@ static void check_slot(const look *at, uint32_t slot)
     }
     if (extents > counted) at->tally->garbage += extents - counted;
     if (!sd_mutex_sound(&record->mutex)) fault(at, "locks", "slot %u: its lock is damaged", slot);
-    if (result != SD_OK) return;
+    if (result == SD_MISS) return;
     at->tally->domains++;
+    sd_values values;
+    if (sd_values_settled(at->segment, slot, &values) != SD_OK)
+        fault(at, "I3 fields", "slot %u: its fields do not fit their checksum", slot);
     check_identity(at, slot, &view);
     check_blobs(at, slot, &view);
 }
@@ -189,6 +209,10 @@ static void check_counts(const look *at)
         fault(at, "locks", "the list's, the ids' or the heap's lock is damaged");
     if (sd_load(&header->list_seq) & 1) fault(at, "I5 sequence", "the list's sequence is odd");
     if (sd_load(&header->id_seq) & 1) fault(at, "I5 sequence", "the ids' sequence is odd");
+    if (sd_unsealed(sd_load(&header->next_id)) == UINT64_MAX)
+        fault(at, "I4 ids", "the next id is damaged: nobody knows which were not given out");
+    if (sd_unsealed(sd_load(&header->settings_choice)) == UINT64_MAX)
+        fault(at, "settings", "which of the two counts is damaged");
     if (sd_load(&header->poisoned))
         fault(at, "poisoned", "a repair failed (%llu, at %llu)",
               (unsigned long long)sd_load(&header->poisoned),

@@ -288,13 +288,19 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot);
 /* Is it that domain?  A hint without the slot lock, the truth with it. */
 bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key);
 
-/* The committed values; slot lock held. */
-void sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values);
+/* The committed values; slot lock held.  SD_CORRUPT: what was read can not be what was written. */
+int sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values);
 /* The committed values while others may commit: those of a `cur` that stood still. */
-void sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values);
-/* name: 252 bytes, length first; slot lock or list lock held. */
+int sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values);
+/* name: 252 bytes, length first, 0: name or uuid is damaged.  Slot lock or list lock held. */
 void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name);
-/* The extent of a blob that is present; slot lock held.  SD_CORRUPT. */
+/* Whether name and uuid belong together; slot lock held. */
+bool sd_identity_sound(const sd_segment *segment, uint32_t slot);
+/* What stands in front of a blob: so that no other bytes pass for it, be they another domain's, of
+ * another kind or of another time. */
+uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
+                     uint64_t size);
+/* The extent of a blob that is present, checksum first; slot lock held.  SD_CORRUPT. */
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
                 uint64_t *extent);
 
@@ -320,7 +326,9 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline);
 void sd_tidy(sd_segment *segment, uint32_t slot);
 
 /* A committed record without any lock: begin, copy what is wanted, then check that nothing moved.
- * SD_OK, SD_MISS (not live), SD_DOUBT (a writer came in between: again). */
+ * SD_OK (with an empty name if name or uuid is damaged), SD_MISS (not live), SD_DOUBT (a writer came
+ * in between: again), SD_CORRUPT (nobody came, and the fields are damaged; the view is filled all
+ * the same, for who says what is wrong). */
 typedef struct {
     uint64_t life, cur;
     uint64_t uuid[2];

@@ -155,7 +155,9 @@ cdef extern from "core.h" nogil:
     void sd_ids_unlock(sd_segment *)
     int sd_find(sd_segment *, const sd_key *, uint32_t *)
     bint sd_matches(const sd_segment *, uint32_t, const sd_key *)
-    void sd_values_get(const sd_segment *, uint32_t, sd_values *)
+    int sd_values_get(const sd_segment *, uint32_t, sd_values *)
+    bint sd_identity_sound(const sd_segment *, uint32_t)
+    uint64_t sd_blob_sum(const uint64_t *, int, uint64_t, const void *, uint64_t)
     void sd_name_get(const sd_segment *, uint32_t, uint64_t, unsigned char *)
     int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, uint64_t *)
     int sd_commit(sd_segment *, uint32_t, const sd_values *, const sd_blob *, const unsigned char *,
@@ -195,6 +197,8 @@ cdef object HOLDERS = None      # module holder: who is behind a pid, and LockTi
 
 cdef enum:
     CACHE_SIZE = 4096
+    IDENTITY = 1
+    FIELDS = 2
 
 
 def configure(*, states, reasons, decode, parse_uuid, uuid_class, holders):
@@ -391,11 +395,19 @@ cdef object reason_of(const sd_values *values):
     return REASONS[values.state].get(values.reason, values.reason)
 
 
-cdef object decode(int which, object blob):
-    """What is in the heap was encoded by us: if it does not decode, it was damaged."""
+cdef object decode(int which, object blob, const uint64_t *uuid, uint64_t version):
+    """What is in the heap was encoded by us, for this domain and this version: if its checksum,
+    which comes first, does not fit, or it does not decode, it was damaged."""
+    cdef const char *raw
+    cdef uint64_t written, size
     if blob is not None:
+        raw, size = PyBytes_AS_STRING(blob), <uint64_t>PyBytes_GET_SIZE(blob) - 8
+        memcpy(&written, raw, 8)
+        if written != sd_blob_sum(uuid, which, version, raw + 8, size):
+            raise errors.SegmentCorrupt(
+                f"the {BLOB_NAMES[which]} of a domain is damaged: its checksum does not fit")
         try:
-            return DECODE[which](blob)
+            return DECODE[which](PyBytes_FromStringAndSize(raw + 8, <Py_ssize_t>size))
         except (ValueError, TypeError, OverflowError) as exc:
             reason = exc
     else:
@@ -405,6 +417,7 @@ cdef object decode(int which, object blob):
 
 
 cdef bytes copy_extent(sd_segment *segment, uint64_t extent):
+    """A blob with its checksum."""
     cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
     cdef bytes blob = PyBytes_FromStringAndSize(NULL, size)
     sd_copy_out(PyBytes_AS_STRING(blob), sd_extent_at(segment, extent), size)
@@ -467,57 +480,73 @@ cdef class Info:
     cdef sd_values values
     cdef object name_text
     cdef bint whole  # taken with its blobs
+    cdef int damage  # 0, IDENTITY or FIELDS: what is damaged is not handed out
     cdef bytes definition_blob, next_blob, data_blob
 
     def __init__(self):
         raise TypeError("DomainInfos come from a DomainList: peek(), list(), snapshot()")
 
+    cdef int sound(self, int allowed=0) except -1:
+        if self.damage > allowed:
+            fail(SD_CORRUPT, "a domain")
+        return 0
+
     @property
     def id(self):
         """The id of the running domain, -1 when it is inactive."""
+        self.sound()
         return self.values.id
 
     @property
     def name(self):
         """The domain's name."""
+        self.sound()
         return self.name_text
 
     @property
     def uuid(self):
         """The domain's UUID (`uuid.UUID`)."""
+        self.sound()
         return uuid_object(self.uuid_raw)
 
     @property
     def state(self):
         """The `DomainState`."""
+        self.sound()
         return state_of(&self.values)
 
     @property
     def reason(self):
         """Why it is in this state: a member of the state's reason enumeration."""
+        self.sound()
         return reason_of(&self.values)
 
     @property
     def persistent(self):
         """Whether the domain outlives its deactivation."""
+        self.sound()
         return self.values.flags & SD_FLAG_PERSISTENT != 0
 
     @property
     def autostart(self):
         """Whether the domain is to be started with the host."""
+        self.sound()
         return self.values.flags & SD_FLAG_AUTOSTART != 0
 
     @property
     def is_active(self):
         """Whether it runs (``id != -1``; libvirt's virDomainObjIsActive)."""
+        self.sound()
         return self.values.id != -1
 
     @property
     def pid(self):
         """Process id of the hypervisor, or None."""
+        self.sound()
         return None if self.values.pid == -1 else self.values.pid
 
     cdef int need_blobs(self) except -1:
+        self.sound(IDENTITY)  # they have checksums of their own
         if not self.whole:
             raise AttributeError(
                 "this DomainInfo was taken with definitions=False; take it with definitions=True")
@@ -530,7 +559,7 @@ cdef class Info:
         self.need_blobs()
         value = self.decoded.get(self.slot, self.life, version)
         if value is None:
-            value = decode(SD_DEFINITION, self.definition_blob)
+            value = decode(SD_DEFINITION, self.definition_blob, self.uuid_raw, version)
             self.decoded.put(self.slot, self.life, version, value)
         return value
 
@@ -538,15 +567,22 @@ cdef class Info:
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
         self.need_blobs()
-        return None if self.next_blob is None else decode(SD_NEXT_DEFINITION, self.next_blob)
+        return self.decode_or_none(SD_NEXT_DEFINITION, self.next_blob)
 
     @property
     def data(self):
         """The driver's own data, or None."""
         self.need_blobs()
-        return None if self.data_blob is None else decode(SD_DATA, self.data_blob)
+        return self.decode_or_none(SD_DATA, self.data_blob)
+
+    cdef object decode_or_none(self, int which, bytes blob):
+        if blob is None:
+            return None
+        return decode(which, blob, self.uuid_raw, self.values.version[which])
 
     def __repr__(self):
+        if self.damage:
+            return "<DomainInfo damaged>"
         return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.values.id} "
                 f"state={state_of(&self.values).name}>")
 
@@ -635,15 +671,18 @@ cdef class Segment:
 
     cdef object definition_of(self, uint32_t slot, uint64_t life, const sd_values *values):
         cdef uint64_t extent
+        cdef uint64_t uuid[2]
         cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
         value = self.decoded.get(slot, life, version)
         if value is not None:
             return value
         if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
-            decode(SD_DEFINITION, None)
+            decode(SD_DEFINITION, None, NULL, 0)
+        uuid[0], uuid[1] = sd_load(&self.segment.slots[slot].uuid[0]), sd_load(
+            &self.segment.slots[slot].uuid[1])
         if sd_blob_get(self.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
             fail(SD_CORRUPT, "definition")
-        value = decode(SD_DEFINITION, copy_extent(self.segment, extent))
+        value = decode(SD_DEFINITION, copy_extent(self.segment, extent), uuid, version)
         self.decoded.put(slot, life, version, value)
         return value
 
@@ -961,6 +1000,9 @@ cdef class Segment:
         if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
             self.release_slot(slot, False)
             return None
+        if key != NULL and key.what == SD_ID_INDEX and not sd_identity_sound(self.segment, slot):
+            self.release_slot(slot, False)
+            fail(SD_CORRUPT, "find by id")
         record.lead_to(slot)
         record.own()
         return record
@@ -1041,13 +1083,18 @@ cdef class Segment:
         """A consistent view of the slot, or None when nothing lives there (or not `key`)."""
         cdef sd_view view
         cdef int result
+        cdef int damage = 0
         cdef Info info = Info.__new__(Info)
         cdef unsigned tries = 0
         while True:
             result = sd_view_begin(self.segment, slot, &view)
             if result == SD_MISS:
                 return None
+            damage = FIELDS if result == SD_CORRUPT else 0
+            if damage:
+                break
             if result == SD_OK:
+                damage = 0 if view.name[0] else IDENTITY
                 if key != NULL and not view_matches(&view, key):
                     return None
                 if not blobs:
@@ -1060,6 +1107,9 @@ cdef class Segment:
             tries += 1
             if tries > 100:
                 back_off(deadline)
+        if damage and key != NULL:
+            fail(SD_CORRUPT, "read")
+        info.damage = damage
         info.decoded = self.decoded
         info.slot = slot
         info.life = view.life
@@ -1168,7 +1218,9 @@ cdef class Segment:
             if filtered and not self.chosen(slot, active, persistent, autostart, states):
                 continue
             info = self.view(slot, NULL, definitions, deadline)
-            if info is not None and wanted(&info.values, active, persistent, autostart, states):
+            if info is None:
+                continue
+            if info.damage == FIELDS or wanted(&info.values, active, persistent, autostart, states):
                 found.append(info)
         return found
 
@@ -1177,7 +1229,7 @@ cdef class Segment:
         """A first look that spares the copy of what the filter rejects."""
         cdef sd_view view
         cdef int result = sd_view_begin(self.segment, slot, &view)
-        return result == SD_DOUBT or (
+        return result == SD_DOUBT or result == SD_CORRUPT or (
             result == SD_OK and wanted(&view.values, active, persistent, autostart, states))
 
     def _count(self, int active, int persistent, int autostart, unsigned states):
@@ -1190,6 +1242,8 @@ cdef class Segment:
             result = sd_view_begin(self.segment, slot, &view)
             while result == SD_DOUBT:
                 result = sd_view_begin(self.segment, slot, &view)
+            if result == SD_CORRUPT:
+                fail(result, "count")
             if result == SD_OK and wanted(&view.values, active, persistent, autostart, states):
                 total += 1
         return total
@@ -1628,8 +1682,11 @@ cdef class Record:
             fail(SD_NESTED, "change a domain")
         return mine
 
-    cdef void own(self):
+    cdef int own(self) except -1:
         cdef sd_thread *thread = sd_self()
+        if sd_values_get(self.segment.segment, self.slot, &self.values) != SD_OK:
+            self.segment.release_slot(self.slot, False)
+            fail(SD_CORRUPT, "lock a domain")
         self.nonce = thread.nonce
         self.thread = thread
         self.nested = thread.nested
@@ -1641,7 +1698,7 @@ cdef class Record:
         self.pending = 0
         self.touched = False
         self.depth = 0
-        sd_values_get(self.segment.segment, self.slot, &self.values)
+        return 0
 
     cdef void leave_thread(self):
         if self.before != NULL:
@@ -1852,6 +1909,8 @@ cdef class Record:
         cdef unsigned char raw[252]
         cdef Record mine = self.mine()
         sd_name_get(self.segment.segment, self.slot, mine.values.flags, raw)
+        if not raw[0]:
+            fail(SD_CORRUPT, "name")
         return name_object(raw)
 
     @property
@@ -1992,7 +2051,8 @@ cdef class Record:
             return None
         if sd_blob_get(self.segment.segment, self.slot, &self.values, which, &extent) != SD_OK:
             fail(SD_CORRUPT, "read")
-        return decode(which, copy_extent(self.segment.segment, extent))
+        return decode(which, copy_extent(self.segment.segment, extent), self.uuid_raw,
+                      self.values.version[which])
 
     @property
     def previous_owner_died(self):

@@ -19,7 +19,8 @@ bool sd_extent_valid(const sd_segment *segment, uint64_t extent)
     uint64_t bytes = SD_EXTENT_BYTES(extent), cell = SD_EXTENT_CELL(extent);
     uint64_t committed = sd_unsealed(sd_load_acquire(&segment->header->heap_committed));
     if (committed > segment->at.heap_cells) return false;
-    return bytes && bytes <= SD_BLOB_MAX && cell < committed && sd_cells(bytes) <= committed - cell;
+    if (!bytes || bytes > SD_EXTENT_MAX) return false;
+    return cell < committed && sd_cells(bytes) <= committed - cell;
 }
 
 /* The bits of [cell, cell + cells) that lie in word `w`. */
@@ -140,7 +141,7 @@ int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes)
 {
     sd_header *header = segment->header;
     uint64_t cell, cells = sd_cells(bytes);
-    if (!bytes || bytes > SD_BLOB_MAX) return SD_FULL;
+    if (!bytes || bytes > SD_EXTENT_MAX) return SD_FULL;
     int result = find_room(segment, cells, &cell);
     if (result != SD_OK) return result;
     sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);

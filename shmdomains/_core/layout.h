@@ -36,6 +36,13 @@
  *     verified under the slot lock; a lock-free miss counts only if the sequence was even and
  *     unchanged.
  *
+ * Damage.  A flipped bit must not be a wrong domain under a right name, so what says which domain
+ * this is, and in which state, carries a checksum: the header's constants (`sum`), name and uuid, the
+ * field copies with their `cur`, each blob with uuid, kind and version; words that stand for
+ * themselves are sealed with their own complement.  They are written with what they belong to, in
+ * the place that does not count yet, so they commit with it and need no repair.  What is derived
+ * (indexes, counts, map, hints) carries none: it is verified against the record, and rebuilt.
+ *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
  * the end of this file and by nothing else (mutexes are glibc's).
  */
@@ -62,6 +69,7 @@
 #define SD_CELL 64u
 #define SD_BLOBS 3
 #define SD_BLOB_MAX (16u << 20)
+#define SD_EXTENT_MAX (SD_BLOB_MAX + 8) /* a blob and its checksum, which comes first */
 #define SD_NAME_MAX 251u
 #define SD_HINTS 64
 #define SD_ID_END (1ull << 31)
@@ -73,10 +81,13 @@ enum { SD_UUID_INDEX = 0, SD_NAME_INDEX = 1, SD_ID_INDEX = 2 };
 enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
 
 /* The changeable fields of a domain; two copies a slot, `cur & 1` says which one counts.
- * Owner: the slot lock.  A dead writer leaves garbage in the copy that does not count. */
+ * Owner: the slot lock.  A dead writer leaves garbage in the copy that does not count.
+ *
+ * Each copy carries a checksum of itself and of the `cur` that it was written for, and `cur` one of
+ * its own (sd_cur_seal), so that no flipped bit is another state of the domain. */
 typedef struct {
     sd_word ids;               /* low half: id (int32, -1 inactive); high half: pid (int32, -1) */
-    sd_word status;            /* bits 0-15 state, 16-31 reason, 32.. SD_FLAG_* */
+    sd_word status;            /* bits 0-15 state, 16-31 reason, 32-50 SD_FLAG_*, 51.. checksum */
     sd_word version[SD_BLOBS]; /* value of `cur` that brought this blob in: decoders cache by it */
 } sd_fields;
 
@@ -85,6 +96,8 @@ typedef struct {
 #define SD_FLAG_NAME (1ull << 34)                /* which name buffer counts */
 #define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b counts */
 #define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
+#define SD_SUM_SHIFT 51
+#define SD_SUM_BITS 13
 
 /* Who holds a lock.  Written by the holder after it has the lock, `who` last; `who` = 0 again just
  * before unlock, so empty means unknown, never an older owner.  A dead holder leaves its own name:
@@ -100,7 +113,8 @@ typedef struct {
     /* line 0 */
     pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
     sd_word life;          /* bit 0: LIVE; above: generation.  List + slot lock (I1) */
-    sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset */
+    sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset;
+                              sealed by sd_cur_seal() */
     sd_word died_who;      /* sticky: a holder died; cleared by the clean unlock of a holder that
                               was given the domain, and by insert.  Slot lock; written before the
                               mutex is made consistent */
@@ -120,8 +134,10 @@ typedef struct {
     sd_word next_free; /* next FREE slot + 1.  List lock; rebuilt by its recovery */
 } sd_slot;
 
-/* Two buffers a slot: one byte of length, then the name.  Changes under list + slot lock and only
- * in the buffer that does not count (or in a FREE slot). */
+/* Two buffers a slot: one byte of length, the name, and in the last four bytes a checksum of name
+ * and uuid.  Changes under list + slot lock and only in the buffer that does not count (or in a FREE
+ * slot); a dead writer leaves garbage there. */
+#define SD_NAME_SUM_AT 252u
 typedef struct {
     sd_word word[2][32];
 } sd_names;
@@ -155,7 +171,7 @@ typedef struct {
     _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init */
     sd_word slots_committed;  /* slots and names with memory; stored after fallocate; sealed */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
-    sd_word settings_choice;  /* which settings buffer counts; the commit store of a change.
+    sd_word settings_choice;  /* which settings buffer counts, sealed; the commit store of a change.
                                  A dead writer leaves garbage in the other */
 
     /* The id lock. */
@@ -163,7 +179,8 @@ typedef struct {
     _Alignas(SD_CACHE_LINE) sd_word id_seq;
     sd_word id_level; /* sealed */
     sd_word id_dirty;
-    sd_word next_id; /* stored before the id is used: a death wastes one, never repeats one */
+    sd_word next_id; /* stored before the id is used: a death wastes one, never repeats one.
+                        Sealed */
     sd_word active;  /* entries of the id index; derived: rebuilt by recovery */
 
     /* The heap lock. */
@@ -227,6 +244,19 @@ static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */
 {
     uint64_t value = word & ((1ull << SD_SEAL_BITS) - 1);
     return sd_seal(value) == word ? value : UINT64_MAX;
+}
+
+/* `cur` has 48 bits of value and 16 of check; 0, in memory that was never used, is a sound 0. */
+#define SD_CUR_BITS 48
+static inline uint64_t sd_cur_value(uint64_t word)
+{
+    return word & ((1ull << SD_CUR_BITS) - 1);
+}
+
+static inline uint64_t sd_cur_seal(uint64_t value)
+{
+    value = sd_cur_value(value);
+    return value | (value ^ value >> 16 ^ value >> 32) << SD_CUR_BITS;
 }
 
 /* Relaxed words in and out of the segment; `bytes` need not be a multiple of 8, the last word is

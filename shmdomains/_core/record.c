@@ -15,21 +15,40 @@
 
 /* --- fields ---------------------------------------------------------------------------------- */
 
-static void read_fields(const sd_fields *from, sd_values *values)
+/* Each bit of what goes in is one bit of the sum, so one flipped bit never goes unseen. */
+static uint64_t sum_of_fields(uint64_t cur, uint64_t ids, uint64_t status, const uint64_t *version)
 {
+    uint64_t sum = sd_cur_value(cur) ^ (ids << 5 | ids >> 59) ^ (status << 11 | status >> 53);
+    for (int b = 0; b < SD_BLOBS; b++)
+        sum ^= version[b] << 17 * (b + 1) | version[b] >> (64 - 17 * (b + 1));
+    sum ^= sum >> 2 * SD_SUM_BITS ^ sum >> 4 * SD_SUM_BITS;
+    return (sum ^ sum >> SD_SUM_BITS) & ((1u << SD_SUM_BITS) - 1);
+}
+
+/* False: they are damaged, or somebody writes them. */
+static bool read_fields(const sd_slot *record, uint64_t cur, sd_values *values)
+{
+    const sd_fields *from = sd_copy_of(record, cur);
     uint64_t ids = sd_load(&from->ids), status = sd_load(&from->status);
     values->id = (int32_t)(uint32_t)ids;
     values->pid = (int32_t)(uint32_t)(ids >> 32);
     values->state = (uint16_t)status;
     values->reason = (uint16_t)(status >> 16);
+    uint64_t sum = status >> SD_SUM_SHIFT;
+    status &= (1ull << SD_SUM_SHIFT) - 1;
     values->flags = status & ~0xffffffffull;
     for (int b = 0; b < SD_BLOBS; b++) values->version[b] = sd_load(&from->version[b]);
+    return sum == sum_of_fields(cur, ids, status, values->version) && sd_cur_seal(cur) == cur;
 }
 
-static void write_fields(sd_fields *to, const sd_values *values)
+/* `cur`: the one that will make them count. */
+static void write_fields(sd_fields *to, const sd_values *values, uint64_t cur)
 {
-    sd_store(&to->ids, (uint32_t)values->id | (uint64_t)(uint32_t)values->pid << 32);
-    sd_store(&to->status, values->state | (uint64_t)values->reason << 16 | values->flags);
+    uint64_t ids = (uint32_t)values->id | (uint64_t)(uint32_t)values->pid << 32;
+    uint64_t status = values->state | (uint64_t)values->reason << 16 | values->flags;
+    sd_store(&to->ids, ids);
+    sd_store(&to->status,
+             status | sum_of_fields(cur, ids, status, values->version) << SD_SUM_SHIFT);
     for (int b = 0; b < SD_BLOBS; b++) sd_store(&to->version[b], values->version[b]);
 }
 
@@ -38,39 +57,73 @@ static inline int choice_of(uint64_t flags, int blob)
     return (flags & SD_FLAG_CHOICE(blob)) != 0;
 }
 
-void sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values)
+int sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values)
 {
     const sd_slot *record = &segment->slots[slot];
-    read_fields(sd_copy_of(record, sd_load(&record->cur)), values);
+    return read_fields(record, sd_load(&record->cur), values) ? SD_OK : SD_CORRUPT;
 }
 
 /* The committed values while others may commit: the copy chosen by a `cur` that stands still. Only
  * single fields of the result belong together where the caller holds the lock that pins them. */
-void sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values)
+int sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values)
 {
     const sd_slot *record = &segment->slots[slot];
     for (;;) {
         uint64_t cur = sd_load_acquire(&record->cur);
-        read_fields(sd_copy_of(record, cur), values);
+        bool sound = read_fields(record, cur, values);
         atomic_thread_fence(memory_order_acquire);
-        if (sd_load(&record->cur) == cur) return;
+        if (sd_load(&record->cur) == cur) return sound ? SD_OK : SD_CORRUPT;
     }
 }
 
+static uint32_t sum_of_identity(const sd_segment *segment, const uint64_t uuid[2],
+                                const unsigned char *name)
+{
+    return (uint32_t)(sd_hash_uuid(segment, uuid) ^ sd_hash_name(segment, name + 1, name[0]));
+}
+
+/* Damage is an empty name, which no domain has. */
 void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name)
 {
+    const sd_slot *record = &segment->slots[slot];
     const sd_word *from = segment->names[slot].word[(flags & SD_FLAG_NAME) != 0];
-    uint64_t first = sd_load(from);
+    uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    uint64_t first = sd_load(from), last = sd_load(from + SD_NAME_SUM_AT / 8);
+    uint32_t sum;
     memcpy(name, &first, 8);
-    if (name[0] > SD_NAME_MAX) name[0] = 0; /* damage: no domain has an empty name */
+    memcpy(&sum, (unsigned char *)&last + SD_NAME_SUM_AT % 8, sizeof sum);
+    if (name[0] > SD_NAME_MAX) name[0] = 0;
     if (name[0] > 7) sd_copy_out(name + 8, from + 1, name[0] - 7u);
+    if (name[0] && sum != sum_of_identity(segment, uuid, name)) name[0] = 0;
+}
+
+uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
+                     uint64_t size)
+{
+    const unsigned char *at = bytes;
+    uint64_t h = uuid[0] ^ size, word;
+    const uint64_t head[] = {uuid[1], (uint64_t)blob, version};
+    for (int i = 0; i < 3; i++) h = ((h << 5 | h >> 59) ^ head[i]) * 0x9e3779b97f4a7c15ull;
+    for (; size; at += 8) {
+        uint64_t n = size < 8 ? size : 8;
+        word = 0;
+        memcpy(&word, at, n);
+        h = ((h << 5 | h >> 59) ^ word) * 0x9e3779b97f4a7c15ull;
+        size -= n;
+    }
+    return h ^ h >> 32;
+}
+
+static bool holds_blob(const sd_segment *segment, uint64_t extent)
+{
+    return sd_extent_valid(segment, extent) && SD_EXTENT_BYTES(extent) > 8;
 }
 
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
                 uint64_t *extent)
 {
     *extent = sd_load(&segment->slots[slot].extent[blob][choice_of(values->flags, blob)]);
-    return sd_extent_valid(segment, *extent) ? SD_OK : SD_CORRUPT;
+    return holds_blob(segment, *extent) ? SD_OK : SD_CORRUPT;
 }
 
 /* --- find ------------------------------------------------------------------------------------ */
@@ -79,7 +132,7 @@ static bool same_name(const sd_segment *segment, uint32_t slot, const unsigned c
 {
     unsigned char other[SD_NAME_MAX + 1];
     sd_values values;
-    sd_values_settled(segment, slot, &values);
+    if (sd_values_settled(segment, slot, &values) != SD_OK) return false;
     sd_name_get(segment, slot, values.flags, other);
     return other[0] == name[0] && !memcmp(other + 1, name + 1, name[0]);
 }
@@ -94,7 +147,8 @@ bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key)
         return sd_load(&record->uuid[0]) == key->uuid[0] &&
                sd_load(&record->uuid[1]) == key->uuid[1];
     case SD_NAME_INDEX: return same_name(segment, slot, key->name);
-    default: sd_values_settled(segment, slot, &values); return values.id == key->id;
+    default:
+        return sd_values_settled(segment, slot, &values) == SD_OK && values.id == key->id;
     }
 }
 
@@ -107,30 +161,45 @@ static uint64_t hash_of(const sd_segment *segment, const sd_key *key)
     }
 }
 
+bool sd_identity_sound(const sd_segment *segment, uint32_t slot)
+{
+    unsigned char name[SD_NAME_MAX + 1];
+    sd_values values;
+    if (sd_values_settled(segment, slot, &values) != SD_OK) return false;
+    sd_name_get(segment, slot, values.flags, name);
+    return name[0];
+}
+
+/* An entry that leads to a domain whose identity is damaged makes a miss an error. */
 int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
 {
     sd_probe probe;
+    bool damaged = false;
     sd_word *sequence = sd_index_sequence(segment, key->what);
     uint64_t before = sd_load_acquire(sequence);
     int result = sd_probe_begin(segment, key->what, hash_of(segment, key), &probe);
     while (result == SD_OK) {
         result = sd_probe_next(segment, &probe, slot);
-        if (result == SD_OK && sd_matches(segment, *slot, key)) return SD_OK;
+        if (result != SD_OK) break;
+        if (sd_matches(segment, *slot, key)) return SD_OK;
+        damaged |= sd_load(&segment->slots[*slot].life) & 1 && !sd_identity_sound(segment, *slot);
     }
     if (result != SD_MISS) return result;
     atomic_thread_fence(memory_order_acquire);
-    return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;
+    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;
+    return damaged ? SD_CORRUPT : SD_MISS;
 }
 
 /* --- garbage --------------------------------------------------------------------------------- */
 
-/* Free every descriptor that does not count.  Slot and heap lock held. */
+/* Free every descriptor that does not count; none, if which ones count is damaged.  Slot and heap
+ * lock held. */
 static void free_uncounted(sd_segment *segment, uint32_t slot)
 {
     sd_slot *record = &segment->slots[slot];
     sd_values values;
     bool live = sd_load(&record->life) & 1;
-    sd_values_get(segment, slot, &values);
+    if (sd_values_get(segment, slot, &values) != SD_OK && live) return;
     for (int b = 0; b < SD_BLOBS; b++)
         for (int i = 0; i < 2; i++) {
             bool counts = values.flags & SD_FLAG_PRESENT(b) && choice_of(values.flags, b) == i;
@@ -177,7 +246,7 @@ static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *v
     for (int b = 0; b < SD_BLOBS && result == SD_OK; b++) {
         if (!blobs[b].change || !blobs[b].bytes) continue;
         sd_word *spare = &record->extent[b][!choice_of(values->flags, b)];
-        result = sd_heap_allocate(segment, spare, blobs[b].size);
+        result = sd_heap_allocate(segment, spare, blobs[b].size + 8);
     }
     if (result != SD_OK) {
         int error = errno;
@@ -188,10 +257,11 @@ static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *v
 }
 
 /* Fill the fresh extents and let `values` choose them. */
-static void fill_blobs(sd_segment *segment, uint32_t slot, sd_values *values,
-                       const sd_blob blobs[SD_BLOBS], uint64_t version)
+static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
+                       sd_values *values, const sd_blob blobs[SD_BLOBS])
 {
     sd_slot *record = &segment->slots[slot];
+    uint64_t version = sd_cur_value(sd_load(&record->cur)) + 1;
     for (int b = 0; b < SD_BLOBS; b++) {
         if (!blobs[b].change) continue;
         values->version[b] = version;
@@ -200,24 +270,33 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, sd_values *values,
         values->flags ^= SD_FLAG_CHOICE(b);
         values->flags |= SD_FLAG_PRESENT(b);
         uint64_t extent = sd_load(&record->extent[b][choice_of(values->flags, b)]);
-        sd_copy_in(sd_extent_at(segment, extent), blobs[b].bytes, blobs[b].size);
+        sd_word *to = sd_extent_at(segment, extent);
+        sd_store(to, sd_blob_sum(uuid, b, version, blobs[b].bytes, blobs[b].size));
+        sd_copy_in(to + 1, blobs[b].bytes, blobs[b].size);
     }
 }
 
-static void write_spare_name(sd_segment *segment, uint32_t slot, sd_values *values,
-                             const unsigned char *name)
+static void write_spare_name(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
+                             sd_values *values, const unsigned char *name)
 {
+    unsigned char end[8] = {0}; /* the last bytes of the longest names, and the checksum */
+    const size_t before = SD_NAME_SUM_AT & ~7u, bytes = (size_t)name[0] + 1;
+    uint32_t sum = sum_of_identity(segment, uuid, name);
     values->flags ^= SD_FLAG_NAME;
-    sd_copy_in(segment->names[slot].word[(values->flags & SD_FLAG_NAME) != 0], name,
-               (size_t)name[0] + 1);
+    sd_word *to = segment->names[slot].word[(values->flags & SD_FLAG_NAME) != 0];
+    sd_copy_in(to, name, bytes < before ? bytes : before);
+    if (bytes > before) memcpy(end, name + before, bytes - before);
+    memcpy(end + SD_NAME_SUM_AT % 8, &sum, sizeof sum);
+    sd_copy_in(to + before / 8, end, sizeof end);
 }
 
 /* Spare copy, then `cur`: the commit. */
 static void flip(sd_slot *record, const sd_values *values)
 {
     uint64_t cur = sd_load(&record->cur);
-    write_fields(cur & 1 ? &record->copy0 : &record->copy1, values);
-    sd_publish(&record->cur, cur + 1);
+    uint64_t next = sd_cur_seal(sd_cur_value(cur) + 1);
+    write_fields(cur & 1 ? &record->copy0 : &record->copy1, values, next);
+    sd_publish(&record->cur, next);
 }
 
 /* The flip together with what the id index says (I4); id lock held, room reserved. */
@@ -266,7 +345,12 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     unsigned char old_name[SD_NAME_MAX + 1];
     const uint64_t private_flags = ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART);
     bool blob_changes = false, new_blobs = false;
-    sd_values_get(segment, slot, &now);
+    const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
+    if (name) {
+        sd_name_get(segment, slot, now.flags, old_name);
+        if (!old_name[0]) return SD_CORRUPT;
+    }
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     for (int b = 0; b < SD_BLOBS; b++) {
@@ -287,10 +371,9 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
         if (new_blobs) sd_tidy(segment, slot);
         return result;
     }
-    fill_blobs(segment, slot, &next, blobs, sd_load(&record->cur) + 1);
+    fill_blobs(segment, slot, uuid, &next, blobs);
     if (name) {
-        sd_name_get(segment, slot, now.flags, old_name);
-        write_spare_name(segment, slot, &next, name);
+        write_spare_name(segment, slot, uuid, &next, name);
         flip_with_name(segment, slot, &next, old_name, name);
     } else if (ids) {
         result = flip_with_ids(segment, slot, &next, now.id);
@@ -307,9 +390,10 @@ int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline)
     sd_header *header = segment->header;
     int result = sd_ids_lock(segment, deadline);
     if (result != SD_OK) return result;
-    uint64_t next = sd_load(&header->next_id);
-    if (next >= SD_ID_END) result = SD_FULL;
-    else sd_publish(&header->next_id, next + 1);
+    uint64_t next = sd_unsealed(sd_load(&header->next_id));
+    if (next == UINT64_MAX) result = SD_CORRUPT;
+    else if (next >= SD_ID_END) result = SD_FULL;
+    else sd_publish(&header->next_id, sd_seal(next + 1));
     sd_ids_unlock(segment);
     *id = (int32_t)next;
     return result;
@@ -373,7 +457,8 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
 {
     sd_slot *record = &segment->slots[slot];
     sd_values next = *values, now;
-    sd_values_get(segment, slot, &now);
+    if (sd_cur_seal(sd_load(&record->cur)) != sd_load(&record->cur)) return SD_CORRUPT;
+    sd_values_get(segment, slot, &now); /* of a dead domain: any choice will do */
     int result = sd_short_locks(segment, false, true, deadline);
     if (result != SD_OK) return result;
     result = allocate_blobs(segment, slot, &now, blobs);
@@ -381,8 +466,8 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     if (result != SD_OK) return result;
     next.flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART;
     for (int b = 0; b < SD_BLOBS; b++) next.flags |= now.flags & SD_FLAG_CHOICE(b);
-    fill_blobs(segment, slot, &next, blobs, sd_load(&record->cur) + 1);
-    write_spare_name(segment, slot, &next, name);
+    fill_blobs(segment, slot, uuid, &next, blobs);
+    write_spare_name(segment, slot, uuid, &next, name);
     sd_store(&record->uuid[0], uuid[0]);
     sd_store(&record->uuid[1], uuid[1]);
     sd_store(&record->died_who, 0);
@@ -420,8 +505,8 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
     sd_values now;
     unsigned char name[SD_NAME_MAX + 1];
     uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
-    sd_values_get(segment, slot, &now);
-    sd_name_get(segment, slot, now.flags, name);
+    if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
+    sd_name_get(segment, slot, now.flags, name); /* damaged: nothing is found, and all is rebuilt */
     bool ids = now.id >= 0;
     int result = sd_short_locks(segment, ids, false, deadline);
     if (result != SD_OK) return result;
@@ -459,9 +544,10 @@ int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
     if (!(view->life & 1)) return SD_MISS;
     view->uuid[0] = sd_load(&record->uuid[0]);
     view->uuid[1] = sd_load(&record->uuid[1]);
-    read_fields(sd_copy_of(record, view->cur), &view->values);
+    bool sound = read_fields(record, view->cur, &view->values);
     sd_name_get(segment, slot, view->values.flags, view->name);
-    return sd_view_check(segment, slot, view);
+    if (sd_view_check(segment, slot, view) != SD_OK) return SD_DOUBT;
+    return sound ? SD_OK : SD_CORRUPT;
 }
 
 int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
@@ -469,7 +555,7 @@ int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view
 {
     if (!(view->values.flags & SD_FLAG_PRESENT(blob))) return SD_MISS;
     *extent = sd_load(&segment->slots[slot].extent[blob][choice_of(view->values.flags, blob)]);
-    if (sd_extent_valid(segment, *extent)) return SD_OK;
+    if (holds_blob(segment, *extent)) return SD_OK;
     return sd_view_check(segment, slot, view) == SD_OK ? SD_CORRUPT : SD_DOUBT;
 }
 

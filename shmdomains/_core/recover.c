@@ -18,9 +18,9 @@ static int enter_identity(sd_segment *segment, uint32_t slot)
     uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     unsigned char name[SD_NAME_MAX + 1];
     sd_values values;
-    sd_values_settled(segment, slot, &values);
+    if (sd_values_settled(segment, slot, &values) != SD_OK) return SD_CORRUPT;
     sd_name_get(segment, slot, values.flags, name);
-    if (!name[0] || name[0] > SD_NAME_MAX) return SD_CORRUPT;
+    if (!name[0]) return SD_CORRUPT;
     int result = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
     if (result != SD_OK) return result;
     return sd_index_insert(segment, SD_NAME_INDEX, sd_hash_name(segment, name + 1, name[0]), slot);
@@ -64,7 +64,7 @@ int sd_recover_ids(sd_segment *segment)
     for (uint32_t slot = 0; slot < slots && result == SD_OK; slot++) {
         sd_values values;
         if (!(sd_load_acquire(&segment->slots[slot].life) & 1)) continue;
-        sd_values_settled(segment, slot, &values);
+        if (sd_values_settled(segment, slot, &values) != SD_OK) return SD_CORRUPT;
         if (values.id < 0) continue;
         result = sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values.id), slot);
         active++;

@@ -228,7 +228,8 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     sd_store(&header->id_level, sd_seal(0));
     sd_store(&header->slots_committed, sd_seal(0));
     sd_store(&header->heap_committed, sd_seal(0));
-    sd_store(&header->next_id, 1); /* as libvirt's: 0 is never given out */
+    sd_store(&header->settings_choice, sd_seal(0));
+    sd_store(&header->next_id, sd_seal(1)); /* as libvirt's: 0 is never given out */
     header->magic = SD_MAGIC;
     header->sum = sd_constants_sum(header);
     if (sd_mutex_init(&header->list_mutex) || sd_mutex_init(&header->id_mutex)) return SD_ERRNO;
@@ -434,12 +435,13 @@ static sd_word *settings_at(const sd_segment *segment, uint64_t choice)
 int sd_settings_set(sd_segment *segment, const void *bytes, uint64_t size)
 {
     sd_header *header = segment->header;
-    uint64_t choice = sd_load(&header->settings_choice) + 1;
+    uint64_t choice = sd_unsealed(sd_load(&header->settings_choice)) + 1;
     if (size > SD_SETTINGS_BYTES) return SD_FULL;
+    if (!choice) return SD_CORRUPT;
     sd_word *to = settings_at(segment, choice & 1);
     sd_store(to, size);
     sd_copy_in(to + 1, bytes, size);
-    sd_publish(&header->settings_choice, choice);
+    sd_publish(&header->settings_choice, sd_seal(choice));
     return SD_OK;
 }
 
@@ -448,6 +450,7 @@ int sd_settings_get(const sd_segment *segment, void *out, uint64_t *size)
     const sd_word *choice = &segment->header->settings_choice;
     for (int tries = 0; tries < 1000; tries++) {
         uint64_t before = sd_load_acquire(choice);
+        if (sd_unsealed(before) == UINT64_MAX) return SD_CORRUPT;
         const sd_word *from = settings_at(segment, before & 1);
         *size = sd_load(from);
         if (*size <= SD_SETTINGS_BYTES) sd_copy_out(out, from + 1, *size);
