@@ -13,8 +13,8 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak bench lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean \
-    crash-links FORCE
+.PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench lint lint-ruff \
+    lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links sanitizers sanitize-links FORCE
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check
@@ -36,6 +36,8 @@ test: $(VENV)/.installed-test ## set up, then run the tests
 soak: $(VENV)/.installed-test ## set up, then run what proves that nothing is lost, at its larger sizes
 	$(say) 'soak: kills, histories, models and damage at their larger sizes'
 	@SHMDOMAINS_SOAK=1 $(py) -m pytest -m soak -rs --durations=20 $(PYTEST_ARGS)
+
+sanitize: sanitize-threads sanitize-memory sanitize-suite ## set up, then run the tests under ASan, UBSan, TSan and valgrind
 
 bench: $(VENV)/.installed ## set up, then time the operations and the hand-over from a killed holder
 	$(say) 'bench: a first look at speed, on this machine alone'
@@ -161,6 +163,78 @@ $(crash)/_core/core%.so: $(build_inputs) $(crash_hooks) | crash-links
 	    -I$(core) -I$$($(py) -c 'import sysconfig as s; print(s.get_path("include"))') \
 	    -o $@.new $(@:.so=.c) $(handwritten) $(crash_hooks)
 	@mv $@.new $@
+
+# --- the sanitizers ---------------------------------------------------------------------------
+
+# Builds of the core in build/sanitize, of which nothing is shipped. The suite runs there, in a tree
+# of links whose package has a core under AddressSanitizer and UndefinedBehaviorSanitizer:
+# - PYTHONMALLOC=malloc: Python's own allocator would hide the blocks from ASan;
+# - detect_leaks=0: an interpreter keeps much until its end (the C unit tests look for leaks);
+# - allocator_may_return_null=1: tests that ask for too much memory expect MemoryError;
+# - abort_on_error=1: a finding is the death of the process, which no test takes for its own doing.
+sanitize := build/sanitize
+sanitized_core := $(sanitize)/shmdomains/_core
+c_tests := tests/core_test.c $(handwritten) $(wildcard $(core)/*.h)
+c_flags := -std=c11 -O1 -g -fno-omit-frame-pointer -pthread -I$(core)
+
+sanitizers:
+	@for library in libasan libubsan libtsan; do \
+	    test -e "$$($(CC) -print-file-name=$$library.so)" || { \
+	        echo "shmdomains: missing: gcc's $$library; apt install libgcc-$$($(CC) -dumpversion)-dev" >&2; \
+	        exit 1; }; \
+	done
+
+# The threads of the C unit tests, each as if it were a process, on one mapping. No suppressions:
+# what is shared is atomic words and mutexes. TSan does not know fences (-Wtsan says so); what they
+# order here are atomic words again, so what it misses can not raise a false alarm, but it is no
+# proof of their order either: that is what the model and the readers among writers are for.
+sanitize-threads: $(sanitize)/core_test.tsan
+	$(say) 'sanitize: the concurrency tests of the core in one process, under TSan'
+	@for part in views threads; do for seed in 1 2 3; do \
+	    TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $< $$part $$seed || exit 1; \
+	done; done
+
+$(sanitize)/core_test.tsan: $(c_tests) | sanitizers sanitize-links
+	@$(CC) $(c_flags) -Wall -Wextra -Werror -Wno-tsan -fsanitize=thread \
+	    -Wl,--wrap=pthread_mutex_clocklock -o $@ $(filter %.c,$^)
+
+# What ASan does not see: decisions on values that nobody ever wrote. (Helgrind is no use: it takes
+# every atomic word of C11 for a race.)
+sanitize-memory: $(sanitize)/core_test
+	@if ! command -v valgrind > /dev/null; then \
+	    echo 'sanitize: no valgrind (apt install valgrind), so nobody looks for unwritten values'; \
+	    exit 0; \
+	fi; \
+	printf '==> %s\n' 'sanitize: the unit tests of the core under valgrind'; \
+	for part in index heap stores threads; do \
+	    valgrind -q --error-exitcode=1 --leak-check=no $< $$part 1 || exit 1; \
+	done
+
+$(sanitize)/core_test: $(c_tests) | sanitize-links
+	@$(CC) $(c_flags) -Wall -Wextra -Werror -DSD_CRASH_POINTS -o $@ $(filter %.c,$^)
+
+sanitize-suite: sanitizers $(VENV)/.installed-test sanitize-links
+	$(say) 'sanitize: building the core under ASan and UBSan'
+	@$(py) -m cython -3 -o $(sanitized_core)/core.c $(core)/core.pyx
+	@$(CC) $(c_flags) -fsanitize=address,undefined -fno-sanitize-recover=all -fvisibility=hidden \
+	    -fPIC -shared -I$$($(py) -c 'import sysconfig as s; print(s.get_path("include"))') \
+	    -o $(sanitized_core)/core$$($(py) -c 'import sysconfig as s; print(s.get_config_var("EXT_SUFFIX"))') \
+	    $(sanitized_core)/core.c $(handwritten)
+	$(say) 'sanitize: pytest under ASan and UBSan; what is skipped says why'
+	@cd $(sanitize) && env SHMDOMAINS_SANITIZED=1 PYTHONPATH="$$PWD" PYTHONMALLOC=malloc \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    $(abspath $(py)) -m pytest -rs -p no:cacheprovider --timeout=300 -o faulthandler_timeout=350 \
+	    $(PYTEST_ARGS)
+
+sanitize-links:
+	@mkdir -p $(sanitized_core)
+	@ln -sf $(abspath shmdomains)/*.py $(sanitize)/shmdomains/
+	@ln -sf $(abspath $(core))/__init__.py $(abspath $(core))/core.pyi $(sanitized_core)/
+	@ln -sfn $(abspath tests) $(sanitize)/tests
+	@ln -sfn $(abspath bench) $(sanitize)/bench
+	@ln -sf $(abspath pyproject.toml) $(abspath README.md) $(sanitize)/
 
 define install
 $(say) 'building the core, installing shmdomains$(1) and what it needs into $(VENV)'
