@@ -125,8 +125,9 @@ static int layout(const char *path)
     MUST(sd_geometry_make(&at, header.max_slots, header.heap_cells) == SD_OK);
     print_header();
     print_slot();
-    printf("attached %lu\nsettings %lu\nslots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n",
-           at.attached, at.settings, at.slots, at.names, at.map, at.heap, at.levels);
+    printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
+    printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
+           at.heap, at.levels);
     for (int index = 0; index < SD_INDEXES; index++)
         for (unsigned level = 0; level < at.levels; level++)
             printf("table.%d.%u %lu\n", index, level, at.table[index][level]);

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import environment
-from killing import Child, Pipe, Planted, fork, hold_mutex
+from helpers import SOAK, Process, environment
+from killing import Child, Pipe, Planted, fork, hold_mutex, libc, until
 
 import shmdomains
-from shmdomains import Domain, DomainDef, DomainList, ListClosed, SegmentCorrupt
+from shmdomains import (
+    Domain,
+    DomainDef,
+    DomainList,
+    ListClosed,
+    LockTimeout,
+    SegmentCorrupt,
+    SegmentFull,
+    SegmentInUse,
+    ShmDomainsError,
+)
 from shmdomains import domain as domain_module
 
 XML = "<domain type='kvm'><name>{}</name><memory>1</memory><os><type>hvm</type></os></domain>"
@@ -500,7 +516,7 @@ lists[0].lock()
         None,
         "",
     ),
-    "os.abort": ("take(); os.abort()", -signal.SIGABRT, None, None, ".*"),
+    "os.abort": ("take(); os.abort()", -signal.SIGABRT, None, None, ""),
     "SIGTERM": ("take(); os.kill(me, signal.SIGTERM)", -signal.SIGTERM, None, None, ""),
     "exec": ("take(); os.execv(sys.executable, [sys.executable, '-c', ''])", 0, None, None, ""),
     "exception": ("take(); raise RuntimeError('end')", 1, None, None, "RuntimeError: end"),
@@ -778,3 +794,630 @@ def test_the_end_of_a_process(tmp_path: Path, end: str) -> None:
         assert problems == []
         assert [data for data, _ in domains] in ([of_a, of_b, None], [of_a, of_b or None, None])
         assert {died for _, died in domains} <= {None, pid}
+
+
+def leave_it_locked(how: str) -> None:
+    """A task of a pool that never comes back, or comes back and leaves its lock behind."""
+    dom = _inherited.get(name="a", timeout=DEADLINE)
+    dom.data = "uncommitted"
+    if how == "os._exit":
+        os._exit(0)
+    _left.append(dom)
+
+
+_inherited: DomainList
+_left: list[Domain] = []
+
+
+def enter_pool(doms: DomainList) -> None:
+    global _inherited
+    _inherited = doms
+
+
+def use_pool(pipe: Pipe, kind: str, way: str, how: str) -> None:
+    context = multiprocessing.get_context(way)
+    doms = DomainList(max_domains=4, lock=kind, context=context)
+    doms.define(XML.format("a"))
+    with context.Pool(1, enter_pool, [doms]) as pool:
+        pid = pool.apply_async(os.getpid).get(DEADLINE)
+        task = pool.apply_async(leave_it_locked, [how])
+        if how == "os._exit":
+            assert pool.apply_async(os.getpid).get(DEADLINE) != pid  # another in its place
+        else:
+            task.get(DEADLINE)
+            pool.close()
+            pool.join()
+        with doms.get(name="a", timeout=DEADLINE) as dom:
+            died = dom.previous_owner_died
+            assert dom.data is None
+    # An interpreter that ends frees what is dropped at its end.
+    assert died.pid == pid if how == "os._exit" or died else way == "spawn"
+    doms.close()
+    pipe.say("fine")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["os._exit", "returns"])
+def test_the_end_of_a_pools_worker(
+    start: Callable[..., Child], kind: str, way: str, how: str
+) -> None:
+    assert start(use_pool, kind, way, how).hear(3 * DEADLINE) == "fine"
+
+
+def children_that_do_nothing(pipe: Pipe, path: str, kind: str) -> None:
+    doms = make(kind, path)
+    dom = doms.get(name="a")
+    dom.data = "kept"
+    for end in (os._exit, exit_by_the_end_of_main):
+        child = os.fork()
+        if not child:
+            end(0)
+        assert os.waitpid(child, 0)[1] == 0
+    pipe.say("they are gone")
+    pipe.listen()
+    assert dom.is_locked
+    dom.unlock()
+    pipe.say(doms.peek(name="a").data)
+    pipe.listen()
+    doms.close()
+    del doms, dom
+    pipe.say("closed")
+    pipe.listen()
+
+
+def exit_by_the_end_of_main(status: int) -> None:
+    """All that an interpreter does at its end, in a child that was forked."""
+    ctypes.pythonapi.Py_Exit(status)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_children_that_never_use_a_list_take_nothing_from_their_parent(
+    start: Callable[..., Child], path: str, kind: str
+) -> None:
+    parent = start(children_that_do_nothing, path, kind)
+    assert parent.hear() == "they are gone"
+    with pytest.raises(SegmentInUse):
+        shmdomains.unlink(path=path)
+    with DomainList.attach(path=path) as doms:
+        assert parent.pid in [one.pid for one in doms.info.attached]
+        assert doms.peek(name="a").data is None
+        assert parent.ask() == "kept"
+    assert parent.ask() == "closed"
+    shmdomains.unlink(path=path)
+
+
+def starts_programs(pipe: Pipe, path: str, kind: str) -> None:
+    doms = make(kind, path)
+    dom = doms.get(name="a")
+    dom.data = "uncommitted"
+    command = [sys.executable, "-c", "import os; os.write(1, b'.'); os.read(0, 1)"]
+    stdin, gate = os.pipe()
+    said, stdout = os.pipe()
+    streams = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)]
+    kept = f"printf . >&{stdout}; read x <&{stdin}"
+    for fd in (stdin, stdout):
+        os.set_inheritable(fd, True)
+    programs = [
+        subprocess.Popen(command, stdin=stdin, stdout=stdout, close_fds=False).pid,
+        subprocess.Popen(command, stdin=stdin, stdout=stdout).pid,
+        os.posix_spawn(sys.executable, command, os.environ, file_actions=streams),
+        os.spawnv(os.P_NOWAIT, "/bin/sh", ["sh", "-c", kept]),
+    ]
+    running = b""
+    while len(running) < len(programs):
+        running += os.read(said, 1)
+    opened = [os.readlink(f"/proc/{pid}/fd/{fd}") for pid in programs for fd in descriptors(pid)]
+    inode = os.stat(path).st_ino
+    ours = [name for name in opened if "memfd" in name or name == path or f"#{inode} " in name]
+    assert ours == []
+    pipe.say("started")
+    pipe.listen()
+    del dom
+    doms.close()
+    pipe.say("closed")
+    pipe.listen()
+    os.close(gate)
+    os.close(stdin)
+    for pid in programs:
+        os.waitpid(pid, 0)
+    pipe.say("ended")
+
+
+def descriptors(pid: int | str = "self") -> list[str]:
+    return sorted(os.listdir(f"/proc/{pid}/fd"), key=int)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_that_is_started_has_nothing_of_the_list(
+    start: Callable[..., Child], path: str, kind: str
+) -> None:
+    parent = start(starts_programs, path, kind)
+    assert parent.hear() == "started"
+    with pytest.raises(SegmentInUse):
+        shmdomains.unlink(path=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert parent.ask() == "closed"
+    shmdomains.unlink(path=path)  # though all four still run
+    assert parent.ask() == "ended"
+
+
+# --- the end of a thread --------------------------------------------------------------------------
+
+
+def end_thread(how: str, doms: DomainList, box: list[Any]) -> None:
+    """Take the list and two domains, change them, and end."""
+    doms.lock()
+    for name in "ab":
+        box.append(doms.find_by_name(name))
+        box[-1].data = "uncommitted"
+    if how == "drops":
+        box.clear()
+    if how == "raises":
+        raise RuntimeError
+    if how == "sys.exit":
+        sys.exit()
+    if how == "in a block":
+        with suppress(ShmDomainsError), doms.get(name="c", timeout=0), doms.lock_many([]):
+            raise RuntimeError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["returns", "raises", "sys.exit", "drops", "in a block"])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_end_of_a_thread_that_holds_the_list_and_domains(
+    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)
+    doms = make(kind)
+    box: list[Any] = []
+    in_thread(lambda: end_thread(how, doms, box))
+    with doms.locked(DEADLINE):
+        for name in "ab":
+            with doms.find_by_name(name, DEADLINE) as dom:
+                died = dom.previous_owner_died
+                assert died is None if how == "drops" else died.pid == os.getpid()
+                assert dom.data is None
+    assert not any(dom.is_locked for dom in box)
+    all_free(doms)
+    with doms.lock_many(doms.list()):  # and nothing of it is counted as ours
+        pass
+    doms.close()
+
+
+# --- blocks that nobody goes on with --------------------------------------------------------------
+
+
+def block(doms: DomainList) -> Iterator[Domain]:
+    with doms.get(name="a") as dom:
+        dom.data = "uncommitted"
+        yield dom
+
+
+class Never:
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
+async def task(doms: DomainList) -> None:
+    with doms.locked(), doms.find_by_name("a") as dom:
+        dom.data = "uncommitted"
+        await Never()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suspended", [block, task])
+@pytest.mark.parametrize("by", ["its own thread", "another thread"])
+def test_a_suspended_block_that_is_dropped(
+    kind: str, suspended: Callable[[DomainList], Any], by: str
+) -> None:
+    """Its end runs where it is dropped; there it is the block of another thread, which frees the
+    lock itself. Nothing is committed."""
+    doms = make(kind)
+    box = [suspended(doms)]
+    box[0].send(None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        box.clear() if by == "its own thread" else in_thread(box.clear)
+        gc.collect()
+    assert [one.category for one in said] == [ResourceWarning] * (by == "another thread")
+    if doms.is_locked:  # only its own thread can leave it
+        doms.unlock()
+    with doms.get(name="b", timeout=0):
+        pass
+    in_thread(lambda: all_free(doms))
+    with doms.get(name="a", timeout=0) as dom:
+        assert dom.data is None and dom.previous_owner_died is None
+    doms.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_handles_in_a_cycle_are_collected_by_whoever_collects(kind: str) -> None:
+    doms = make(kind)
+    knot: list[Any] = [doms.get(name="a")]
+    knot.append(knot)
+    knot[0].data = "uncommitted"
+    del knot
+    with pytest.warns(ResourceWarning, match="still locked"):
+        in_thread(gc.collect)
+    with doms.get(name="b", timeout=0):
+        pass
+    in_thread(lambda: all_free(doms))
+    assert doms.peek(name="a").data is None
+    doms.close()
+
+
+class Mute(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_whose_end_fails_is_left(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit at the end of the block fails, while another exception is on its way or not."""
+    doms = DomainList(max_domains=4, max_bytes=3 << 20, lock=kind)
+    for name in NAMES:
+        doms.define(XML.format(name))
+    too_much = "x" * (4 << 20)
+    with pytest.raises(SegmentFull), doms.get(name="a") as dom:
+        dom.pid, dom.data = 7, too_much
+    with pytest.raises(Mute), doms.get(name="b") as dom:
+        dom.data = too_much
+        raise Mute
+    with pytest.raises(SegmentFull), doms.lock_many(doms.list()) as (first, second, third):
+        first.pid, second.data, third.pid = 1, too_much, 3
+    assert [info.pid for info in doms.list()] == [1, None, 3]
+    all_free(doms)
+    doms.close()
+
+
+# --- again and again ------------------------------------------------------------------------------
+
+
+def attach_and_close(path: str) -> None:
+    DomainList.attach(path=path).close()
+
+
+def attach_and_drop(path: str) -> None:
+    DomainList.attach(path=path)
+
+
+def open_in_a_block(path: str) -> None:
+    with DomainList.open(path=path) as doms:
+        doms.peek(name="a")
+
+
+def attach_twice(path: str) -> None:
+    with DomainList.attach(path=path) as one, DomainList.attach(path=path) as two:
+        one.get(name="a").unlock()
+        two.get(name="a").unlock()
+
+
+def close_before_the_handle(path: str) -> None:
+    doms = DomainList.attach(path=path)
+    with doms.get(name="a") as dom:
+        doms.close()
+        dom.pid = 7
+
+
+def unpickle(path: str) -> None:
+    global _pickled
+    if not _pickled:
+        doms = DomainList.attach(path=path)
+        dom = doms.get(name="a")
+        dom.unlock()
+        _pickled = pickle.dumps((doms, dom))
+    doms, dom = pickle.loads(_pickled)
+    with dom:
+        dom.pid = None
+
+
+_pickled = b""
+
+
+def create_and_unlink(path: str) -> None:
+    with DomainList.create(path=path + ".new", max_domains=4) as doms:
+        doms.define(XML.format("a"))
+        doms.unlink()
+
+
+def create_unnamed(path: str) -> None:
+    doms = DomainList(max_domains=4)
+    doms.define(XML.format("a"))
+    doms.get(name="a").unlock()
+
+
+def create_with_locks(path: str) -> None:
+    with DomainList(max_domains=4, lock="multiprocessing") as doms:
+        doms.define(XML.format("a"))
+        doms.get(name="a").unlock()
+
+
+def attach_in_a_thread(path: str) -> None:
+    thread = threading.Thread(target=open_in_a_block, args=[path])
+    thread.start()
+    thread.join()
+
+
+def fail_to_attach(path: str) -> None:
+    for wrong in ("no such file", __file__):
+        with suppress(ShmDomainsError):
+            DomainList.attach(path=wrong)
+
+
+def attach_in_a_child(path: str) -> None:
+    if not (child := os.fork()):
+        open_in_a_block(path)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def use_in_a_child(path: str) -> None:
+    global _kept_open
+    _kept_open = _kept_open or DomainList.attach(path=path)
+    if not (child := os.fork()):
+        _kept_open.get(name="a").unlock()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+_kept_open: DomainList | None = None
+
+# How often. To create a list takes milliseconds, and so does a child; in `make soak` there are more
+# of them than the table of who is attached has entries.
+WAYS: dict[Callable[[str], None], int] = {
+    attach_and_close: 10_000 if SOAK else 1_000,
+    attach_and_drop: 10_000 if SOAK else 1_000,
+    open_in_a_block: 10_000 if SOAK else 1_000,
+    attach_twice: 10_000 if SOAK else 1_000,
+    close_before_the_handle: 10_000 if SOAK else 1_000,
+    unpickle: 10_000 if SOAK else 1_000,
+    attach_in_a_thread: 10_000 if SOAK else 1_000,
+    fail_to_attach: 10_000 if SOAK else 1_000,
+    attach_in_a_child: 5_000 if SOAK else 150,
+    use_in_a_child: 5_000 if SOAK else 150,
+    create_and_unlink: 2_000 if SOAK else 150,
+    create_unnamed: 2_000 if SOAK else 150,
+    create_with_locks: 2_000 if SOAK else 150,
+}
+
+
+class Mallinfo(ctypes.Structure):
+    """struct mallinfo2 of malloc.h: what is in use is `hblkhd` + `uordblks`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for names in ("arena ordblks smblks hblks hblkhd", "usmblks fsmblks uordblks fordblks keep")
+        for name in names.split()
+    ]
+
+
+def belongings() -> dict[str, int]:
+    """What a leak would make more of."""
+    gc.collect()
+    mallinfo = libc.mallinfo2
+    mallinfo.restype = Mallinfo
+    now = mallinfo()
+    return {
+        "bytes of malloc": now.hblkhd + now.uordblks,
+        "blocks of Python": sys.getallocatedblocks(),
+        "descriptors": len(descriptors()),
+        "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
+        "threads": len(os.listdir("/proc/self/task")),
+    }
+
+
+def go_round(pipe: Pipe, path: str, way: str, cycles: int) -> None:
+    gc.disable()
+    once = globals()[way]
+    for _ in range(50):
+        once(path)
+    before = belongings()
+    before = belongings()  # the first look has costs of its own
+    for _ in range(cycles):
+        once(path)
+    after = belongings()
+    pipe.say({name: after[name] - before[name] for name in before})
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_attached_again_and_again(
+    start: Callable[..., Child],
+    segment_dir: Path,
+    way: Callable[[str], None],
+    tried: Callable[[str, int], None],
+) -> None:
+    """Memory, descriptors and mappings are what they were, but for caches of Python's."""
+    cycles = WAYS[way]
+    path = str(segment_dir / "s")
+    with DomainList.create(path=path, max_domains=10) as doms:
+        doms.define(XML.format("a"))
+        child = start(go_round, path, way.__name__, cycles)
+        more = child.hear(20 * DEADLINE)
+        child.join()
+        assert doms.check()
+        assert len(doms.info.attached) == 1
+    assert more["bytes of malloc"] < 4096 and more["blocks of Python"] < 150, more
+    assert more["descriptors"] == more["threads"] == 0, more
+    assert more["mappings"] < 50, more  # those of malloc for threads, eight a processor
+    tried("attached and detached again", cycles)
+
+
+NO_SUCH_PROCESS = 1 << 22 | 0x3FFFF0  # started one tick after the boot
+
+
+def test_a_table_full_of_the_dead_has_room_for_the_next(path: str) -> None:
+    """The entries of the killed stay until somebody needs their place."""
+    with DomainList.create(path=path, max_domains=4), Planted(path) as planted:
+        table, size = planted.at["attached"], planted.at["attached.max"]
+        for place in range(table, table + 8 * size, 8):
+            if not planted.read(place):
+                planted.write(place, NO_SUCH_PROCESS)
+        ours = Process()
+        try:
+            attach = f"doms = DomainList.attach(path={path!r}); "
+            attach += "[one.pid for one in doms.info.attached]"
+            assert sorted(ours.party.tell(attach)) == sorted([os.getpid(), ours.party.pid])
+            ours.party.tell("doms.close(); del doms")
+        finally:
+            ours.end()
+
+
+# --- two lists, and many locks --------------------------------------------------------------------
+
+
+def hold_both(pipe: Pipe, path: str, lists: list[DomainList]) -> None:
+    held = []
+    for doms in lists:
+        doms.lock()
+        held.append(doms.find_by_name("a"))
+        held[-1].data = "uncommitted"
+        held.append(doms.find_by_name("b"))
+    pipe.say("held")
+    pipe.rest()
+
+
+def two_lists(pipe: Pipe, path: str, kinds: list[str]) -> None:
+    lists = [make(kind) for kind in kinds]
+    holder = fork(hold_both, path, lists)
+    assert holder.hear() == "held"
+    for doms in lists:
+        for take in (
+            lambda doms=doms: doms.lock(0),
+            lambda doms=doms: doms.get(name="b", timeout=0),
+        ):
+            with pytest.raises(LockTimeout):
+                take()
+    holder.kill()
+    first, second = lists
+    # The order of locks is each list's own.
+    with (
+        first.locked(DEADLINE),
+        first.find_by_name("a", DEADLINE) as one,
+        second.locked(DEADLINE),
+        second.find_by_name("a", DEADLINE) as other,
+    ):
+        assert one.previous_owner_died.pid == other.previous_owner_died.pid == holder.pid
+        assert one.data is other.data is None
+        one.data, other.data = 1, 2
+    assert (first.peek(name="a").data, second.peek(name="a").data) == (1, 2)
+    for doms in lists:
+        all_free(doms)
+    first.close()
+    with second.get(name="b"):
+        pass
+    pipe.say("fine")
+
+
+@pytest.mark.parametrize("kinds", [[a, b] for a in KINDS for b in KINDS], ids="-".join)
+def test_two_lists_at_once_and_their_holder_is_killed(
+    start: Callable[..., Child], path: str, kinds: list[str]
+) -> None:
+    assert start(two_lists, path, kinds).hear(2 * DEADLINE) == "fine"
+
+
+def fill(doms: DomainList, count: int) -> None:
+    sample = DomainDef.from_xml(XML.format("x"))
+    with doms.locked():
+        for number in range(count):
+            doms.assign_def(sample.replace(name=f"x{number}"), True).unlock()
+
+
+def many_locks(pipe: Pipe, kind: str) -> None:
+    lists = [DomainList(max_domains=1100, lock=kind), DomainList(max_domains=1100)]
+    for doms in lists:
+        fill(doms, 1100)
+    held = fork(hold_a_thousand, lists)
+    assert held.hear() == "TooManyLocks"
+    held.kill()
+    for doms, count in zip(lists, (600, 400), strict=True):
+        with doms.lock_many(doms.list()[:count], DEADLINE) as locked:
+            died = [dom.previous_owner_died for dom in locked]
+            assert [one and one.pid for one in died] == [held.pid] * count
+        assert doms.check()
+    pipe.say("fine")
+
+
+def hold_a_thousand(pipe: Pipe, lists: list[DomainList]) -> None:
+    """It is a thread's limit, whichever list they are of."""
+    first, second = lists
+    with first.locked(), second.locked():
+        held = [first.find_by_name(f"x{n}") for n in range(600)]
+        held += [second.find_by_name(f"x{n}") for n in range(400)]
+        outcomes = set()
+        for doms in lists:
+            for use in (
+                lambda doms=doms: doms.find_by_name("x700", timeout=0),
+                lambda doms=doms: doms.get(name="x700", timeout=0),
+                lambda doms=doms: doms.assign_def(DomainDef.from_xml(XML.format("new"))),
+            ):
+                try:
+                    use()
+                except ShmDomainsError as exc:
+                    outcomes.add(type(exc).__name__)
+                else:
+                    outcomes.add("taken")
+    pipe.say(*outcomes)
+    pipe.rest()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_locks_of_two_lists_are_a_threads_limit(
+    start: Callable[..., Child], kind: str
+) -> None:
+    assert start(many_locks, kind).hear(4 * DEADLINE) == "fine"
+
+
+def free_until_it_waits(pipe: Pipe, doms: DomainList) -> None:
+    pipe.say("begins")
+    with doms.locked():
+        doms.free()
+    pipe.say("done")
+
+
+def lock_in_batches(pipe: Pipe, doms: DomainList) -> None:
+    infos = doms.list()
+    for begin in range(0, len(infos), 1000):
+        many = doms.lock_many(infos[begin : begin + 1000])
+        for dom in many:
+            dom.data = "uncommitted"
+        if begin + 1000 < len(infos):
+            for dom in many:
+                dom.unlock()
+    pipe.say("holds the last")
+    pipe.rest()
+
+
+def three_thousand(pipe: Pipe, kind: str) -> None:
+    doms = DomainList(max_domains=3001, lock=kind)
+    fill(doms, 3000)
+    batches = fork(lock_in_batches, doms)
+    assert batches.hear(2 * DEADLINE) == "holds the last"
+    batches.kill()
+    found = [info.data for info in doms.list()]
+    assert found == ["uncommitted"] * 2000 + [None] * 1000  # the first were unlocked in order
+    # Somebody holds one in the middle, and who frees them all dies while it waits for it.
+    holder = fork(keep, doms, "x1700")
+    assert holder.hear() == "held"
+    freer = fork(free_until_it_waits, doms)
+    assert freer.hear() == "begins"
+    until(lambda: len(doms) == 1300, "it came to the one that is held")
+    freer.kill()
+    assert doms.check(DEADLINE)
+    holder.tell()
+    assert holder.hear() == "free"
+    with doms.locked(DEADLINE):
+        assert doms.find_by_name("x1699") is None
+        doms.free(DEADLINE)
+    assert len(doms) == 0 and doms.info.heap_used == 0
+    report = doms.check()
+    assert report, report.problems
+    pipe.say("fine")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_thousand_are_locked_and_freed_in_batches_by_who_is_killed(
+    start: Callable[..., Child], kind: str
+) -> None:
+    assert start(three_thousand, kind).hear(6 * DEADLINE) == "fine"
