@@ -106,7 +106,7 @@ def _storm_and_prove(
             findings, cut_short = stress_proof.prove(doms, journal, plan, timeout, show)
     finally:
         journal.close()
-    view.table(journal, storm.elapsed)
+    view.table(journal, max(storm.elapsed, 0.001))  # Ctrl-C may have come before anything began
     view.say(storm.summary)
     for finding in findings:
         view.finding(finding)

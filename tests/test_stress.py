@@ -538,6 +538,20 @@ def test_ctrl_c_ends_it_in_order(start: str) -> None:
 # Where Ctrl-C did harm: within a statement of multiprocessing, whose next one takes note of what
 # was done, and in a worker that could not ignore it yet.
 MOMENTS = {
+    "the storm begins": """
+begin = stress._CtrlC.__enter__
+def enter(ctrl_c):
+    interrupt(os.getpid())
+    return begin(ctrl_c)
+stress._CtrlC.__enter__ = enter
+""",
+    "the storm is over": """
+whole = stress._Storm._run
+def end(storm, seconds):
+    whole(storm, 0.2)
+    interrupt(os.getpid())
+stress._Storm._run = end
+""",
     "a worker was reaped": """
 waitpid = os.waitpid
 def reap(*how):
@@ -571,6 +585,8 @@ util.spawnv_passfds = begin
 @pytest.mark.parametrize(
     ("start", "moment"),
     [
+        ("fork", "the storm begins"),
+        ("fork", "the storm is over"),
         ("fork", "a worker was reaped"),
         ("spawn", "a worker was reaped"),
         ("fork", "a worker was forked"),
