@@ -1421,3 +1421,74 @@ def test_three_thousand_are_locked_and_freed_in_batches_by_who_is_killed(
     start: Callable[..., Child], kind: str
 ) -> None:
     assert start(three_thousand, kind).hear(6 * DEADLINE) == "fine"
+
+
+# --- what an ended thread held --------------------------------------------------------------------
+
+
+def keep_handle(doms: DomainList, box: list[Any]) -> None:
+    box.append(doms.get(name="a"))
+
+
+def keep_list(doms: DomainList, box: list[Any]) -> None:
+    doms.lock()
+
+
+def lose_handle(doms: DomainList, box: list[Any]) -> None:
+    """Another thread drops it, and this one ends without another call."""
+    box.append(doms.get(name="a"))
+    thread = threading.Thread(target=box.clear)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hold", [keep_handle, keep_list, lose_handle])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_thread_that_ended_holding_does_not_keep_the_segment_in_use(
+    segment_dir: Path, kind: str, hold: Callable[[DomainList, list[Any]], None]
+) -> None:
+    path = segment_dir / "s"
+    doms = make(kind, str(path))
+    box: list[Any] = []
+    ended: list[int] = []
+
+    def live(doms: DomainList) -> None:
+        hold(doms, box)
+        ended.append(threading.get_native_id())
+
+    thread = threading.Thread(target=live, args=[doms])
+    thread.start()
+    thread.join(DEADLINE)
+    until(lambda: str(ended[0]) not in os.listdir("/proc/self/task"), "the thread is gone")
+    doms.close()
+    box.clear()
+    del doms
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    shmdomains.unlink(path=path)
+
+
+def test_a_segment_kept_for_a_thread_goes_with_the_next_attach(segment_dir: Path) -> None:
+    doms, end = make("robust", str(segment_dir / "s")), threading.Event()
+    taken = threading.Event()
+    box = [doms]
+
+    def live() -> None:
+        box[0].lock()
+        taken.set()
+        end.wait(DEADLINE)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    assert taken.wait(DEADLINE)
+    box.clear()
+    del doms
+    gc.collect()
+    with pytest.raises(SegmentInUse):
+        shmdomains.unlink(path=segment_dir / "s")
+    end.set()
+    thread.join()
+    until(lambda: str(thread.native_id) not in os.listdir("/proc/self/task"), "the thread is gone")
+    DomainList(max_domains=1).close()
+    shmdomains.unlink(path=segment_dir / "s")

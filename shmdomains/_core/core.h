@@ -77,7 +77,8 @@ typedef struct sd_segment {
     unsigned open;         /* those that were not closed */
     unsigned handles;      /* to its records, that are still referred to */
     unsigned inside;       /* threads of this process that wait */
-    unsigned held;         /* slot locks held by threads of this process, list lock included */
+    unsigned held;         /* locks that threads of this process took and did not give back, list
+                              lock included; those that ended with one are still counted */
     uint64_t list_nonce;   /* the thread of ours that holds the list lock, or 0 */
     unsigned list_nested;  /* how deep in signal handlers it was then */
     void *list_taker;      /* the binding's object that took it */
@@ -99,7 +100,8 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size);
 /* Give up what others can see of us - the entry in the attached table, the flock - once nothing is
  * open, nobody waits, and no handle or lock is left. */
 void sd_detach(sd_segment *segment);
-/* Drop one use; unmaps after the last one unless a lock of ours is held. */
+/* Drop one use; unmaps after the last one unless a lock of ours is held: then sd_map() does, once
+ * its thread has ended. */
 void sd_unmap(sd_segment *segment);
 /* The segment of this process with this identity, or NULL. */
 sd_segment *sd_mapped(const uint64_t id[2]);

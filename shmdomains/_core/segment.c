@@ -16,6 +16,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -293,11 +294,14 @@ static void *map_file(int fd, uint64_t bytes)
     return base;
 }
 
+static void unmap_left(void);
+
 int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
 {
     struct stat status;
     sd_header header;
     why[0] = 0;
+    unmap_left();
     if (fstat(fd, &status)) return SD_ERRNO;
     sd_segment *segment = find_mapped(&status);
     if (segment) {
@@ -349,6 +353,33 @@ static void forget_parent(sd_segment *segment)
     segment->list_taker = NULL;
 }
 
+static bool runs_here(uint32_t tid)
+{
+    return tid && (!tgkill(getpid(), (pid_t)tid, 0) || errno != ESRCH);
+}
+
+/* Whom does the lock belong to?  The kernel asks the mutex when a thread dies, so we do too. */
+static uint32_t holder_of(const sd_segment *segment, const pthread_mutex_t *mutex,
+                          const sd_owner *owner)
+{
+    if (segment->kind == SD_KIND_ROBUST) return sd_mutex_owner(mutex);
+    return (uint32_t)(sd_load(&owner->who) & ((1u << 22) - 1));
+}
+
+/* Does a thread of ours hold a lock here?  `held` counts what was locked and not unlocked: threads
+ * that ended are in it, whose locks went with them.  So it may only say that nothing is held. */
+static bool is_held(const sd_segment *segment)
+{
+    const sd_header *header = segment->header;
+    if (!segment->held) return false;
+    if (runs_here(holder_of(segment, &header->list_mutex, &header->list_owner))) return true;
+    for (uint32_t i = 0; i < sd_slot_count(segment); i++) {
+        const sd_slot *slot = &segment->slots[i];
+        if (runs_here(holder_of(segment, &slot->mutex, &slot->owner))) return true;
+    }
+    return false;
+}
+
 /* The mapping stays for objects that still refer to it.  Nothing of it can be locked any more, so
  * the process may map the segment anew.  Closing the descriptor lets go of the flock, unless a
  * child has inherited it. */
@@ -356,7 +387,7 @@ void sd_detach(sd_segment *segment)
 {
     forget_parent(segment);
     if (segment->fd < 0 || segment->open || segment->handles) return;
-    if (segment->inside || segment->held) return;
+    if (segment->inside || is_held(segment)) return;
     for (sd_segment **at = &mapped; *at; at = &(*at)->next) {
         if (*at != segment) continue;
         *at = segment->next;
@@ -367,13 +398,27 @@ void sd_detach(sd_segment *segment)
     segment->fd = -1;
 }
 
-void sd_unmap(sd_segment *segment)
+static void unmap_unused(sd_segment *segment)
 {
-    segment->users--;
     sd_detach(segment);
     if (segment->users || segment->fd >= 0) return;
     munmap(segment->base, segment->at.total_bytes);
     free(segment);
+}
+
+void sd_unmap(sd_segment *segment)
+{
+    segment->users--;
+    unmap_unused(segment);
+}
+
+/* Those that were kept for a lock of a thread that has ended by now. */
+static void unmap_left(void)
+{
+    for (sd_segment *at = mapped, *next; at; at = next) {
+        next = at->next;
+        unmap_unused(at);
+    }
 }
 
 void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
