@@ -243,7 +243,20 @@ static bool may_be_ours(void)
 /* Mark the death of an owner that does not exist (5. above).  A thread that ends is taken off its
  * locks by the kernel before its number can be free, so a number without a thread is no race.  A
  * mutex that names *this* thread is an orphan too, unless it may be ours: then the caller is
- * turned away.  Waiters without an owner are nobody's doing but a flipped bit's. */
+ * turned away.  Waiters without an owner are nobody's doing but a flipped bit's.
+ *
+ * What is left: between the look for the thread and the exchange the mutex is freed (by the kernel,
+ * or by another waiter's exchange), the number is given to a new thread, and that one takes this
+ * very mutex.  The word is the same again, and a lock that is held is given away.  It is let be:
+ * - We come as far as the exchange only if the owner died since the load above, a few hundred
+ *   nanoseconds ago, or the word was damaged.
+ * - A new thread needs tens of microseconds to get to a lock, so this one has to lose its processor
+ *   between these two instructions, while exactly this number, one of 32,768 to 4,194,304, is the
+ *   next to be given out, and its thread has to hold this mutex, of all, when we go on.
+ * - A second look with the owner record decides nothing: a new owner has the mutex before it has
+ *   signed.  A mark in the word, "looked at", under which the thread is asked for once more, is
+ *   sound only if those who look exclude each other, for one who is late would take another's mark
+ *   for its own: one more robust lock, with the same question about its owner. */
 static int bury_missing_owner(pthread_mutex_t *mutex)
 {
     uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
