@@ -97,20 +97,25 @@ void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsig
     if (name[0] && sum != sum_of_identity(segment, uuid, name)) name[0] = 0;
 }
 
+static inline uint64_t stir(uint64_t h, const unsigned char *at, size_t bytes)
+{
+    uint64_t word = 0;
+    memcpy(&word, at, bytes);
+    return ((h << 5 | h >> 59) ^ word) * 0x9e3779b97f4a7c15ull;
+}
+
+/* Four lanes, since a multiplication takes longer than it takes to begin the next one. */
 uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
                      uint64_t size)
 {
     const unsigned char *at = bytes;
-    uint64_t h = uuid[0] ^ size, word;
-    const uint64_t head[] = {uuid[1], (uint64_t)blob, version};
-    for (int i = 0; i < 3; i++) h = ((h << 5 | h >> 59) ^ head[i]) * 0x9e3779b97f4a7c15ull;
-    for (; size; at += 8) {
-        uint64_t n = size < 8 ? size : 8;
-        word = 0;
-        memcpy(&word, at, n);
-        h = ((h << 5 | h >> 59) ^ word) * 0x9e3779b97f4a7c15ull;
-        size -= n;
-    }
+    uint64_t lane[4] = {uuid[0] ^ size, uuid[1], (uint64_t)blob, version};
+    for (; size >= 32; size -= 32, at += 32)
+        for (int i = 0; i < 4; i++) lane[i] = stir(lane[i], at + 8 * i, 8);
+    for (; size >= 8; size -= 8, at += 8) lane[0] = stir(lane[0], at, 8);
+    lane[0] = stir(lane[0], at, size);
+    uint64_t h = 0;
+    for (int i = 0; i < 4; i++) h = stir(h ^ h >> 29, (const unsigned char *)&lane[i], 8);
     return h ^ h >> 32;
 }
 
