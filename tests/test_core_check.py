@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from killing import Planted, driver, xml
 
-from shmdomains import DomainList, SegmentCorrupt
+from shmdomains import INVARIANTS, DomainList, SegmentCorrupt
 
 UUID, NAME, ID = 0, 1, 2
 DEFINITION, NEXT, DATA = 0, 1, 2
@@ -163,6 +163,11 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "I3 fields",
         "slot 0 has no definition",
     ),
+    "a state that does not exist": (
+        field(1, "status", lambda old: old & ~0xFFFF | 8),
+        "I3 fields",
+        "slot 1 has the unknown state 8",
+    ),
     "the other copy counts": (slot(1, "cur", lambda old: old + 1), "", ""),
     # I4: ids
     "an id that was not given out": (
@@ -294,9 +299,11 @@ def test_planted_damage_is_found_by_name(
     assert value != planted.read(where), "that would change nothing"
     with planted.changed(where, value):
         for reader in (doms, DomainList.attach(path=path)):
-            problems, _counts, still = reader._check(False)
-            assert still
-            assert any(name == invariant and words in text for name, text in problems), problems
+            report = reader.check(timeout=5)
+            assert report.unsettled == []
+            found = report.problems
+            assert any(name == invariant and words in text for name, text in found), found
+            assert {name for name, _ in found} <= set(INVARIANTS)
     report = doms.check()
     assert report, report.problems
     assert report.counts["domains"] == 5
@@ -394,7 +401,7 @@ def test_the_damaged_kind_of_a_lock_is_found(
 ) -> None:
     place = planted.slot(1, "mutex") if which == "slot" else planted.header(f"{which}_mutex")
     planted.flip(place + planted.at["mutex.__data.__kind"], 3)
-    problems = doms._check(False)[0]
+    problems = doms.check().problems
     planted.flip(place + planted.at["mutex.__data.__kind"], 3)
     assert [name for name, _ in problems] == ["locks"]
     assert doms.check()
