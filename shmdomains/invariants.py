@@ -1,7 +1,8 @@
 """What must hold in a segment, by name, and what `DomainList.check` and `recover` say about it.
 
-The core tests the invariants (_core/check.c) and repairs what a dead process left (_core/recover.c);
-here stand their names, what each means and who repairs it, and the reports for people.
+The core tests the invariants (_core/check.c) and repairs what a dead process left
+(_core/recover.c); here stand their names, what each means and who repairs it, and the reports for
+people.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from .holder import LockHolder
 
 INVARIANTS: dict[str, str] = {
     "I1 identity": "Every domain has a UUID and a name of 1 to 251 bytes. Nobody repairs it.",
-    "I2 extents": "What a record names in the heap lies there and is named once. Nobody repairs it.",
+    "I2 extents": "What a record names in the heap is there, and named once. Nobody repairs it.",
     "I2 map": "The map of used space, and its count, are what the records name. Rebuilt by the "
     "next holder of the heap lock after a death.",
     "I3 fields": "A record has a definition and a state that exists, and no part of it is newer "
     "than its last commit. Nobody repairs it.",
     "I4 ids": "No domain has an id that was not given out. Nobody repairs it.",
-    "I5 index": "UUID, name and id of every domain lead to it, and nothing else is entered. Rebuilt "
-    "by the next holder of the list lock (UUID, name) or the id lock after a death.",
+    "I5 index": "UUID, name and id of every domain lead to it, and nothing else is entered. "
+    "Rebuilt by the next holder of the list lock (UUID, name) or the id lock after a death.",
     "I5 sequence": "Nobody is in the middle of changing an index without its lock. Ended by the "
     "next holder of the list or id lock after a death.",
     "free list": "Every slot without a domain is on it, once. Rebuilt by the next holder of the "
@@ -40,11 +41,16 @@ INVARIANTS: dict[str, str] = {
 ['I1 identity', 'I2 extents']
 """
 
-# What is open when there is no verdict on a part of the core's check: list, ids, heap.
-_PARTS = (
-    ("I5 index", "I5 sequence", "free list", "counts"),
+# What is open when the core has no verdict: on its sums, on the suspects of list, ids, heap.
+_OPEN = (
     ("I5 index", "I5 sequence", "counts"),
+    ("free list",),
+    ("I5 index", "I5 sequence", "counts"),
+    ("I2 map",),
     ("I2 extents", "I2 map"),
+    ("I5 index",),
+    ("I5 index",),
+    ("I2 map",),
 )
 
 
@@ -68,12 +74,12 @@ class CheckReport(msgspec.Struct, frozen=True):
 
 
 def unsettled(open: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
-    """Return what `CheckReport.unsettled` says of the parts that the core has no verdict on.
+    """Return what `CheckReport.unsettled` says of that on which the core has no verdict.
 
-    >>> unsettled([(2, "writers were at work")])
+    >>> unsettled([(4, "writers were at work")])
     [('I2 extents', 'writers were at work'), ('I2 map', 'writers were at work')]
     """
-    return [(name, why) for part, why in open for name in _PARTS[part]]
+    return list(dict.fromkeys((name, why) for number, why in open for name in _OPEN[number]))
 
 
 _REBUILT = {

@@ -7,6 +7,7 @@
  *                              refusals only where there is no room; the map rebuilt from descriptors
  *   core_test views SEED       readers without a lock among writers: never a mixture of two commits,
  *                              never a miss of what is there
+ *   core_test check SEED       a checker stops when its time is up, and goes on where it was
  *   core_test stores SEED      the same between every two stores of a writer, and the words that only
  *                              change while a sequence is odd change only then
  *
@@ -502,10 +503,9 @@ static sd_tally check_at_rest(sd_segment *segment)
     int problems = 0;
     sd_check *check = sd_check_begin(segment, 1u << 16, complain, &problems);
     MUST(check && sd_check_records(check, SD_FOREVER) == SD_OK && !problems);
-    for (int part = 0; part < SD_PARTS; part++) {
-        MUST(!sd_check_suspects(check, part));
-        MUST(sd_check_count(check, part, SD_FOREVER) == SD_OK, "part %d", part);
-    }
+    for (int part = 0; part < SD_PARTS; part++) MUST(!sd_check_suspects(check, part));
+    for (int sum = 0; sum < SD_SUMS; sum++)
+        MUST(sd_check_sum(check, sum, SD_FOREVER) == SD_OK, "sum %d", sum);
     sd_tally tally = *sd_check_tally(check);
     sd_check_end(check);
     return tally;
@@ -530,6 +530,57 @@ static int test_views(void)
     MUST(tally.domains == STABLE && !tally.garbage);
     MUST(accepted > 100, "only %lu reads were not overtaken", accepted);
     printf("%lu reads, %lu overtaken\n", accepted, doubted);
+    sd_unmap(shared);
+    return 0;
+}
+
+/* --- a checker's time --------------------------------------------------------------------------- */
+
+#define MANY 3000
+#define STEPS 256 /* between two looks at the clock */
+
+static void hear(void *context, const char *invariant, const char *what)
+{
+    (void)invariant, (void)what;
+    ++*(int *)context;
+}
+
+/* With no time at all each call does one batch of steps and no more, so a lock is never held for
+ * longer than the time given and one batch; and no fault is lost or told twice on the way. */
+static int test_check(void)
+{
+    int faults = 0, calls = 0;
+    unsigned lost = 50 + (unsigned)roll(500);
+    shared = make(MANY + 10, 100000);
+    MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+    for (uint64_t n = 0; n < MANY; n++) MUST(add(n, n << 8) == n);
+    check_at_rest(shared);
+    for (uint32_t slot = 0; slot < lost; slot++) {
+        uint64_t uuid[2];
+        domain_uuid(slot, uuid);
+        MUST(!sd_index_delete(shared, SD_UUID_INDEX, sd_hash_uuid(shared, uuid), slot));
+    }
+    sd_check *check = sd_check_begin(shared, 1u << 16, hear, &faults);
+    MUST(check);
+    while (sd_check_records(check, 0) == SD_TIMEOUT) calls++;
+    MUST(calls >= MANY / STEPS && !faults, "%d calls, %d faults", calls, faults);
+    MUST(sd_check_suspects(check, SD_PART_LIST) == lost);
+    for (unsigned left = lost; left; left--) {
+        MUST(sd_check_suspects(check, SD_PART_LIST) == left);
+        MUST(sd_check_judge(check, SD_PART_LIST, 0) == (left > 1 ? SD_TIMEOUT : SD_OK));
+    }
+    MUST(faults == (int)lost, "%d faults for %u lost entries", faults, lost);
+    MUST(sd_check_sum_held(check, SD_SUM_LISTED, 0) == SD_TIMEOUT);
+    MUST(sd_check_sum_held(check, SD_SUM_LISTED, SD_FOREVER) == SD_OK && faults == (int)lost + 1);
+    for (int sum = 0; sum < SD_SUMS; sum++) {
+        int result;
+        for (calls = 0; (result = sd_check_sum(check, sum, 0)) == SD_TIMEOUT;) calls++;
+        MUST(result == (sum == SD_SUM_LISTED ? SD_DOUBT : SD_OK), "sum %d", sum);
+        MUST(calls || sum == SD_SUM_FREE, "sum %d was taken in one go", sum);
+    }
+    MUST(faults == (int)lost + 1);
+    sd_check_end(check);
+    sd_list_unlock(shared);
     sd_unmap(shared);
     return 0;
 }
@@ -630,5 +681,6 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "heap")) return test_heap();
     if (!strcmp(argv[1], "views")) return test_views();
     if (!strcmp(argv[1], "stores")) return test_stores();
+    if (!strcmp(argv[1], "check")) return test_check();
     return 2;
 }

@@ -234,6 +234,8 @@ typedef struct {
     uint64_t mask, at, left, tag;
 } sd_probe;
 
+#define SD_ENTRY_SLOT(entry) ((uint32_t)((entry) & ((1u << 24) - 1)) - 1)
+
 int sd_probe_begin(const sd_segment *segment, int index, uint64_t hash, sd_probe *probe);
 /* SD_OK SD_MISS SD_CORRUPT */
 int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot);
@@ -405,7 +407,17 @@ typedef struct {
 /* What belongs together, by the lock that protects it. */
 enum { SD_PART_LIST = 0, SD_PART_IDS = 1, SD_PART_HEAP = 2, SD_PARTS = 3 };
 
-#define SD_CHECK_HOLD_NS 40000000ull /* a checker's longest hold: less than a slice */
+/* Numbers that must be equal. */
+enum {
+    SD_SUM_LISTED = 0, /* entries of UUID and name index, domains */
+    SD_SUM_FREE = 1,   /* slots on the free list, and domains */
+    SD_SUM_IDS = 2,    /* entries of the id index, active domains */
+    SD_SUM_USED = 3,   /* cells that are marked, and their count */
+    SD_SUM_CELLS = 4,  /* cells that are named, once, and marked */
+    SD_SUMS = 5
+};
+
+#define SD_CHECK_HOLD_NS 30000000ull /* a checker's longest hold: less than a slice */
 
 typedef struct sd_check sd_check;
 
@@ -421,15 +433,17 @@ const sd_tally *sd_check_tally(const sd_check *check);
 uint32_t sd_check_suspects(const sd_check *check, int part);
 uint64_t sd_check_overlooked(const sd_check *check); /* suspects that were too many to remember */
 
-/* Without a lock: count what must be equal.  SD_OK: nothing moved, and it is.  SD_DOUBT: it moved or
- * does not fit.  SD_TIMEOUT: call again to go on.  SD_ERRNO: no memory. */
-int sd_check_count(sd_check *check, int part, uint64_t until);
+int sd_check_part(int sum);                          /* to which a sum belongs */
 
-/* With the part's lock held, or in a poisoned segment, where nobody has it.  judge: look at the
- * suspects again; SD_TIMEOUT: some are left.  count_held: SD_OK: counted, what does not fit is reported;
- * SD_TIMEOUT: there is too much of it; SD_DOUBT: prepare() was too long ago. */
-int sd_check_prepare(sd_check *check, int part); /* before the lock is taken; SD_ERRNO */
+/* Without a lock.  SD_OK: it is right.  SD_DOUBT: it seems wrong, or others were at work: try again, or
+ * under the lock.  SD_TIMEOUT: call again to go on.  SD_ERRNO: no memory. */
+int sd_check_sum(sd_check *check, int sum, uint64_t until);
+
+/* With the part's lock held, or in a poisoned segment, where nobody gets it.  judge: look at the
+ * suspects again; SD_TIMEOUT: some are left.  sum_held: SD_OK: what is wrong was reported; SD_TIMEOUT:
+ * there is too much of it; SD_DOUBT: it has grown since prepare(). */
+int sd_check_prepare(sd_check *check, int sum); /* before the lock is taken; SD_ERRNO */
 int sd_check_judge(sd_check *check, int part, uint64_t until);
-int sd_check_count_held(sd_check *check, int part, uint64_t until);
+int sd_check_sum_held(sd_check *check, int sum, uint64_t until);
 
 #endif

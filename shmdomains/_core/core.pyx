@@ -129,6 +129,7 @@ cdef extern from "core.h" nogil:
         SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
         SD_CELL
         SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
+        SD_SUM_LISTED, SD_SUM_FREE, SD_SUM_IDS, SD_SUM_USED, SD_SUM_CELLS, SD_SUMS
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
     uint64_t SD_FOREVER, SD_TRY, SD_CHECK_HOLD_NS, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
     uint64_t SD_FLAG_PRESENT(int)
@@ -204,10 +205,11 @@ cdef extern from "core.h":
     uint32_t sd_check_suspects(const sd_check *, int)
     uint64_t sd_check_overlooked(const sd_check *)
     int sd_check_records(sd_check *, uint64_t)
+    int sd_check_part(int)
     int sd_check_prepare(sd_check *, int)
     int sd_check_judge(sd_check *, int, uint64_t)
-    int sd_check_count(sd_check *, int, uint64_t)
-    int sd_check_count_held(sd_check *, int, uint64_t)
+    int sd_check_sum(sd_check *, int, uint64_t)
+    int sd_check_sum_held(sd_check *, int, uint64_t)
 
 cdef object EMPTY = ()
 cdef object BLOB_NAMES = ("definition", "next definition", "data")
@@ -223,6 +225,10 @@ cdef object PARSE_UUID = None
 cdef object UUID = None
 cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None      # module holder: who is behind a pid, and LockTimeout
+
+# What keeps a lock out of a checker's reach.
+cdef object OUT_OF_REACH = (errors.LockTimeout, errors.LockKindMismatch, errors.LockOrder,
+                            errors.SegmentCorrupt)
 
 cdef enum:
     CACHE_SIZE = 4096
@@ -1511,13 +1517,14 @@ cdef class Segment:
     def _check(self, timeout=None):
         """Look at every invariant: (problems, counts, what there is no verdict on, longest hold).
 
-        No verdict: pairs of a part (0 list, 1 ids, 2 heap) and why. The hold is in seconds.
+        No verdict: pairs of a number and why; 0 to 4 are the sums of core.h, 5 to 7 suspects that
+        are left of the list, the ids, the heap. The hold is in seconds.
         """
         cdef faults found = {"first": NULL, "count": 0}
         cdef uint64_t longest = 0, deadline = deadline_of(timeout)
         cdef sd_check *check
         cdef sd_tally tally
-        cdef int part
+        cdef int part, sum
         cdef list open = []
         self.usable()
         check = sd_check_begin(self.segment, len(STATES), report, &found)
@@ -1527,12 +1534,16 @@ cdef class Segment:
         try:
             if self.check_records(check):
                 for part in range(SD_PARTS):
-                    why = self.settle(check, part, deadline, timeout, &longest)
+                    why = self.judge(check, part, deadline, timeout, &longest)
                     if why is not None:
-                        open.append((part, why))
+                        open.append((SD_SUMS + part, why))
+                for sum in range(SD_SUMS):
+                    why = self.sum_up(check, sum, deadline, timeout, &longest)
+                    if why is not None:
+                        open.append((sum, why))
             if sd_check_overlooked(check):
-                open.append((SD_PART_LIST, f"{sd_check_overlooked(check)} more records look as if "
-                             "no index led to them, too many to judge"))
+                open.append((SD_SUMS, f"{sd_check_overlooked(check)} more records or entries look "
+                             "wrong, too many to judge"))
             tally = sd_check_tally(check)[0]
         finally:
             sd_check_end(check)
@@ -1555,71 +1566,82 @@ cdef class Segment:
                 return result == SD_OK
             self.between()
 
-    cdef int count_freely(self, sd_check *check, int part) except -1:
+    cdef object judge(self, sd_check *check, int part, uint64_t deadline, object timeout,
+                      uint64_t *longest):
+        """Look at a part's suspects under its lock: None, or why not at all of them."""
+        cdef bint taken
+        cdef uint64_t began
+        while sd_check_suspects(check, part):
+            try:
+                taken = self.hold_part(part, deadline, timeout)
+            except OUT_OF_REACH as exc:
+                return f"{sd_check_suspects(check, part)} records or entries look wrong, but {exc}"
+            began = sd_now()
+            sd_check_judge(check, part, began + SD_CHECK_HOLD_NS)
+            if taken:
+                self.drop_part(part)
+                longest[0] = max(longest[0], sd_now() - began)
+            self.between()
+        return None
+
+    cdef object sum_up(self, sd_check *check, int sum, uint64_t deadline, object timeout,
+                       uint64_t *longest):
+        """Come to a verdict on a sum: None, or why there is none."""
+        cdef int result, _tries, holds = 0, part = sd_check_part(sum)
+        cdef bint taken
+        cdef uint64_t began
+        for _tries in range(WALKS if sum == SD_SUM_CELLS else LOOKS):
+            if self.sum_freely(check, sum) == SD_OK:
+                return None
+        result = SD_DOUBT
+        while result == SD_DOUBT or result == SD_TIMEOUT and holds < LOOKS:
+            if sd_check_prepare(check, sum) == SD_ERRNO:
+                raise MemoryError
+            try:
+                taken = self.hold_part(part, deadline, timeout)
+            except OUT_OF_REACH as exc:
+                return str(exc)
+            holds += 1
+            began = sd_now()
+            result = sd_check_sum_held(check, sum,
+                                       began + SD_CHECK_HOLD_NS if taken else SD_FOREVER)
+            if taken:
+                self.drop_part(part)
+                longest[0] = max(longest[0], sd_now() - began)
+            self.between()
+        if result == SD_OK:
+            return None
+        return ("writers are at work, and to be sure they would have to be stopped for more than "
+                f"{SD_CHECK_HOLD_NS // 1000000} ms; check again when they rest")
+
+    cdef int sum_freely(self, sd_check *check, int sum) except -1:
         cdef int result
         while True:
-            result = sd_check_count(check, part, sd_now() + LOOK_NS)
+            result = sd_check_sum(check, sum, sd_now() + LOOK_NS)
             if result == SD_ERRNO:
                 raise MemoryError
             if result != SD_TIMEOUT:
                 return result
             self.between()
 
-    cdef object settle(self, sd_check *check, int part, uint64_t deadline, object timeout,
-                       uint64_t *longest):
-        """Come to a verdict on a part: None, or why there is none."""
-        cdef int result, tries
-        cdef bint taken, counted
-        cdef uint64_t began, took
-        for tries in range(3):
-            if sd_check_suspects(check, part):
-                break  # for these the lock is needed anyhow
-            if self.count_freely(check, part) == SD_OK:
-                return None
-        while True:
-            if sd_check_prepare(check, part) != SD_OK:
-                raise MemoryError
-            try:
-                taken = self.hold_part(part, deadline, timeout)
-            except errors.SegmentPoisoned:
-                continue  # just now: by this very thread
-            except (errors.LockTimeout, errors.LockKindMismatch, errors.LockOrder,
-                    errors.SegmentCorrupt) as exc:
-                return str(exc)
-            began = sd_now()
-            counted = not sd_check_suspects(check, part)
-            if counted:
-                result = sd_check_count_held(check, part, began + SD_CHECK_HOLD_NS)
-            else:
-                result = sd_check_judge(check, part, began + SD_CHECK_HOLD_NS)
-            if taken:
-                self.drop_part(part)
-                took = sd_now() - began
-                longest[0] = max(longest[0], took)
-            if counted and result == SD_OK:
-                return None
-            if counted and result == SD_TIMEOUT:
-                return (f"writers were at work, and it is too much to be counted within "
-                        f"{SD_CHECK_HOLD_NS // 1000000} ms, for which they may be stopped; "
-                        "check again when they rest")
-            self.between()
-
     cdef bint hold_part(self, int part, uint64_t deadline, object timeout) except -1:
-        """Take the part's lock; False: there is nothing to give back. In a poisoned segment nobody
-        gets these locks any more, so what they protect stands still."""
+        """Take the lock of a part. False: there is nothing to give back: this thread has it, or the
+        segment is poisoned, so that nobody gets it and what it protects stands still."""
         cdef int result
-        if sd_load_acquire(&self.segment.header.poisoned):
+        if part == SD_PART_LIST and self.segment.list_nonce == sd_self().nonce:
+            self.need_list("check")
             return False
-        if part == SD_PART_LIST:
-            if self.segment.list_nonce == sd_self().nonce:
-                self.need_list("check")
-                return False
-            # While a domain is held the list lock may only be tried.
-            self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
-            return True
-        result = sd_short_locks(self.segment, part == SD_PART_IDS, part == SD_PART_HEAP, deadline)
-        if result != SD_OK:
-            self.fail(result, "check")
+        try:
+            if part == SD_PART_LIST:
+                # While a domain is held the list lock may only be tried.
+                self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
+                return True
+            result = sd_short_locks(self.segment, part == SD_PART_IDS, part == SD_PART_HEAP,
+                                    deadline)
+            if result != SD_OK:
+                self.fail(result, "check")
+        except errors.SegmentPoisoned:
+            return False
         return True
 
     cdef int drop_part(self, int part) except -1:
@@ -1761,6 +1783,8 @@ cdef struct faults:
 cdef enum:
     FAULTS_MAX = 1000
     LOOK_NS = 5000000  # of a look without a lock, before other threads of this process run
+    LOOKS = 3          # without a lock, before one under it
+    WALKS = 20         # over the descriptors, of which each acquits two of three that moved
 
 
 cdef void report(void *context, const char *invariant, const char *what) noexcept:
