@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ from .config import LoadFailure, LoadReport
 from .domain_list import AttachedProcess, DomainList, ListInfo
 from .errors import DefinitionError, ShmDomainsError
 from .invariants import INVARIANTS, CheckReport, RecoverReport, lock_text
-from .transfer import export_domains, export_xml, import_domains
+from .transfer import export_domains, export_xml, import_domains, new_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -172,9 +173,9 @@ def export_command(target: Target, file: str, force: bool) -> None:
     """Write all domains to a file, or their XML to a directory.
 
     FILE is for `import`: the way to another layout version of the segment, and to another host; -
-    is standard output. A DIR that exists or ends in / gets NAME.xml for each domain, and next/NAME.xml where
-    there is a next definition. No lock is taken, and a poisoned or damaged segment gives what can
-    be read of it; what can not be is named, and the exit status is then 1.
+    is standard output. A DIR that exists or ends in / gets NAME.xml for each domain, and
+    next/NAME.xml where there is a next definition. No lock is taken, and a poisoned or damaged
+    segment gives what can be read of it; what can not be is named, and the exit status is then 1.
     """
     failures: list[str] = []
 
@@ -200,15 +201,30 @@ def export_command(target: Target, file: str, force: bool) -> None:
 
 @contextmanager
 def _to_write(file: str) -> Iterator[BinaryIO]:
-    if file != "-":
-        # For us alone: definitions hold passwords.
-        with open(file, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+    if file == "-":
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    elif _is_special(file):
+        with open(os.open(file, os.O_WRONLY), "wb") as stream:
             yield stream
-        return
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, "standard output is closed")
-    yield sys.stdout.buffer
-    sys.stdout.buffer.flush()
+    else:
+        with new_file(Path(file)) as stream:
+            yield stream
+
+
+def _is_special(file: str) -> bool:
+    """A device or pipe is written to as it is, if it is ours or the system's."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(status.st_mode):
+        return False
+    if status.st_uid not in (0, os.getuid()):
+        raise PermissionError(errno.EPERM, f"it belongs to uid {status.st_uid}", file)
+    return True
 
 
 @click.command("import")

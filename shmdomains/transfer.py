@@ -14,14 +14,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 from uuid import UUID
 
 import msgpack
 import msgspec
 
-from .config import _discard, _sync_directory, _temporary, _write_file
+from .config import _discard, _sync_directory, _temporary
 from .definition import DomainDef
 from .domain import decode_data
 from .errors import (
@@ -238,7 +239,8 @@ class _XmlFiles:
             return
         self._folder.mkdir(mode=0o700, exist_ok=True)
         try:
-            _put(path, data, self._overwrite)
+            with new_file(path, self._overwrite) as stream:
+                stream.write(data)
         except FileExistsError:
             self._failed(one.label, ShmDomainsError(f"{path} exists already and was left alone"))
         else:
@@ -267,10 +269,21 @@ class _XmlFiles:
         return len(self._names)
 
 
-def _put(path: Path, data: bytes, overwrite: bool) -> None:
+@contextmanager
+def new_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """A file for us alone (definitions hold passwords) that gets its name when it is whole.
+
+    It takes the name from whatever has it, a link or another's file, and never writes into that;
+    without `overwrite` a name that is taken is `FileExistsError`.
+    """
     temporary = _temporary(path.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        _write_file(temporary, data)
+        with open(os.open(temporary, flags, 0o600), "wb") as stream:
+            os.fchmod(stream.fileno(), 0o600)  # whatever the umask took away
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         if overwrite:
             os.rename(temporary, path)
         else:

@@ -700,29 +700,6 @@ ALICE, BOB, STAFF = 54321, 54322, 54399
 """Users and a group that nobody has; a number is all that the kernel wants."""
 
 
-@pytest.fixture
-def as_user(segment_dir: Path) -> Iterator[Callable[..., Party]]:
-    """Begin a process as another user, who may walk into the folder."""
-    if os.getuid() != 0:
-        pytest.skip("only root can be another user")
-    segment_dir.chmod(0o755)
-    started: list[Process] = []
-
-    def begin(user: int, *groups: int, **more: str) -> Party:
-        options = {"user": user, "group": user, "extra_groups": list(groups)}
-        environment = {"SHMDOMAINS_DIR": str(segment_dir), "HOME": "/", **more}
-        try:
-            started.append(Process(options=options, **environment))
-        except (Stuck, OSError, subprocess.SubprocessError) as exc:
-            pytest.skip(f"another user can not run this Python or read this package: {exc}")
-        return started[-1].party
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.party.conn.close()
-
-
 def test_a_foreign_users_segment(
     segment_dir: Path, place: Path, as_user: Callable[..., Party]
 ) -> None:
