@@ -323,7 +323,7 @@ def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
     Children that inherited `fd` share its `flock` and do not count as others here.
     """
     with _existing(path) as place, _names_locked(place, path.parent):
-        if not _is_named(path.name, fd, place):
+        if not is_same_file(path, fd):
             raise SegmentNotFound(errno.ENOENT, "the name is not this segment's", str(path))
         try:
             if not force:
