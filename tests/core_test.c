@@ -77,7 +77,8 @@ static void print_header(void)
 {
     HEADER(magic), HEADER(layout), HEADER(signature), HEADER(boot), HEADER(pid_namespace);
     HEADER(kind), HEADER(total_bytes), HEADER(max_slots), HEADER(heap_cells);
-    HEADER(poisoned), HEADER(list_mutex), HEADER(list_owner), HEADER(list_seq), HEADER(list_level);
+    HEADER(poisoned), HEADER(poisoned_at), HEADER(poisoned_who), HEADER(poisoned_pid);
+    HEADER(poisoned_when), HEADER(list_mutex), HEADER(list_owner), HEADER(list_seq), HEADER(list_level);
     HEADER(list_dirty), HEADER(live), HEADER(slot_count), HEADER(slots_committed);
     HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
     HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);

@@ -298,9 +298,9 @@ def test_words_about_poison_that_are_damaged_themselves(
     doms: DomainList, planted: Planted, when: int
 ) -> None:
     planted.write(planted.header("poisoned"), 99)
-    for offset in (8, 16, 24):
-        planted.write(planted.header("poisoned") + offset, (1 << 64) - 1)
-    planted.write(planted.header("poisoned") + 32, when)
+    for field in ("at", "who", "pid"):
+        planted.write(planted.header(f"poisoned_{field}"), (1 << 64) - 1)
+    planted.write(planted.header("poisoned_when"), when)
     why = doms.info.poisoned
     assert why is not None and why.startswith("a repair failed: an unknown one")
     with pytest.raises(SegmentPoisoned, match="an unknown one"):
