@@ -54,7 +54,7 @@ def own(segment_dir: Path) -> Path:
 def refused(party: Party, *calls: str) -> None:
     for call in calls:
         with pytest.raises(PermissionError):
-            party.tell(call)
+            party.do(call)
 
 
 def attempts(path: Path) -> list[str]:
@@ -85,7 +85,7 @@ def test_a_private_segment_among_strangers(sticky: Path, as_user: AsUser) -> Non
         with pytest.raises(PermissionError):
             party.tell(f"os.link({str(path)!r}, {str(sticky / 'mine')!r})")
         with pytest.raises(SegmentExists):
-            party.tell(f"DomainList.create(path={str(path)!r})")
+            party.do(f"DomainList.create(path={str(path)!r})")
     assert alice.tell("[info.name for info in doms], doms.check().problems") == (["web1"], [])
     second = as_user(ALICE)
     assert second.tell(f"len(DomainList.attach(path={str(path)!r}))") == 1
@@ -180,7 +180,7 @@ def test_a_name_that_was_squatted(sticky: Path, own: Path, as_user: AsUser, squa
     before = name.lstat()
     for call in ("attach", "open", "create"):
         with pytest.raises((SegmentRefused, SegmentExists)) as caught:
-            alice.tell(f"DomainList.{call}(path={str(name)!r})")
+            alice.do(f"DomainList.{call}(path={str(name)!r})")
         assert call != "attach" or isinstance(caught.value, SegmentRefused)
         assert str(name) in str(caught.value)
     for force in (False, True):
@@ -205,7 +205,7 @@ def test_a_hard_link_to_another_segment(sticky: Path, as_user: AsUser) -> None:
     os.link(sticky / "real", sticky / "s")
     for name in ("s", "real"):
         with pytest.raises(SegmentRefused, match="another name"):
-            alice.tell(f"DomainList.attach(path={str(sticky / name)!r})")
+            alice.do(f"DomainList.attach(path={str(sticky / name)!r})")
     (sticky / "s").unlink()
     assert alice.tell(f"len(DomainList.attach(path={str(sticky / 'real')!r}))") == 0
     alice.tell("doms.unlink()")
@@ -248,9 +248,9 @@ def test_a_folder_that_was_squatted(fallback: Path, own: Path, as_user: AsUser, 
     bob.tell(f"place, victim, GROUP = {str(fallback)!r}, {str(own)!r}, {STAFF}\n{FOLDERS[squat]}")
     for call in ("DomainList.open('s')", "DomainList.create('s')", "DomainList.open()"):
         with pytest.raises(SegmentRefused, match=str(fallback)):
-            alice.tell(call)
+            alice.do(call)
     with pytest.raises((SegmentRefused, SegmentNotFound)):
-        alice.tell("DomainList.attach('s')")
+        alice.do("DomainList.attach('s')")
     with pytest.raises((SegmentRefused, SegmentNotFound)):
         alice.tell("unlink('s', force=True)")
     assert os.listdir(own) == []
@@ -273,7 +273,7 @@ def test_a_folder_that_is_replaced_by_a_link(segment_dir: Path, as_user: AsUser)
         )
         for call in ("attach", "open", "create"):
             with pytest.raises(SegmentRefused, match="no directory"):
-                alice.tell(f"DomainList.{call}(path={str(path)!r})")
+                alice.do(f"DomainList.{call}(path={str(path)!r})")
         mallory.tell(f"os.unlink({str(loose / 'hers')!r})")
     assert os.listdir(loose / "mine") == []
     shutil.rmtree(loose / "moved")
@@ -316,13 +316,11 @@ def test_a_group_that_one_is_no_member_of(own: Path, as_user: AsUser) -> None:
     alice = as_user(ALICE)
     path = own / "s"
     with pytest.raises(SegmentRefused, match=str(STAFF)):
-        alice.tell(f"DomainList.create(path={str(path)!r}, mode=0o660, group={STAFF})")
+        alice.do(f"DomainList.create(path={str(path)!r}, mode=0o660, group={STAFF})")
     with pytest.raises(SegmentRefused, match=str(STAFF)):
-        alice.tell(
-            f"DomainList.create(path={str(own / 'room' / 's')!r}, mode=0o660, group={STAFF})"
-        )
+        alice.do(f"DomainList.create(path={str(own / 'room' / 's')!r}, mode=0o660, group={STAFF})")
     assert not path.exists()
-    alice.tell(f"DomainList.create(path={str(path)!r}, max_domains=8).unlink()")
+    alice.do(f"DomainList.create(path={str(path)!r}, max_domains=8).unlink()")
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o277, 0o777], ids=oct)

@@ -707,15 +707,15 @@ def test_a_foreign_users_segment(
     alice = as_user(ALICE)
     for call in ("DomainList.attach('s')", "DomainList.open('s')", "unlink('s')"):
         with pytest.raises(SegmentRefused):
-            alice.tell(call)
+            alice.do(call)
     with pytest.raises(SegmentRefused):  # nor can she make one where she may not write
-        alice.tell("DomainList.create('mine')")
+        alice.do("DomainList.create('mine')")
     os.chown(place, ALICE, ALICE)
     for call in (DomainList.attach, DomainList.open, shmdomains.unlink):  # root looks too
         with pytest.raises(SegmentRefused, match=str(ALICE)):
             call("s")
     with pytest.raises(SegmentRefused):
-        as_user(BOB).tell("DomainList.attach('s')")
+        as_user(BOB).do("DomainList.attach('s')")
     assert place.exists()
 
 
@@ -727,7 +727,7 @@ def test_a_user_and_her_own_segment(segment_dir: Path, as_user: Callable[..., Pa
     alice.tell("doms = DomainList.create('s'); doms.define(xml('web1')).name")
     assert alice.tell("[(one.uid, one.mode) for one in segments()]") == [(ALICE, 0o600)]
     with pytest.raises(SegmentRefused):
-        as_user(BOB, SHMDOMAINS_DIR=str(own)).tell("DomainList.attach('s')")
+        as_user(BOB, SHMDOMAINS_DIR=str(own)).do("DomainList.attach('s')")
     second = as_user(ALICE, SHMDOMAINS_DIR=str(own))
     assert second.tell("doms = DomainList.attach('s'); [info.name for info in doms]") == ["web1"]
     second.tell("dom = doms.get(name='web1')")
@@ -753,7 +753,7 @@ def test_roots_folder_is_trusted(segment_dir: Path, as_user: Callable[..., Party
     member.tell("dom.unlock()")
     assert doms.peek(name="web1").pid == 5 and len(doms) == 2
     with pytest.raises(SegmentRefused):
-        as_user(BOB).tell(f"DomainList.attach(path={str(shared / 's')!r})")
+        as_user(BOB).do(f"DomainList.attach(path={str(shared / 's')!r})")
     with pytest.raises((SegmentInUse, SegmentRefused)):
         member.tell("doms.unlink()")
     let_go(doms)
@@ -775,11 +775,11 @@ def test_a_members_segment_is_the_groups(segment_dir: Path, as_user: Callable[..
     assert alice.tell("doms.peek(name='web1').pid") == 6
     os.chmod(path, 0o600)  # the group was taken off
     with pytest.raises(SegmentRefused):
-        as_user(BOB, STAFF).tell(f"DomainList.attach(path={path!r})")
+        as_user(BOB, STAFF).do(f"DomainList.attach(path={path!r})")
     os.chmod(path, 0o660)
     room.chmod(0o2770)  # anybody of the group might have put it there
     with pytest.raises(SegmentRefused):
-        as_user(BOB, STAFF).tell(f"DomainList.attach(path={path!r})")
+        as_user(BOB, STAFF).do(f"DomainList.attach(path={path!r})")
 
 
 @needs_root
