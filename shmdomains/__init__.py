@@ -15,7 +15,6 @@ from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 from .domain import Domain
 from .domain_list import (
     AttachedProcess,
-    CheckReport,
     DomainInfo,
     DomainList,
     ListInfo,
@@ -60,6 +59,7 @@ from .errors import (
     UncommittedChanges,
 )
 from .holder import LockHolder
+from .invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .segment_file import SegmentFile, segments
 from .states import (
     BlockedReason,
@@ -76,6 +76,7 @@ from .states import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "INVARIANTS",
     "AlreadyLocked",
     "AttachedProcess",
     "BlockedReason",
@@ -101,6 +102,7 @@ __all__ = [
     "DomainState",
     "DomainTransient",
     "GraphicsDef",
+    "HeldLock",
     "HostdevDef",
     "InDoubt",
     "InterfaceDef",
@@ -121,6 +123,8 @@ __all__ = [
     "OSDef",
     "PMSuspendedReason",
     "PausedReason",
+    "RecoverReport",
+    "Repair",
     "RunningReason",
     "SegmentCorrupt",
     "SegmentError",

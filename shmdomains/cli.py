@@ -114,6 +114,7 @@ for _command in (
     cli_domains.autostart,
     cli_segments.segments,
     cli_segments.check,
+    cli_segments.recover,
     cli_segments.export_command,
     cli_segments.import_command,
     cli_segments.unlink_segment,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ from .cli_types import (
 from .config import LoadFailure, LoadReport
 from .domain_list import AttachedProcess, DomainList, ListInfo
 from .errors import DefinitionError, ShmDomainsError
-from .transfer import export_domains, import_domains
+from .invariants import INVARIANTS, CheckReport, RecoverReport, lock_text
+from .transfer import export_domains, export_xml, import_domains, new_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -164,32 +166,65 @@ def _failure_record(failure: LoadFailure) -> dict[str, Any]:
 
 
 @click.command("export")
-@click.argument("file", type=click.Path(allow_dash=True, dir_okay=False))
+@click.argument("file", metavar="FILE|DIR/", type=click.Path(allow_dash=True))
+@flag("force", "Replace XML files that are there.")
 @click.pass_obj
-def export_command(target: Target, file: str) -> None:
-    """Write all domains to FILE, for `import`.
+def export_command(target: Target, file: str, force: bool) -> None:
+    """Write all domains to a file, or their XML to a directory.
 
-    The way to another layout version of the segment, and to another host. FILE may be - for
-    standard output. No lock is taken.
+    FILE is for `import`: the way to another layout version of the segment, and to another host; -
+    is standard output. A DIR that exists or ends in / gets NAME.xml for each domain, and
+    next/NAME.xml where there is a next definition. No lock is taken, and a poisoned or damaged
+    segment gives what can be read of it; what can not be is named, and the exit status is then 1.
     """
+    failures: list[str] = []
+
+    def failed(name: str, exc: ShmDomainsError) -> None:
+        failures.append(name)
+        print_error(f"domain '{name}': {exc}")
+
     if file == "-" and is_terminal():
         raise click.UsageError("An export is binary; send it to a file or a pipe.")
-    with target.attach() as doms, _to_write(file) as stream:
-        count = export_domains(doms, stream)
-    click.echo(f"{count_text(count, 'domain')} exported", err=True)
+    with target.attach() as doms:
+        if file.endswith("/") or os.path.isdir(file):
+            count = export_xml(doms, file, overwrite=force, failed=failed)
+            text = f"{count_text(count, 'definition')} exported"
+        else:
+            with _to_write(file) as stream:
+                count = export_domains(doms, stream, failed)
+            text = f"{count_text(count, 'domain')} exported"
+    text += f", {len(failures)} with an error" if failures else ""
+    click.echo(text, err=True)
+    if failures:
+        click.get_current_context().exit(1)
 
 
 @contextmanager
 def _to_write(file: str) -> Iterator[BinaryIO]:
-    if file != "-":
-        # For us alone: definitions hold passwords.
-        with open(file, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+    if file == "-":
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    elif _is_special(file):
+        with open(os.open(file, os.O_WRONLY), "wb") as stream:
             yield stream
-        return
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, "standard output is closed")
-    yield sys.stdout.buffer
-    sys.stdout.buffer.flush()
+    else:
+        with new_file(Path(file)) as stream:
+            yield stream
+
+
+def _is_special(file: str) -> bool:
+    """A device or pipe is written to as it is, if it is ours or the system's."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(status.st_mode):
+        return False
+    if status.st_uid not in (0, os.getuid()):
+        raise PermissionError(errno.EPERM, f"it belongs to uid {status.st_uid}", file)
+    return True
 
 
 @click.command("import")
@@ -266,8 +301,8 @@ def _segment_rows(
     attached = [f"{one.pid} {one.command or ''}" for one in _others(info)]
     numbers = [str(info.domains), str(info.active), str(info.max_domains)]
     yield [file.name, *numbers, size_text(info.bytes_committed), *(attached[:1] or ["-"])]
-    for process in attached[1:]:
-        yield ["", "", "", "", "", process]
+    for more in attached[1:] + ([f"poisoned: {info.poisoned}"] if info.poisoned else []):
+        yield ["", "", "", "", "", more]
 
 
 def _segment_record(
@@ -285,6 +320,7 @@ def _segment_record(
     return {
         **record,
         "lock": info.lock,
+        "poisoned": info.poisoned,
         "domains": info.domains,
         "active": info.active,
         "max_domains": info.max_domains,
@@ -314,6 +350,11 @@ def unlink_segment(target: Target, force: bool) -> None:
     click.echo(printable(f"Segment '{target.text}' removed"))
 
 
+# --- check, recover ---------------------------------------------------------------------------
+
+_NOT_SETTLED = 3
+
+
 @click.command()
 @timeout_option
 @format_option
@@ -321,24 +362,110 @@ def unlink_segment(target: Target, force: bool) -> None:
 def check(target: Target, timeout: float | None, form: str) -> None:
     """Check every invariant of a segment.
 
-    Nobody is stopped. The exit status is 1 if something is wrong.
+    Nobody is stopped for longer than a moment. The exit status is 0 if every invariant holds, 1 if
+    something is wrong, and 3 if nothing is, as far as could be told: processes were at work, or a
+    lock was not free in time.
     """
     with target.attach() as doms:
         report = doms.check(timeout)
-    problems = report.problems
     if form == "json":
-        print_record(
-            {
-                "segment": target.text,
-                "problems": [{"invariant": name, "problem": text} for name, text in problems],
-                "counts": report.counts,
-            }
-        )
+        print_record(_check_record(target, report))
     else:
-        if problems:
-            print_table([Column("Invariant"), Column("Problem")], problems)
+        columns = [Column("Invariant"), Column("Result", colour=_result_colour), Column("Reason")]
+        print_table(columns, _check_rows(report))
         looked_at = ", ".join(f"{number} {what}" for what, number in report.counts.items())
-        found = count_text(len(problems), "problem") if problems else "no problem"
+        count = len(report.problems)
+        found = count_text(count, "problem") if count else "no problem"
         click.echo(printable(f"Segment '{target.text}': {found} ({looked_at})"))
-    if problems:
+    if report.problems:
         click.get_current_context().exit(1)
+    if report.unsettled:
+        click.get_current_context().exit(_NOT_SETTLED)
+
+
+def _result_colour(cell: str) -> str | None:
+    return {"ok": "green", "problem": "red", "not settled": "yellow"}.get(cell)
+
+
+def _check_rows(report: CheckReport) -> Iterator[tuple[str, str, str]]:
+    for name in INVARIANTS:
+        wrong = [(name, "problem", text) for known, text in report.problems if known == name]
+        open = [(name, "not settled", why) for known, why in report.unsettled if known == name]
+        yield from wrong + open or [(name, "ok", "")]
+
+
+def _check_record(target: Target, report: CheckReport) -> dict[str, Any]:
+    return {
+        "segment": target.text,
+        "problems": [{"invariant": name, "problem": text} for name, text in report.problems],
+        "not_settled": [{"invariant": name, "reason": why} for name, why in report.unsettled],
+        "invariants": {name: _result(report, name) for name in INVARIANTS},
+        "counts": report.counts,
+        "longest_hold": report.longest_hold,
+    }
+
+
+def _result(report: CheckReport, name: str) -> str:
+    if any(known == name for known, _ in report.problems):
+        return "problem"
+    return "not settled" if any(known == name for known, _ in report.unsettled) else "ok"
+
+
+@click.command()
+@timeout_option
+@format_option
+@click.pass_obj
+def recover(target: Target, timeout: float | None, form: str) -> None:
+    """Repair now what dead processes left.
+
+    Nothing needs this: whoever takes a lock next repairs what its dead holder left. It shows what
+    there was to repair. A lock whose holder lives is left alone and shown. The exit status is 1 if
+    a repair failed.
+    """
+    with target.attach() as doms:
+        report = doms.recover(timeout)
+    if form == "json":
+        print_record(_recover_record(target, report))
+        return
+    columns = [Column("Lock"), Column("Left by"), Column("Repaired")]
+    print_table(columns, _recover_rows(report))
+    repaired = count_text(len(report.repairs), "repair")
+    freed = f", {size_text(report.freed)} of garbage freed" if report.freed else ""
+    held = f", {count_text(len(report.held), 'lock')} held by others" if report.held else ""
+    click.echo(printable(f"Segment '{target.text}': {repaired}{freed}{held}"))
+
+
+def _recover_rows(report: RecoverReport) -> Iterator[tuple[str, str, str]]:
+    for repair in report.repairs:
+        died = "an earlier repair" if repair.died is None else f"{repair.died.who}, dead"
+        yield lock_text(repair.lock, repair.name), died, repair.what
+    for lock in report.held:
+        holder = str(lock.holder or "an unknown process")
+        yield lock_text(lock.lock, lock.name), "-", f"nothing: held by {holder}"
+
+
+def _recover_record(target: Target, report: RecoverReport) -> dict[str, Any]:
+    return {
+        "segment": target.text,
+        "repairs": [
+            {
+                "lock": one.lock,
+                "domain": one.name,
+                "pid": one.died and one.died.pid,
+                "tid": one.died and one.died.tid,
+                "repaired": one.what,
+            }
+            for one in report.repairs
+        ],
+        "held": [
+            {
+                "lock": one.lock,
+                "domain": one.name,
+                "pid": one.holder and one.holder.pid,
+                "tid": one.holder and one.holder.tid,
+                "command": one.holder and one.holder.command,
+            }
+            for one in report.held
+        ],
+        "freed": report.freed,
+    }

@@ -167,6 +167,7 @@ def _make_directory(path: Path) -> None:
     if path.is_dir():
         return
     os.makedirs(path, mode=0o700, exist_ok=True)
+    os.chmod(path, 0o700)  # whatever the umask took away
     _sync_directory(path.parent)
 
 
@@ -301,6 +302,7 @@ def _is_alive(pid: int) -> bool:
 @contextmanager
 def _directory_lock(directory: Path, timeout: float | None) -> Iterator[None]:
     path = directory / LOCK_NAME
+    _check_lock_file(path)
     limit = -1.0 if timeout is None else timeout
     lock = filelock.FileLock(path, timeout=limit, mode=0o600, poll_interval=0.01)
     try:
@@ -320,6 +322,14 @@ def _directory_lock(directory: Path, timeout: float | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_lock_file(path: Path) -> None:
+    """Where others may write it may be a trap: some releases of filelock truncate what a link leads
+    to."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise ConfigError(errno.EPERM, "it is no regular file; remove it", str(path))
 
 
 def _lock_holder(path: Path) -> str:

@@ -53,6 +53,7 @@ from .errors import (
     ShmDomainsError,
     UncommittedChanges,
 )
+from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
 from .names import check_name, parse_uuid
 from .states import DomainState
 
@@ -80,7 +81,10 @@ class AttachedProcess(msgspec.Struct, frozen=True):
 
 
 class ListInfo(msgspec.Struct, frozen=True):
-    """What `DomainList.info` says; sizes in bytes, times in seconds since the epoch."""
+    """What `DomainList.info` says; sizes in bytes, times in seconds since the epoch.
+
+    `poisoned` says which repair failed, where, and who found it when; ``None``: none did.
+    """
 
     name: str | None
     path: str | None
@@ -97,20 +101,7 @@ class ListInfo(msgspec.Struct, frozen=True):
     attached: list[AttachedProcess]
     config_dir: str | None
     autostart_dir: str | None
-
-
-class CheckReport(msgspec.Struct, frozen=True):
-    """What `DomainList.check` found; true if nothing is wrong.
-
-    `problems` are pairs of an invariant's name and what contradicts it; `counts` says how much was
-    looked at.
-    """
-
-    problems: list[tuple[str, str]]
-    counts: dict[str, int]
-
-    def __bool__(self) -> bool:
-        return not self.problems
+    poisoned: str | None
 
 
 class LockedDomains(list[Domain]):
@@ -736,29 +727,69 @@ class DomainList(DomainListRules, core.Segment):
             autostart_dir=None
             if dirs is None or dirs.autostart_dir is None
             else str(dirs.autostart_dir),
+            poisoned=numbers["poisoned"],
         )
 
     def check(self, timeout: float | None = 10.0) -> CheckReport:
-        """Look at every invariant of the segment; nothing is changed and nobody is stopped.
+        """Look at every invariant of the segment; nobody waits for it longer than a lock slice.
 
-        What writers move during a look may seem wrong, so a look that found something is repeated,
-        in the end with the list, id and heap locks held (for which `timeout` seconds are waited).
+        Most of it takes no lock. What only looks wrong because writers are at work is looked at
+        again under the list, id or heap lock, for 40 ms at most each time; `timeout` seconds are
+        waited for these in all, and what they were not free for stands in `CheckReport.unsettled`.
+        Whoever takes the lock of a dead holder repairs what it protects, and so does this.
+
+        ==============  ================================================  ========================
+        invariant       what it means                                     repaired, after a death,
+                                                                          by the next holder of
+        ==============  ================================================  ========================
+        I1 identity     every domain has a UUID and a name                 nobody: export
+        I2 extents      what a record names in the heap is there, once    nobody: export
+        I2 map          the map of used space is what records name        the heap lock
+        I3 fields       a record is whole, its state exists               nobody: export
+        I4 ids          no id is in use that was not given out            nobody: export
+        I5 index        UUID, name, id lead to their domain, no more      the list lock, the id lock
+        I5 sequence     no index is being changed without its lock        the list lock, the id lock
+        free list       every slot without a domain is on it, once        the list lock
+        counts          domains, active domains, slots are counted right  the list lock, the id lock
+        locks           every lock is of the kind that it was made as     nobody: export
+        heap            its committed end lies within it                  nobody: export
+        settings        the remembered config directories can be read     load_all_configs()
+        poisoned        no repair has ever failed                         nobody: export
+        ==============  ================================================  ========================
+
+        `shmdomains.INVARIANTS` has the same for programs.
 
         >>> bool(DomainList(max_domains=10).check())
         True
         """
-        for _ in range(3):
-            problems, counts, _still = self._check(False)
-            if not problems:
-                return CheckReport([], counts)
-        if self._kind == "multiprocessing" and self._locks[0] is None:
-            return CheckReport(problems, counts)
-        if self.is_locked:
-            problems, counts, _still = self._check(True, timeout)
-            return CheckReport(problems, counts)
-        with self.locked(timeout):
-            problems, counts, _still = self._check(True, timeout)
-        return CheckReport(problems, counts)
+        problems, counts, open, longest = self._check(timeout)
+        poisoned = self._statistics()["poisoned"]
+        problems = [(name, poisoned if name == "poisoned" else text) for name, text in problems]
+        try:
+            self._config_dirs()
+        except SegmentCorrupt as exc:
+            problems.append(("settings", str(exc)))
+        return CheckReport(problems, counts, unsettled(open), longest)
+
+    def recover(self, timeout: float | None = 10.0) -> RecoverReport:
+        """Take each lock once, as its next holder would, so that all repairs are done now.
+
+        Nothing needs this: who takes a lock repairs what its dead holder left. It is for people who
+        want to see it done, and what. The list, id and heap lock are waited for, `timeout` seconds
+        in all; a domain that somebody holds is left alone. Who next locks a domain still learns
+        from `Domain.previous_owner_died` what was told here.
+
+        Raises `SegmentPoisoned` when a repair fails, or one did; `LockOrder` if this thread holds a
+        domain; `LockKindMismatch` for who did not inherit a list of multiprocessing locks.
+
+        >>> doms = DomainList(max_domains=10)
+        >>> doms.recover()
+        RecoverReport(repairs=[], held=[], freed=0)
+        """
+        repairs, held, freed = self._recover(timeout)
+        return RecoverReport(
+            [Repair(*repair) for repair in repairs], [HeldLock(*lock) for lock in held], freed
+        )
 
     def __repr__(self) -> str:
         if self.closed:

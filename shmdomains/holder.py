@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
 import msgspec
 import psutil
@@ -35,13 +36,20 @@ class LockHolder(msgspec.Struct, frozen=True):
     alive: bool
     command: str | None
 
-    def __str__(self) -> str:
+    @property
+    def who(self) -> str:
+        """The process and, unless it is the main one, the thread."""
         if self.pid is None:
             return "an unknown process" if self.tid is None else f"thread {self.tid}"
         words = [f"process {self.pid}"]
         if self.tid is not None and self.tid != self.pid:
             words.append(f"thread {self.tid}")
-        text = ", ".join(words)
+        return ", ".join(words)
+
+    def __str__(self) -> str:
+        text = self.who
+        if self.pid is None:
+            return text
         if self.command:
             text += f" ({self.command})"
         if self.held_for is not None:
@@ -103,6 +111,18 @@ def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
         alive=False,
         command=None,
     )
+
+
+def failed_repair(
+    what: str | None, slot: int | None, tid: int, pid: int, start_ticks: int, when: float
+) -> str:
+    """Say which repair of a segment failed, where, and who found it. `when` 0: nobody knows."""
+    text = f"a repair failed: {what or 'an unknown one'}"
+    text += "" if slot is None else f", at slot {slot}"
+    with suppress(ValueError, OverflowError, OSError):  # no time at all, if it was damaged
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+        text += f", found by {dead_holder(tid, pid, start_ticks).who} at {at}" if when else ""
+    return text
 
 
 def pause() -> None:

@@ -7,7 +7,11 @@ for an exclusive one on a descriptor of its own (a descriptor inherited over for
 its parent, and would say yes). Names are made and removed under a `flock` of the directory.
 
 Directories belong to us (or root) and nobody else may write there, so a name can neither be
-squatted nor be made to lead elsewhere; links are refused all the same.
+squatted nor be made to lead elsewhere; links are refused all the same. Another's directory (a
+group's, mode 2750) is used only when it was asked for, by path or $SHMDOMAINS_DIR: the one that is
+ours by default, `/dev/shm/shmdomains-UID`, could be made by anybody before us. In a directory where
+others may write (sticky, as /dev/shm itself) only our own files are segments. A directory is opened
+once, judged by its descriptor, and all of it happens through that: it may be replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -101,21 +105,38 @@ def path_of(name: str | None, path: str | os.PathLike[str] | None) -> Path:
             f"{name!r} can not be a segment's name: 1 to 200 bytes, no '/', no leading '.'"
         )
     for choice in candidates():
-        if (choice / (name + SUFFIX)).exists():
+        if os.path.lexists(choice / (name + SUFFIX)):
             return choice / (name + SUFFIX)
     return directory() / (name + SUFFIX)
 
 
-def _check_directory(path: Path) -> None:
-    status = os.lstat(path)
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    """Open a directory for segments without following a link; refuse it if others have a say.
+
+    The descriptor is good for names in it, and for nothing else (O_PATH): to search is enough.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        os.lstat(path)  # raises if it is a part of the path that is none
+        raise SegmentRefused(f"the segment directory {path} is no directory") from None
+    try:
+        _check_directory(path, os.fstat(fd))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_directory(path: Path, status: os.stat_result) -> None:
     where = f"the segment directory {path}"
-    if not stat.S_ISDIR(status.st_mode):
-        raise SegmentRefused(f"{where} is no directory")
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid in (0, os.getuid()):
         if mode & 0o022 and not mode & stat.S_ISVTX:
             raise SegmentRefused(f"{where} is writable for others (mode {mode:o}); make it 0700")
         return
+    if not os.environ.get("SHMDOMAINS_DIR") and path in candidates():
+        raise SegmentRefused(f"{where} belongs to uid {status.st_uid}, who made it before us")
     if mode != 0o2750 or status.st_gid not in _groups():
         raise SegmentRefused(
             f"{where} belongs to uid {status.st_uid}; it must be ours, or a group's with mode 2750"
@@ -137,55 +158,65 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
     if mode not in _MODES:
         raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
     _make_directory(path.parent, group)
-    _check_directory(path.parent)
-    place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fd = _open_unnamed(path)
+    with _directory(path.parent) as place:
+        fd = _open_unnamed(place, path.parent)
         try:
             if group is not None:
-                os.fchown(fd, -1, _gid(group))
+                _give_to_group(fd, path, group)
             os.fchmod(fd, mode)
             fill(fd)
             fcntl.flock(fd, fcntl.LOCK_SH)
-            _lock_directory(place, path.parent)
-            # Through /proc: linking a descriptor directly needs a capability.
-            os.link(
-                f"/proc/self/fd/{fd}",
-                path.name,
-                src_dir_fd=place,
-                dst_dir_fd=place,
-                follow_symlinks=True,
-            )
+            with _names_locked(place, path.parent):
+                # Through /proc: linking a descriptor directly needs a capability.
+                os.link(
+                    f"/proc/self/fd/{fd}",
+                    path.name,
+                    src_dir_fd=place,
+                    dst_dir_fd=place,
+                    follow_symlinks=True,
+                )
         except FileExistsError:
             os.close(fd)
             raise SegmentExists(f"a segment {path} exists already; attach to it") from None
         except BaseException:
             os.close(fd)
             raise
-    finally:
-        _unlock_and_close(place)
     return fd
 
 
 def _make_directory(path: Path, group: int | str | None) -> None:
     try:
         os.mkdir(path, 0o700)
-        if group is not None:
-            os.chown(path, -1, _gid(group))
-            os.chmod(path, 0o2750)
     except FileExistsError:
         return
     except OSError as exc:
         raise SegmentRefused(
             exc.errno, f"can not make the segment directory: {exc.strerror}", str(path)
         ) from exc
-
-
-def _open_unnamed(path: Path) -> int:
     try:
-        return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        if group is not None:
+            _give_to_group(path, path, group)
+        os.chmod(path, 0o700 if group is None else 0o2750)  # whatever the umask took away
+    except BaseException:
+        os.rmdir(path)
+        raise
+
+
+def _give_to_group(file: int | Path, path: Path, group: int | str) -> None:
+    gid = _gid(group)
+    try:
+        os.chown(file, -1, gid)
+    except PermissionError as exc:
+        raise SegmentRefused(
+            exc.errno, f"can not be given to group {gid}, of which we are no member", str(path)
+        ) from exc
+
+
+def _open_unnamed(place: int, path: Path) -> int:
+    try:
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=place)
     except OSError as exc:
-        raise SegmentRefused(f"can not create a segment in {path.parent}: {exc.strerror}") from exc
+        raise SegmentRefused(f"can not create a segment in {path}: {exc.strerror}") from exc
 
 
 def _gid(group: int | str) -> int:
@@ -205,23 +236,28 @@ def attach(path: Path) -> int:
     Raises `SegmentNotFound`, and `SegmentRefused` for a file that is not ours, a link, or of
     another mode.
     """
-    while True:
-        fd = _open_checked(path)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-        except BaseException:
-            os.close(fd)
-            raise
-        if is_same_file(path, fd):
-            return fd
-        os.close(fd)  # unlinked between open and flock; perhaps created anew since
+    with _existing(path) as place:
+        while True:
+            fd = _open_checked(place, path)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            except BaseException:
+                os.close(fd)
+                raise
+            if _is_named(path.name, fd, place):
+                return fd
+            os.close(fd)  # unlinked between open and flock; perhaps created anew since
 
 
-def _open_checked(path: Path) -> int:
+@contextmanager
+def _existing(path: Path) -> Iterator[int]:
+    """The directory of a segment that should be there."""
     try:
-        _check_directory(path.parent)
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError):
+        with _directory(path.parent) as place:
+            yield place
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        if isinstance(exc, ShmDomainsError):
+            raise
         raise SegmentNotFound(
             errno.ENOENT, "no such segment; create it, or load a directory", str(path)
         ) from None
@@ -229,30 +265,41 @@ def _open_checked(path: Path) -> int:
         raise
     except OSError as exc:
         what = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror
-        raise SegmentRefused(exc.errno, f"not attached: {what}", str(path)) from exc
+        raise SegmentRefused(exc.errno, f"refused: {what}", str(path)) from exc
+
+
+def _open_checked(place: int, path: Path) -> int:
+    fd = os.open(path.name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=place)
     try:
-        _check_file(path, os.fstat(fd))
+        _check_file(path, os.fstat(fd), os.fstat(place))
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _check_file(path: Path, status: os.stat_result) -> None:
+def _check_file(path: Path, status: os.stat_result, directory: os.stat_result) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if not stat.S_ISREG(status.st_mode):
         raise SegmentRefused(f"{path} is no regular file")
     ours = status.st_uid in (0, os.getuid())
-    if not ours and not (mode == 0o660 and status.st_gid in _groups()):
+    shared = mode == 0o660 and status.st_gid in _groups() and not directory.st_mode & 0o022
+    if not ours and not shared:
         raise SegmentRefused(f"{path} belongs to uid {status.st_uid}, not to us")
     if mode not in _MODES:
         raise SegmentRefused(f"{path} has mode {mode:04o}; a segment has 0600 or 0660")
+    if status.st_nlink > 1:
+        raise SegmentRefused(f"{path} has another name (a hard link), which may be the right one")
 
 
 def is_same_file(path: Path, fd: int) -> bool:
     """Whether the name still leads to the file that was opened."""
+    return _is_named(path, fd, None)
+
+
+def _is_named(name: str | Path, fd: int, place: int | None) -> bool:
     try:
-        there, here = os.lstat(path), os.fstat(fd)
+        there, here = os.stat(name, dir_fd=place, follow_symlinks=False), os.fstat(fd)
     except FileNotFoundError:
         return False
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
@@ -260,12 +307,12 @@ def is_same_file(path: Path, fd: int) -> bool:
 
 def unlink(path: Path, force: bool = False) -> None:
     """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`."""
-    with _names_locked(path):
-        fd = _open_checked(path)
+    with _existing(path) as place, _names_locked(place, path.parent):
+        fd = _open_checked(place, path)
         try:
             if not force:
                 _lock_exclusively(path, fd)
-            os.unlink(path)
+            os.unlink(path.name, dir_fd=place)
         finally:
             _unlock_and_close(fd)
 
@@ -275,30 +322,27 @@ def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
 
     Children that inherited `fd` share its `flock` and do not count as others here.
     """
-    with _names_locked(path):
+    with _existing(path) as place, _names_locked(place, path.parent):
         if not is_same_file(path, fd):
             raise SegmentNotFound(errno.ENOENT, "the name is not this segment's", str(path))
         try:
             if not force:
                 _lock_exclusively(path, fd)
-            os.unlink(path)
+            os.unlink(path.name, dir_fd=place)
         finally:
             # Asking for the exclusive lock gave up the shared one, whatever the answer was.
             fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 @contextmanager
-def _names_locked(path: Path) -> Iterator[None]:
+def _names_locked(place: int, path: Path) -> Iterator[None]:
     """Names come and go under the directory's lock, so in here each keeps its file."""
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place)
     try:
-        place = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise SegmentNotFound(exc.errno, f"no such segment: {exc.strerror}", str(path)) from exc
-    try:
-        _lock_directory(place, path.parent)
+        _lock_directory(fd, path)
         yield
     finally:
-        _unlock_and_close(place)
+        _unlock_and_close(fd)
 
 
 def _unlock_and_close(fd: int) -> None:

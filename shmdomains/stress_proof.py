@@ -281,6 +281,8 @@ class Proof:
             report = self._doms.check(self._timeout)
             counts = report.counts
             self.invariants.problems.extend(f"{name}: {what}" for name, what in report.problems)
+            for name, why in report.unsettled:
+                self._stuck(f"check: {name}: {why}")
         except LockTimeout as exc:
             self._stuck(f"check: {exc}")
         looked_at = ", ".join(f"{number:,} {what}" for what, number in counts.items())

@@ -1,24 +1,41 @@
-"""Export and import: a whole list as one stream, for the way to a new layout version or a new host.
+"""Export and import: a whole list as one stream, for the way to a new layout version or a new host,
+or its definitions as XML files.
 
 A stream is a sequence of MessagePack objects: a header, one map a domain, and the number of
 domains, so that a truncated one is noticed. Definitions are XML, so that any version of this
-library, and any other program, can read it. Exporting takes no lock. Importing goes through
-`assign_def` like everything else, so its rules hold: a domain that exists under another UUID is a
-failure that is reported, and the rest goes on.
+library, and any other program, can read it. Exporting takes no lock, and gets out of a poisoned or
+damaged segment what can be read. Importing goes through `assign_def` like everything else, so its
+rules hold: a domain that exists under another UUID is a failure that is reported, and the rest goes
+on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 from uuid import UUID
 
 import msgpack
 import msgspec
 
+from .config import _discard, _sync_directory, _temporary
 from .definition import DomainDef
-from .domain import encode_data
-from .errors import ContractError, DefinitionError, SegmentError, SegmentFull, ShmDomainsError
+from .domain import decode_data
+from .errors import (
+    Busy,
+    ContractError,
+    DefinitionError,
+    InvalidName,
+    SegmentCorrupt,
+    SegmentError,
+    SegmentFull,
+    ShmDomainsError,
+)
+from .names import check_name
 from .states import DomainState
 
 if TYPE_CHECKING:
@@ -50,9 +67,84 @@ class _Entry(msgspec.Struct):
     pid: int | None
 
 
-def export_domains(doms: DomainList, stream: IO[bytes]) -> int:
+Value = TypeVar("Value")
+Failed = Callable[[str, ShmDomainsError], object]
+"""Who is told what of a domain could not be exported: its name, or ``slot N``, and why."""
+
+
+def _raise(_name: str, exc: ShmDomainsError) -> NoReturn:
+    raise exc
+
+
+# --- what can be read -------------------------------------------------------------------------
+
+
+class _Salvaged(NamedTuple):
+    """One record, of which parts may be damaged."""
+
+    label: str
+    info: DomainInfo
+    blobs: list[bytes | None]
+    damaged: list[bool]
+
+    def definition(self) -> DomainDef:
+        definition = self._decode(0, "definition")
+        if definition is None:
+            raise SegmentCorrupt("the definition is missing")
+        return definition
+
+    def next_definition(self) -> DomainDef | None:
+        return self._decode(1, "next definition")
+
+    def data(self) -> bytes | None:
+        blob = self.blobs[2]
+        try:
+            if blob is not None:
+                decode_data(blob)  # whether it can be
+        except (ValueError, TypeError, OverflowError) as exc:
+            raise SegmentCorrupt(f"the driver's data is damaged: {exc}") from None
+        if self.damaged[2]:
+            raise SegmentCorrupt("the driver's data is damaged: not in the heap, or not as written")
+        return blob
+
+    def _decode(self, which: int, what: str) -> DomainDef | None:
+        blob = self.blobs[which]
+        if self.damaged[which]:
+            raise SegmentCorrupt(f"the {what} is damaged: not in the heap, or not as written")
+        try:
+            return None if blob is None else DomainDef.decode(blob)
+        except (ValueError, TypeError, OverflowError) as exc:
+            raise SegmentCorrupt(f"the {what} is damaged: {exc}") from None
+
+
+def _salvage(doms: DomainList, failed: Failed) -> Iterator[_Salvaged]:
+    for slot in range(doms._slots()):
+        try:
+            found = doms._salvage(slot)
+        except Busy as exc:
+            failed(f"slot {slot}", exc)
+            continue
+        if found is not None:
+            yield _Salvaged(_name_of(found[0]) or f"slot {slot}", *found)
+
+
+def _name_of(info: DomainInfo) -> str | None:
+    try:
+        return info.name
+    except SegmentCorrupt:
+        return None
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
+def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise) -> int:
     """Write all domains to a binary stream; returns how many. Takes no lock; works on a poisoned
     segment too.
+
+    `failed` is called for what can not be read, with the domain's name and the error: without a
+    definition the domain is left out, else only the part that is damaged. Without `failed` the
+    error is raised.
 
     >>> import io
     >>> from shmdomains import DomainList
@@ -62,28 +154,178 @@ def export_domains(doms: DomainList, stream: IO[bytes]) -> int:
     """
     stream.write(msgpack.packb({"format": FORMAT, "version": VERSION}))
     count = 0
-    for info in doms.snapshot():
-        stream.write(msgspec.msgpack.encode(_entry(info)))
+    for one in _salvage(doms, failed):
+        try:
+            definition = one.definition()
+        except SegmentCorrupt as exc:
+            failed(one.label, exc)
+            continue
+        stream.write(msgspec.msgpack.encode(_entry(one, definition, failed)))
         count += 1
     stream.write(msgpack.packb(count))
     return count
 
 
-def _entry(info: DomainInfo) -> _Entry:
-    successor = info.next_definition
+def _entry(one: _Salvaged, definition: DomainDef, failed: Failed) -> _Entry:
+    """What is damaged besides the definition is told, and left out."""
+
+    def unless_damaged(read: Callable[[], Value], instead: Value) -> Value:
+        try:
+            return read()
+        except SegmentCorrupt as exc:
+            failed(one.label, exc)
+            return instead
+
+    info = one.info
+    successor = unless_damaged(one.next_definition, None)
+    fields = unless_damaged(lambda: _fields(info), _FIELDS_LOST)
     return _Entry(
-        uuid=info.uuid.bytes,
-        name=info.name,
-        definition=info.definition.to_xml(),
+        # The record's may be what is damaged.
+        uuid=definition.uuid.bytes if definition.uuid else info.uuid.bytes,
+        name=definition.name,
+        definition=definition.to_xml(),
         next_definition=None if successor is None else successor.to_xml(),
-        data=None if info.data is None else encode_data(info.data),
-        persistent=info.persistent,
-        autostart=info.autostart,
-        active=info.is_active,
-        state=int(info.state),
-        reason=int(info.reason),
-        pid=info.pid,
+        data=unless_damaged(one.data, None),
+        **fields,
     )
+
+
+def _fields(info: DomainInfo) -> dict[str, Any]:
+    return {
+        "persistent": info.persistent,
+        "autostart": info.autostart,
+        "active": info.is_active,
+        "state": int(info.state),
+        "reason": int(info.reason),
+        "pid": info.pid,
+    }
+
+
+# Inactive: an import must not claim that something runs of which nobody knows.
+_FIELDS_LOST: dict[str, Any] = {
+    "persistent": True,
+    "autostart": False,
+    "active": False,
+    "state": int(DomainState.SHUTOFF),
+    "reason": 0,
+    "pid": None,
+}
+
+
+def export_xml(
+    doms: DomainList,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    failed: Failed = _raise,
+) -> int:
+    """Write the definition of every domain to DIRECTORY/NAME.xml; returns how many files.
+
+    A next definition goes to DIRECTORY/next/NAME.xml, where no name of another domain can be in its
+    way, and `load_all_configs` does not take it for a domain. Files have mode 0600, and each
+    appears whole or not at all. One that is there already is replaced only with `overwrite`.
+
+    A definition whose name is no file name, or the name of another one, goes to UUID.xml, which is
+    told to `failed` as well. Takes no lock; works on a poisoned segment too. `failed` as in
+    `export_domains`. Raises `OSError` for what concerns the directory.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from shmdomains import DomainList
+    >>> with TemporaryDirectory() as directory:
+    ...     export_xml(DomainList(), directory)
+    0
+    """
+    folder = Path(directory)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    files = _XmlFiles(folder, overwrite, failed)
+    successors = _XmlFiles(folder / "next", overwrite, failed)
+    for one in _salvage(doms, failed):
+        files.write(one, one.definition)
+        successors.write(one, one.next_definition)
+    return files.sync() + successors.sync()
+
+
+class _XmlFiles:
+    """One directory of an export; it is made with its first file."""
+
+    def __init__(self, folder: Path, overwrite: bool, failed: Failed) -> None:
+        self._folder, self._overwrite, self._failed = folder, overwrite, failed
+        self._names: set[str] = set()
+
+    def write(self, one: _Salvaged, read: Callable[[], DomainDef | None]) -> None:
+        try:
+            definition = read()
+            if definition is None:
+                return
+            path = self._folder / f"{self._name(one, definition)}.xml"
+            data = definition.to_xml().encode()
+        except SegmentCorrupt as exc:
+            self._failed(one.label, exc)
+            return
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with new_file(path, self._overwrite) as stream:
+                stream.write(data)
+        except FileExistsError:
+            self._failed(one.label, ShmDomainsError(f"{path} exists already and was left alone"))
+        else:
+            self._names.add(path.stem)
+
+    def _name(self, one: _Salvaged, definition: DomainDef) -> str:
+        """Under its own name: the record's may be what is damaged."""
+        name = definition.name
+        try:
+            check_name(name)
+        except InvalidName as exc:
+            raise SegmentCorrupt(str(exc)) from None
+        if name != one.label:
+            why = f"its record has another name than its definition; it is in {name}.xml"
+            self._failed(one.label, SegmentCorrupt(why))
+        return name
+
+    def sync(self) -> int:
+        if self._names:
+            _sync_directory(self._folder)
+        return len(self._names)
+
+
+@contextmanager
+def new_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """A file for us alone (definitions hold passwords) that gets its name when it is whole.
+
+    It takes the name from whatever has it, a link or another's file, and never writes into that;
+    without `overwrite` a name that is taken is `FileExistsError`.
+    """
+    temporary = _temporary(path.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(temporary, flags, 0o600), "wb") as stream:
+            os.fchmod(stream.fileno(), 0o600)  # whatever the umask took away
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        if overwrite:
+            os.rename(temporary, path)
+        else:
+            _name_anew(temporary, path)
+    finally:
+        _discard(temporary)
+
+
+def _name_anew(temporary: Path, path: Path) -> None:
+    """Raises `FileExistsError` if the name is taken, be it by a link to nothing."""
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        # No hard links here: on a memory stick, say, where nobody else writes meanwhile.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
+
+
+# --- import -----------------------------------------------------------------------------------
 
 
 def import_domains(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import other_user
 import psutil
 import pytest
 from helpers import STORES, Home, Party, Process, Store, thread_party
@@ -271,6 +272,22 @@ def nursery() -> Iterator[Nursery]:
 def start(nursery: Nursery) -> Iterator[Callable[..., Child]]:
     """``start(function, *arguments)``: a child, gone after the test."""
     yield nursery.start
+    nursery.clear()
+
+
+@pytest.fixture
+def as_user(nursery: Nursery, segment_dir: Path) -> Iterator[Callable[..., Party]]:
+    """``as_user(user, *groups, umask=0o022, NAME=value…)``: a process of another user, who may walk
+    into the folder of the segments."""
+    if os.getuid() != 0:
+        pytest.skip("only root can be another user")
+    segment_dir.chmod(0o755)
+
+    def begin(user: int, *groups: int, umask: int = 0o022, **more: str) -> Party:
+        environment = {"SHMDOMAINS_DIR": str(segment_dir), "HOME": "/", **more}
+        return Party(nursery.start(other_user.act_as, user, list(groups), umask, environment).conn)
+
+    yield begin
     nursery.clear()
 
 

@@ -7,6 +7,7 @@
  *                              refusals only where there is no room; the map rebuilt from descriptors
  *   core_test views SEED       readers without a lock among writers: never a mixture of two commits,
  *                              never a miss of what is there
+ *   core_test check SEED       a checker stops when its time is up, and goes on where it was
  *   core_test stores SEED      the same between every two stores of a writer, and the words that only
  *                              change while a sequence is odd change only then
  *
@@ -97,7 +98,8 @@ static void print_header(void)
 {
     HEADER(magic), HEADER(layout), HEADER(signature), HEADER(boot), HEADER(pid_namespace);
     HEADER(kind), HEADER(total_bytes), HEADER(max_slots), HEADER(heap_cells);
-    HEADER(poisoned), HEADER(list_mutex), HEADER(list_owner), HEADER(list_seq), HEADER(list_level);
+    HEADER(poisoned), HEADER(poisoned_at), HEADER(poisoned_who), HEADER(poisoned_pid);
+    HEADER(poisoned_when), HEADER(list_mutex), HEADER(list_owner), HEADER(list_seq), HEADER(list_level);
     HEADER(list_dirty), HEADER(live), HEADER(slot_count), HEADER(slots_committed);
     HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
     HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);
@@ -536,6 +538,20 @@ static void complain(void *context, const char *invariant, const char *what)
     fprintf(stderr, "%s: %s\n", invariant, what);
 }
 
+/* All of a segment that nobody changes, without a lock: no fault, no suspect, and all of it fits. */
+static sd_tally check_at_rest(sd_segment *segment)
+{
+    int problems = 0;
+    sd_check *check = sd_check_begin(segment, 1u << 16, complain, &problems);
+    MUST(check && sd_check_records(check, SD_FOREVER) == SD_OK && !problems);
+    for (int part = 0; part < SD_PARTS; part++) MUST(!sd_check_suspects(check, part));
+    for (int sum = 0; sum < SD_SUMS; sum++)
+        MUST(sd_check_sum(check, sum, SD_FOREVER) == SD_OK, "sum %d", sum);
+    sd_tally tally = *sd_check_tally(check);
+    sd_check_end(check);
+    return tally;
+}
+
 static int test_views(void)
 {
     pthread_t threads[5];
@@ -551,12 +567,61 @@ static int test_views(void)
         MUST(!pthread_create(&threads[i], NULL, body, &seeds[i]));
     }
     for (int i = 0; i < 5; i++) pthread_join(threads[i], NULL);
-    sd_tally tally;
-    int still, problems = 0;
-    MUST(sd_check(shared, complain, &problems, &tally, &still) == SD_OK && still && !problems);
+    sd_tally tally = check_at_rest(shared);
     MUST(tally.domains == STABLE && !tally.garbage);
     MUST(accepted > 100, "only %lu reads were not overtaken", accepted);
     printf("%lu reads, %lu overtaken\n", accepted, doubted);
+    sd_unmap(shared);
+    return 0;
+}
+
+/* --- a checker's time --------------------------------------------------------------------------- */
+
+#define MANY 3000
+#define STEPS 256 /* between two looks at the clock */
+
+static void hear(void *context, const char *invariant, const char *what)
+{
+    (void)invariant, (void)what;
+    ++*(int *)context;
+}
+
+/* With no time at all each call does one batch of steps and no more, so a lock is never held for
+ * longer than the time given and one batch; and no fault is lost or told twice on the way. */
+static int test_check(void)
+{
+    int faults = 0, calls = 0;
+    unsigned lost = 50 + (unsigned)roll(500);
+    shared = make(MANY + 10, 100000);
+    MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
+    for (uint64_t n = 0; n < MANY; n++) MUST(add(n, n << 8) == n);
+    check_at_rest(shared);
+    for (uint32_t slot = 0; slot < lost; slot++) {
+        uint64_t uuid[2];
+        domain_uuid(slot, uuid);
+        MUST(!sd_index_delete(shared, SD_UUID_INDEX, sd_hash_uuid(shared, uuid), slot));
+    }
+    sd_check *check = sd_check_begin(shared, 1u << 16, hear, &faults);
+    MUST(check);
+    while (sd_check_records(check, 0) == SD_TIMEOUT) calls++;
+    MUST(calls >= MANY / STEPS && !faults, "%d calls, %d faults", calls, faults);
+    MUST(sd_check_suspects(check, SD_PART_LIST) == lost);
+    for (unsigned left = lost; left; left--) {
+        MUST(sd_check_suspects(check, SD_PART_LIST) == left);
+        MUST(sd_check_judge(check, SD_PART_LIST, 0) == (left > 1 ? SD_TIMEOUT : SD_OK));
+    }
+    MUST(faults == (int)lost, "%d faults for %u lost entries", faults, lost);
+    MUST(sd_check_sum_held(check, SD_SUM_LISTED, 0) == SD_TIMEOUT);
+    MUST(sd_check_sum_held(check, SD_SUM_LISTED, SD_FOREVER) == SD_OK && faults == (int)lost + 1);
+    for (int sum = 0; sum < SD_SUMS; sum++) {
+        int result;
+        for (calls = 0; (result = sd_check_sum(check, sum, 0)) == SD_TIMEOUT;) calls++;
+        MUST(result == (sum == SD_SUM_LISTED ? SD_DOUBT : SD_OK), "sum %d", sum);
+        MUST(calls || sum == SD_SUM_FREE, "sum %d was taken in one go", sum);
+    }
+    MUST(faults == (int)lost + 1);
+    sd_check_end(check);
+    sd_list_unlock(shared);
     sd_unmap(shared);
     return 0;
 }
@@ -581,6 +646,17 @@ static void sum_up(uint64_t now[2])
         now[0] += sd_load(&shared->slots[slot].life) * (slot + seed_word);
 }
 
+/* A checker at this moment, without a lock: it may suspect, and blames nobody. */
+static void blame_nobody(void)
+{
+    int faults = 0;
+    sd_check *check = sd_check_begin(shared, 1u << 16, complain, &faults);
+    MUST(check && sd_check_records(check, SD_FOREVER) == SD_OK);
+    for (int sum = 0; sum < SD_SUMS; sum++) sd_check_sum(check, sum, SD_FOREVER);
+    MUST(!faults, "a checker blames who is at work");
+    sd_check_end(check);
+}
+
 /* Somebody who looks at this moment: nothing that is there is missed, no record is torn. */
 static void inspect(void)
 {
@@ -598,6 +674,7 @@ static void inspect(void)
         MUST(result != SD_OK || slot == n);
     }
     for (uint32_t slot = 0; slot < sd_slot_count(shared); slot++) look(slot);
+    if (stores % 5 == 0) blame_nobody();
 }
 
 /* Rename a domain and change all of it, or start or stop it. */
@@ -620,8 +697,6 @@ static void work_on(uint32_t slot, uint64_t k)
 static int test_stores(void)
 {
     uint32_t passer = 0;
-    sd_tally tally;
-    int still, problems = 0;
     shared = make(500, 100000);
     MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
     for (uint64_t n = 0; n < DOMAINS; n++) MUST(add(n, n) == n);
@@ -642,7 +717,7 @@ static int test_stores(void)
     }
     before_store = NULL;
     sd_list_unlock(shared);
-    MUST(sd_check(shared, complain, &problems, &tally, &still) == SD_OK && still && !problems);
+    check_at_rest(shared);
 #ifdef SD_CRASH_POINTS
     MUST(stores > 10000, "only %lu stores were seen", stores);
 #endif
@@ -720,8 +795,6 @@ static int test_threads(void)
 {
     pthread_t threads[WORKERS];
     uint64_t seeds[WORKERS];
-    sd_tally tally;
-    int still, problems = 0;
     segment = shared = make(500, 100000);
     MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
     for (uint64_t n = 0; n < DOMAINS; n++) MUST(add(n, n) == n);
@@ -731,7 +804,7 @@ static int test_threads(void)
         MUST(!pthread_create(&threads[i], NULL, do_as_you_like, &seeds[i]));
     }
     for (int i = 0; i < WORKERS; i++) pthread_join(threads[i], NULL);
-    MUST(sd_check(shared, complain, &problems, &tally, &still) == SD_OK && still && !problems);
+    check_at_rest(shared);
     MUST(accepted > 100, "only %lu reads were not overtaken", accepted);
     sd_unmap(shared);
     return 0;
@@ -747,5 +820,6 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "views")) return test_views();
     if (!strcmp(argv[1], "stores")) return test_stores();
     if (!strcmp(argv[1], "threads")) return test_threads();
+    if (!strcmp(argv[1], "check")) return test_check();
     return 2;
 }

@@ -48,7 +48,9 @@ from typing import Any
 
 from shmdomains import DomainDef, DomainList, DomainState, segment_file
 from shmdomains._core import core
+from shmdomains.config import ConfigDirs
 from shmdomains.domain import encode_data
+from shmdomains.domain_list import _encode_dirs
 
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
@@ -189,9 +191,9 @@ def snapshot(doms: DomainList) -> Iterator[None]:
 @operation(points=17)
 def settings(doms: DomainList) -> Iterator[None]:
     with doms.locked():
-        doms._set_settings(b"larger" * 10)
+        doms._set_settings(_encode_dirs(ConfigDirs(Path("/larger" * 10))))
         yield
-        doms._set_settings(b"small")
+        doms._set_settings(_encode_dirs(ConfigDirs(Path("/small"))))
         yield
 
 
@@ -763,10 +765,11 @@ class Trial:
                 unsigned += 1
                 assert take(dom)
         with doms.locked(0):
-            problems, counts, _ = doms._check(True, 0)
-        assert not problems, problems
+            held = doms.recover(0).held
+            report = doms.check(0)
+        assert report and not report.unsettled and not held, (report, held)
         if doms._kind == "robust":  # the core tidies free slots only if their locks are its own
-            assert counts["garbage"] == 0, f"{counts['garbage']} blobs are garbage"
+            assert report.counts["garbage"] == 0, f"{report.counts['garbage']} blobs are garbage"
         return unsigned
 
     def look_up(self, doms: DomainList, state: State) -> None:
@@ -824,8 +827,9 @@ def repair(doms: DomainList) -> None:
     with doms.locked(0):
         for slot in range(doms._statistics()["slots"]):
             doms._lock_record(slot, NO_LIFE, 0)
-        problems, _, _ = doms._check(True, 0)
-    assert not problems, problems
+        doms.recover(0)
+        report = doms.check(0)
+    assert report and not report.unsettled, report
 
 
 def take(lock: Any) -> bool:

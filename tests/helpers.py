@@ -267,6 +267,11 @@ class Party:
         self.start(source)
         return self.answer()
 
+    def do(self, source: str) -> None:
+        """`tell` for what has no value that may come back: a list that another user got hold of
+        would be attached to once more here, by us, and be refused here."""
+        self.tell(f"{source}\nNone")
+
     def leave(self) -> None:
         """End it in order; whatever happens, the socket is closed."""
         try:

@@ -640,10 +640,14 @@ def test_a_segment_directory_that_can_not_be_used(
 
 
 def test_check(loaded: DomainList) -> None:
-    (line,) = out("check")
+    head, rule, *rows, line = out("check")
+    assert head.split() == ["Invariant", "Result", "Reason"] and set(rule) == {"-"}
+    assert [row.rsplit("   ", 1)[0].strip() for row in rows] == list(shmdomains.INVARIANTS)
+    assert all(row.endswith("   ok") for row in rows)
     assert line.startswith("Segment 'default': no problem (4 domains, 0 active, ")
     report = read_json("check")
-    assert report["problems"] == []
+    assert report["problems"] == [] and report["not_settled"] == []
+    assert report["invariants"] == dict.fromkeys(shmdomains.INVARIANTS, "ok")
     assert report["counts"]["domains"] == 4
 
 
@@ -652,15 +656,88 @@ def test_check_reports_problems(loaded: DomainList, monkeypatch: pytest.MonkeyPa
     report = shmdomains.CheckReport([problem], {"domains": 4})
     with monkeypatch.context() as patch:
         patch.setattr(DomainList, "check", lambda self, timeout: report)
-        assert out("check", status=1) == [
-            " Invariant   Problem",
-            "--------------------------------------------------",
-            " I5 index    name index does not\\nlead to slot 3",
-            "Segment 'default': 1 problem (4 domains)",
-        ]
-        assert read_json("check", status=1)["problems"] == [
-            {"invariant": problem[0], "problem": problem[1]}
-        ]
+        lines = out("check", status=1)
+        assert " I5 index      problem   name index does not\\nlead to slot 3" in lines
+        assert lines[-1] == "Segment 'default': 1 problem (4 domains)"
+        assert sum(line.endswith("   ok") for line in lines) == len(shmdomains.INVARIANTS) - 1
+        found = read_json("check", status=1)
+        assert found["problems"] == [{"invariant": problem[0], "problem": problem[1]}]
+        assert found["invariants"]["I5 index"] == "problem"
+
+
+def test_check_says_what_it_could_not_settle(
+    loaded: DomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = shmdomains.CheckReport([], {"domains": 4}, [("counts", "writers are at work")])
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainList, "check", lambda self, timeout: report)
+        lines = out("check", status=3)
+        assert " counts        not settled   writers are at work" in lines
+        assert lines[-1] == "Segment 'default': no problem (4 domains)"
+        found = read_json("check", status=3)
+        assert found["invariants"]["counts"] == "not settled"
+        assert found["not_settled"] == [{"invariant": "counts", "reason": "writers are at work"}]
+
+
+def test_recover(loaded: DomainList, segment_dir: Path) -> None:
+    (*_, line) = out("recover")
+    assert line == "Segment 'default': 0 repairs"
+    code = (
+        "import sys, os, signal, shmdomains\n"
+        "doms = shmdomains.DomainList.attach()\n"
+        "doms.lock(); dom = doms.find_by_name('web1'); other = doms.find_by_name('db1')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with _process("-c", code) as worker:
+        worker.wait(DEADLINE)
+    with thread_party(doms=loaded) as other:
+        other.tell("dom = doms.get(name='Web2')")
+        head, _rule, *rows, line = out("recover")
+        assert head.split("   ")[0] == " Lock"
+        text = "\n".join(rows)
+        assert f" list lock       process {worker.pid}, dead   UUID and name index" in text
+        assert f" domain 'web1'   process {worker.pid}, dead   " in text
+        assert f"nothing: held by process {os.getpid()}" in text
+        assert line == "Segment 'default': 3 repairs, 1 lock held by others"
+        report = read_json("recover")
+        assert report["repairs"] == []
+        [held] = report["held"]
+        assert (held["domain"], held["pid"]) == ("Web2", os.getpid())
+        other.tell("dom.unlock()")
+    assert out("check")
+
+
+def poison(segment_dir: Path) -> None:
+    with open(segment_dir / "default.segment", "r+b") as file:
+        os.pwrite(file.fileno(), b"\3", 128)
+
+
+def test_a_poisoned_segment(loaded: DomainList, segment_dir: Path, tmp_path: Path) -> None:
+    poison(segment_dir)
+    why = "a repair failed: of the map of used space (heap lock)"
+    assert why in failure("recover") and why in failure("undefine", "web1")
+    lines = out("check", status=1)
+    assert f" poisoned      problem   {why}" in lines
+    assert lines[-1].startswith("Segment 'default': 1 problem (4 domains")
+    assert f"poisoned: {why}" in "\n".join(out("segments"))
+    assert read_json("segments")[0]["poisoned"] == why
+    assert len(out("list", "--all", "--name")) == 4
+    assert invoke("export", f"{tmp_path}/saved/").stderr == "4 definitions exported\n"
+    assert len(out("-s", "new", "load", tmp_path / "saved")) == 1
+    assert out("-s", "new", "list", "--all", "--name") == out("list", "--all", "--name")
+    loaded.close()
+
+
+def test_export_of_xml(loaded: DomainList, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    assert invoke("export", folder).stderr == "4 definitions exported\n"  # no / needed: it exists
+    assert sorted(os.listdir(folder)) == ["Web2.xml", "café ☕.xml", "db1.xml", "web1.xml"]
+    result = invoke("export", folder, status=1)
+    assert f"error: domain 'web1': {folder}/web1.xml exists already" in result.stderr
+    assert result.stderr.endswith("0 definitions exported, 4 with an error\n")
+    assert invoke("export", "--force", folder).stderr == "4 definitions exported\n"
+    assert failure("export", "/proc/nowhere/") == "/proc/nowhere: No such file or directory"
 
 
 def test_export_and_import(loaded: DomainList, tmp_path: Path) -> None:

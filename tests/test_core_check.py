@@ -8,15 +8,23 @@ reference models in a small C program, under the sanitizers where they are insta
 
 from __future__ import annotations
 
+import itertools
+import random
+import re
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
 
 import pytest
-from killing import Planted, driver, xml
+from helpers import SOAK
+from killing import CORE, DEADLINE, Child, Nursery, Pipe, Planted, driver, hold, soon, xml
 
-from shmdomains import DomainList, SegmentCorrupt
+from shmdomains import INVARIANTS, DomainDef, DomainList, SegmentCorrupt
 
-UUID, NAME, ID = 0, 1, 2
+UUIDS, NAMES, IDS = 0, 1, 2
 DEFINITION, NEXT, DATA = 0, 1, 2
 
 
@@ -89,7 +97,7 @@ def stray_entry(at: Planted) -> Damage:
     """A second entry of d0, in an empty place of the index of names."""
     table = at.at["table.1.0"]
     empty = next(where for where in range(table, table + 8192, 8) if not at.read(where))
-    return empty, at.read(at.entry(NAME, 0))
+    return empty, at.read(at.entry(NAMES, 0))
 
 
 FREE_SLOT = 4
@@ -121,7 +129,11 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "I5 index",
         "does not lead to slot 4",
     ),
-    "a domain is gone": (slot(0, "life", lambda old: old + 1), "I5 index", "UUID index has 5"),
+    "a domain is gone": (
+        slot(0, "life", lambda old: old + 1),
+        "I5 index",
+        "UUID index has an entry of slot 0",
+    ),
     # I2: extents and the map
     "an extent named twice": (twice, "I2 extents", "named twice"),
     "an extent that overlaps": (overlapping, "I2 extents", "named twice"),
@@ -163,6 +175,11 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "I3 fields",
         "slot 0 has no definition",
     ),
+    "a state that does not exist": (
+        field(1, "status", lambda old: old & ~0xFFFF | 8),
+        "I3 fields",
+        "slot 1 has the unknown state 8",
+    ),
     "the other copy counts": (slot(1, "cur", lambda old: old + 1), "", ""),
     # I4: ids
     "an id that was not given out": (
@@ -184,46 +201,46 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
     "an active domain says that it is not": (
         field(1, "ids", lambda old: old | 0xFFFFFFFF),
         "I5 index",
-        "id index has 2 entries for 1",
+        "id index has an entry of slot 1",
     ),
     # I5: indexes and sequences
     "the UUID index without an entry": (
-        entry(UUID, 0, lambda old: 0),
+        entry(UUIDS, 0, lambda old: 0),
         "I5 index",
         "UUID index does not lead to slot 0",
     ),
     "the name index without an entry": (
-        entry(NAME, 3, lambda old: 0),
+        entry(NAMES, 3, lambda old: 0),
         "I5 index",
         "name index does not lead to slot 3",
     ),
     "the id index without an entry": (
-        entry(ID, 1, lambda old: 0),
+        entry(IDS, 1, lambda old: 0),
         "I5 index",
         "id index does not lead to slot 1",
     ),
     "the UUID index leads to another slot": (
-        entry(UUID, 0, lambda old: old + 1),
+        entry(UUIDS, 0, lambda old: old + 1),
         "I5 index",
         "UUID index does not lead to slot 0",
     ),
     "the name index leads to another slot": (
-        entry(NAME, 0, lambda old: old + 1),
+        entry(NAMES, 0, lambda old: old + 1),
         "I5 index",
         "name index does not lead to slot 0",
     ),
     "the id index leads to another slot": (
-        entry(ID, 1, lambda old: old + 1),
+        entry(IDS, 1, lambda old: old + 1),
         "I5 index",
         "id index does not lead to slot 1",
     ),
     "the index leads behind the last slot": (
-        entry(NAME, 0, lambda old: old | 0xFFFFFF),
+        entry(NAMES, 0, lambda old: old | 0xFFFFFF),
         "I5 index",
         "name index does not lead",
     ),
     "an entry under another hash": (
-        entry(NAME, 0, lambda old: old ^ 1 << 63),
+        entry(NAMES, 0, lambda old: old ^ 1 << 63),
         "I5 index",
         "name index does not lead",
     ),
@@ -294,9 +311,11 @@ def test_planted_damage_is_found_by_name(
     assert value != planted.read(where), "that would change nothing"
     with planted.changed(where, value):
         for reader in (doms, DomainList.attach(path=path)):
-            problems, _counts, still = reader._check(False)
-            assert still
-            assert any(name == invariant and words in text for name, text in problems), problems
+            report = reader.check(timeout=5)
+            assert report.unsettled == []
+            found = report.problems
+            assert any(name == invariant and words in text for name, text in found), found
+            assert {name for name, _ in found} <= set(INVARIANTS)
     report = doms.check()
     assert report, report.problems
     assert report.counts["domains"] == 5
@@ -375,11 +394,205 @@ def test_a_name_of_an_impossible_length_is_never_handed_out(
     assert doms.check()
 
 
+# --- while writers are at work --------------------------------------------------------------------
+
+
+def churn(pipe: Pipe, path: str, seed: int) -> None:
+    """Define, change, start, stop, rename and remove domains of one's own, without a rest."""
+    doms = DomainList.attach(path=path)
+    dice = random.Random(seed)
+    for turn in itertools.count():
+        name = f"own-{seed}-{turn}"
+        doms.define(xml(name))
+        with doms.get(name=name) as dom:
+            for _ in range(3):
+                dom.data = "x" * dice.randrange(1, 2000)
+                dom.commit()
+                dom.activate()
+                dom.commit()
+                dom.deactivate()
+        with doms.locked():
+            dom = doms.find_by_name(name)
+            with dom:
+                doms.rename(dom, f"{name}-renamed")
+        doms.undefine(name=f"{name}-renamed")
+        if turn == 5:
+            pipe.say("at work")
+
+
+UNDER_WORK: dict[str, list[tuple[str, str]]] = {
+    "nothing": [],
+    "the name index without an entry": [
+        ("I5 index", "name index does not lead to slot 3"),
+        ("I5 index", "name index has "),
+    ],
+    "an entry twice": [("I5 index", "name index has ")],
+    "an active domain says that it is not": [
+        ("I3 fields", "slot 1: its fields do not fit their checksum"),
+        ("I5 index", "name index does not lead to slot 1"),
+        ("I5 index", "id index has an entry of slot 1"),
+    ],
+    "a map bit set": [
+        ("I2 map", "1 cells are marked and nobody's"),
+        ("I2 map", "the count of used cells"),
+    ],
+    "a map bit cleared": [
+        ("I2 map", "1 cells are in use and not marked (slot 1)"),
+        ("I2 map", "the count of used cells"),
+    ],
+    "an extent named twice": [("I2 extents", "named twice")],
+    "the count of used cells": [("I2 map", "the count of used cells")],
+    "the count of domains": [("counts", "domains are counted"), ("free list", "free slots and")],
+    "the count of active domains": [("counts", "active domains are counted")],
+    "an id that was not given out": [
+        ("I3 fields", "slot 1: its fields do not fit their checksum"),
+        ("I5 index", "name index does not lead to slot 1"),
+        ("I4 ids", "slot 1 has id"),
+        ("I5 index", "id index does not lead to slot 1"),
+    ],
+    "a state that does not exist": [
+        ("I3 fields", "slot 1: its fields do not fit their checksum"),
+        ("I5 index", "name index does not lead to slot 1"),
+        ("I3 fields", "unknown state 8"),
+        ("I5 index", "id index does not lead to slot 1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("what", UNDER_WORK)
+def test_check_tells_damage_from_work(
+    nursery: Nursery,
+    start: Callable[..., Child],
+    doms: DomainList,
+    planted: Planted,
+    path: str,
+    tried: Callable[[str, int], None],
+    what: str,
+) -> None:
+    """All that is wrong, nothing that only moves, and a verdict on everything."""
+    if what != "nothing":
+        plant = DAMAGE[what][0]
+        if what == "a map bit set":
+            # Near the end of what is committed, where nobody allocates so soon.
+            end = planted.watermark(planted.header("heap_committed"))
+            plant = word(lambda at: at.at["map"] + end // 8 - 8, lambda old: old | 1 << 63)
+        if what == "an id that was not given out":
+            plant = field(1, "ids", lambda old: old | 1 << 30)
+        planted.write(*plant(planted))
+    workers = [start(churn, path, seed) for seed in range(2)]
+    for worker in workers:
+        worker.hear()
+    expected = UNDER_WORK[what]
+    rounds = 100 if SOAK else 5
+    for _ in range(rounds):
+        report = doms.check(timeout=DEADLINE)
+        assert report.unsettled == []
+        found = report.problems
+        assert all(any(n == name and w in text for n, text in found) for name, w in expected), found
+        assert all(any(n == name and w in text for name, w in expected) for n, text in found), found
+    assert all(worker.is_alive() for worker in workers)
+    tried("checks of a list while writers were at work", rounds)
+
+
+def test_a_check_waits_for_no_stopped_holder(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    """What its lock is needed for stands among what is not settled, and the rest is told."""
+    child = start(hold, path, "list", "d0")
+    child.hear()
+    child.signal(signal.SIGSTOP)
+    with soon("a check that needs no lock"):
+        assert doms.check(timeout=None).unsettled == []
+    with planted.changed(*DAMAGE["a map bit set"][0](planted)):
+        planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) | 1)
+        with soon("a check that needs the list lock"):
+            report = doms.check(timeout=0.1)
+    assert [name for name, _ in report.problems] == ["I2 map", "I2 map"]
+    assert [name for name, _ in report.unsettled] == [
+        "I5 index",
+        "I5 sequence",
+        "counts",
+        "free list",
+    ]
+    assert all(f"process {child.pid}" in why for _, why in report.unsettled)
+    planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) + 1)
+
+
+def test_a_check_by_who_holds_a_domain_waits_for_nobody(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    """The holder of the list may be waiting for that very domain."""
+    child = start(hold, path, "list")
+    child.hear()
+    sequence = planted.header("list_seq")
+    with (
+        doms.get(name="d0", timeout=0),
+        planted.changed(sequence, planted.read(sequence) | 1),
+        soon("the check"),
+    ):
+        assert doms.check(timeout=None).unsettled
+
+
+def test_other_threads_run_during_a_check(doms: DomainList) -> None:
+    """It gives way every few milliseconds."""
+    seen: list[bool] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.append(doms.peek(name="d0") is not None)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(20):
+        assert doms.check()
+    done.set()
+    thread.join(DEADLINE)
+    assert seen and all(seen)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="a million domains take 2 GB and a minute: make soak")
+@pytest.mark.timeout(600)
+def test_a_million_domains_are_checked_while_writers_are_at_work(
+    start: Callable[..., Child], segment_dir: Path, tried: Callable[[str, int], None]
+) -> None:
+    path = str(segment_dir / "million.segment")
+    million = 1_000_000
+    with DomainList.create(path=path, max_domains=million + 1000) as doms:
+        blob = DomainDef.from_xml(xml("any")).encode()
+        for first in range(0, million, 1000):
+            with doms.locked():
+                for number in range(first, first + 1000):
+                    doms._create(UUID(int=number + 1), f"d{number}", blob, True).unlock()
+        workers = [start(churn, path, seed) for seed in range(2)]
+        for worker in workers:
+            worker.hear()
+        for _ in range(5):
+            report = doms.check(timeout=DEADLINE)
+            assert report.problems == [] and report.unsettled == []
+            assert report.counts["domains"] >= million
+            print(f"longest hold of a lock: {report.longest_hold * 1000:.1f} ms")
+            tried("domains checked while writers were at work", million)
+        assert all(worker.is_alive() for worker in workers)
+        for worker in workers:
+            worker.kill()
+        assert doms.check()
+        doms.unlink(force=True)
+
+
+def test_every_invariant_is_named_in_one_place() -> None:
+    documented = DomainList.check.__doc__ or ""
+    reported = set(re.findall(r'fault\([^"]*"([^"]+)"', (CORE / "check.c").read_text()))
+    assert reported | {"settings"} == set(INVARIANTS)
+    assert [name for name in INVARIANTS if not re.search(rf"^ *{name}  ", documented, re.M)] == []
+
+
 # --- the core's unit tests ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("part", ["index", "heap", "views", "stores", "threads"])
+@pytest.mark.parametrize("part", ["index", "heap", "views", "stores", "check", "threads"])
 def test_core(part: str, seed: int) -> None:
     program = driver(sanitize=True)
     if program is None:
@@ -394,7 +607,7 @@ def test_the_damaged_kind_of_a_lock_is_found(
 ) -> None:
     place = planted.slot(1, "mutex") if which == "slot" else planted.header(f"{which}_mutex")
     planted.flip(place + planted.at["mutex.__data.__kind"], 3)
-    problems = doms._check(False)[0]
+    problems = doms.check().problems
     planted.flip(place + planted.at["mutex.__data.__kind"], 3)
     assert [name for name, _ in problems] == ["locks"]
     assert doms.check()

@@ -108,6 +108,7 @@ sd_segment *sd_mapped(const uint64_t id[2]);
 
 /* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno. */
 int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes);
+/* The first reason stays.  Called by who holds the lock whose repair failed. */
 void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at);
 void sd_enter_attached(sd_segment *segment);
 /* First use in a forked child: nothing of its parent's is held.  SD_MISMATCH: the child lives in
@@ -124,6 +125,15 @@ typedef struct sd_orphan {
     struct sd_orphan *next;
 } sd_orphan;
 
+/* What the last locks that a thread took needed of it, for who wants to tell: clear it, take a lock,
+ * and look. */
+typedef struct {
+    bool repaired;     /* what the lock protects was rebuilt */
+    bool died;         /* its holder had died */
+    uint64_t who, pid; /* that holder as it had signed; 0: it had not */
+    uint64_t freed;    /* cells of garbage */
+} sd_repair;
+
 /* One thread of this process.  Nodes are handed on when a thread ends and never freed, so a handle
  * may look at the node of its last owner: another nonce there says that the thread is gone. */
 typedef struct sd_thread {
@@ -137,6 +147,7 @@ typedef struct sd_thread {
     unsigned nested;    /* signal handlers running inside a wait of this thread */
     void *records;      /* the binding's list of its locked handles */
     sd_orphan *orphans;
+    sd_repair repair;
     struct sd_thread *next;
 } sd_thread;
 
@@ -182,6 +193,9 @@ int sd_mutex_consistent(pthread_mutex_t *mutex);
 void sd_mutex_unlock(pthread_mutex_t *mutex);
 bool sd_mutex_sound(const pthread_mutex_t *mutex); /* its kind word is the one we gave it */
 uint32_t sd_mutex_owner(const pthread_mutex_t *mutex);          /* tid, 0 if free */
+/* The thread that died holding it; 0: nobody did, or it is not known. */
+uint32_t sd_mutex_victim(const pthread_mutex_t *mutex);
+bool sd_mutex_busy(const pthread_mutex_t *mutex); /* held, or left by a dead holder */
 
 /* The list lock.  lock = the mutex, then entered(); unlock = leaving(), then the mutex.  For
  * lock="multiprocessing" the binding puts its own lock in the mutex's place. */
@@ -222,6 +236,8 @@ typedef struct {
     uint64_t mask, at, left, tag;
 } sd_probe;
 
+#define SD_ENTRY_SLOT(entry) ((uint32_t)((entry) & ((1u << 24) - 1)) - 1)
+
 int sd_probe_begin(const sd_segment *segment, int index, uint64_t hash, sd_probe *probe);
 /* SD_OK SD_MISS SD_CORRUPT */
 int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot);
@@ -254,9 +270,18 @@ static inline sd_word *sd_extent_at(const sd_segment *segment, uint64_t extent)
     return segment->heap + SD_EXTENT_CELL(extent) * (SD_CELL / 8);
 }
 
-/* Heap lock and slot lock held.  allocate: SD_FULL, SD_NO_MEMORY. */
+/* The bits of [cell, cell + cells) that lie in word `w` of the map. */
+static inline uint64_t sd_map_bits(uint64_t w, uint64_t cell, uint64_t cells)
+{
+    uint64_t first = w * 64 > cell ? 0 : cell - w * 64;
+    uint64_t end = cell + cells - w * 64;
+    uint64_t low = ~0ull << first;
+    return end >= 64 ? low : low & ((1ull << end) - 1);
+}
+
+/* Heap lock and slot lock held.  allocate: SD_FULL, SD_NO_MEMORY.  free: how many cells. */
 int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes);
-void sd_heap_free(sd_segment *segment, sd_word *descriptor);
+uint64_t sd_heap_free(sd_segment *segment, sd_word *descriptor);
 bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells);
 void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used);
 
@@ -374,6 +399,8 @@ int sd_settings_get(const sd_segment *segment, void *out, uint64_t *size);
 
 /* --- recover.c: what the next holder repairs ------------------------------------------------- */
 
+/* The first three poison the segment when they fail. */
+
 int sd_recover_list(sd_segment *segment);
 int sd_recover_ids(sd_segment *segment);
 int sd_recover_heap(sd_segment *segment);
@@ -387,12 +414,46 @@ typedef struct {
     uint64_t domains, active, slots, extents, cells, garbage;
 } sd_tally;
 
-/* One look at everything, without a lock.  `*still` says whether nothing moved meanwhile; what was
- * reported of a segment that moved may be no fault.  SD_ERRNO: no memory for the look. */
-int sd_check(sd_segment *segment, sd_report report, void *context, sd_tally *tally, int *still);
-/* With the list lock held by the caller: hold the id and the heap lock too, so that the next look
- * sees a segment that stands still (but for commits that touch neither). */
-int sd_check_hold(sd_segment *segment, uint64_t deadline);
-void sd_check_release(sd_segment *segment);
+/* What belongs together, by the lock that protects it. */
+enum { SD_PART_LIST = 0, SD_PART_IDS = 1, SD_PART_HEAP = 2, SD_PARTS = 3 };
+
+/* Numbers that must be equal. */
+enum {
+    SD_SUM_LISTED = 0, /* entries of UUID and name index, domains */
+    SD_SUM_FREE = 1,   /* slots on the free list, and domains */
+    SD_SUM_IDS = 2,    /* entries of the id index, active domains */
+    SD_SUM_USED = 3,   /* cells that are marked, and their count */
+    SD_SUM_CELLS = 4,  /* cells that are named, once, and marked */
+    SD_SUMS = 5
+};
+
+#define SD_CHECK_HOLD_NS 30000000ull /* a checker's longest hold: less than a slice */
+
+typedef struct sd_check sd_check;
+
+/* NULL: no memory.  `states`: how many there are, which only the caller knows.  What is reported
+ * is proved. */
+sd_check *sd_check_begin(sd_segment *segment, unsigned states, sd_report report, void *context);
+void sd_check_end(sd_check *check);
+
+/* Without a lock: all that a record says of itself, and which records are suspect.  SD_TIMEOUT: not
+ * all by `until`; call again to go on.  SD_CORRUPT: nothing more can be looked at. */
+int sd_check_records(sd_check *check, uint64_t until);
+const sd_tally *sd_check_tally(const sd_check *check);
+uint32_t sd_check_suspects(const sd_check *check, int part);
+uint64_t sd_check_overlooked(const sd_check *check); /* suspects that were too many to remember */
+
+int sd_check_part(int sum);                          /* to which a sum belongs */
+
+/* Without a lock.  SD_OK: it is right.  SD_DOUBT: it seems wrong, or others were at work: try again, or
+ * under the lock.  SD_TIMEOUT: call again to go on.  SD_ERRNO: no memory. */
+int sd_check_sum(sd_check *check, int sum, uint64_t until);
+
+/* With the part's lock held, or in a poisoned segment, where nobody gets it.  judge: look at the
+ * suspects again; SD_TIMEOUT: some are left.  sum_held: SD_OK: what is wrong was reported; SD_TIMEOUT:
+ * there is too much of it; SD_DOUBT: it has grown since prepare(). */
+int sd_check_prepare(sd_check *check, int sum); /* before the lock is taken; SD_ERRNO */
+int sd_check_judge(sd_check *check, int part, uint64_t until);
+int sd_check_sum_held(sd_check *check, int sum, uint64_t until);
 
 #endif

@@ -53,11 +53,15 @@ cdef extern from "core.h" nogil:
         sd_word died_who
         sd_word died_pid
         sd_word uuid[2]
+        sd_word dirty
         sd_owner owner
     ctypedef struct sd_header:
         pthread_mutex_t list_mutex
+        pthread_mutex_t id_mutex
+        pthread_mutex_t heap_mutex
         sd_owner list_owner
-        sd_word poisoned, poisoned_at, live, active, slot_count, slots_committed, list_seq
+        sd_word poisoned, poisoned_at, poisoned_who, poisoned_pid, poisoned_when
+        sd_word live, active, slot_count, slots_committed, list_seq
         sd_word heap_committed, heap_used, id_level, list_level[2]
         uint64_t creator_who, creator_pid, created
     ctypedef struct sd_geometry:
@@ -81,6 +85,9 @@ cdef extern from "core.h" nogil:
         sd_segment *segment
         uint32_t slot
         sd_orphan *next
+    ctypedef struct sd_repair:
+        bint repaired, died
+        uint64_t who, pid, freed
     ctypedef struct sd_thread:
         uint64_t nonce, who, pid, epoch
         unsigned held
@@ -88,6 +95,7 @@ cdef extern from "core.h" nogil:
         unsigned short_wait
         void *records
         sd_orphan *orphans
+        sd_repair repair
     ctypedef struct sd_values:
         int32_t id, pid
         uint16_t state, reason
@@ -109,6 +117,8 @@ cdef extern from "core.h" nogil:
         unsigned char name[252]
     ctypedef struct sd_tally:
         uint64_t domains, active, slots, extents, cells, garbage
+    ctypedef struct sd_check:
+        pass
 
     enum:
         SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_FORKED, SD_MISS, SD_DOUBT
@@ -118,7 +128,10 @@ cdef extern from "core.h" nogil:
         SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA
         SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
         SD_CELL
-    uint64_t SD_FOREVER, SD_TRY, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
+        SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
+        SD_SUM_LISTED, SD_SUM_FREE, SD_SUM_IDS, SD_SUM_USED, SD_SUM_CELLS, SD_SUMS
+        SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
+    uint64_t SD_FOREVER, SD_TRY, SD_CHECK_HOLD_NS, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
     uint64_t SD_FLAG_PRESENT(int)
 
     uint64_t sd_fork_epoch
@@ -140,6 +153,8 @@ cdef extern from "core.h" nogil:
     int sd_begin_in_child(sd_segment *)
     int sd_mutex_slice(pthread_mutex_t *, uint64_t)
     uint32_t sd_mutex_owner(const pthread_mutex_t *)
+    uint32_t sd_mutex_victim(const pthread_mutex_t *)
+    bint sd_mutex_busy(const pthread_mutex_t *)
     int sd_list_lock(sd_segment *, uint64_t)
     int sd_list_entered(sd_segment *, bint)
     void sd_list_leaving(sd_segment *)
@@ -153,6 +168,9 @@ cdef extern from "core.h" nogil:
     void sd_recover_slot(sd_segment *, uint32_t, uint64_t, uint64_t)
     int sd_ids_lock(sd_segment *, uint64_t)
     void sd_ids_unlock(sd_segment *)
+    void sd_heap_unlock(sd_segment *)
+    int sd_short_locks(sd_segment *, bint, bint, uint64_t)
+    void sd_tidy(sd_segment *, uint32_t)
     int sd_find(sd_segment *, const sd_key *, uint32_t *)
     bint sd_matches(const sd_segment *, uint32_t, const sd_key *)
     int sd_values_get(const sd_segment *, uint32_t, sd_values *)
@@ -171,10 +189,10 @@ cdef extern from "core.h" nogil:
     int sd_view_extent(const sd_segment *, uint32_t, const sd_view *, int, uint64_t *)
     int sd_view_check(const sd_segment *, uint32_t, const sd_view *)
     uint32_t sd_slot_count(const sd_segment *)
+    int sd_slots(const sd_segment *, uint32_t *)
+    uint64_t sd_unsealed(uint64_t)
     int sd_settings_set(sd_segment *, const void *, uint64_t)
     int sd_settings_get(const sd_segment *, void *, uint64_t *)
-    int sd_check_hold(sd_segment *, uint64_t)
-    void sd_check_release(sd_segment *)
     uint64_t SD_EXTENT_BYTES(uint64_t)
     sd_word *sd_extent_at(const sd_segment *, uint64_t)
     void sd_copy_out(void *, const sd_word *, size_t)
@@ -183,17 +201,36 @@ cdef extern from "core.h":
     int (*sd_wait_hook)(pthread_mutex_t *, uint64_t) noexcept
     int (*sd_slice_hook)(pthread_mutex_t *, uint64_t) noexcept
     ctypedef void (*sd_report)(void *, const char *, const char *) noexcept
-    int sd_check(sd_segment *, sd_report, void *, sd_tally *, int *)
+    sd_check *sd_check_begin(sd_segment *, unsigned, sd_report, void *)
+    void sd_check_end(sd_check *)
+    const sd_tally *sd_check_tally(const sd_check *)
+    uint32_t sd_check_suspects(const sd_check *, int)
+    uint64_t sd_check_overlooked(const sd_check *)
+    int sd_check_records(sd_check *, uint64_t)
+    int sd_check_part(int)
+    int sd_check_prepare(sd_check *, int)
+    int sd_check_judge(sd_check *, int, uint64_t)
+    int sd_check_sum(sd_check *, int, uint64_t)
+    int sd_check_sum_held(sd_check *, int, uint64_t)
 
 cdef object EMPTY = ()
 cdef object BLOB_NAMES = ("definition", "next definition", "data")
-cdef tuple STATES = None        # tuple: number -> DomainState
-cdef tuple REASONS = None       # tuple: state -> {number: reason}
-cdef tuple DECODE = None        # three callables: blob -> value
+cdef object REPAIRS = {
+    SD_POISON_LIST: "of the UUID and the name index (list lock)",
+    SD_POISON_IDS: "of the id index (id lock)",
+    SD_POISON_HEAP: "of the map of used space (heap lock)",
+}
+cdef tuple STATES = None       # tuple: number -> DomainState
+cdef tuple REASONS = None      # tuple: state -> {number: reason}
+cdef tuple DECODE = None       # three callables: blob -> value
 cdef object PARSE_UUID = None
 cdef object UUID = None
 cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None      # module holder: who is behind a pid, and LockTimeout
+
+# What keeps a lock out of a checker's reach.
+cdef object OUT_OF_REACH = (errors.LockTimeout, errors.LockKindMismatch, errors.LockOrder,
+                            errors.SegmentCorrupt)
 
 cdef enum:
     CACHE_SIZE = 4096
@@ -276,7 +313,8 @@ cdef uint64_t deadline_of(timeout) except? 1:
 
 
 cdef int fail(int result, object what) except -1:
-    """Raise what a code of the core means, but for time-outs, which name the holder."""
+    """Raise what a code of the core means, but for time-outs, which name the holder, and poison,
+    which says why (`Segment.fail`)."""
     global kept_type, kept_value, kept_traceback
     if result == SD_INTERRUPTED:
         PyErr_Restore(kept_type, kept_value, kept_traceback)
@@ -301,10 +339,6 @@ cdef int fail(int result, object what) except -1:
         raise errors.SegmentFull(
             f"{what}: no memory for the segment ({strerror(errno).decode()}); free some in its "
             "file system or memory cgroup and try again")
-    if result == SD_POISONED:
-        raise errors.SegmentPoisoned(
-            f"{what}: a repair of this segment failed; its domains can still be read: export them, "
-            "unlink it and create a new one")
     if result == SD_ERRNO:
         raise OSError(errno, strerror(errno).decode(), what)
     raise errors.SegmentCorrupt(
@@ -395,23 +429,28 @@ cdef object reason_of(const sd_values *values):
     return REASONS[values.state].get(values.reason, values.reason)
 
 
-cdef object decode(int which, object blob, const uint64_t *uuid, uint64_t version):
-    """What is in the heap was encoded by us, for this domain and this version: if its checksum,
-    which comes first, does not fit, or it does not decode, it was damaged."""
-    cdef const char *raw
-    cdef uint64_t written, size
+cdef bytes unsealed_blob(int which, bytes blob, const uint64_t *uuid, uint64_t version):
+    """A blob without its checksum, which comes first; None if that does not fit: it is damaged, or
+    was written for another domain, kind or version."""
+    cdef const char *raw = PyBytes_AS_STRING(blob)
+    cdef uint64_t written, size = <uint64_t>PyBytes_GET_SIZE(blob) - 8
+    memcpy(&written, raw, 8)
+    if written != sd_blob_sum(uuid, which, version, raw + 8, size):
+        return None
+    return PyBytes_FromStringAndSize(raw + 8, <Py_ssize_t>size)
+
+
+cdef object decode(int which, bytes blob, const uint64_t *uuid, uint64_t version):
+    """What is in the heap was encoded by us: if it does not decode, it was damaged."""
+    cdef object reason = "it is missing"
     if blob is not None:
-        raw, size = PyBytes_AS_STRING(blob), <uint64_t>PyBytes_GET_SIZE(blob) - 8
-        memcpy(&written, raw, 8)
-        if written != sd_blob_sum(uuid, which, version, raw + 8, size):
-            raise errors.SegmentCorrupt(
-                f"the {BLOB_NAMES[which]} of a domain is damaged: its checksum does not fit")
+        reason = "its checksum does not fit"
+        blob = unsealed_blob(which, blob, uuid, version)
+    if blob is not None:
         try:
-            return DECODE[which](PyBytes_FromStringAndSize(raw + 8, <Py_ssize_t>size))
+            return DECODE[which](blob)
         except (ValueError, TypeError, OverflowError) as exc:
             reason = exc
-    else:
-        reason = "it is missing"
     raise errors.SegmentCorrupt(
         f"the {BLOB_NAMES[which]} of a domain is damaged: {reason}") from None
 
@@ -690,12 +729,36 @@ cdef class Segment:
 
     cdef int timed_out(self, sd_owner *owner, pthread_mutex_t *mutex, object what,
                        object timeout) except -1:
-        cdef uint64_t who = sd_load(&owner.who)
-        cdef uint64_t since = sd_load(&owner.since)
+        raise self.too_late(owner, mutex, what, timeout)
+
+    cdef object too_late(self, sd_owner *owner, pthread_mutex_t *mutex, object what,
+                         object timeout):
+        """The error that names the holder. `owner` NULL: only the mutex knows."""
+        cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
+        cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
         cdef uint32_t tid = <uint32_t>(who & 0x3fffff) if who else sd_mutex_owner(mutex)
-        raise HOLDERS.lock_timeout(what, timeout, tid, sd_process_of(tid) if tid else 0,
-                                   who >> 22 if who else 0,
-                                   (sd_now() - since) / 1e9 if who and since else None)
+        return HOLDERS.lock_timeout(what, timeout, tid, sd_process_of(tid) if tid else 0,
+                                    who >> 22 if who else 0,
+                                    (sd_now() - since) / 1e9 if who and since else None)
+
+    cdef object poison(self):
+        """Why the segment is poisoned, or None."""
+        cdef sd_header *header = self.segment.header
+        cdef uint64_t who, at
+        cdef uint64_t reason = sd_load_acquire(&header.poisoned)
+        if not reason:
+            return None
+        who, at = sd_load(&header.poisoned_who), sd_load(&header.poisoned_at)
+        return HOLDERS.failed_repair(
+            REPAIRS.get(reason), at - 1 if at else None, who & 0x3fffff,
+            sd_load(&header.poisoned_pid), who >> 22, sd_load(&header.poisoned_when) / 1e9)
+
+    cdef int fail(self, int result, object what) except -1:
+        if result != SD_POISONED:
+            return fail(result, what)
+        raise errors.SegmentPoisoned(
+            f"{what}: {self.poison()}; its domains can still be read (list, dumpxml): export "
+            "them, unlink the segment and create a new one")
 
     cdef int take_mp(self, object lock, sd_owner *owner, uint64_t deadline,
                      uint64_t *died_who, uint64_t *died_pid) except -1:
@@ -730,6 +793,7 @@ cdef class Segment:
 
     cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
         cdef int result
+        cdef bint died
         cdef uint64_t who, pid
         cdef sd_segment *segment = self.segment
         segment.inside += 1
@@ -740,7 +804,10 @@ cdef class Segment:
                 result = self.take_mp(self.list_lock, &segment.header.list_owner, deadline,
                                       &who, &pid)
                 if result == SD_OK or result == SD_DIED:
-                    result = sd_list_entered(segment, result == SD_DIED)
+                    died = result == SD_DIED
+                    result = sd_list_entered(segment, died)
+                    if died:
+                        sd_self().repair.who, sd_self().repair.pid = who, pid
                     if result != SD_OK:
                         sd_store(&segment.header.list_owner.who, 0)
                         self.list_lock.release()
@@ -755,7 +822,7 @@ cdef class Segment:
         if result == SD_TIMEOUT:
             self.timed_out(&segment.header.list_owner, &segment.header.list_mutex,
                            "the list lock", timeout)
-        return fail(result, "lock the list")
+        return self.fail(result, "lock the list")
 
     cdef int release_list(self) except -1:
         if not self.multiprocessing:
@@ -780,6 +847,8 @@ cdef class Segment:
                 result = self.take_mp(None if self.slot_locks is None else self.slot_locks[slot],
                                       &record.owner, deadline, &who, &pid)
                 if result == SD_DIED:
+                    sd_self().repair.died = True
+                    sd_self().repair.who, sd_self().repair.pid = who, pid
                     sd_recover_slot(self.segment, slot, who, pid)
                     result = SD_OK
                 if result == SD_OK:
@@ -794,7 +863,7 @@ cdef class Segment:
         if result == SD_OK or result == SD_TIMEOUT:
             self.still_open()
             return result
-        return fail(result, "lock a domain")
+        return self.fail(result, "lock a domain")
 
     cdef int release_slot(self, uint32_t slot, bint given) except -1:
         if not self.multiprocessing:
@@ -943,7 +1012,7 @@ cdef class Segment:
             result = sd_ids_lock(self.segment, deadline)
             if result != SD_OK:
                 self.leave()
-                return fail(result, "find by id")
+                return self.fail(result, "find by id")
             result = sd_find(self.segment, key, slot)
             sd_ids_unlock(self.segment)
             self.leave()
@@ -1110,13 +1179,16 @@ cdef class Segment:
         if damage and key != NULL:
             fail(SD_CORRUPT, "read")
         info.damage = damage
+        info.whole = blobs
+        return self.fill(info, slot, &view)
+
+    cdef Info fill(self, Info info, uint32_t slot, const sd_view *view):
         info.decoded = self.decoded
         info.slot = slot
         info.life = view.life
         info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
         info.values = view.values
         info.name_text = name_object(view.name)
-        info.whole = blobs
         return info
 
     cdef int copy_blobs(self, uint32_t slot, const sd_view *view, Info info) except? -1:
@@ -1139,6 +1211,49 @@ cdef class Segment:
             else:
                 info.data_blob = blob
         return sd_view_check(self.segment, slot, view)
+
+    def _slots(self):
+        """How many slots there are to `_salvage`; where their number is damaged, all that have
+        memory."""
+        cdef uint32_t slots = 0
+        cdef uint64_t committed = sd_unsealed(sd_load_acquire(
+            &self.segment.header.slots_committed))
+        self.usable()
+        if sd_slots(self.segment, &slots) == SD_OK:
+            return slots
+        return committed if committed <= self.segment.at.max_slots else 0
+
+    def _salvage(self, uint32_t slot):
+        """What can be read of one record, without a lock: None, or (a `DomainInfo` without
+        definitions, the three blobs as bytes or None, which of them are damaged). Damaged fields
+        may lead to a blob that does not count any more, never to another domain's."""
+        cdef sd_view view
+        cdef uint64_t extent, deadline = sd_now() + 1000000000
+        cdef int result, b
+        cdef unsigned tries = 0
+        cdef list blobs, damaged
+        cdef Info info = Info.__new__(Info)
+        self.usable()
+        if slot >= self._slots():
+            return None
+        while True:
+            result = sd_view_begin(self.segment, slot, &view)
+            if result == SD_MISS:
+                return None
+            info.damage = FIELDS if result == SD_CORRUPT else 0
+            if result == SD_OK or result == SD_CORRUPT:
+                blobs, damaged = [None, None, None], [False, False, False]
+                for b in range(3):
+                    result = sd_view_extent(self.segment, slot, &view, b, &extent)
+                    if result == SD_OK:
+                        blobs[b] = unsealed_blob(b, copy_extent(self.segment, extent), view.uuid,
+                                                 view.values.version[b])
+                    damaged[b] = result == SD_CORRUPT or (result == SD_OK and blobs[b] is None)
+                if sd_view_check(self.segment, slot, &view) == SD_OK:
+                    return self.fill(info, slot, &view), blobs, damaged
+            tries += 1
+            if tries > 100:
+                back_off(deadline)
 
     def peek(self, *, uuid=None, name=None, id=None, timeout=1.0):
         """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
@@ -1309,7 +1424,7 @@ cdef class Segment:
         if result != SD_OK:
             if epoch == sd_fork_epoch:  # else it is our parent's
                 self.release_slot(slot, False)
-            fail(result, f"define domain {name!r}")
+            self.fail(result, f"define domain {name!r}")
         record.lead_to(slot)
         record.own()
         return record
@@ -1344,7 +1459,7 @@ cdef class Segment:
         self.need_list("remove")
         cdef int result = sd_remove(self.segment, mine.slot, deadline)
         if result != SD_OK:
-            fail(result, "remove a domain")
+            self.fail(result, "remove a domain")
         mine.drop_changes()
         mine.disown(True)
 
@@ -1363,7 +1478,7 @@ cdef class Segment:
             set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
         cdef int result = sd_commit(self.segment, mine.slot, &mine.values, blobs, raw, deadline)
         if result != SD_OK:
-            fail(result, f"rename to {name!r}")
+            self.fail(result, f"rename to {name!r}")
         mine.reload()
 
     def _lock_record(self, uint32_t slot, uint64_t life, timeout=None):
@@ -1456,31 +1571,265 @@ cdef class Segment:
             "heap_used": sd_load(&header.heap_used) * SD_CELL,
             "creator": (header.creator_pid & 0x3fffff, header.creator_who >> 22),
             "created": header.created / 1e9,
-            "poisoned": sd_load(&header.poisoned),
+            "poisoned": self.poison(),
             "attached": [(word & 0x3fffff, word >> 22) for word in attached],
         }
 
-    def _check(self, bint hold, timeout=None):
-        """One look at every invariant: (problems, counts, whether nothing moved meanwhile).
+    # --- check ---
 
-        `hold`: with the list lock, which the caller holds, and the id and heap locks."""
-        cdef sd_tally tally
-        cdef int still
-        cdef int result
+    def _check(self, timeout=None):
+        """Look at every invariant: (problems, counts, what there is no verdict on, longest hold).
+
+        No verdict: pairs of a number and why; 0 to 4 are the sums of core.h, 5 to 7 suspects that
+        are left of the list, the ids, the heap. The hold is in seconds.
+        """
         cdef faults found = {"first": NULL, "count": 0}
+        cdef uint64_t longest = 0, deadline = deadline_of(timeout)
+        cdef sd_check *check
+        cdef sd_tally tally
+        cdef int part, sum
+        cdef list open = []
         self.usable()
-        if hold:
+        check = sd_check_begin(self.segment, len(STATES), report, &found)
+        if check == NULL:
+            raise MemoryError
+        self.segment.inside += 1
+        try:
+            if self.check_records(check):
+                for part in range(SD_PARTS):
+                    why = self.judge(check, part, deadline, timeout, &longest)
+                    if why is not None:
+                        open.append((SD_SUMS + part, why))
+                for sum in range(SD_SUMS):
+                    why = self.sum_up(check, sum, deadline, timeout, &longest)
+                    if why is not None:
+                        open.append((sum, why))
+            if sd_check_overlooked(check):
+                open.append((SD_SUMS, f"{sd_check_overlooked(check)} more records or entries look "
+                             "wrong, too many to judge"))
+            tally = sd_check_tally(check)[0]
+        finally:
+            sd_check_end(check)
+            problems = list_faults(found.first)
+            self.leave()
+        return problems, tally, open, longest / 1e9
+
+    cdef int between(self) except -1:
+        """Between two parts of a long look: other threads and signal handlers run."""
+        if PyErr_CheckSignals():
+            return -1
+        HOLDERS.pause()
+        return self.still_open()
+
+    cdef bint check_records(self, sd_check *check) except -1:
+        cdef int result
+        while True:
+            result = sd_check_records(check, sd_now() + LOOK_NS)
+            if result != SD_TIMEOUT:
+                return result == SD_OK
+            self.between()
+
+    cdef object judge(self, sd_check *check, int part, uint64_t deadline, object timeout,
+                      uint64_t *longest):
+        """Look at a part's suspects under its lock: None, or why not at all of them."""
+        cdef bint taken
+        cdef uint64_t began
+        while sd_check_suspects(check, part):
+            try:
+                taken = self.hold_part(part, deadline, timeout)
+            except OUT_OF_REACH as exc:
+                return f"{sd_check_suspects(check, part)} records or entries look wrong, but {exc}"
+            began = sd_now()
+            sd_check_judge(check, part, began + SD_CHECK_HOLD_NS)
+            if taken:
+                self.drop_part(part)
+                longest[0] = max(longest[0], sd_now() - began)
+            self.between()
+        return None
+
+    cdef object sum_up(self, sd_check *check, int sum, uint64_t deadline, object timeout,
+                       uint64_t *longest):
+        """Come to a verdict on a sum: None, or why there is none."""
+        cdef int result, _tries, holds = 0, part = sd_check_part(sum)
+        cdef bint taken
+        cdef uint64_t began
+        for _tries in range(WALKS if sum == SD_SUM_CELLS else LOOKS):
+            if self.sum_freely(check, sum) == SD_OK:
+                return None
+        result = SD_DOUBT
+        while result == SD_DOUBT or result == SD_TIMEOUT and holds < LOOKS:
+            if sd_check_prepare(check, sum) == SD_ERRNO:
+                raise MemoryError
+            try:
+                taken = self.hold_part(part, deadline, timeout)
+            except OUT_OF_REACH as exc:
+                return str(exc)
+            holds += 1
+            began = sd_now()
+            result = sd_check_sum_held(check, sum,
+                                       began + SD_CHECK_HOLD_NS if taken else SD_FOREVER)
+            if taken:
+                self.drop_part(part)
+                longest[0] = max(longest[0], sd_now() - began)
+            self.between()
+        if result == SD_OK:
+            return None
+        return ("writers are at work, and to be sure they would have to be stopped for more than "
+                f"{SD_CHECK_HOLD_NS // 1000000} ms; check again when they rest")
+
+    cdef int sum_freely(self, sd_check *check, int sum) except -1:
+        cdef int result
+        while True:
+            result = sd_check_sum(check, sum, sd_now() + LOOK_NS)
+            if result == SD_ERRNO:
+                raise MemoryError
+            if result != SD_TIMEOUT:
+                return result
+            self.between()
+
+    cdef bint hold_part(self, int part, uint64_t deadline, object timeout) except -1:
+        """Take the lock of a part. False: there is nothing to give back: this thread has it, or the
+        segment is poisoned, so that nobody gets it and what it protects stands still."""
+        cdef int result
+        if part == SD_PART_LIST and self.segment.list_nonce == sd_self().nonce:
             self.need_list("check")
-            result = sd_check_hold(self.segment, deadline_of(timeout))
+            return False
+        try:
+            if part == SD_PART_LIST:
+                # While a domain is held the list lock may only be tried.
+                self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
+                return True
+            result = sd_short_locks(self.segment, part == SD_PART_IDS, part == SD_PART_HEAP,
+                                    deadline)
             if result != SD_OK:
-                fail(result, "check")
-        result = sd_check(self.segment, report, &found, &tally, &still)
-        if hold:
-            sd_check_release(self.segment)
-        problems = list_faults(found.first)
+                self.fail(result, "check")
+        except errors.SegmentPoisoned:
+            return False
+        return True
+
+    cdef int drop_part(self, int part) except -1:
+        if part == SD_PART_LIST:
+            return self.release_list()
+        if part == SD_PART_IDS:
+            sd_ids_unlock(self.segment)
+        else:
+            sd_heap_unlock(self.segment)
+        return 0
+
+    # --- recover ---
+
+    def _recover(self, timeout=None):
+        """Take each lock as its next holder would: (repairs, what is held, bytes freed).
+
+        Repairs: (lock, name of the domain, `LockHolder` that died or None if the repair had been
+        put off). Held: (lock, name of the domain, `LockHolder` or None).
+        """
+        cdef uint64_t freed, deadline = deadline_of(timeout)
+        cdef list repairs = [], held = []
+        self.usable()
+        if self.multiprocessing and self.list_lock is None:
+            raise errors.LockKindMismatch(
+                "this list uses multiprocessing locks, which only processes can have that "
+                "inherited the DomainList: recover through one of them")
+        if sd_load_acquire(&self.segment.header.poisoned):
+            self.fail(SD_POISONED, "recover")
+        if self.segment.list_nonce != sd_self().nonce:
+            self.recover_list(deadline, timeout, repairs, held)
+        self.recover_short("id", &self.segment.header.id_mutex, deadline, timeout, repairs, held)
+        self.recover_short("heap", &self.segment.header.heap_mutex, deadline, timeout, repairs,
+                           held)
+        self.segment.inside += 1
+        try:
+            freed = self.recover_slots(repairs, held)
+        finally:
+            self.leave()
+        return repairs, held, freed * SD_CELL
+
+    cdef int recover_list(self, uint64_t deadline, object timeout, list repairs,
+                          list held) except -1:
+        cdef sd_repair repair
+        if self.holds_any():
+            raise errors.LockOrder(
+                "this thread holds a domain; the list lock comes first: unlock the domain")
+        memset(&sd_self().repair, 0, sizeof(repair))
+        try:
+            self.acquire_list(deadline, timeout)
+        except errors.LockTimeout as exc:
+            held.append(("list", None, exc.holder))
+            return 0
+        repair = sd_self().repair
+        self.release_list()
+        note_repair(repairs, "list", None, &repair)
+        return 0
+
+    cdef int recover_short(self, object which, pthread_mutex_t *mutex, uint64_t deadline,
+                           object timeout, list repairs, list held) except -1:
+        cdef sd_repair repair
+        cdef bint ids = mutex == &self.segment.header.id_mutex
+        cdef uint32_t victim = sd_mutex_victim(mutex)
+        cdef int result
+        memset(&sd_self().repair, 0, sizeof(repair))
+        self.segment.inside += 1
+        result = sd_short_locks(self.segment, ids, not ids, deadline)
+        repair = sd_self().repair
+        if result == SD_OK:
+            self.drop_part(SD_PART_IDS if ids else SD_PART_HEAP)
+        self.leave()
+        if result == SD_TIMEOUT:
+            held.append((which, None, self.too_late(NULL, mutex, which, timeout).holder))
+            return 0
         if result != SD_OK:
-            fail(result, "check")
-        return problems, tally, bool(still)
+            return self.fail(result, "recover")
+        repair.who = victim
+        note_repair(repairs, which, None, &repair)
+        return self.still_open()
+
+    cdef uint64_t recover_slots(self, list repairs, list held) except? 1:
+        """Each slot that is locked, was left locked, or has garbage that was put off."""
+        cdef uint32_t slot
+        cdef uint64_t freed = 0
+        cdef sd_slot *at
+        cdef sd_repair repair
+        cdef bint busy
+        for slot in range(sd_slot_count(self.segment)):
+            if slot % 4096 == 4095:
+                self.between()
+            at = &self.segment.slots[slot]
+            busy = sd_load(&at.owner.who) != 0 if self.multiprocessing else sd_mutex_busy(&at.mutex)
+            if not busy and not sd_load(&at.dirty) or self.held_here(slot, 0) is not None:
+                continue
+            name = self.name_in(slot)
+            memset(&sd_self().repair, 0, sizeof(repair))
+            if self.acquire_slot(slot, SD_TRY) == SD_TIMEOUT:
+                error = self.too_late(&at.owner, &at.mutex, name, 0)
+                if error.holder is not None:
+                    held.append(("domain", name, error.holder))
+                continue
+            if sd_load(&at.dirty):
+                sd_tidy(self.segment, slot)
+            repair = sd_self().repair
+            self.release_slot(slot, False)
+            freed += repair.freed
+            note_repair(repairs, "domain", name, &repair)
+        return freed
+
+    cdef object name_in(self, uint32_t slot):
+        """The name of the domain in a slot; None: none lives there."""
+        cdef sd_view view
+        cdef int result
+        while True:
+            result = sd_view_begin(self.segment, slot, &view)
+            if result != SD_DOUBT:
+                return name_object(view.name) if result == SD_OK else None
+
+
+cdef int note_repair(list repairs, object lock, object name, const sd_repair *repair) except -1:
+    cdef uint64_t who = repair.who
+    if repair.died:
+        repairs.append((lock, name, HOLDERS.dead_holder(who & 0x3fffff, repair.pid, who >> 22)))
+    elif repair.repaired:
+        repairs.append((lock, name, None))
+    return 0
 
 
 # What a check finds is kept outside of Python while it holds locks: making an object may run the
@@ -1496,6 +1845,9 @@ cdef struct faults:
 
 cdef enum:
     FAULTS_MAX = 1000
+    LOOK_NS = 5000000  # of a look without a lock, before other threads of this process run
+    LOOKS = 3          # without a lock, before one under it
+    WALKS = 20         # over the descriptors, of which each acquits two of three that moved
 
 
 cdef void report(void *context, const char *invariant, const char *what) noexcept:
@@ -1740,7 +2092,8 @@ cdef class Record:
             _dropped = self.objects, self.blobs  # what goes with them may run anything: later
             self.drop_changes()
             self.reload()
-            return fail(result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
+            return self.segment.fail(
+                result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
         self.reload()
         if self.pending & 1 and self.objects[SD_DEFINITION] is not None:
             self.segment.decoded.put(self.slot, self.life, self.values.version[SD_DEFINITION],
@@ -2079,7 +2432,7 @@ cdef class Record:
             raise errors.SegmentFull(
                 "every id up to 2147483647 was given out; create a new segment")
         if result != SD_OK:
-            fail(result, "next id")
+            self.segment.fail(result, "next id")
         mine.values.id = id
         mine.touched = True
         return id

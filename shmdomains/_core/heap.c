@@ -23,19 +23,10 @@ bool sd_extent_valid(const sd_segment *segment, uint64_t extent)
     return cell < committed && sd_cells(bytes) <= committed - cell;
 }
 
-/* The bits of [cell, cell + cells) that lie in word `w`. */
-static inline uint64_t bits_in(uint64_t w, uint64_t cell, uint64_t cells)
-{
-    uint64_t first = w * 64 > cell ? 0 : cell - w * 64;
-    uint64_t end = cell + cells - w * 64;
-    uint64_t low = ~0ull << first;
-    return end >= 64 ? low : low & ((1ull << end) - 1);
-}
-
 void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used)
 {
     for (uint64_t w = cell / 64; w * 64 < cell + cells; w++) {
-        uint64_t bits = bits_in(w, cell, cells), word = sd_load(&segment->map[w]);
+        uint64_t bits = sd_map_bits(w, cell, cells), word = sd_load(&segment->map[w]);
         sd_store(&segment->map[w], used ? word | bits : word & ~bits);
     }
 }
@@ -43,7 +34,7 @@ void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used)
 bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells)
 {
     for (uint64_t w = cell / 64; w * 64 < cell + cells; w++) {
-        uint64_t bits = bits_in(w, cell, cells);
+        uint64_t bits = sd_map_bits(w, cell, cells);
         if ((sd_load(&segment->map[w]) & bits) != bits) return false;
     }
     return true;
@@ -53,7 +44,7 @@ static bool is_free(const sd_segment *segment, uint64_t cell, uint64_t cells, ui
 {
     if (cell >= committed || cells > committed - cell) return false;
     for (uint64_t w = cell / 64; w * 64 < cell + cells; w++)
-        if (sd_load(&segment->map[w]) & bits_in(w, cell, cells)) return false;
+        if (sd_load(&segment->map[w]) & sd_map_bits(w, cell, cells)) return false;
     return true;
 }
 
@@ -152,17 +143,18 @@ int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes)
     return SD_OK;
 }
 
-void sd_heap_free(sd_segment *segment, sd_word *descriptor)
+uint64_t sd_heap_free(sd_segment *segment, sd_word *descriptor)
 {
     sd_header *header = segment->header;
     uint64_t extent = sd_load(descriptor);
-    if (!extent) return;
+    if (!extent) return 0;
     uint64_t cells = sd_cells(SD_EXTENT_BYTES(extent));
     bool valid = sd_extent_valid(segment, extent);
     sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
     sd_publish(descriptor, 0);
-    if (!valid) return;
+    if (!valid) return 0;
     sd_heap_mark(segment, SD_EXTENT_CELL(extent), cells, false);
     sd_store(&header->heap_used, sd_load(&header->heap_used) - cells);
     sd_store(&header->heap_hint[cells % SD_HINTS], SD_EXTENT_CELL(extent) + 1);
+    return cells;
 }

@@ -118,7 +118,7 @@ int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot)
         if (!entry) return SD_MISS;
         if (entry >> SLOT_BITS != probe->tag) continue;
         probe->left--;
-        *slot = (uint32_t)(entry & ((1u << SLOT_BITS) - 1)) - 1;
+        *slot = SD_ENTRY_SLOT(entry);
         /* An entry is stored after its slot was counted; a larger number is damage. */
         return *slot < sd_slot_count(segment) ? SD_OK : SD_CORRUPT;
     }

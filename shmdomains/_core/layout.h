@@ -156,10 +156,15 @@ typedef struct {
     uint64_t seed;  /* of the hash functions, random */
     uint64_t creator_who, creator_pid, created; /* created: CLOCK_REALTIME, ns */
 
-    /* Set once, by whoever finds that a repair failed; any holder; never cleared. */
+    /* Set once, by the holder of the lock whose repair failed; never cleared.  `poisoned` is stored
+     * last: who dies before it leaves words that nobody reads, and the next one who fails writes
+     * them again.  Two locks whose repairs fail in one moment may mix the words, which are for
+     * people. */
     _Alignas(SD_CACHE_LINE) sd_word poisoned; /* SD_POISON_* */
-    sd_word poisoned_at;                      /* slot or index concerned */
+    sd_word poisoned_at;                      /* slot + 1 where it failed; 0: at no one slot */
     uint64_t sum; /* of the constants above; written by the creator with them */
+    sd_word poisoned_who, poisoned_pid; /* who found it: as in sd_owner */
+    sd_word poisoned_when;              /* CLOCK_REALTIME, ns */
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;

@@ -290,6 +290,19 @@ int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
     return result == SD_TIMEOUT ? bury_missing_owner(mutex) : result;
 }
 
+uint32_t sd_mutex_victim(const pthread_mutex_t *mutex)
+{
+    uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
+    /* The kernel takes the number out of the word; glibc's copy stays until the next one locks. */
+    uint32_t tid = (uint32_t)__atomic_load_n(&mutex->__data.__owner, __ATOMIC_RELAXED);
+    return word & FUTEX_OWNER_DIED && tid < 1u << 22 ? tid : 0;
+}
+
+bool sd_mutex_busy(const pthread_mutex_t *mutex)
+{
+    return __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) != 0;
+}
+
 static int wait_without_hook(pthread_mutex_t *mutex, uint64_t deadline)
 {
     return mutex ? sd_mutex_slice(mutex, deadline) : SD_OK;
@@ -378,21 +391,31 @@ static inline bool poisoned(const sd_segment *segment)
     return __builtin_expect(sd_load(&segment->header->poisoned) != 0, 0);
 }
 
+/* For who asks what the lock needed: see sd_repair. */
+static void note_death(uint64_t who, uint64_t pid)
+{
+    sd_repair *repair = &sd_self()->repair;
+    repair->died = true;
+    repair->who = who;
+    repair->pid = pid;
+}
+
 /* --- the list lock --------------------------------------------------------------------------- */
 
 int sd_list_entered(sd_segment *segment, bool died)
 {
     sd_header *header = segment->header;
+    uint64_t who = sd_load(&header->list_owner.who), pid = sd_load(&header->list_owner.pid);
     sign(&header->list_owner); /* before the repair: who dies in it must be known to be dead */
     if (died || sd_load(&header->list_dirty)) {
         sd_store(&header->list_dirty, 1);
-        int result = sd_recover_list(segment);
-        if (result != SD_OK) {
-            sd_poison(segment, SD_POISON_LIST, 0);
-            return SD_POISONED;
-        }
+        if (sd_recover_list(segment) != SD_OK) return SD_POISONED;
         if (segment->kind == SD_KIND_ROBUST) sd_tidy_free_slots(segment);
         sd_publish(&header->list_dirty, 0);
+        /* After the free slots, whose holders may have died as well. */
+        note_death(died ? who : 0, died ? pid : 0);
+        sd_self()->repair.died = died;
+        sd_self()->repair.repaired = true;
     }
     if (poisoned(segment)) return SD_POISONED;
     segment->list_nonce = sd_self()->nonce;
@@ -450,7 +473,9 @@ int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
     int locked = sd_mutex_lock(mutex, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
     if (locked == SD_DIED) {
-        sd_recover_slot(segment, slot, sd_load(&record->owner.who), sd_load(&record->owner.pid));
+        uint64_t who = sd_load(&record->owner.who), pid = sd_load(&record->owner.pid);
+        note_death(who, pid);
+        sd_recover_slot(segment, slot, who, pid);
         /* Signed only after this: who dies in between must not pass for the one who had the
          * domain. */
         sd_publish(&record->owner.who, 0);
@@ -478,20 +503,20 @@ void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool given)
 
 /* --- the core's own short locks -------------------------------------------------------------- */
 
-/* Entering a short lock: repair if its holder died or a repair was put off; on failure poison and
- * let go, consistent all the same. */
+/* Entering a short lock: repair if its holder died or a repair was put off; when that fails let go,
+ * consistent all the same. */
 static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *dirty, int locked,
-                         int (*recover)(sd_segment *), uint64_t reason)
+                         int (*recover)(sd_segment *))
 {
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = SD_OK;
+    if (locked == SD_DIED) note_death(0, 0);
     if (locked == SD_DIED || sd_load(dirty)) {
         sd_store(dirty, 1);
-        result = recover(segment);
-        if (result == SD_OK) {
+        if (recover(segment) == SD_OK) {
             sd_publish(dirty, 0);
+            sd_self()->repair.repaired = true;
         } else {
-            sd_poison(segment, reason, 0);
             result = SD_POISONED;
         }
     }
@@ -508,8 +533,7 @@ int sd_ids_lock(sd_segment *segment, uint64_t deadline)
     self->short_wait++;
     int locked = sd_mutex_lock(&header->id_mutex, deadline);
     self->short_wait--;
-    return entered_short(segment, &header->id_mutex, &header->id_dirty, locked, sd_recover_ids,
-                         SD_POISON_IDS);
+    return entered_short(segment, &header->id_mutex, &header->id_dirty, locked, sd_recover_ids);
 }
 
 void sd_ids_unlock(sd_segment *segment)
@@ -526,7 +550,7 @@ int sd_heap_lock_briefly(sd_segment *segment)
     int locked = sd_mutex_lock_briefly(&header->heap_mutex);
     self->short_wait--;
     return entered_short(segment, &header->heap_mutex, &header->heap_dirty, locked,
-                         sd_recover_heap, SD_POISON_HEAP);
+                         sd_recover_heap);
 }
 
 void sd_heap_unlock(sd_segment *segment)

@@ -197,20 +197,22 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
 
 /* --- garbage --------------------------------------------------------------------------------- */
 
-/* Free every descriptor that does not count; none, if which ones count is damaged.  Slot and heap
- * lock held. */
-static void free_uncounted(sd_segment *segment, uint32_t slot)
+/* Free every descriptor that does not count; none, if which ones count is damaged.  How many cells
+ * that was.  Slot and heap lock held. */
+static uint64_t free_uncounted(sd_segment *segment, uint32_t slot)
 {
     sd_slot *record = &segment->slots[slot];
     sd_values values;
+    uint64_t cells = 0;
     bool live = sd_load(&record->life) & 1;
-    if (sd_values_get(segment, slot, &values) != SD_OK && live) return;
+    if (sd_values_get(segment, slot, &values) != SD_OK && live) return 0;
     for (int b = 0; b < SD_BLOBS; b++)
         for (int i = 0; i < 2; i++) {
             bool counts = values.flags & SD_FLAG_PRESENT(b) && choice_of(values.flags, b) == i;
-            if (!live || !counts) sd_heap_free(segment, &record->extent[b][i]);
+            if (!live || !counts) cells += sd_heap_free(segment, &record->extent[b][i]);
         }
     sd_publish(&record->dirty, 0);
+    return cells;
 }
 
 /* The heap lock may be out of reach (its holder is stopped): then the next holder tidies. */
@@ -218,7 +220,7 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
 {
     sd_publish(&segment->slots[slot].dirty, 1);
     if (sd_heap_lock_briefly(segment) != SD_OK) return;
-    free_uncounted(segment, slot);
+    sd_self()->repair.freed += free_uncounted(segment, slot);
     sd_heap_unlock(segment);
 }
 
@@ -320,9 +322,8 @@ static int flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *va
         sd_store(&header->active, sd_load(&header->active) - 1);
     }
     /* The commit stands; an index that contradicts itself is rebuilt from what is committed. */
-    if (result != SD_OK && sd_recover_ids(segment) != SD_OK)
-        sd_poison(segment, SD_POISON_IDS, slot);
     if (result == SD_OK) sd_sequence_end(&header->id_seq);
+    else sd_recover_ids(segment);
     return SD_OK;
 }
 
@@ -339,7 +340,7 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    else sd_recover_list(segment);
 }
 
 int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
@@ -499,7 +500,7 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     sd_store(&header->live, sd_load(&header->live) + 1);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    else sd_recover_list(segment);
     return SD_OK;
 }
 
@@ -527,12 +528,12 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
     sd_store(&record->next_free, sd_load(&header->free_head));
     sd_publish(&header->free_head, slot + 1);
     if (listed == SD_OK) sd_sequence_end(&header->list_seq);
-    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    else sd_recover_list(segment);
     if (ids) {
         int entered = sd_index_delete(segment, SD_ID_INDEX, sd_hash_id(segment, now.id), slot);
         sd_store(&header->active, sd_load(&header->active) - 1);
         if (entered == SD_OK) sd_sequence_end(&header->id_seq);
-        else if (sd_recover_ids(segment) != SD_OK) sd_poison(segment, SD_POISON_IDS, slot);
+        else sd_recover_ids(segment);
         sd_ids_unlock(segment);
     }
     sd_tidy(segment, slot);

@@ -2,7 +2,8 @@
  *
  * Each function runs with the lock concerned held, before its mutex is made consistent.  All of
  * them allocate nothing, start from what is committed, and can be cut off anywhere and begun
- * again: a recoverer that dies leaves the lock dead, and the next one runs the same function.
+ * again: a recoverer that dies leaves the lock dead, and the next one runs the same function.  One
+ * that meets a value it can not believe poisons the segment, saying where, and gives up.
  *
  *   list lock   UUID and name index, number, free list   from life, uuid, committed names
  *               and the blobs left in FREE slots         nobody else would look there
@@ -11,6 +12,13 @@
  *   slot lock   nothing is wrong with the record: garbage to free, and the death to remember
  */
 #include "core.h"
+
+/* The repair can not be done: `at` is slot + 1, or 0 for no one slot. */
+static int give_up(sd_segment *segment, uint64_t reason, uint64_t at)
+{
+    sd_poison(segment, reason, at);
+    return SD_CORRUPT;
+}
 
 static int enter_identity(sd_segment *segment, uint32_t slot)
 {
@@ -31,21 +39,22 @@ int sd_recover_list(sd_segment *segment)
     sd_header *header = segment->header;
     uint64_t live = 0, head = 0;
     uint32_t slots;
-    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
+    if (sd_slots(segment, &slots) != SD_OK) return give_up(segment, SD_POISON_LIST, 0);
     sd_sequence_begin(&header->list_seq);
     int result = sd_index_clear(segment, SD_UUID_INDEX);
     if (result == SD_OK) result = sd_index_clear(segment, SD_NAME_INDEX);
-    for (uint32_t slot = slots; slot-- > 0 && result == SD_OK;) {
+    if (result != SD_OK) return give_up(segment, SD_POISON_LIST, 0);
+    for (uint32_t slot = slots; slot-- > 0;) {
         sd_slot *record = &segment->slots[slot];
         if (sd_load(&record->life) & 1) {
-            result = enter_identity(segment, slot);
+            if (enter_identity(segment, slot) != SD_OK)
+                return give_up(segment, SD_POISON_LIST, slot + 1ull);
             live++;
         } else {
             sd_store(&record->next_free, head);
             head = slot + 1;
         }
     }
-    if (result != SD_OK) return result;
     sd_store(&header->free_head, head);
     sd_store(&header->live, live);
     sd_sequence_end(&header->list_seq);
@@ -58,18 +67,18 @@ int sd_recover_ids(sd_segment *segment)
     sd_header *header = segment->header;
     uint64_t active = 0;
     uint32_t slots;
-    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
+    if (sd_slots(segment, &slots) != SD_OK) return give_up(segment, SD_POISON_IDS, 0);
     sd_sequence_begin(&header->id_seq);
-    int result = sd_index_clear(segment, SD_ID_INDEX);
-    for (uint32_t slot = 0; slot < slots && result == SD_OK; slot++) {
+    if (sd_index_clear(segment, SD_ID_INDEX) != SD_OK) return give_up(segment, SD_POISON_IDS, 0);
+    for (uint32_t slot = 0; slot < slots; slot++) {
         sd_values values;
         if (!(sd_load_acquire(&segment->slots[slot].life) & 1)) continue;
         if (sd_values_settled(segment, slot, &values) != SD_OK) return SD_CORRUPT;
         if (values.id < 0) continue;
-        result = sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values.id), slot);
+        if (sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values.id), slot) != SD_OK)
+            return give_up(segment, SD_POISON_IDS, slot + 1ull);
         active++;
     }
-    if (result != SD_OK) return result;
     sd_store(&header->active, active);
     sd_sequence_end(&header->id_seq);
     return SD_OK;
@@ -80,8 +89,8 @@ int sd_recover_heap(sd_segment *segment)
     sd_header *header = segment->header;
     uint32_t slots;
     uint64_t used = 0, committed = sd_unsealed(sd_load(&header->heap_committed));
-    if (committed > segment->at.heap_cells) return SD_CORRUPT;
-    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
+    if (committed > segment->at.heap_cells) return give_up(segment, SD_POISON_HEAP, 0);
+    if (sd_slots(segment, &slots) != SD_OK) return give_up(segment, SD_POISON_HEAP, 0);
     sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
     for (uint64_t w = 0; w * 64 < committed; w++)
         if (sd_load(&segment->map[w])) sd_store(&segment->map[w], 0);
@@ -90,7 +99,8 @@ int sd_recover_heap(sd_segment *segment)
             for (int i = 0; i < 2; i++) {
                 uint64_t extent = sd_load(&segment->slots[slot].extent[b][i]);
                 if (!extent) continue;
-                if (!sd_extent_valid(segment, extent)) return SD_CORRUPT;
+                if (!sd_extent_valid(segment, extent))
+                    return give_up(segment, SD_POISON_HEAP, slot + 1ull);
                 uint64_t cells = sd_cells(SD_EXTENT_BYTES(extent));
                 sd_heap_mark(segment, SD_EXTENT_CELL(extent), cells, true);
                 used += cells;

@@ -423,8 +423,16 @@ static void unmap_left(void)
 
 void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
 {
-    sd_store(&segment->header->poisoned_at, at);
-    sd_publish(&segment->header->poisoned, reason);
+    sd_header *header = segment->header;
+    const sd_thread *self = sd_self();
+    struct timespec now;
+    if (sd_load(&header->poisoned)) return;
+    clock_gettime(CLOCK_REALTIME, &now);
+    sd_store(&header->poisoned_at, at);
+    sd_store(&header->poisoned_who, self->who);
+    sd_store(&header->poisoned_pid, self->pid);
+    sd_store(&header->poisoned_when, (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec);
+    sd_publish(&header->poisoned, reason);
 }
 
 /* --- who is attached ------------------------------------------------------------------------- */

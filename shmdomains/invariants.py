@@ -1,0 +1,147 @@
+"""What must hold in a segment, by name, and what `DomainList.check` and `recover` say about it.
+
+The core tests the invariants (_core/check.c) and repairs what a dead process left
+(_core/recover.c); here stand their names, what each means and who repairs it, and the reports for
+people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from .holder import LockHolder
+
+INVARIANTS: dict[str, str] = {
+    "I1 identity": "Every domain has a UUID and a name of 1 to 251 bytes. Nobody repairs it.",
+    "I2 extents": "What a record names in the heap is there, and named once. Nobody repairs it.",
+    "I2 map": "The map of used space, and its count, are what the records name. Rebuilt by the "
+    "next holder of the heap lock after a death.",
+    "I3 fields": "A record has a definition and a state that exists, and no part of it is newer "
+    "than its last commit. Nobody repairs it.",
+    "I4 ids": "No domain has an id that was not given out. Nobody repairs it.",
+    "I5 index": "UUID, name and id of every domain lead to it, and nothing else is entered. "
+    "Rebuilt by the next holder of the list lock (UUID, name) or the id lock after a death.",
+    "I5 sequence": "Nobody is in the middle of changing an index without its lock. Ended by the "
+    "next holder of the list or id lock after a death.",
+    "free list": "Every slot without a domain is on it, once. Rebuilt by the next holder of the "
+    "list lock after a death.",
+    "counts": "The numbers of domains, active domains and slots are right. Rebuilt by the next "
+    "holder of the list or id lock after a death.",
+    "locks": "Every lock is of the kind that it was made as. Nobody repairs it.",
+    "heap": "The heap's end of committed memory lies within it. Nobody repairs it.",
+    "settings": "The config directories that the list was loaded from can be read. Repaired by "
+    "the next load_all_configs().",
+    "poisoned": "No repair has ever failed. Nobody repairs it: export, unlink, create anew.",
+}
+"""The invariants that `DomainList.check` tests: name, and what it means and who repairs it.
+
+>>> list(INVARIANTS)[:2]
+['I1 identity', 'I2 extents']
+"""
+
+# What is open when the core has no verdict: on its sums, on the suspects of list, ids, heap.
+_OPEN = (
+    ("I5 index", "I5 sequence", "counts"),
+    ("free list",),
+    ("I5 index", "I5 sequence", "counts"),
+    ("I2 map",),
+    ("I2 extents", "I2 map"),
+    ("I5 index",),
+    ("I5 index",),
+    ("I2 map",),
+)
+
+
+class CheckReport(msgspec.Struct, frozen=True):
+    """What `DomainList.check` found; true if nothing is wrong.
+
+    `problems` are pairs of an invariant's name and what contradicts it; `counts` says how much was
+    looked at. `unsettled` are pairs of an invariant and why there is no verdict on all of it: no
+    fault was found, but its lock was not free in time, or writers were at work in a list too large
+    to be counted while they are stopped. `longest_hold` is for how many seconds the check held a
+    lock at most; usually it needs none.
+    """
+
+    problems: list[tuple[str, str]]
+    counts: dict[str, int]
+    unsettled: list[tuple[str, str]] = []
+    longest_hold: float = 0.0
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+
+def unsettled(open: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
+    """Return what `CheckReport.unsettled` says of that on which the core has no verdict.
+
+    >>> unsettled([(4, "writers were at work")])
+    [('I2 extents', 'writers were at work'), ('I2 map', 'writers were at work')]
+    """
+    return list(dict.fromkeys((name, why) for number, why in open for name in _OPEN[number]))
+
+
+_REBUILT = {
+    "list": "UUID and name index, free list and counts rebuilt",
+    "id": "id index rebuilt",
+    "heap": "map of used space rebuilt",
+    "domain": "what its holder had not committed is rolled back",
+}
+
+
+class Repair(msgspec.Struct, frozen=True):
+    """One lock that `DomainList.recover` took over.
+
+    `lock` is ``"list"``, ``"id"``, ``"heap"`` or ``"domain"``, `name` the domain's, ``None`` for a
+    slot in which none lives. `died` is the holder that had died (of the id and the heap lock only
+    the thread is known), ``None`` if an earlier repair had been put off.
+
+    >>> print(Repair("domain", "web1", LockHolder(7, 7, None, None, False, None)))
+    domain 'web1': process 7 died holding it; what its holder had not committed is rolled back
+    """
+
+    lock: str
+    name: str | None
+    died: LockHolder | None
+
+    @property
+    def what(self) -> str:
+        """What was repaired."""
+        return _REBUILT[self.lock]
+
+    def __str__(self) -> str:
+        why = "its repair had been put off"
+        if self.died is not None:
+            why = f"{self.died.who} died holding it"
+        return f"{lock_text(self.lock, self.name)}: {why}; {self.what}"
+
+
+class HeldLock(msgspec.Struct, frozen=True):
+    """A lock that `DomainList.recover` left alone: its holder lives, or it was not free in time."""
+
+    lock: str
+    name: str | None
+    holder: LockHolder | None
+
+    def __str__(self) -> str:
+        return f"{lock_text(self.lock, self.name)}: held by {self.holder or 'an unknown process'}"
+
+
+class RecoverReport(msgspec.Struct, frozen=True):
+    """What `DomainList.recover` did: repairs, locks that others hold, bytes of garbage freed."""
+
+    repairs: list[Repair]
+    held: list[HeldLock]
+    freed: int
+
+
+def lock_text(lock: str, name: str | None) -> str:
+    """Name a lock for people.
+
+    >>> lock_text("id", None), lock_text("domain", "web1"), lock_text("domain", None)
+    ('id lock', "domain 'web1'", 'a slot without a domain')
+    """
+    if lock != "domain":
+        return f"{lock} lock"
+    return "a slot without a domain" if name is None else f"domain {name!r}"
