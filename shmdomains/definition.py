@@ -27,7 +27,7 @@ from . import devices, document
 from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 from .document import MAX_BYTES, Element
 from .errors import DefinitionError
-from .names import check_name, check_text, parse_uuid
+from .names import check_name, check_text, parse_uuid, shortened, shown
 
 __all__ = [
     "ConsoleDef",
@@ -143,7 +143,8 @@ class DomainDef(
         """
         root, source = document.parse(text)
         if root.tag != "domain":
-            raise document.refusal(f"expecting root element of 'domain', not '{root.tag}'", root)
+            found = shortened(str(root.tag))
+            raise document.refusal(f"expecting root element of 'domain', not '{found}'", root)
         top = document.first_children(root)
         virt_type = root.get("type")
         if not virt_type:
@@ -285,7 +286,7 @@ class DomainDef(
         except DefinitionError:
             raise
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-            raise DefinitionError(f"not a definition: {error}") from None
+            raise DefinitionError(f"not a definition: {shortened(str(error), 200)}") from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DomainDef):
@@ -357,10 +358,10 @@ def parse_memory(text: str, unit: str | None = None) -> int:
     """
     value = _number(text, 2**64 - 1)
     if value is None:
-        raise DefinitionError(f"Invalid value {text[:80]!r} for a memory size")
+        raise DefinitionError(f"Invalid value {shown(text)} for a memory size")
     scale = _scale(unit or "KiB")
     if scale is None:
-        raise DefinitionError(f"unknown suffix {unit!r}")
+        raise DefinitionError(f"unknown suffix {shown(unit or '')}")
     if value * scale > _MAX_BYTES_OF_MEMORY:
         raise DefinitionError(f"value too large: {value}{unit or ''}")
     size = -(-value * scale // 1024)
@@ -391,7 +392,7 @@ def _check_action(event: str, action: str) -> str:
     if action in _ACTIONS[event]:
         return action
     raise DefinitionError(
-        f"unknown {event} action: {action[:80]!r}; there are {', '.join(_ACTIONS[event])}", event
+        f"unknown {event} action: {shown(action)}; there are {', '.join(_ACTIONS[event])}", event
     )
 
 
@@ -490,7 +491,7 @@ def _read_vcpus(root: Element, top: document.Children) -> tuple[int, int]:
 def _read_count(element: Element, text: str, what: str) -> int:
     count = _number(text, 2**32 - 1)
     if count is None:
-        raise document.refusal(f"{what} must be an integer, not {text[:80]!r}", element)
+        raise document.refusal(f"{what} must be an integer, not {shown(text)}", element)
     return count
 
 
@@ -506,7 +507,8 @@ def _listed_vcpus(element: Element, total: int) -> int | None:
         word = vcpu.get("enabled")
         if word not in ("yes", "no"):
             raise document.refusal(
-                f"Invalid value for attribute 'enabled' in element 'vcpu': {word!r}", vcpu
+                f"Invalid value for attribute 'enabled' in element 'vcpu': {shown(word or '')}",
+                vcpu,
             )
         enabled[number] = word == "yes"
     return sum(enabled.values()) if enabled else None

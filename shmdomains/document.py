@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 from lxml import etree
 
 from .errors import DefinitionError
+from .names import shortened
 
 MAX_BYTES = 16 * 1024 * 1024
 """The largest document and the largest blob: what a record of the list may hold."""
@@ -49,6 +50,8 @@ _WIDE = (
     (b"<\0", "utf-16-le"),
     (b"\0<", "utf-16-be"),
 )
+# Python remembers every name that it was ever asked for.
+_LONGEST_CHARSET = 40
 # Python's own; some take quadratic time.
 _NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
@@ -68,6 +71,7 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     ('é', '<a>é</a>')
     """
     known = text if isinstance(text, str) else _decoded(text)
+    _refuse_size(len(known))  # characters, which may be more bytes: before they are made
     try:
         data = known.encode()
     except UnicodeEncodeError as error:
@@ -89,15 +93,15 @@ def _decoded(data: bytes) -> str:
     """The text of the bytes. Python decodes it: what libxml2 decodes could hide a document type."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"XML is str or bytes, not {type(data).__name__}")
+    _refuse_size(memoryview(data).nbytes)
     data = bytes(data)
-    _refuse_size(len(data))
     encoding = _encoding(data)
     try:
-        if codecs.lookup(encoding).name in _NO_CHARSETS:
+        if len(encoding) > _LONGEST_CHARSET or codecs.lookup(encoding).name in _NO_CHARSETS:
             raise LookupError
         return data.decode(encoding)
     except LookupError:
-        message = f"unknown encoding {encoding!r} (<?xml>, line 1)"
+        message = f"unknown encoding {shortened(encoding)!r} (<?xml>, line 1)"
         raise DefinitionError(message, "?xml", 1) from None
     except UnicodeError as error:
         start = getattr(error, "start", 0)
@@ -137,28 +141,38 @@ def _refuse_doctype(text: str) -> None:
 
 
 def _syntax_error(error: etree.XMLSyntaxError, data: bytes) -> DefinitionError:
-    message = _POSITION.sub("", error.msg or "not well-formed")
+    message = shortened(_POSITION.sub("", error.msg or "not well-formed").strip())
     element = _innermost_open(data)
     where = f"<{element}>, line {error.lineno}" if element else f"line {error.lineno}"
     return DefinitionError(f"{message} ({where})", element, error.lineno)
 
 
+class _OpenElements:
+    """What lxml calls back, in place of making a tree: a stack of the elements that are open."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def start(self, tag: str, attributes: Any) -> None:
+        self.names.append(tag)
+
+    def end(self, tag: str) -> None:
+        self.names.pop()
+
+    def close(self) -> None:
+        pass
+
+
 def _innermost_open(data: bytes) -> str | None:
     """The element that the parser was in when it gave up."""
-    parser = etree.XMLPullParser(events=("start", "end"), **_OPTIONS)
+    opened = _OpenElements()
+    parser = etree.XMLParser(target=opened, **_OPTIONS)
     try:
         parser.feed(data)
         parser.close()
     except etree.XMLSyntaxError:
         pass
-    names: list[str] = []
-    element: Any
-    for event, element in parser.read_events():
-        if event == "start":
-            names.append(str(element.tag))
-        else:
-            names.pop()
-    return names[-1] if names else None
+    return shortened(opened.names[-1]) if opened.names else None
 
 
 def serialise(root: Element) -> str:
@@ -168,7 +182,7 @@ def serialise(root: Element) -> str:
 
 def located(error: DefinitionError, element: Element) -> DefinitionError:
     """`error` again, naming the element that it is about and the line."""
-    tag = str(element.tag)
+    tag = shortened(str(element.tag))
     line: Any = element.sourceline or 1
     return type(error)(f"{error} (<{tag}>, line {line})", tag, line)
 
