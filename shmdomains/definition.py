@@ -541,15 +541,15 @@ def _read_emulator(containers: Iterable[Element]) -> str | None:
 def _sanitize_metadata(metadata: Element) -> bool:
     """Drop what libvirt drops (``virXMLNodeSanitizeNamespaces``); true if there was any."""
     seen: set[str] = set()
-    dropped = False
-    for element in list(metadata.iterchildren("*")):
+    unwanted = []
+    for element in metadata.iterchildren("*"):
         namespace = element.tag[1:].partition("}")[0] if element.tag[0] == "{" else ""
         if namespace and namespace not in seen:
             seen.add(namespace)
-            continue
-        document.drop(element)
-        dropped = True
-    return dropped
+        else:
+            unwanted.append(element)
+    document.drop_all(unwanted)
+    return bool(unwanted)
 
 
 # --- checking values ------------------------------------------------------------------------
