@@ -332,4 +332,9 @@ def canonical(root: Element) -> str:
             element.text = None
         if element.tail and not element.tail.strip():
             element.tail = None
-    return etree.tostring(root, method="c14n").decode()
+    try:
+        return etree.tostring(root, method="c14n").decode()
+    except etree.C14NError:
+        # Canonical XML 1.0 has no form of a relative namespace name, 2.0 has; libxml2 only has 1.0.
+        text = etree.tostring(root, encoding="unicode")
+        return str(etree.canonicalize(text, with_comments=True))
