@@ -203,15 +203,21 @@ class DomainDef(
         else:
             root, stale = document.make("domain"), _FIELDS
         for field in stale:
-            writer = _WRITERS.get(field)
-            if writer is None:
-                raise DefinitionError(f"a blob with an unknown field {field!r}")
-            writer(root, self)
+            self._write(root, field)
         if not text:
             document.indent(root)
         text = document.serialise(root)
         force_setattr(self, "_source", (text, ()))
         return text
+
+    def _write(self, root: Element, field: str) -> None:
+        writer = _WRITERS.get(field)
+        if writer is None:
+            raise DefinitionError(f"a blob with an unknown field {shown(field)}")
+        try:
+            writer(root, self)
+        except ValueError as error:  # only a blob says what XML can not carry
+            raise DefinitionError(f"{field} can not be written: {error}", field) from None
 
     def replace(self, **changes: Any) -> DomainDef:
         """A copy with these fields changed, checked by the rules of `from_xml`.
