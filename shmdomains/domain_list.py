@@ -173,7 +173,11 @@ def _encode_dirs(dirs: ConfigDirs) -> bytes:
 def _decode_dirs(blob: bytes) -> ConfigDirs:
     if zlib.crc32(blob[4:]).to_bytes(4, "big") != blob[:4]:
         raise SegmentCorrupt("the config directory that the segment remembers is damaged")
-    config_dir, autostart_dir = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
+    try:
+        paths = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
+    except msgspec.MsgspecError as exc:
+        raise SegmentCorrupt(f"the segment remembers no config directory: {exc}") from None
+    config_dir, autostart_dir = paths
     return ConfigDirs(
         Path(os.fsdecode(config_dir)),
         None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
