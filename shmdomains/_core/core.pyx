@@ -1961,6 +1961,7 @@ cdef class Record:
         """The driver's own data: any MessagePack value, or None. Domain lock.
 
         What is read is read-only (mappings are proxies, sequences tuples); assign to change it.
+        Raises `TypeError` or `ValueError` for what MessagePack can not carry, and leaves it as it was.
         """
         return self.mine().blob_value(SD_DATA)
 
