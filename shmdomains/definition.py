@@ -129,8 +129,10 @@ class DomainDef(
 
         Bytes are decoded as their XML declaration says; the declaration of a `str` is ignored.
         ``id`` is ignored. Raises `DefinitionError`, naming element and line, for XML that is not
-        well-formed, beyond lxml's limits, larger than 16 MiB or with a document type declaration,
-        and for what libvirt refuses in name, uuid, title, memory, vcpu, os and actions.
+        well-formed, beyond lxml's limits (256 levels, 10 MB in one text), larger than 16 MiB or
+        with a document type declaration, and for what libvirt refuses in name, uuid, title, memory,
+        vcpu, os and actions. Reading takes time in proportion to the size, and at most 64 times it
+        in memory (for nothing but tags; usually 10 times).
 
         >>> DomainDef.from_xml('''<domain type="kvm">
         ...   <name>web1</name> <memory unit="GB">1</memory> <os><type>hvm</type></os>
