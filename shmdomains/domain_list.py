@@ -626,17 +626,25 @@ class DomainList(DomainListRules, core.Segment):
         """Create a segment with a name (default ``default``) or in a file of your choice.
 
         `mode` 0o660 with a `group` shares it with that group. Raises `SegmentExists`,
-        `SegmentRefused`, `SegmentFull` (no memory for it).
+        `SegmentRefused`, `SegmentFull` (no memory for it), and `OSError` when this process has no
+        descriptor left, or no address space for the largest size.
         """
         file = segment_file.path_of(name, path)
         max_domains = _checked_limit(max_domains, lock)
         doms = cls.__new__(cls)
         locks = _make_locks(lock, max_domains, context)
         limit = max_domains
-        fd = segment_file.create(
-            file, mode, group, lambda fd: core.format_segment(fd, lock, limit, max_bytes)
-        )
-        doms._attach_file(fd, file, name, path, *locks)
+
+        def fill(fd: int) -> None:
+            # Attached before it has a name: what fails here leaves none.
+            core.format_segment(fd, lock, limit, max_bytes)
+            doms._begin_file(fd, file, name, path, *locks)
+
+        try:
+            os.close(segment_file.create(file, mode, group, fill))
+        except BaseException:
+            doms.close()
+            raise
         return doms
 
     @classmethod
@@ -646,12 +654,17 @@ class DomainList(DomainListRules, core.Segment):
         """Attach to a segment by name or file.
 
         Raises `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode), `SegmentMismatch`
-        (another layout, boot or PID namespace), `SegmentCorrupt`. A list with multiprocessing locks
-        can only be read by those who did not inherit it.
+        (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError` when this process
+        has no descriptor left, or no address space for the largest size. A list with
+        multiprocessing locks can only be read by those who did not inherit it.
         """
         file = segment_file.path_of(name, path)
         doms = cls.__new__(cls)
-        doms._attach_file(segment_file.attach(file), file, name, path)
+        fd = segment_file.attach(file)
+        try:
+            doms._begin_file(fd, file, name, path)
+        finally:
+            os.close(fd)
         return doms
 
     @classmethod
@@ -670,7 +683,7 @@ class DomainList(DomainListRules, core.Segment):
             with suppress(SegmentExists):
                 return cls.create(name, path=path, **create)
 
-    def _attach_file(
+    def _begin_file(
         self,
         fd: int,
         file: Path,
@@ -683,8 +696,9 @@ class DomainList(DomainListRules, core.Segment):
             self._begin(fd, list_lock, slot_locks)
         except ShmDomainsError as exc:
             raise type(exc)(f"segment {file}: {exc}") from None
-        finally:
-            os.close(fd)
+        except OSError as exc:
+            # An attachment takes a descriptor, and address space for the largest size.
+            raise OSError(exc.errno, f"not attached: {exc.strerror}", str(file)) from None
         self._path = file
         self._name = None if path is not None else name or segment_file.DEFAULT_NAME
 
