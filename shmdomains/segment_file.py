@@ -26,6 +26,7 @@ import psutil
 
 from .errors import (
     SegmentExists,
+    SegmentFull,
     SegmentInUse,
     SegmentNotFound,
     SegmentRefused,
@@ -35,6 +36,8 @@ from .errors import (
 SUFFIX = ".segment"
 DEFAULT_NAME = "default"
 _MODES = (0o600, 0o660)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process, or the whole machine
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 10.0  # seconds for the lock of a directory, which is held for microseconds
 
 
@@ -132,7 +135,9 @@ def _groups() -> set[int]:
 def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int], None]) -> int:
     """Create the file, let `fill` make it a segment, give it its name; returns the descriptor.
 
-    Raises `SegmentExists`, `SegmentRefused`; what `fill` raises leaves nothing behind.
+    Raises `SegmentExists`, `SegmentRefused`, `SegmentFull` when the filesystem has no room for
+    another file, `OSError` when this process has no descriptor or memory left; what `fill` raises
+    leaves nothing behind.
     """
     if mode not in _MODES:
         raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
@@ -156,11 +161,12 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
                 dst_dir_fd=place,
                 follow_symlinks=True,
             )
-        except FileExistsError:
+        except BaseException as exc:
             os.close(fd)
-            raise SegmentExists(f"a segment {path} exists already; attach to it") from None
-        except BaseException:
-            os.close(fd)
+            if isinstance(exc, FileExistsError):
+                raise SegmentExists(f"a segment {path} exists already; attach to it") from None
+            if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+                raise _full(path, exc) from None
             raise
     finally:
         _unlock_and_close(place)
@@ -185,7 +191,18 @@ def _open_unnamed(path: Path) -> int:
     try:
         return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
+        if exc.errno in _EXHAUSTED:
+            raise
+        if exc.errno in _NO_ROOM:
+            raise _full(path, exc) from None
         raise SegmentRefused(f"can not create a segment in {path.parent}: {exc.strerror}") from exc
+
+
+def _full(path: Path, exc: OSError) -> SegmentFull:
+    return SegmentFull(
+        f"no room for a segment in {path.parent} ({exc.strerror}); remove files there, or make its "
+        "filesystem larger"
+    )
 
 
 def _gid(group: int | str) -> int:
@@ -202,8 +219,8 @@ def _gid(group: int | str) -> int:
 def attach(path: Path) -> int:
     """Open the segment for life, with its shared `flock`; returns the descriptor.
 
-    Raises `SegmentNotFound`, and `SegmentRefused` for a file that is not ours, a link, or of
-    another mode.
+    Raises `SegmentNotFound`, `SegmentRefused` for a file that is not ours, a link, or of another
+    mode, and `OSError` when this process has no descriptor or memory left.
     """
     while True:
         fd = _open_checked(path)
@@ -228,6 +245,8 @@ def _open_checked(path: Path) -> int:
     except ShmDomainsError:
         raise
     except OSError as exc:
+        if exc.errno in _EXHAUSTED:
+            raise
         what = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror
         raise SegmentRefused(exc.errno, f"not attached: {what}", str(path)) from exc
     try:
