@@ -56,6 +56,7 @@ _LONGEST_CHARSET = 40
 _NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
 # lxml ends its messages with a position, which ours name in their own way.
+_NO_MEMORY = etree.ErrorTypes.ERR_NO_MEMORY
 _POSITION = re.compile(r"(?:, line \d+)?, column \d+$")
 
 
@@ -64,7 +65,8 @@ def parse(text: str | bytes) -> tuple[Element, str]:
 
     Bytes are decoded as their XML declaration says; in a `str` that says nothing any more, and is
     ignored. Raises `DefinitionError` for whatever is not well-formed, for a document type
-    declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text).
+    declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text);
+    `MemoryError` says nothing about the document.
 
     >>> root, text = parse(b"<?xml version='1.0' encoding='latin-1'?><a>\\xe9</a>")
     >>> root.text, text
@@ -84,6 +86,8 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     try:
         root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
     except etree.XMLSyntaxError as error:
+        if error.code == _NO_MEMORY:
+            raise MemoryError(f"a document of {len(data)} bytes") from None
         raise _syntax_error(error, data) from None
     declaration = _DECLARATION.match(known)
     return root, known[declaration.end() :] if declaration else known
