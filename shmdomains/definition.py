@@ -709,9 +709,7 @@ def _write_text(root: Element, tag: str, text: str | None) -> None:
     if text is not None:
         document.set_text(_made(root, tag), text)
         return
-    element = document.child(root, tag)
-    if element is not None:
-        document.drop(element)
+    document.drop_every(root, tag)
 
 
 def _text_writer(tag: str) -> Callable[[Element, DomainDef], None]:
@@ -756,11 +754,11 @@ def _has_type(os: Element) -> bool:
 
 
 def _write_emulator(root: Element, definition: DomainDef) -> None:
-    found = next(root.iterfind("devices/emulator"), None)
     if definition.emulator is None:
-        if found is not None:
-            document.drop(found)
+        for container in root.iterchildren("devices"):
+            document.drop_every(container, "emulator")
         return
+    found = next(root.iterfind("devices/emulator"), None)
     if found is None:
         found = document.make("emulator")
         document.put(_made(root, "devices"), found, None)

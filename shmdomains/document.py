@@ -313,6 +313,12 @@ def drop_all(elements: Sequence[Element]) -> None:
         drop(element)
 
 
+def drop_every(parent: Element, tag: str) -> None:
+    """Take out all children with this tag: without the first, which alone is read, a second one
+    would be."""
+    drop_all(list(parent.iterchildren(tag)))
+
+
 def make(tag: str) -> Element:
     """A new element that is in no document yet."""
     return etree.Element(tag)
