@@ -28,6 +28,7 @@ from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 from .document import MAX_BYTES, Element
 from .errors import DefinitionError
 from .names import check_name, check_text, parse_uuid, shortened, shown
+from .packing import pack
 
 __all__ = [
     "ConsoleDef",
@@ -270,7 +271,7 @@ class DomainDef(
         >>> DomainDef.decode(guest.encode()) == guest
         True
         """
-        blob = _ENCODER.encode(self)
+        blob = pack(self)
         if len(blob) > MAX_BYTES:
             raise DefinitionError(f"the definition has {len(blob)} bytes, more than {MAX_BYTES}")
         return blob
@@ -326,7 +327,6 @@ class DomainDef(
 
 
 _FIELDS = tuple(field for field in DomainDef.__struct_fields__ if not field.startswith("_"))
-_ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(DomainDef)
 
 _LIFE = ("destroy", "restart", "rename-restart", "preserve")

@@ -37,6 +37,7 @@ from .document import (
 )
 from .errors import DefinitionError
 from .names import check_text
+from .packing import pack
 
 
 class DiskDef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -597,7 +598,7 @@ def _typed(kind: str, table: _Table, wanted: Any) -> tuple[Any, ...]:
             if isinstance(value, str):
                 check_text(field, value)
     try:
-        table.decoder.decode(msgspec.msgpack.encode(devices))
+        table.decoder.decode(pack(devices))
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
         raise DefinitionError(f"{kind}: {error}", table.tag) from None
     return devices

@@ -54,6 +54,7 @@ from .errors import (
     UncommittedChanges,
 )
 from .names import check_name, parse_uuid
+from .packing import pack
 from .states import DomainState
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _state_mask(state: int | Iterable[int] | None) -> int:
 
 def _encode_dirs(dirs: ConfigDirs) -> bytes:
     paths = (dirs.config_dir, dirs.autostart_dir)
-    blob = msgspec.msgpack.encode([None if path is None else os.fsencode(path) for path in paths])
+    blob = pack([None if path is None else os.fsencode(path) for path in paths])
     # A flipped bit would be another path, and files would be made there.
     return zlib.crc32(blob).to_bytes(4, "big") + blob
 

@@ -21,6 +21,7 @@ from .definition import DomainDef
 from .domain import decode_data, encode_data
 from .errors import ContractError, DefinitionError, SegmentError, SegmentFull, ShmDomainsError
 from .names import shortened, shown
+from .packing import pack
 from .states import DomainState
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def export_domains(doms: DomainList, stream: IO[bytes]) -> int:
     stream.write(msgpack.packb({"format": FORMAT, "version": VERSION}))
     count = 0
     for info in doms.snapshot():
-        stream.write(msgspec.msgpack.encode(_entry(info)))
+        stream.write(pack(_entry(info)))
         count += 1
     stream.write(msgpack.packb(count))
     return count
