@@ -1525,7 +1525,10 @@ cdef bint wanted(const sd_values *values, int active, int persistent, int autost
         return False
     if autostart >= 0 and (values.flags & SD_FLAG_AUTOSTART != 0) != autostart:
         return False
-    return states == 0xffffffff or (values.state < 32 and (states >> values.state) & 1)
+    # In C only: a Python number that finds no memory would make this say no.
+    if states == <unsigned>0xffffffff:
+        return True
+    return values.state < 32 and (states >> values.state & <unsigned>1) != 0
 
 
 cdef int set_change(sd_blob *blob, bytes value) except -1:
@@ -1967,7 +1970,8 @@ cdef class Record:
         """The driver's own data: any MessagePack value, or None. Domain lock.
 
         What is read is read-only (mappings are proxies, sequences tuples); assign to change it.
-        Raises `TypeError` or `ValueError` for what MessagePack can not carry, and leaves it as it was.
+        Raises `TypeError` or `ValueError` for what MessagePack can not carry, and leaves it as it
+        was.
         """
         return self.mine().blob_value(SD_DATA)
 
