@@ -86,7 +86,7 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     try:
         root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
     except etree.XMLSyntaxError as error:
-        if error.code == _NO_MEMORY:
+        if getattr(error, "code", None) == _NO_MEMORY:
             raise MemoryError(f"a document of {len(data)} bytes") from None
         raise _syntax_error(error, data) from None
     declaration = _DECLARATION.match(known)
@@ -157,11 +157,17 @@ class _OpenElements:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def start(self, tag: str, attributes: Any) -> None:
-        self.names.append(tag)
+    def start(self, tag: str | bytes, attrib: Any) -> None:
+        self.names.append(str(tag))
 
-    def end(self, tag: str) -> None:
+    def end(self, tag: str | bytes) -> None:
         self.names.pop()
+
+    def data(self, data: str | bytes) -> None:
+        pass
+
+    def comment(self, text: str | bytes) -> None:
+        pass
 
     def close(self) -> None:
         pass

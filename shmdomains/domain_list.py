@@ -125,9 +125,11 @@ class LockedDomains(list[Domain]):
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         failure: BaseException | None = None
-        for dom in reversed(self):
+        at = len(self)
+        while at:  # which allocates nothing: without memory, too, they are unlocked
+            at -= 1
             try:
-                dom.__exit__(kind, value, traceback)
+                self[at].__exit__(kind, value, traceback)
             except BaseException as exc:
                 failure = failure or exc
         if failure is not None:
@@ -226,9 +228,11 @@ class DomainListRules(_Store):
                 for one in wanted:
                     self._lock_one(one, taken, deadline)
         except BaseException:
-            for dom in reversed(taken):
-                if dom.is_locked:
-                    dom._hand_back()
+            at = len(taken)
+            while at:  # as in LockedDomains.__exit__
+                at -= 1
+                if taken[at].is_locked:
+                    taken[at]._hand_back()
             raise
         return taken
 
@@ -245,7 +249,11 @@ class DomainListRules(_Store):
         dom = self.find_by_uuid(uuid, deadline.left())
         if dom is None:
             raise DomainNotFound(f"no domain with matching uuid '{parse_uuid(uuid)}'")
-        taken.append(dom)
+        try:
+            taken.append(dom)
+        except MemoryError:
+            dom._hand_back()
+            raise
 
     # --- assign, remove, rename: the list lock is the caller's ---
 
@@ -399,16 +407,16 @@ class DomainListRules(_Store):
         """
         deadline = _Deadline(timeout)
         definition = _as_definition(definition)
-        with self._list_held(deadline.left()):
-            existed = self._known(definition) is not None
-            dom = self.assign_def(definition, True, deadline.left())
+        dom, existed = None, True
         try:
+            with self._list_held(deadline.left()):
+                existed = self._known(definition) is not None
+                dom = self.assign_def(definition, True, deadline.left())
             with dom._in_passing():
                 self._save_and_commit(dom, deadline)
                 info = self.peek(uuid=dom.uuid, timeout=None)
         except BaseException:
-            if not existed:
-                self._take_back(dom)
+            self._take_back(dom, existed)
             raise
         assert info is not None  # we held it
         return info
@@ -421,8 +429,14 @@ class DomainListRules(_Store):
         with dirs.saving(dom.next_definition or dom.definition, deadline.left()):
             dom.commit(deadline.left())
 
-    def _take_back(self, dom: Domain) -> None:
-        """Remove a domain whose first save failed, unless somebody made use of it meanwhile."""
+    def _take_back(self, dom: Domain | None, existed: bool) -> None:
+        """Undo an `assign_def` after a failure: nobody holds the domain, it is as it was, and one
+        that did not exist is removed, unless somebody made use of it meanwhile."""
+        if dom is not None and dom.is_locked:
+            dom.rollback()
+            dom._hand_back()
+        if dom is None or existed:
+            return
         with (
             suppress(DomainActive, DomainRemoved),
             self._list_held(None),

@@ -121,18 +121,18 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
     successor = entry.next_definition
     next_definition = None if successor is None else _definition(entry, successor)
     data = _data(entry)
-    with doms.locked(timeout):
-        existed = doms._known(definition) is not None
-        dom = doms.assign_def(definition, entry.persistent, timeout)
+    dom, existed = None, True
     try:
+        with doms.locked(timeout):
+            existed = doms._known(definition) is not None
+            dom = doms.assign_def(definition, entry.persistent, timeout)
         with dom:
             if dom.is_active:
                 dom.rollback()
                 raise DefinitionError(f"domain '{entry.name}' is active; it was left as it is")
             _fill(dom, entry, next_definition, data)
     except BaseException:
-        if not existed:
-            doms._take_back(dom)
+        doms._take_back(dom, existed)
         raise
 
 
@@ -147,7 +147,8 @@ def _data(entry: _Entry) -> Any:
     try:
         return None if entry.data is None else decode_data(entry.data)
     except (ValueError, TypeError) as exc:
-        raise DefinitionError(f"the data of domain '{entry.name}' is damaged: {shortened(str(exc), 200)}") from None
+        reason = shortened(str(exc), 200)
+        raise DefinitionError(f"the data of domain '{entry.name}' is damaged: {reason}") from None
 
 
 def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None, data: Any) -> None:
@@ -161,9 +162,7 @@ def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None, data: A
 
 def _entries(stream: IO[bytes]) -> Iterator[_Entry]:
     # No entry holds a sequence, or more fields than this: what claims more is not believed.
-    unpacker = msgpack.Unpacker(
-        stream, max_buffer_size=64 << 20, max_array_len=64, max_map_len=64
-    )
+    unpacker = msgpack.Unpacker(stream, max_buffer_size=64 << 20, max_array_len=64, max_map_len=64)
     try:
         header = next(unpacker, None)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
