@@ -194,12 +194,13 @@ def top_level_text(document: str, tag: str) -> str:
 NASTY = [
     "", " ", "0", "-1", "1" * 30, "9" * 5000, "0x" + "f" * 3000, "1e9", "18446744073709551615",
     "18446744073709551616", "9007199254740991", "9007199254740992", "4294967296", "2147483648",
-    "\u0660\u0661", "\uff11", "1_0", "+5", "-0", "0x10", "NaN", "yes", "no", "a/b", "..", ".", "x" * 252,
-    "\u00e9" * 126, "a\nb", "\t\n\r ", "&#10;", "&#0;", "&#xD800;", "&#x10FFFF;", "&amp;", "&lt;&gt;",
-    "&nope;", "]]>", "<![CDATA[<x>]]>", "<!-- -->", "<?p i?>", "--", "\u202e", "\ufeff", "\U0001f600",
-    "\u0301", "\ud800", "\x00", "\x01", "\x7f", "\x85", "\u2028", "\ufffe", "{u}x", "%s%n", "../../etc/passwd",
-    "c7a5fdbd-edaf-9455-926a-d65c16db1809", "c7a5fdbdedaf9455926ad65c16db1809", "KiB", "b", "EiB", "kb",
-    "' onload='", '"', "kvm", "xen", "network", "file", "pci", "usb", "0000:00:00.0", "destroy",
+    "\u0660\u0661", "\uff11", "1_0", "+5", "-0", "0x10", "NaN", "yes", "no", "a/b", "..", ".",
+    "x" * 252, "\u00e9" * 126, "a\nb", "\t\n\r ", "&#10;", "&#0;", "&#xD800;", "&#x10FFFF;",
+    "&amp;", "&lt;&gt;", "&nope;", "]]>", "<![CDATA[<x>]]>", "<!-- -->", "<?p i?>", "--", "\u202e",
+    "\ufeff", "\U0001f600", "\u0301", "\ud800", "\x00", "\x01", "\x7f", "\x85", "\u2028", "\ufffe",
+    "{u}x", "%s%n", "../../etc/passwd", "c7a5fdbd-edaf-9455-926a-d65c16db1809",
+    "c7a5fdbdedaf9455926ad65c16db1809", "KiB", "b", "EiB", "kb", "' onload='", '"', "kvm", "xen",
+    "network", "file", "pci", "usb", "0000:00:00.0", "destroy",
 ]  # fmt: skip
 FIELDS = [None, None, None, "v", "vnc", "file", "network", "pci", "usb", 7, -1, True, "1.2", "u:p"]
 SNIPPETS = [
@@ -298,7 +299,7 @@ def change_tree(dice: random.Random, data: bytes) -> bytes:
             elif how == 7:
                 element.tail = dice.choice(NASTY)
             elif how == 8:
-                element.tag = dice.choice(["name", "memory", "devices", "disk", "x", "{u:1}y", "os"])
+                element.tag = dice.choice(["name", "memory", "devices", "disk", "x", "{u:1}y"])
             else:
                 element.insert(0, etree.Comment("c") if dice.random() < 0.5 else etree.PI("p", "i"))
         except ValueError:
@@ -566,13 +567,13 @@ def trap(tmp_path: Path) -> Iterator[Trap]:
 
 
 FETCHING = {
-    "entity": "<!DOCTYPE domain [<!ENTITY e SYSTEM '{}'>]><domain type='kvm'><name>&e;</name></domain>",
+    "entity": "<!DOCTYPE domain [<!ENTITY e SYSTEM '{}'>]>" + document(name="&e;"),
     "unused entity": "<!DOCTYPE domain [<!ENTITY e SYSTEM '{}'>]>" + document(),
     "parameter entity": "<!DOCTYPE domain [<!ENTITY % e SYSTEM '{}'> %e;]>" + document(),
     "external subset": "<!DOCTYPE domain SYSTEM '{}'>" + document(),
     "public subset": "<!DOCTYPE domain PUBLIC 'x' '{}'>" + document(),
     "in an attribute": "<!DOCTYPE d [<!ENTITY e SYSTEM '{}'>]><domain type='&e;'/>",
-    "notation": "<!DOCTYPE d [<!NOTATION n SYSTEM '{0}'><!ENTITY e SYSTEM '{0}' NDATA n>]><domain/>",
+    "notation": "<!DOCTYPE d [<!NOTATION n SYSTEM '{0}'><!ENTITY e SYSTEM '{0}' NDATA n>]><d/>",
     "after comments": "<!-- a -->\n<?p i?>\n<!DOCTYPE d SYSTEM '{}'>" + document(),
 }
 HARMLESS = {
@@ -624,7 +625,7 @@ BOMBS = {
     "billion laughs": "<!DOCTYPE d [<!ENTITY e0 'ha'>"
     + "".join(f"<!ENTITY e{i + 1} '{f'&e{i};' * 10}'>" for i in range(9))
     + "]><domain type='kvm'><name>&e9;</name></domain>",
-    "quadratic": f"<!DOCTYPE d [<!ENTITY e '{'x' * 50_000}'>]><domain><a>{'&e;' * 50_000}</a></domain>",
+    "quadratic": f"<!DOCTYPE d [<!ENTITY e '{'x' * 50_000}'>]>" + document("&e;" * 50_000),
     "in parameters": "<!DOCTYPE d [<!ENTITY % p0 'ha'>"
     + "".join(f"<!ENTITY % p{i + 1} '{f'&#37;p{i};' * 10}'>" for i in range(9))
     + "%p9;]><domain/>",
@@ -647,22 +648,24 @@ def test_a_name_of_a_charset_is_not_remembered(reader: Party) -> None:
     """Python's codecs keep every name that they ever looked for."""
     before = reader.tell("import encodings; len(encodings._cache)")
     for number in range(5):
-        name = f"x{number}" + "y" * 1000
+        text = f"<?xml version='1.0' encoding='x{number}{'y' * 1000}'?><domain/>".encode()
         with pytest.raises(DefinitionError, match="unknown encoding 'x"):
-            reader.tell(f"DomainDef.from_xml(b\"<?xml version='1.0' encoding='{name}'?><domain/>\")")
+            reader.tell(f"DomainDef.from_xml({text!r})")
     assert reader.tell("len(encodings._cache)") == before
 
 
 # --- MessagePack: definitions ------------------------------------------------------------------
 
 VALUES = [
-    None, True, -1, 0, 2**31, 2**53, 2**63, -(2**63), 1.5, float("nan"), "", "x", "a/b", "\0", "\x01",
-    "x" * 70_000, b"", b"\0" * 16, [], {}, [[]], {"a": 1}, [None] * 20, msgpack.ExtType(5, b"x"),
-    msgpack.Timestamp(1, 2), "c7a5fdbd-edaf-9455-926a-d65c16db1809", ["name"], ["nope"], ["disks"],
-    "<domain/>", "<a", "<!DOCTYPE a SYSTEM 'file:///dev/null'><a/>", "</a>" * 9,
+    None, True, -1, 0, 2**31, 2**53, 2**63, -(2**63), 1.5, float("nan"), "", "x", "a/b", "\0",
+    "\x01", "x" * 70_000, b"", b"\0" * 16, [], {}, [[]], {"a": 1}, [None] * 20,
+    msgpack.ExtType(5, b"x"), msgpack.Timestamp(1, 2), "c7a5fdbd-edaf-9455-926a-d65c16db1809",
+    ["name"], ["nope"], ["disks"], "<domain/>", "<a", "<!DOCTYPE a SYSTEM 'file:///dev/null'><a/>",
+    "</a>" * 9,
 ]  # fmt: skip
 HEADERS = [
-    b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9", b"\xdc", b"\xde", b"\xda", b"\xc5", b"\xc8", b"\xd9", b"\xc7",
+    b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9", b"\xdc", b"\xde", b"\xda", b"\xc5", b"\xc8",
+    b"\xd9", b"\xc7",
 ]  # fmt: skip
 
 
@@ -988,7 +991,7 @@ def change_stream(dice: random.Random, stream: bytes) -> bytes:
         elif how == 1 and len(objects) > 1:
             del objects[at]
         elif how == 2 and isinstance(objects[at], dict) and objects[at].get("data"):
-            objects[at] = {**objects[at], "data": dice.choice([*DEEP.values(), b"\x81\x80\xc0", b""])}
+            objects[at] = {**objects[at], "data": dice.choice(list(DEEP.values()))}
         else:
             objects[at] = change_value(dice, objects[at])
     return b"".join(bytes(msgpack.packb(one)) for one in objects)
