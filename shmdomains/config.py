@@ -171,12 +171,16 @@ def _make_directory(path: Path) -> None:
     _sync_directory(path.parent)
 
 
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
 class _Change:
     """A change of several directory entries that is undone as a whole unless `forget` is reached.
 
-    What an entry held before waits under a temporary name of its own (a hard link, so it costs no
-    space on a full filesystem). On a filesystem without hard links there is nothing to restore
-    from: there a failure after the rename leaves the new, whole file.
+    What an entry held before waits under a temporary name of its own: it is moved there where the
+    entry goes, else it is a hard link, which costs no data blocks. On a filesystem without hard
+    links there is nothing to restore a replaced file from: there a failure after the rename leaves
+    the new, whole file.
     """
 
     def __init__(self) -> None:
@@ -197,10 +201,14 @@ class _Change:
 
     def remove(self, path: Path) -> None:
         with _reported(path):
-            self._set_aside(path)
+            former = _temporary(path.parent)
             # libvirt ignores these two as well: what is not there need not be removed.
             with suppress(FileNotFoundError, NotADirectoryError):
-                os.unlink(path)
+                if stat.S_ISDIR(os.lstat(path).st_mode):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                # Takes nothing of a filesystem that is full, and leaves no moment with both names.
+                os.rename(path, former)
+                self._undo.append((path, former))
                 self._directories.setdefault(path.parent, path)
 
     def settle(self) -> None:
@@ -235,8 +243,9 @@ class _Change:
             os.link(path, former, follow_symlinks=False)
         except FileNotFoundError:
             self._undo.append((path, None))
-        except OSError:
-            return
+        except OSError as exc:
+            if exc.errno not in _NO_HARD_LINKS:
+                raise
         else:
             self._undo.append((path, former))
 

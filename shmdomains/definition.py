@@ -27,7 +27,8 @@ from . import devices, document
 from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 from .document import MAX_BYTES, Element
 from .errors import DefinitionError
-from .names import check_name, check_text, parse_uuid
+from .names import check_name, check_text, parse_uuid, shortened, shown
+from .packing import pack
 
 __all__ = [
     "ConsoleDef",
@@ -129,8 +130,10 @@ class DomainDef(
 
         Bytes are decoded as their XML declaration says; the declaration of a `str` is ignored.
         ``id`` is ignored. Raises `DefinitionError`, naming element and line, for XML that is not
-        well-formed, beyond lxml's limits, larger than 16 MiB or with a document type declaration,
-        and for what libvirt refuses in name, uuid, title, memory, vcpu, os and actions.
+        well-formed, beyond lxml's limits (256 levels, 10 MB in one text), larger than 16 MiB or
+        with a document type declaration, and for what libvirt refuses in name, uuid, title, memory,
+        vcpu, os and actions. Reading takes time in proportion to the size, and at most 64 times it
+        in memory (for nothing but tags; usually 10 times).
 
         >>> DomainDef.from_xml('''<domain type="kvm">
         ...   <name>web1</name> <memory unit="GB">1</memory> <os><type>hvm</type></os>
@@ -143,7 +146,8 @@ class DomainDef(
         """
         root, source = document.parse(text)
         if root.tag != "domain":
-            raise document.refusal(f"expecting root element of 'domain', not '{root.tag}'", root)
+            found = shortened(str(root.tag))
+            raise document.refusal(f"expecting root element of 'domain', not '{found}'", root)
         top = document.first_children(root)
         virt_type = root.get("type")
         if not virt_type:
@@ -202,15 +206,21 @@ class DomainDef(
         else:
             root, stale = document.make("domain"), _FIELDS
         for field in stale:
-            writer = _WRITERS.get(field)
-            if writer is None:
-                raise DefinitionError(f"a blob with an unknown field {field!r}")
-            writer(root, self)
+            self._write(root, field)
         if not text:
             document.indent(root)
         text = document.serialise(root)
         force_setattr(self, "_source", (text, ()))
         return text
+
+    def _write(self, root: Element, field: str) -> None:
+        writer = _WRITERS.get(field)
+        if writer is None:
+            raise DefinitionError(f"a blob with an unknown field {shown(field)}")
+        try:
+            writer(root, self)
+        except ValueError as error:  # only a blob says what XML can not carry
+            raise DefinitionError(f"{field} can not be written: {error}", field) from None
 
     def replace(self, **changes: Any) -> DomainDef:
         """A copy with these fields changed, checked by the rules of `from_xml`.
@@ -261,7 +271,7 @@ class DomainDef(
         >>> DomainDef.decode(guest.encode()) == guest
         True
         """
-        blob = _ENCODER.encode(self)
+        blob = pack(self)
         if len(blob) > MAX_BYTES:
             raise DefinitionError(f"the definition has {len(blob)} bytes, more than {MAX_BYTES}")
         return blob
@@ -285,7 +295,7 @@ class DomainDef(
         except DefinitionError:
             raise
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-            raise DefinitionError(f"not a definition: {error}") from None
+            raise DefinitionError(f"not a definition: {shortened(str(error), 200)}") from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DomainDef):
@@ -317,7 +327,6 @@ class DomainDef(
 
 
 _FIELDS = tuple(field for field in DomainDef.__struct_fields__ if not field.startswith("_"))
-_ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(DomainDef)
 
 _LIFE = ("destroy", "restart", "rename-restart", "preserve")
@@ -357,10 +366,10 @@ def parse_memory(text: str, unit: str | None = None) -> int:
     """
     value = _number(text, 2**64 - 1)
     if value is None:
-        raise DefinitionError(f"Invalid value {text[:80]!r} for a memory size")
+        raise DefinitionError(f"Invalid value {shown(text)} for a memory size")
     scale = _scale(unit or "KiB")
     if scale is None:
-        raise DefinitionError(f"unknown suffix {unit!r}")
+        raise DefinitionError(f"unknown suffix {shown(unit or '')}")
     if value * scale > _MAX_BYTES_OF_MEMORY:
         raise DefinitionError(f"value too large: {value}{unit or ''}")
     size = -(-value * scale // 1024)
@@ -391,7 +400,7 @@ def _check_action(event: str, action: str) -> str:
     if action in _ACTIONS[event]:
         return action
     raise DefinitionError(
-        f"unknown {event} action: {action[:80]!r}; there are {', '.join(_ACTIONS[event])}", event
+        f"unknown {event} action: {shown(action)}; there are {', '.join(_ACTIONS[event])}", event
     )
 
 
@@ -490,7 +499,7 @@ def _read_vcpus(root: Element, top: document.Children) -> tuple[int, int]:
 def _read_count(element: Element, text: str, what: str) -> int:
     count = _number(text, 2**32 - 1)
     if count is None:
-        raise document.refusal(f"{what} must be an integer, not {text[:80]!r}", element)
+        raise document.refusal(f"{what} must be an integer, not {shown(text)}", element)
     return count
 
 
@@ -506,7 +515,8 @@ def _listed_vcpus(element: Element, total: int) -> int | None:
         word = vcpu.get("enabled")
         if word not in ("yes", "no"):
             raise document.refusal(
-                f"Invalid value for attribute 'enabled' in element 'vcpu': {word!r}", vcpu
+                f"Invalid value for attribute 'enabled' in element 'vcpu': {shown(word or '')}",
+                vcpu,
             )
         enabled[number] = word == "yes"
     return sum(enabled.values()) if enabled else None
@@ -539,15 +549,15 @@ def _read_emulator(containers: Iterable[Element]) -> str | None:
 def _sanitize_metadata(metadata: Element) -> bool:
     """Drop what libvirt drops (``virXMLNodeSanitizeNamespaces``); true if there was any."""
     seen: set[str] = set()
-    dropped = False
-    for element in list(metadata.iterchildren("*")):
+    unwanted = []
+    for element in metadata.iterchildren("*"):
         namespace = element.tag[1:].partition("}")[0] if element.tag[0] == "{" else ""
         if namespace and namespace not in seen:
             seen.add(namespace)
-            continue
-        document.drop(element)
-        dropped = True
-    return dropped
+        else:
+            unwanted.append(element)
+    document.drop_all(unwanted)
+    return bool(unwanted)
 
 
 # --- checking values ------------------------------------------------------------------------
@@ -699,9 +709,7 @@ def _write_text(root: Element, tag: str, text: str | None) -> None:
     if text is not None:
         document.set_text(_made(root, tag), text)
         return
-    element = document.child(root, tag)
-    if element is not None:
-        document.drop(element)
+    document.drop_every(root, tag)
 
 
 def _text_writer(tag: str) -> Callable[[Element, DomainDef], None]:
@@ -746,11 +754,11 @@ def _has_type(os: Element) -> bool:
 
 
 def _write_emulator(root: Element, definition: DomainDef) -> None:
-    found = next(root.iterfind("devices/emulator"), None)
     if definition.emulator is None:
-        if found is not None:
-            document.drop(found)
+        for container in root.iterchildren("devices"):
+            document.drop_every(container, "emulator")
         return
+    found = next(root.iterfind("devices/emulator"), None)
     if found is None:
         found = document.make("emulator")
         document.put(_made(root, "devices"), found, None)

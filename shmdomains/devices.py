@@ -25,6 +25,7 @@ from .document import (
     Element,
     child,
     drop,
+    drop_every,
     first_children,
     indent,
     make,
@@ -36,6 +37,7 @@ from .document import (
 )
 from .errors import DefinitionError
 from .names import check_text
+from .packing import pack
 
 
 class DiskDef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -172,7 +174,7 @@ class _Slot:
             return
         set_attribute(node, self.attribute, None)
         if not node.attrib and not len(node):
-            drop(node)
+            drop_every(element, self.tag)
 
     def typed(self, value: str) -> Any:
         return value
@@ -218,8 +220,7 @@ class _Presence(_Slot):
         if value:
             make_child(element, self.tag)
             return
-        for node in list(element.iterchildren(self.tag)):
-            drop(node)
+        drop_every(element, self.tag)
 
 
 class _Text(_Slot):
@@ -236,9 +237,7 @@ class _Text(_Slot):
         if value is not None:
             set_text(make_child(element, self.tag), value)
             return
-        node = child(element, self.tag)
-        if node is not None:
-            drop(node)
+        drop_every(element, self.tag)
 
 
 class _Source(_Slot):
@@ -266,7 +265,7 @@ class _Source(_Slot):
         if value is not None and place:
             make_child(element, "source").set(place, value)
         elif node is not None and not node.attrib and not len(node):
-            drop(node)
+            drop_every(element, "source")
 
 
 class _Listen(_Slot):
@@ -285,7 +284,7 @@ class _Listen(_Slot):
         if node is None:
             return
         if value is None:
-            drop(node)
+            drop_every(element, "listen")
             return
         node.attrib.clear()
         node.set("type", "address")
@@ -306,7 +305,7 @@ class _ListenSocket(_Slot):
         set_attribute(element, "socket", value)
         node = child(element, "listen")
         if node is not None and node.get("type") == "socket":
-            drop(node)
+            drop_every(element, "listen")
 
 
 class _ConsolePath(_Slot):
@@ -350,9 +349,7 @@ class _HostAddress(_Slot):
 
     def write(self, element: Element, device: Any, value: str | None) -> None:
         source = make_child(element, "source")
-        address = child(source, "address")
-        if address is not None:
-            drop(address)
+        drop_every(source, "address")
         attributes = _address_attributes(device.type, value) if value is not None else None
         for name, number in (attributes or {}).items():
             make_child(source, "address").set(name, number)
@@ -601,7 +598,7 @@ def _typed(kind: str, table: _Table, wanted: Any) -> tuple[Any, ...]:
             if isinstance(value, str):
                 check_text(field, value)
     try:
-        table.decoder.decode(msgspec.msgpack.encode(devices))
+        table.decoder.decode(pack(devices))
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
         raise DefinitionError(f"{kind}: {error}", table.tag) from None
     return devices
@@ -646,13 +643,22 @@ def _matches(table: _Table, devices: tuple[Any, ...], present: tuple[Any, ...]) 
 def _unsaid(table: _Table, device: Any, base: Any) -> str | None:
     """The first field that a new element would not say, of those that differ from `base`."""
     said = table.read(_new_element(table, device))
+    rewritten = _SOURCE if base is not None and "type" in _changed(table, base, device) else ()
     for field in table.slots:
         value = getattr(device, field)
-        if base is not None and getattr(base, field) == value:
+        if base is not None and getattr(base, field) == value and field not in rewritten:
             continue
         if getattr(said, field) != value:
             return field
     return None
+
+
+_SOURCE = ("source", "protocol", "pool")
+"""What stands in ``<source>``, in a way that hangs on the type."""
+
+
+def _changed(table: _Table, base: Any, device: Any) -> list[str]:
+    return [field for field in table.slots if getattr(base, field) != getattr(device, field)]
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -693,9 +699,7 @@ def update(root: Element, kind: str, wanted: tuple[Any, ...]) -> None:
             element = _new_element(table, device)
         else:
             element = elements[match]
-            base = present[match]
-            changed = [f for f in table.slots if getattr(base, f) != getattr(device, f)]
-            _rewrite(table, element, device, changed)
+            _rewrite(table, element, device, _changed(table, present[match], device))
         _place(home, element, previous if previous is not None else anchor, previous is None)
         previous = element
 
@@ -707,11 +711,11 @@ def _last(container: Element) -> Element | None:
 def _rewrite(table: _Table, element: Element, device: Any, changed: list[str]) -> None:
     if "type" in changed and "source" in table.slots:
         # What else stands in <source> belongs to the old type: hosts, secrets, adapters.
-        source = child(element, "source")
-        if source is not None:
-            drop(source)
-        changed = [f for f in table.slots if f in changed or f in ("source", "protocol", "pool")]
+        drop_every(element, "source")
+        changed = [f for f in table.slots if f in changed or f in _SOURCE]
     table.write(element, device, changed)
+    # A document may say a thing twice, as <listen> and attribute: what was behind what went.
+    table.write(element, device, _changed(table, table.read(element), device))
 
 
 def _place(home: Element, element: Element, previous: Element | None, first: bool) -> None:

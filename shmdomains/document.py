@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from lxml import etree
 
 from .errors import DefinitionError
+from .names import shortened
 
 MAX_BYTES = 16 * 1024 * 1024
 """The largest document and the largest blob: what a record of the list may hold."""
@@ -49,10 +50,13 @@ _WIDE = (
     (b"<\0", "utf-16-le"),
     (b"\0<", "utf-16-be"),
 )
+# Python remembers every name that it was ever asked for.
+_LONGEST_CHARSET = 40
 # Python's own; some take quadratic time.
 _NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
 # lxml ends its messages with a position, which ours name in their own way.
+_NO_MEMORY = etree.ErrorTypes.ERR_NO_MEMORY
 _POSITION = re.compile(r"(?:, line \d+)?, column \d+$")
 
 
@@ -61,13 +65,15 @@ def parse(text: str | bytes) -> tuple[Element, str]:
 
     Bytes are decoded as their XML declaration says; in a `str` that says nothing any more, and is
     ignored. Raises `DefinitionError` for whatever is not well-formed, for a document type
-    declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text).
+    declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text);
+    `MemoryError` says nothing about the document.
 
     >>> root, text = parse(b"<?xml version='1.0' encoding='latin-1'?><a>\\xe9</a>")
     >>> root.text, text
     ('é', '<a>é</a>')
     """
     known = text if isinstance(text, str) else _decoded(text)
+    _refuse_size(len(known))  # characters, which may be more bytes: before they are made
     try:
         data = known.encode()
     except UnicodeEncodeError as error:
@@ -80,6 +86,8 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     try:
         root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
     except etree.XMLSyntaxError as error:
+        if getattr(error, "code", None) == _NO_MEMORY:
+            raise MemoryError(f"a document of {len(data)} bytes") from None
         raise _syntax_error(error, data) from None
     declaration = _DECLARATION.match(known)
     return root, known[declaration.end() :] if declaration else known
@@ -89,15 +97,15 @@ def _decoded(data: bytes) -> str:
     """The text of the bytes. Python decodes it: what libxml2 decodes could hide a document type."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"XML is str or bytes, not {type(data).__name__}")
+    _refuse_size(memoryview(data).nbytes)
     data = bytes(data)
-    _refuse_size(len(data))
     encoding = _encoding(data)
     try:
-        if codecs.lookup(encoding).name in _NO_CHARSETS:
+        if len(encoding) > _LONGEST_CHARSET or codecs.lookup(encoding).name in _NO_CHARSETS:
             raise LookupError
         return data.decode(encoding)
     except LookupError:
-        message = f"unknown encoding {encoding!r} (<?xml>, line 1)"
+        message = f"unknown encoding {shortened(encoding)!r} (<?xml>, line 1)"
         raise DefinitionError(message, "?xml", 1) from None
     except UnicodeError as error:
         start = getattr(error, "start", 0)
@@ -137,28 +145,44 @@ def _refuse_doctype(text: str) -> None:
 
 
 def _syntax_error(error: etree.XMLSyntaxError, data: bytes) -> DefinitionError:
-    message = _POSITION.sub("", error.msg or "not well-formed")
+    message = shortened(_POSITION.sub("", error.msg or "not well-formed").strip())
     element = _innermost_open(data)
     where = f"<{element}>, line {error.lineno}" if element else f"line {error.lineno}"
     return DefinitionError(f"{message} ({where})", element, error.lineno)
 
 
+class _OpenElements:
+    """What lxml calls back, in place of making a tree: a stack of the elements that are open."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def start(self, tag: str | bytes, attrib: Any) -> None:
+        self.names.append(str(tag))
+
+    def end(self, tag: str | bytes) -> None:
+        self.names.pop()
+
+    def data(self, data: str | bytes) -> None:
+        pass
+
+    def comment(self, text: str | bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _innermost_open(data: bytes) -> str | None:
     """The element that the parser was in when it gave up."""
-    parser = etree.XMLPullParser(events=("start", "end"), **_OPTIONS)
+    opened = _OpenElements()
+    parser = etree.XMLParser(target=opened, **_OPTIONS)
     try:
         parser.feed(data)
         parser.close()
     except etree.XMLSyntaxError:
         pass
-    names: list[str] = []
-    element: Any
-    for event, element in parser.read_events():
-        if event == "start":
-            names.append(str(element.tag))
-        else:
-            names.pop()
-    return names[-1] if names else None
+    return shortened(opened.names[-1]) if opened.names else None
 
 
 def serialise(root: Element) -> str:
@@ -168,7 +192,7 @@ def serialise(root: Element) -> str:
 
 def located(error: DefinitionError, element: Element) -> DefinitionError:
     """`error` again, naming the element that it is about and the line."""
-    tag = str(element.tag)
+    tag = shortened(str(element.tag))
     line: Any = element.sourceline or 1
     return type(error)(f"{error} (<{tag}>, line {line})", tag, line)
 
@@ -279,6 +303,28 @@ def drop(element: Element) -> None:
     parent.remove(element)
 
 
+def drop_all(elements: Sequence[Element]) -> None:
+    """`drop` for many of one parent, in order. Text that stands between them moves but once:
+    one by one, a document of nothing else would take quadratic time."""
+    texts: list[str] = []
+    for position, element in enumerate(elements):
+        following = elements[position + 1] if position + 1 < len(elements) else None
+        if element.tail and element.tail.strip():
+            texts.append(element.tail)
+            element.tail = None
+        if following is None or element.getnext() is not following:
+            element.tail = "".join([*texts, element.tail or ""]) or None
+            texts.clear()
+    for element in elements:
+        drop(element)
+
+
+def drop_every(parent: Element, tag: str) -> None:
+    """Take out all children with this tag: without the first, which alone is read, a second one
+    would be."""
+    drop_all(list(parent.iterchildren(tag)))
+
+
 def make(tag: str) -> Element:
     """A new element that is in no document yet."""
     return etree.Element(tag)
@@ -302,4 +348,9 @@ def canonical(root: Element) -> str:
             element.text = None
         if element.tail and not element.tail.strip():
             element.tail = None
-    return etree.tostring(root, method="c14n").decode()
+    try:
+        return etree.tostring(root, method="c14n").decode()
+    except etree.C14NError:
+        # Canonical XML 1.0 has no form of a relative namespace name, 2.0 has; libxml2 only has 1.0.
+        text = etree.tostring(root, encoding="unicode")
+        return str(etree.canonicalize(text, with_comments=True))

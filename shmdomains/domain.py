@@ -30,13 +30,33 @@ else:
 
 
 def encode_data(value: Any) -> bytes:
-    """Return the MessagePack of a driver's data; a mapping proxy counts as the mapping."""
+    """Return the MessagePack of a driver's data; a mapping proxy counts as the mapping.
+
+    Raises `TypeError` for what MessagePack can not carry, `ValueError` for a text with a lone
+    surrogate and for nesting that is deeper than 500 levels or so.
+    """
     return bytes(msgpack.packb(value, default=_plain))
 
 
 def decode_data(blob: bytes) -> Any:
-    """Return a read-only view of a driver's data: mappings are proxies, sequences tuples."""
+    """Return a read-only view of a driver's data: mappings are proxies, sequences tuples.
+
+    Raises `ValueError` or `TypeError` for what `encode_data` never made.
+    """
+    if len(blob) > _HARMLESS:
+        unpacker = msgpack.Unpacker(max_buffer_size=len(blob))
+        unpacker.feed(blob)
+        try:
+            unpacker.skip()
+        except msgpack.UnpackException as exc:
+            raise ValueError(f"not MessagePack: {exc}") from None
     return msgpack.unpackb(blob, use_list=False, object_hook=MappingProxyType, strict_map_key=False)
+
+
+# Before version 1.2.3 msgpack allocates whatever length an array claims to have, at each level.
+# Skipping over a value allocates nothing, and finds that claim out; where it would take longer than
+# it helps, all levels together claim a few MiB.
+_HARMLESS = 1024
 
 
 def _checked_reason(reason: int) -> int:
@@ -49,6 +69,8 @@ def _checked_reason(reason: int) -> int:
 def _plain(value: Any) -> Any:
     if isinstance(value, MappingProxyType):
         return dict(value)
+    if isinstance(value, int):
+        raise TypeError("data can hold integers from -2^63 to 2^64 - 1, not this one")
     raise TypeError(f"data can hold what MessagePack can, not {type(value).__name__}")
 
 

@@ -55,6 +55,7 @@ from .errors import (
 )
 from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
 from .names import check_name, parse_uuid
+from .packing import pack
 from .states import DomainState
 
 if TYPE_CHECKING:
@@ -115,9 +116,11 @@ class LockedDomains(list[Domain]):
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         failure: BaseException | None = None
-        for dom in reversed(self):
+        at = len(self)
+        while at:  # which allocates nothing: without memory, too, they are unlocked
+            at -= 1
             try:
-                dom.__exit__(kind, value, traceback)
+                self[at].__exit__(kind, value, traceback)
             except BaseException as exc:
                 failure = failure or exc
         if failure is not None:
@@ -156,7 +159,7 @@ def _state_mask(state: int | Iterable[int] | None) -> int:
 
 def _encode_dirs(dirs: ConfigDirs) -> bytes:
     paths = (dirs.config_dir, dirs.autostart_dir)
-    blob = msgspec.msgpack.encode([None if path is None else os.fsencode(path) for path in paths])
+    blob = pack([None if path is None else os.fsencode(path) for path in paths])
     # A flipped bit would be another path, and files would be made there.
     return zlib.crc32(blob).to_bytes(4, "big") + blob
 
@@ -164,7 +167,11 @@ def _encode_dirs(dirs: ConfigDirs) -> bytes:
 def _decode_dirs(blob: bytes) -> ConfigDirs:
     if zlib.crc32(blob[4:]).to_bytes(4, "big") != blob[:4]:
         raise SegmentCorrupt("the config directory that the segment remembers is damaged")
-    config_dir, autostart_dir = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
+    try:
+        paths = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
+    except msgspec.MsgspecError as exc:
+        raise SegmentCorrupt(f"the segment remembers no config directory: {exc}") from None
+    config_dir, autostart_dir = paths
     return ConfigDirs(
         Path(os.fsdecode(config_dir)),
         None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
@@ -212,9 +219,11 @@ class DomainListRules(_Store):
                 for one in wanted:
                     self._lock_one(one, taken, deadline)
         except BaseException:
-            for dom in reversed(taken):
-                if dom.is_locked:
-                    dom._hand_back()
+            at = len(taken)
+            while at:  # as in LockedDomains.__exit__
+                at -= 1
+                if taken[at].is_locked:
+                    taken[at]._hand_back()
             raise
         return taken
 
@@ -231,7 +240,11 @@ class DomainListRules(_Store):
         dom = self.find_by_uuid(uuid, deadline.left())
         if dom is None:
             raise DomainNotFound(f"no domain with matching uuid '{parse_uuid(uuid)}'")
-        taken.append(dom)
+        try:
+            taken.append(dom)
+        except MemoryError:
+            dom._hand_back()
+            raise
 
     # --- assign, remove, rename: the list lock is the caller's ---
 
@@ -385,16 +398,16 @@ class DomainListRules(_Store):
         """
         deadline = _Deadline(timeout)
         definition = _as_definition(definition)
-        with self._list_held(deadline.left()):
-            existed = self._known(definition) is not None
-            dom = self.assign_def(definition, True, deadline.left())
+        dom, existed = None, True
         try:
+            with self._list_held(deadline.left()):
+                existed = self._known(definition) is not None
+                dom = self.assign_def(definition, True, deadline.left())
             with dom._in_passing():
                 self._save_and_commit(dom, deadline)
                 info = self.peek(uuid=dom.uuid, timeout=None)
         except BaseException:
-            if not existed:
-                self._take_back(dom)
+            self._take_back(dom, existed)
             raise
         assert info is not None  # we held it
         return info
@@ -407,8 +420,14 @@ class DomainListRules(_Store):
         with dirs.saving(dom.next_definition or dom.definition, deadline.left()):
             dom.commit(deadline.left())
 
-    def _take_back(self, dom: Domain) -> None:
-        """Remove a domain whose first save failed, unless somebody made use of it meanwhile."""
+    def _take_back(self, dom: Domain | None, existed: bool) -> None:
+        """Undo an `assign_def` after a failure: nobody holds the domain, it is as it was, and one
+        that did not exist is removed, unless somebody made use of it meanwhile."""
+        if dom is not None and dom.is_locked:
+            dom.rollback()
+            dom._hand_back()
+        if dom is None or existed:
+            return
         with (
             suppress(DomainActive, DomainRemoved),
             self._list_held(None),
@@ -613,17 +632,25 @@ class DomainList(DomainListRules, core.Segment):
         """Create a segment with a name (default ``default``) or in a file of your choice.
 
         `mode` 0o660 with a `group` shares it with that group. Raises `SegmentExists`,
-        `SegmentRefused`, `SegmentFull` (no memory for it).
+        `SegmentRefused`, `SegmentFull` (no memory for it), and `OSError` when this process has no
+        descriptor left, or no address space for the largest size.
         """
         file = segment_file.path_of(name, path)
         max_domains = _checked_limit(max_domains, lock)
         doms = cls.__new__(cls)
         locks = _make_locks(lock, max_domains, context)
         limit = max_domains
-        fd = segment_file.create(
-            file, mode, group, lambda fd: core.format_segment(fd, lock, limit, max_bytes)
-        )
-        doms._attach_file(fd, file, name, path, *locks)
+
+        def fill(fd: int) -> None:
+            # Attached before it has a name: what fails here leaves none.
+            core.format_segment(fd, lock, limit, max_bytes)
+            doms._begin_file(fd, file, name, path, *locks)
+
+        try:
+            os.close(segment_file.create(file, mode, group, fill))
+        except BaseException:
+            doms.close()
+            raise
         return doms
 
     @classmethod
@@ -633,12 +660,17 @@ class DomainList(DomainListRules, core.Segment):
         """Attach to a segment by name or file.
 
         Raises `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode), `SegmentMismatch`
-        (another layout, boot or PID namespace), `SegmentCorrupt`. A list with multiprocessing locks
-        can only be read by those who did not inherit it.
+        (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError` when this process
+        has no descriptor left, or no address space for the largest size. A list with
+        multiprocessing locks can only be read by those who did not inherit it.
         """
         file = segment_file.path_of(name, path)
         doms = cls.__new__(cls)
-        doms._attach_file(segment_file.attach(file), file, name, path)
+        fd = segment_file.attach(file)
+        try:
+            doms._begin_file(fd, file, name, path)
+        finally:
+            os.close(fd)
         return doms
 
     @classmethod
@@ -657,7 +689,7 @@ class DomainList(DomainListRules, core.Segment):
             with suppress(SegmentExists):
                 return cls.create(name, path=path, **create)
 
-    def _attach_file(
+    def _begin_file(
         self,
         fd: int,
         file: Path,
@@ -670,8 +702,9 @@ class DomainList(DomainListRules, core.Segment):
             self._begin(fd, list_lock, slot_locks)
         except ShmDomainsError as exc:
             raise type(exc)(f"segment {file}: {exc}") from None
-        finally:
-            os.close(fd)
+        except OSError as exc:
+            # An attachment takes a descriptor, and address space for the largest size.
+            raise OSError(exc.errno, f"not attached: {exc.strerror}", str(file)) from None
         self._path = file
         self._name = None if path is not None else name or segment_file.DEFAULT_NAME
 

@@ -59,12 +59,20 @@ class LockHolder(msgspec.Struct, frozen=True):
 
 def process_started(start_ticks: int) -> float | None:
     """Return the epoch seconds of a start that is given in clock ticks since boot; 0 is unknown."""
-    return psutil.boot_time() + start_ticks / _TICKS if start_ticks else None
+    if not start_ticks:
+        return None
+    try:
+        return psutil.boot_time() + start_ticks / _TICKS
+    except OSError:  # reading the time of boot takes a descriptor
+        return None
 
 
 def is_running(pid: int, start_ticks: int) -> bool:
-    """Whether the process that started then still runs; numbers are used again, starts are not."""
-    return bool(start_ticks) and core.process_start(pid) == start_ticks
+    """Whether the process that started then still runs; numbers are used again, starts are not.
+
+    Yes if that can not be found out, for lack of descriptors: nobody is called dead by mistake.
+    """
+    return core.process_runs(pid, start_ticks)
 
 
 def command_of(pid: int) -> str | None:

@@ -18,8 +18,10 @@ MAX_NAME_BYTES = 251
 # What XML 1.0 can not carry, not even escaped; lone surrogates have no UTF-8 form either.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
-# virUUIDParse: blanks around it; before each pair of digits any number of '-' and ' '.
-_UUID = re.compile(r"[ \t\n\v\f\r]*((?:[- ]*[0-9a-fA-F]{2}){16})[ \t\n\v\f\r]*")
+# virUUIDParse: blanks around it; before each pair of digits any number of '-' and ' '. The blanks
+# are stripped beforehand: a pattern that has them twice takes quadratic time for many.
+_BLANKS = " \t\n\v\f\r"
+_UUID = re.compile(r"(?:[- ]*[0-9a-fA-F]{2}){16}")
 
 
 def check_text(what: str, text: str) -> str:
@@ -54,9 +56,9 @@ def check_name(name: str) -> str:
     if not name:
         raise InvalidName("missing name information", "name")
     if "\n" in name:
-        raise InvalidName(f"invalid char in name: {name!r} contains a newline", "name")
+        raise InvalidName(f"invalid char in name: {shown(name)} contains a newline", "name")
     if "/" in name:
-        raise InvalidName(f"name {name} cannot contain '/'", "name")
+        raise InvalidName(f"name {shortened(name)} cannot contain '/'", "name")
     if name in (".", ".."):
         raise InvalidName(f"name {name} cannot be a file name", "name")
     bad = _NO_XML.search(name)
@@ -89,10 +91,10 @@ def parse_uuid(value: str | bytes | UUID) -> UUID:
     if isinstance(value, UUID):
         return value
     if isinstance(value, str):
-        match = _UUID.fullmatch(value)
-        if match:
-            return UUID(hex=match.group(1).replace(" ", ""))
-        raise DefinitionError(f"malformed uuid {_shown(value)}", "uuid")
+        digits = value.strip(_BLANKS)
+        if _UUID.fullmatch(digits):
+            return UUID(hex=digits.replace(" ", ""))
+        raise DefinitionError(f"malformed uuid {shown(value)}", "uuid")
     if isinstance(value, (bytes, bytearray, memoryview)):
         if len(value) == 16:
             return UUID(bytes=bytes(value))
@@ -102,5 +104,15 @@ def parse_uuid(value: str | bytes | UUID) -> UUID:
     )
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:80] + "...")
+def shortened(text: str, most: int = 80) -> str:
+    """The text as far as an error shows it: what is refused may be megabytes long.
+
+    >>> shortened("a long text", 6)
+    'a long...'
+    """
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def shown(text: str) -> str:
+    """`shortened`, in quotes and on one line."""
+    return repr(shortened(text))

@@ -30,6 +30,7 @@ import psutil
 
 from .errors import (
     SegmentExists,
+    SegmentFull,
     SegmentInUse,
     SegmentNotFound,
     SegmentRefused,
@@ -39,6 +40,8 @@ from .errors import (
 SUFFIX = ".segment"
 DEFAULT_NAME = "default"
 _MODES = (0o600, 0o660)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process, or the whole machine
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 10.0  # seconds for the lock of a directory, which is held for microseconds
 
 
@@ -153,7 +156,9 @@ def _groups() -> set[int]:
 def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int], None]) -> int:
     """Create the file, let `fill` make it a segment, give it its name; returns the descriptor.
 
-    Raises `SegmentExists`, `SegmentRefused`; what `fill` raises leaves nothing behind.
+    Raises `SegmentExists`, `SegmentRefused`, `SegmentFull` when the filesystem has no room for
+    another file, `OSError` when this process has no descriptor or memory left; what `fill` raises
+    leaves nothing behind.
     """
     if mode not in _MODES:
         raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
@@ -175,11 +180,12 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
                     dst_dir_fd=place,
                     follow_symlinks=True,
                 )
-        except FileExistsError:
+        except BaseException as exc:
             os.close(fd)
-            raise SegmentExists(f"a segment {path} exists already; attach to it") from None
-        except BaseException:
-            os.close(fd)
+            if isinstance(exc, FileExistsError):
+                raise SegmentExists(f"a segment {path} exists already; attach to it") from None
+            if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+                raise _full(path.parent, exc) from None
             raise
     return fd
 
@@ -216,7 +222,18 @@ def _open_unnamed(place: int, path: Path) -> int:
     try:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=place)
     except OSError as exc:
+        if exc.errno in _EXHAUSTED:
+            raise
+        if exc.errno in _NO_ROOM:
+            raise _full(path, exc) from None
         raise SegmentRefused(f"can not create a segment in {path}: {exc.strerror}") from exc
+
+
+def _full(directory: Path, exc: OSError) -> SegmentFull:
+    return SegmentFull(
+        f"no room for a segment in {directory} ({exc.strerror}); remove files there, or make its "
+        "filesystem larger"
+    )
 
 
 def _gid(group: int | str) -> int:
@@ -233,8 +250,8 @@ def _gid(group: int | str) -> int:
 def attach(path: Path) -> int:
     """Open the segment for life, with its shared `flock`; returns the descriptor.
 
-    Raises `SegmentNotFound`, and `SegmentRefused` for a file that is not ours, a link, or of
-    another mode.
+    Raises `SegmentNotFound`, `SegmentRefused` for a file that is not ours, a link, or of another
+    mode, and `OSError` when this process has no descriptor or memory left.
     """
     with _existing(path) as place:
         while True:
@@ -264,6 +281,8 @@ def _existing(path: Path) -> Iterator[int]:
     except ShmDomainsError:
         raise
     except OSError as exc:
+        if exc.errno in _EXHAUSTED:
+            raise
         what = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror
         raise SegmentRefused(exc.errno, f"refused: {what}", str(path)) from exc
 

@@ -16,11 +16,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 from uuid import UUID
 
 import msgpack
 import msgspec
+from msgspec import Meta
 
 from .config import _discard, _sync_directory, _temporary
 from .definition import DomainDef
@@ -35,7 +36,8 @@ from .errors import (
     SegmentFull,
     ShmDomainsError,
 )
-from .names import check_name
+from .names import check_name, shortened, shown
+from .packing import pack
 from .states import DomainState
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class ImportReport(msgspec.Struct, frozen=True):
 
 
 class _Entry(msgspec.Struct):
-    uuid: bytes
+    uuid: Annotated[bytes, Meta(min_length=16, max_length=16)]
     name: str
     definition: str
     next_definition: str | None
@@ -62,9 +64,9 @@ class _Entry(msgspec.Struct):
     persistent: bool
     autostart: bool
     active: bool
-    state: int
-    reason: int
-    pid: int | None
+    state: DomainState
+    reason: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    pid: Annotated[int, Meta(gt=0, lt=1 << 31)] | None
 
 
 Value = TypeVar("Value")
@@ -160,7 +162,7 @@ def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise)
         except SegmentCorrupt as exc:
             failed(one.label, exc)
             continue
-        stream.write(msgspec.msgpack.encode(_entry(one, definition, failed)))
+        stream.write(pack(_entry(one, definition, failed)))
         count += 1
     stream.write(msgpack.packb(count))
     return count
@@ -195,7 +197,7 @@ def _fields(info: DomainInfo) -> dict[str, Any]:
         "persistent": info.persistent,
         "autostart": info.autostart,
         "active": info.is_active,
-        "state": int(info.state),
+        "state": info.state,
         "reason": int(info.reason),
         "pid": info.pid,
     }
@@ -206,7 +208,7 @@ _FIELDS_LOST: dict[str, Any] = {
     "persistent": True,
     "autostart": False,
     "active": False,
-    "state": int(DomainState.SHUTOFF),
+    "state": DomainState.SHUTOFF,
     "reason": 0,
     "pid": None,
 }
@@ -334,9 +336,10 @@ def import_domains(
     """Assign every domain of an exported stream. No lock may be held; the list lock is taken.
 
     State, data, flags and the next definition come along; an active domain stays active and gets a
-    new id. A domain that is active in the list already is left alone and reported. `timeout` in
-    seconds is for each wait. Raises `DefinitionError` for a stream that is no export;
-    `ContractError` and `SegmentError` but for `SegmentFull`, which is that domain's failure.
+    new id. A domain that is active in the list already is left alone and reported; one that can not
+    be imported whole is not imported at all. `timeout` in seconds is for each wait. Raises
+    `DefinitionError` for a stream that is no export; `ContractError` and `SegmentError` but for
+    `SegmentFull`, which is that domain's failure.
     """
     report = ImportReport([], [])
     for entry in _entries(stream):
@@ -354,16 +357,24 @@ def import_domains(
 
 
 def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
+    # All of it is read before any of it is assigned.
     definition = _definition(entry, entry.definition)
     successor = entry.next_definition
     next_definition = None if successor is None else _definition(entry, successor)
-    with doms.locked(timeout):
-        dom = doms.assign_def(definition, entry.persistent, timeout)
-    with dom:
-        if dom.is_active:
-            dom.rollback()
-            raise DefinitionError(f"domain '{entry.name}' is active; it was left as it is")
-        _fill(dom, entry, next_definition)
+    data = _data(entry)
+    dom, existed = None, True
+    try:
+        with doms.locked(timeout):
+            existed = doms._known(definition) is not None
+            dom = doms.assign_def(definition, entry.persistent, timeout)
+        with dom:
+            if dom.is_active:
+                dom.rollback()
+                raise DefinitionError(f"domain '{entry.name}' is active; it was left as it is")
+            _fill(dom, entry, next_definition, data)
+    except BaseException:
+        doms._take_back(dom, existed)
+        raise
 
 
 def _definition(entry: _Entry, xml: str) -> DomainDef:
@@ -373,23 +384,33 @@ def _definition(entry: _Entry, xml: str) -> DomainDef:
     return definition
 
 
-def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None) -> None:
+def _data(entry: _Entry) -> Any:
+    try:
+        return None if entry.data is None else decode_data(entry.data)
+    except (ValueError, TypeError) as exc:
+        reason = shortened(str(exc), 200)
+        raise DefinitionError(f"the data of domain '{entry.name}' is damaged: {reason}") from None
+
+
+def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None, data: Any) -> None:
     if entry.active:
         dom.activate(entry.pid)
-    dom.set_state(DomainState(entry.state), entry.reason)
+    dom.set_state(entry.state, entry.reason)
     dom.autostart = entry.autostart
     dom.next_definition = next_definition
-    dom.data = None if entry.data is None else msgpack.unpackb(entry.data, strict_map_key=False)
+    dom.data = data
 
 
 def _entries(stream: IO[bytes]) -> Iterator[_Entry]:
-    unpacker = msgpack.Unpacker(stream, max_buffer_size=64 << 20)
+    # No entry holds a sequence, or more fields than this: what claims more is not believed.
+    unpacker = msgpack.Unpacker(stream, max_buffer_size=64 << 20, max_array_len=64, max_map_len=64)
     try:
         header = next(unpacker, None)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise DefinitionError("this is no export of a list of domains")
         if header.get("version") != VERSION:
-            raise DefinitionError(f"export version {header.get('version')} is newer than this")
+            version = shown(str(header.get("version")))
+            raise DefinitionError(f"export version {version} is not {VERSION}, the one known here")
         count = 0
         for values in unpacker:
             if values == count and isinstance(values, int):
@@ -400,11 +421,11 @@ def _entries(stream: IO[bytes]) -> Iterator[_Entry]:
     except (ValueError, msgpack.UnpackException) as exc:
         if isinstance(exc, DefinitionError):
             raise
-        raise DefinitionError(f"the export is damaged: {exc}") from exc
+        raise DefinitionError(f"the export is damaged: {shortened(str(exc), 200)}") from exc
 
 
 def _checked(values: Any) -> _Entry:
     try:
         return msgspec.convert(values, _Entry)
     except msgspec.ValidationError as exc:
-        raise DefinitionError(f"the export is damaged: {exc}") from exc
+        raise DefinitionError(f"the export is damaged: {shortened(str(exc), 200)}") from exc

@@ -481,7 +481,9 @@ class Place:
     def attach(self) -> DomainList:
         doms = DomainList.__new__(DomainList)
         locks = (self.locks[0], self.locks[1:]) if self.locks else ()
-        doms._attach_file(segment_file.attach(self.path), self.path, None, self.path, *locks)
+        fd = segment_file.attach(self.path)
+        doms._begin_file(fd, self.path, None, self.path, *locks)
+        os.close(fd)
         return doms
 
     def prepare(self, fill: Callable[[DomainList], None]) -> Image | None:

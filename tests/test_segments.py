@@ -15,14 +15,12 @@ import shutil
 import socket
 import stat
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Home, Party, Process, definition, thread_party, xml
+from helpers import Home, Party, Process, thread_party, xml
 
 import shmdomains
 from shmdomains import (
@@ -806,124 +804,6 @@ def test_the_folder_without_an_override(
         alice.tell("doms.unlink()")
     finally:
         shutil.rmtree(fallback, ignore_errors=True)
-
-
-# --- full --------------------------------------------------------------------------------------
-
-
-def test_a_full_heap(place: Path) -> None:
-    doms = DomainList.create("s", max_domains=64, max_bytes=2 << 20)
-    made_of = definition("vm", description="x" * 100_000)
-    names = []
-    with pytest.raises(SegmentFull) as caught:
-        for number in range(64):
-            doms.define(made_of.replace(name=f"vm{number}"))
-            names.append(f"vm{number}")
-    assert isinstance(caught.value, MemoryError) and "max_bytes" in str(caught.value)
-    assert 3 < len(names) < 64
-    assert [info.name for info in doms] == names and len(doms) == len(names)
-    assert all(len(info.definition.description) == 100_000 for info in doms)
-    assert not doms.is_locked and doms.check()
-    with doms.get(name="vm0") as dom:
-        dom.data = b"x" * 300_000
-        with pytest.raises(SegmentFull):
-            dom.commit()
-        assert dom.data is None
-        dom.pid = 7  # what needs no room goes on
-    doms.undefine(name="vm1")
-    doms.define(made_of.replace(name="vm99"))
-    assert doms.peek(name="vm0").pid == 7 and doms.check()
-    assert place.stat().st_blocks * 512 <= 2 << 20
-    doms.close()
-
-
-def fill(path: Path) -> None:
-    """Take the last byte of a file system."""
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(b"\0" * 4096):
-            pass
-
-
-@pytest.fixture
-def small_tmpfs(segment_dir: Path) -> Iterator[Path]:
-    """A tmpfs of 2 MiB."""
-    folder = Path(tempfile.mkdtemp(dir=segment_dir))
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "shmdomains-test", str(folder)],
-        capture_output=True, timeout=20,
-    )  # fmt: skip
-    if not mounted or mounted.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True, timeout=20)
-
-
-def test_a_full_file_system(small_tmpfs: Path) -> None:
-    """Memory is committed before it is touched: an error, and no SIGBUS, in writers and readers."""
-    process = Process(SHMDOMAINS_DIR=str(small_tmpfs))
-    reader = Process(SHMDOMAINS_DIR=str(small_tmpfs))
-    try:
-        party = process.party
-        party.tell("doms = DomainList.create('s', max_domains=100_000)")
-        reader.party.tell("doms = DomainList.attach('s')")
-        names = party.tell(
-            "names = []\n"
-            "try:\n"
-            "    for number in range(3000):\n"
-            "        doms.define(xml(f'vm{number}', description='x' * 3000))\n"
-            "        names.append(f'vm{number}')\n"
-            "except SegmentFull as exc: reason = str(exc)\n"
-            "names"
-        )
-        assert 50 < len(names) < 1000
-        assert "memory" in party.tell("reason")
-        for other in (party, reader.party):
-            assert other.tell("[info.name for info in doms]") == names
-            assert other.tell("len(doms), doms.peek(name='vm3').definition.name") == (
-                len(names), "vm3",
-            )  # fmt: skip
-            assert other.tell("doms.check().problems") == []
-        with pytest.raises(SegmentFull):
-            reader.party.tell("with doms.get(name='vm0') as dom: dom.data = b'x' * (2 << 20)")
-        fill(small_tmpfs / "filler")
-        with pytest.raises(SegmentFull):
-            reader.party.tell("DomainList.create('second')")
-        assert sorted(os.listdir(small_tmpfs)) == ["filler", "s.segment"]
-        for other in (party, reader.party):
-            assert len(other.tell("[info.definition.description for info in doms]")) == len(names)
-        # What was committed is there to be used again.
-        party.tell("doms.undefine(name='vm0'); doms.define(xml('new', description='x' * 3000))\n1")
-        party.tell("with doms.get(name='vm1') as dom: number = dom.activate(); dom.pid = 7")
-        assert reader.party.tell("doms.peek(name='vm1').pid") == 7
-        # And when there is memory again, it goes on.
-        subprocess.run(["mount", "-o", "remount,size=8m", str(small_tmpfs)], check=True, timeout=20)
-        assert (
-            party.tell(
-                "for number in range(300): doms.define(xml(f'more{number}'))\ndoms.check().problems"
-            )
-            == []
-        )
-        assert reader.party.tell("len(doms)") == len(names) + 300
-    finally:
-        for one in (process, reader):
-            one.kill()
-            one.party.conn.close()
-
-
-def test_a_file_system_that_is_full_at_creation(small_tmpfs: Path) -> None:
-    fill(small_tmpfs / "filler")
-    os.truncate(small_tmpfs / "filler", (2 << 20) - (40 << 10))  # room for some of it
-    process = Process(SHMDOMAINS_DIR=str(small_tmpfs))
-    try:
-        for _ in range(2):
-            with pytest.raises(SegmentFull):
-                process.party.tell("DomainList.create('s')")
-        assert os.listdir(small_tmpfs) == ["filler"]
-        os.unlink(small_tmpfs / "filler")
-        process.party.tell("DomainList.create('s').define(xml('web1')).name")
-    finally:
-        process.kill()
-        process.party.conn.close()
 
 
 # --- large -------------------------------------------------------------------------------------

@@ -165,11 +165,18 @@ static inline sd_thread *sd_self(void)
 /* A thread, told apart from later ones of the same number by when its process started:
  * tid | start << 22 (pids are below 2^22; start in clock ticks since boot). */
 uint64_t sd_identity(uint32_t tid, uint64_t start);
-/* Start of a process in clock ticks since boot, 0 when there is no such process. */
+/* Start of a process in clock ticks since boot, 0 when there is no such process,
+ * SD_START_UNKNOWN when this process has no descriptor or memory left to look. */
+#define SD_START_UNKNOWN UINT64_MAX
 uint64_t sd_process_start(uint32_t pid);
+/* Does the process run that started then?  0 is a start that nobody could look up, when any process
+ * of this number will do.  Who can not look says yes: a wait goes on then, and nothing is taken. */
+bool sd_process_runs(uint32_t pid, uint64_t start);
+/* Was it this process's own lack of descriptors or memory? */
+bool sd_exhausted(int error);
 /* The process that thread `tid` belongs to, 0 when there is none. */
 uint32_t sd_process_of(uint32_t tid);
-/* Does the thread with this identity still run? */
+/* Does the thread with this identity still run?  Yes if that can not be found out. */
 bool sd_alive(uint64_t who);
 uint64_t sd_now(void);        /* CLOCK_MONOTONIC, ns */
 uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */

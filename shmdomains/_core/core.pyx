@@ -140,7 +140,9 @@ cdef extern from "core.h" nogil:
     uint64_t sd_load_acquire(const sd_word *)
     void sd_store(sd_word *, uint64_t)
     uint64_t sd_now()
+    uint64_t SD_START_UNKNOWN
     uint64_t sd_process_start(uint32_t)
+    bint sd_process_runs(uint32_t, uint64_t)
     uint32_t sd_process_of(uint32_t)
     bint sd_alive(uint64_t)
     int sd_geometry_make(sd_geometry *, uint64_t, uint64_t)
@@ -737,7 +739,11 @@ cdef class Segment:
         cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
         cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
         cdef uint32_t tid = <uint32_t>(who & 0x3fffff) if who else sd_mutex_owner(mutex)
-        return HOLDERS.lock_timeout(what, timeout, tid, sd_process_of(tid) if tid else 0,
+        # Finding out takes a descriptor; the owner wrote it down as well.
+        cdef uint32_t pid = sd_process_of(tid) if tid else 0
+        if not pid and who:
+            pid = <uint32_t>sd_load(&owner.pid)
+        return HOLDERS.lock_timeout(what, timeout, tid, pid,
                                     who >> 22 if who else 0,
                                     (sd_now() - since) / 1e9 if who and since else None)
 
@@ -1925,7 +1931,10 @@ cdef bint wanted(const sd_values *values, int active, int persistent, int autost
         return False
     if autostart >= 0 and (values.flags & SD_FLAG_AUTOSTART != 0) != autostart:
         return False
-    return states == 0xffffffff or (values.state < 32 and (states >> values.state) & 1)
+    # In C only: a Python number that finds no memory would make this say no.
+    if states == <unsigned>0xffffffff:
+        return True
+    return values.state < 32 and (states >> values.state & <unsigned>1) != 0
 
 
 cdef int set_change(sd_blob *blob, bytes value) except -1:
@@ -2089,7 +2098,7 @@ cdef class Record:
                     set_change(&changes[b], self.blobs[b])
         result = sd_commit(self.segment.segment, self.slot, &self.values, changes, NULL, deadline)
         if result != SD_OK:
-            _dropped = self.objects, self.blobs  # what goes with them may run anything: later
+            _objects, _blobs = self.objects, self.blobs  # may run anything as they go: later
             self.drop_changes()
             self.reload()
             return self.segment.fail(
@@ -2373,6 +2382,8 @@ cdef class Record:
         """The driver's own data: any MessagePack value, or None. Domain lock.
 
         What is read is read-only (mappings are proxies, sequences tuples); assign to change it.
+        Raises `TypeError` or `ValueError` for what MessagePack can not carry, and leaves it as it
+        was.
         """
         return self.mine().blob_value(SD_DATA)
 
@@ -2523,8 +2534,14 @@ def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
 
 
 def process_start(uint32_t pid):
-    """Start of a process in clock ticks since boot; 0: there is none."""
-    return sd_process_start(pid)
+    """Start of a process in clock ticks since boot; 0: there is none, or nobody can say."""
+    cdef uint64_t start = sd_process_start(pid)
+    return 0 if start == SD_START_UNKNOWN else start
+
+
+def process_runs(uint32_t pid, uint64_t start):
+    """Whether the process that started then still runs; a start of 0 is not known."""
+    return sd_process_runs(pid, start)
 
 
 def process_of(uint32_t tid):

@@ -84,10 +84,17 @@ uint64_t sd_identity(uint32_t tid, uint64_t start)
     return (tid & ((1u << 22) - 1)) | start << 22;
 }
 
-/* State letter and start (ticks since boot) out of a stat file of /proc; false: no such file. */
+bool sd_exhausted(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOMEM;
+}
+
+/* State letter and start (ticks since boot) out of a stat file of /proc; false: no such file, or
+ * with errno sd_exhausted(). */
 static bool read_stat(const char *path, char *state, uint64_t *start)
 {
     char text[1024];
+    errno = 0;
     FILE *file = fopen(path, "re");
     if (!file) return false;
     size_t n = fread(text, 1, sizeof text - 1, file);
@@ -108,7 +115,14 @@ uint64_t sd_process_start(uint32_t pid)
     char path[40], state;
     uint64_t start = 0;
     snprintf(path, sizeof path, "/proc/%u/stat", pid);
-    return read_stat(path, &state, &start) ? start : 0;
+    if (read_stat(path, &state, &start)) return start;
+    return sd_exhausted(errno) ? SD_START_UNKNOWN : 0;
+}
+
+bool sd_process_runs(uint32_t pid, uint64_t start)
+{
+    uint64_t now = sd_process_start(pid);
+    return now && (!start || now == start || now == SD_START_UNKNOWN);
 }
 
 uint32_t sd_process_of(uint32_t tid)
@@ -128,12 +142,13 @@ bool sd_alive(uint64_t who)
     uint32_t tid = (uint32_t)(who & ((1u << 22) - 1));
     uint32_t pid = sd_process_of(tid);
     if (!pid) return tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH); /* /proc may be hidden */
-    if (sd_identity(tid, sd_process_start(pid)) != who) return false;
+    if (!sd_process_runs(pid, who >> 22)) return false;
     /* A zombie has files in /proc, and the leader of a running process may be one. */
     char path[64], state;
     uint64_t ignored;
     snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, tid);
-    return read_stat(path, &state, &ignored) && state != 'Z' && state != 'X';
+    if (!read_stat(path, &state, &ignored)) return sd_exhausted(errno);
+    return state != 'Z' && state != 'X';
 }
 
 sd_thread *sd_thread_begin(void)
@@ -141,7 +156,8 @@ sd_thread *sd_thread_begin(void)
     sd_thread *self = sd_this_thread;
     if (start_epoch != sd_fork_epoch) {
         start_of_self = sd_process_start((uint32_t)getpid());
-        start_epoch = sd_fork_epoch;
+        if (start_of_self == SD_START_UNKNOWN) start_of_self = 0; /* the next thread looks again */
+        else start_epoch = sd_fork_epoch;
     }
     if (!self) {
         self = pop_idle();

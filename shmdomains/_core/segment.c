@@ -106,11 +106,13 @@ uint64_t sd_constants_sum(const sd_header *header)
     return h;
 }
 
-static void read_boot(uint64_t boot[2])
+/* Zeros where /proc does not say; SD_ERRNO when only this process can not read it now. */
+static int read_boot(uint64_t boot[2])
 {
     char text[64] = "";
     unsigned char bytes[16] = {0};
     FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (!file && sd_exhausted(errno)) return SD_ERRNO;
     if (file) {
         if (!fgets(text, sizeof text, file)) text[0] = 0;
         fclose(file);
@@ -123,6 +125,7 @@ static void read_boot(uint64_t boot[2])
         n++;
     }
     memcpy(boot, bytes, 16);
+    return SD_OK;
 }
 
 static uint64_t read_pid_namespace(void)
@@ -149,7 +152,7 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
                  "or architecture)");
         return SD_MISMATCH;
     }
-    read_boot(boot);
+    if (read_boot(boot) != SD_OK) return SD_ERRNO;
     if (memcmp(boot, header->boot, sizeof boot)) {
         snprintf(why, n, "made before this boot");
         return SD_MISMATCH;
@@ -213,7 +216,7 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     const sd_thread *self = sd_self();
     header->layout = SD_LAYOUT;
     header->signature = signature();
-    read_boot(header->boot);
+    if (read_boot(header->boot) != SD_OK) return SD_ERRNO;
     header->pid_namespace = read_pid_namespace();
     header->kind = kind;
     header->total_bytes = at->total_bytes;
@@ -282,12 +285,14 @@ static int read_header(int fd, const struct stat *status, sd_header *header, cha
 }
 
 /* A mapping keeps the open file that it was made from, and with it that file's flock.  So it is
- * made from an open file of its own: then closing `fd` lets go of the flock. */
+ * made from an open file of its own: then closing `fd` lets go of the flock.  Who may not open it
+ * anew (after setuid; without /proc) does with `fd`. */
 static void *map_file(int fd, uint64_t bytes)
 {
     char path[40];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     int own = open(path, O_RDWR | O_CLOEXEC);
+    if (own < 0 && sd_exhausted(errno)) return MAP_FAILED;
     void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
                       own < 0 ? fd : own, 0);
     if (own >= 0) close(own);
@@ -448,7 +453,7 @@ void sd_enter_attached(sd_segment *segment)
         for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
             uint64_t word = sd_load(&segment->attached[i]);
             if (word == me) return;
-            if (word && (pass == 0 || sd_process_start((uint32_t)(word & 0x3fffff)) == word >> 22))
+            if (word && (pass == 0 || sd_process_runs((uint32_t)(word & 0x3fffff), word >> 22)))
                 continue;
             sd_crash_point();
             if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return;
