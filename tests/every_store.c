@@ -266,6 +266,8 @@ static void bury(sd_trace_event *event, uint64_t address)
     uint64_t place = address - base;
     uint32_t word = lock_word(place);
     if ((word & FUTEX_TID_MASK) != (uint32_t)victim) return;
+    for (uint64_t i = 0; i < event->deaths; i++)
+        if (event->death[i][0] == place) return; /* a list in disorder may go in circles */
     MUST(event->deaths < MOST);
     uint64_t i = event->deaths++; /* in the order of places: who is marked first does not matter */
     for (; i && event->death[i - 1][0] > place; i--)
@@ -417,12 +419,13 @@ SEEN void sd_trace_next(sd_trace_event *event)
         make_store(event);
         return;
     }
-    if (fresh && watch()) {
-        fresh = false;
+    bool first = fresh;
+    fresh = false;
+    if (first && watch()) {
         tell(event, SD_TRACE_FOUND);
         return;
     }
-    for (fresh = false;;) {
+    for (;;) {
         resume(&status);
         if (!WIFSTOPPED(status)) {
             event->status = (uint64_t)status;

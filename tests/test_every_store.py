@@ -135,6 +135,7 @@ def count(tried: Callable[[str, int], None]) -> Callable[[dict[str, Any]], None]
 
     def count(found: dict[str, Any]) -> None:
         assert found["failures"] == [], "\n".join(found["failures"])
+        tried("operations and repairs that ptrace followed", 1)
         tried("stores into a segment that ptrace stopped at", found["stores"])
         tried("stores into a mutex that ptrace stopped at", found["mutex_stores"])
         tried("images of a death between two instructions", found["cases"])
