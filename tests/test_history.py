@@ -340,6 +340,35 @@ BAD = {
         replace(change(2, OLD, RENAMED), **RENAME),
         look(4, RENAMED, **BY_NAME),
     ],
+    "it has the id, and is not found by it": [
+        define(0, 0, "web0"),
+        change(2, OLD, ACTIVE),
+        look(4, None, by="id", key=7),
+    ],
+    "found by a name that it does not have": [
+        define(0, 0, "web0"),
+        look(2, OLD, by="name", key="web1"),
+    ],
+    "defined as something else": [replace(define(0, 0, "web0"), seen=[(0, NEW)])],
+    "not transient, and refused for that": [
+        define(0, 0, "web0"),
+        entry(2, "undefine", "transient", key=0, number=0),
+    ],
+    "not renamed without a reason": [
+        define(0, 0, "web0"),
+        replace(change(2, OLD, RENAMED, "exists"), **RENAME),
+    ],
+    "renamed to a name that another one has": [
+        define(0, 0, "web0"),
+        define(2, 1, "web1"),
+        replace(change(4, OLD, RENAMED), **RENAME),
+    ],
+    "seen under its new name, and then not found by it": [
+        define(0, 0, "web0"),
+        replace(change(2, OLD, RENAMED), **RENAME, end=20),
+        look(4, RENAMED),
+        look(6, None, by="name", key="web1"),
+    ],
     "active, and removed": [
         define(0, 0, "web0"),
         change(2, OLD, ACTIVE),
