@@ -241,7 +241,7 @@ def _look(split: _Split, entry: Entry) -> None:
         split.read(gone, entry, lambda record: record is None or record.id != key)
     elif entry.outcome in ("missing", "removed"):
         split.saw(entry, _number(entry), None)
-    elif entry.outcome == "rolled back" or _is_asked_for(entry):
+    elif _is_asked_for(entry):
         for number, record in entry.seen:
             split.saw(entry, number, record)
     else:

@@ -34,8 +34,13 @@ BUGS = {
 }
 
 _SWITCH = '__attribute__((visibility("default"))) long sd_planted;'
+_EXTERN = """extern long sd_planted;
+struct sd_segment;
+void sd_undo_state(struct sd_segment *segment, uint32_t slot);
+
+"""
 _DECLARED = {
-    "core.h": [("enum {\n    SD_OK = 0,", "extern long sd_planted;\n\nenum {\n    SD_OK = 0,")],
+    "core.h": [("enum {\n    SD_OK = 0,", _EXTERN + "enum {\n    SD_OK = 0,")],
     "lock.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
     "core.pyx": [
         (
@@ -66,6 +71,10 @@ PLANTED = {
 """,
         ),
         (
+            "    if written != sd_blob_sum(",
+            "    if sd_planted != 4 and written != sd_blob_sum(",
+        ),
+        (
             "if not (sd_matches(self.segment, slot, key) if key != NULL else ",
             "if sd_planted != 2 and not (sd_matches(self.segment, slot, key) if key != NULL else ",
         ),
@@ -78,7 +87,7 @@ PLANTED = {
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    else sd_recover_list(segment);
 }
 
 int sd_commit(""",
@@ -88,15 +97,15 @@ int sd_commit(""",
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else if (sd_recover_list(segment) != SD_OK) sd_poison(segment, SD_POISON_LIST, slot);
+    else sd_recover_list(segment);
 }
 
 int sd_commit(""",
         ),
         (
-            "    return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;",
+            "    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;",
             "    if (sd_planted == 6) return SD_MISS;\n"
-            "    return before & 1 || sd_load(sequence) != before ? SD_DOUBT : SD_MISS;",
+            "    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;",
         ),
         (
             """
@@ -109,6 +118,27 @@ int sd_commit(""",
     }
     atomic_thread_fence(memory_order_acquire);
     return sd_load(&record->life) == view->life && """,
+        ),
+        (
+            "    return sound ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_extent(",
+            "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_extent(",
+        ),
+        (
+            "/* The flip together with what the id index says (I4)",
+            """
+void sd_undo_state(sd_segment *segment, uint32_t slot)
+{
+    sd_slot *record = &segment->slots[slot];
+    uint64_t cur = sd_load(&record->cur);
+    sd_values before, now;
+    if (sd_cur_value(cur) < 2) return;
+    read_fields(record, sd_cur_seal(sd_cur_value(cur) - 1), &before);
+    sd_values_get(segment, slot, &now);
+    now.state = before.state;
+    flip(record, &now);
+}
+
+/* The flip together with what the id index says (I4)""",
         ),
         (
             """
@@ -135,7 +165,7 @@ int sd_commit(""",
         (
             "        sd_publish(&record->died_who, who ? who : 1);\n    }\n    sd_tidy(",
             "        sd_publish(&record->died_who, who ? who : 1);\n    }\n"
-            "    if (sd_planted == 7) sd_publish(&record->cur, sd_load(&record->cur) + 1);\n"
+            "    if (sd_planted == 7) sd_undo_state(segment, slot);\n"
             "    sd_tidy(",
         )
     ],

@@ -23,6 +23,7 @@ from uuid import UUID
 from killing import DEADLINE, Pipe, libc, xml
 
 from shmdomains import Domain, DomainInfo, DomainList, LockTimeout
+from shmdomains._core import core
 
 QUIET_TURNS = 40
 OWN = 3  # domains that a worker defines, renames and undefines; nobody else changes them
@@ -41,18 +42,25 @@ class Shape:
     waves: int
     lock: str
     crowded: bool  # all on one CPU: who is woken has to wait until somebody leaves it
+    aimed: bool  # at the moment just after a wake-up
     strangers: bool  # they attach; else they inherit the list
+    fused: bool = False  # killed at a store into the segment; needs the core with crash points
 
     @classmethod
     def few(cls, seed: int, lock: str = "robust") -> Shape:
-        return cls._of(seed, lock, 1, 3)
+        """Most wait for each other all the time."""
+        return cls._of(seed, lock, 1, 3, crowded=0.7, aimed=0.6)
 
     @classmethod
     def many(cls, seed: int, lock: str = "robust") -> Shape:
-        return cls._of(seed, lock, 60, 100) if lock != "robust" else cls._of(seed, lock, 150, 400)
+        """Most are in the middle of something."""
+        least, most = (150, 400) if lock == "robust" else (60, 100)
+        return cls._of(seed, lock, least, most, crowded=0.3, aimed=0.2)
 
     @classmethod
-    def _of(cls, seed: int, lock: str, least: int, most: int) -> Shape:
+    def _of(
+        cls, seed: int, lock: str, least: int, most: int, crowded: float, aimed: float
+    ) -> Shape:
         chance = random.Random(seed)
         workers = chance.randint(4, 8)
         return cls(
@@ -62,7 +70,8 @@ class Shape:
             doomed=workers - chance.randint(1, 2),
             waves=chance.choice(WAVES),
             lock=lock,
-            crowded=chance.random() < 0.7,
+            crowded=chance.random() < crowded,
+            aimed=chance.random() < aimed,
             strangers=lock == "robust" and chance.random() < 0.4,
         )
 
@@ -71,9 +80,14 @@ class Shape:
         return self.workers + (self.waves - 1) * self.doomed
 
     @property
+    def room(self) -> int:
+        """As many domains as there can be, and no more."""
+        return self.domains + self.all_workers * OWN
+
+    @property
     def patience(self) -> float:
         """For one lock. A multiprocessing lock may stick (see the README), which should be soon."""
-        return 0.8 * DEADLINE if self.lock == "robust" else 2.0
+        return (0.8 if self.lock == "robust" else 0.4) * DEADLINE
 
 
 # --- what was asked for, and what was acknowledged ------------------------------------------------
@@ -83,16 +97,18 @@ class Ledger:
     """Two words for everything that one worker alone changes; shared by fork.
 
     A worker has a count for each domain, and a state for each of its own: 0, or the number of the
-    turn that named it and of the turn that defined it.
+    turn that named it and of the turn that defined it. Beside them, for each worker, after how many
+    stores it is to die.
     """
 
     def __init__(self, shape: Shape) -> None:
         self._columns = shape.domains + OWN
         size = shape.all_workers * self._columns
-        shared = mmap.mmap(-1, 8 * (2 * size + 1))
+        shared = mmap.mmap(-1, 8 * (2 * size + 1 + shape.all_workers))
         self._asked = (ctypes.c_uint64 * size).from_buffer(shared)
         self._done = (ctypes.c_uint64 * size).from_buffer(shared, 8 * size)
         self._quiet = ctypes.c_uint64.from_buffer(shared, 16 * size)
+        self.fuses = (ctypes.c_uint64 * shape.all_workers).from_buffer(shared, 16 * size + 8)
 
     def count(self, worker: int, domain: int) -> int:
         """The cell of a count."""
@@ -154,8 +170,10 @@ def own_memory(state: int) -> int:
 
 
 def padding(counts: Iterable[int]) -> str:
-    """So that a record's size changes with each commit, and with it its place in the heap."""
-    return "x" * (sum(counts) * 37 % 500)
+    """So that a record's size changes with each commit, and with it its place in the heap; and
+    some are so large that the commit takes a while."""
+    total = sum(counts)
+    return "x" * (total * 37 % 500 * (1 if total % 4 else 50))
 
 
 def counts_of(view: Domain | DomainInfo) -> tuple[int, ...]:
@@ -190,7 +208,7 @@ class Worker:
             (2, self.count_and_commit_part_way),
             (1, self.change_and_roll_back),
             (2, self.give_up_soon),
-            (6, self.change_own),
+            (8, self.change_own),
             (2, self.look_at_one),
             (1, self.look_at_all),
         ]
@@ -202,8 +220,18 @@ class Worker:
         while left:
             left -= self.ledger.quiet
             self.turn += 1
+            self.light()
             [operation] = self.chance.choices(self.operations, cum_weights=self.weights)
             operation()
+
+    def light(self) -> None:
+        """Be killed after so many stores, if that is wanted by now."""
+        stores = self.ledger.fuses[self.number]
+        if stores:
+            self.ledger.fuses[self.number] = 0
+            points = ctypes.CDLL(core.__file__)
+            made = ctypes.c_long.in_dll(points, "sd_crash_count").value
+            ctypes.c_long.in_dll(points, "sd_crash_at").value = made + stores
 
     # Shared domains
 

@@ -67,7 +67,7 @@ def together(operations: list[Operation]) -> int:
 
 
 CASES = [
-    *((seed, "robust") for seed in range(60 if SOAK else 5)),
+    *((seed, "robust") for seed in range(50 if SOAK else 5)),
     *((seed, "multiprocessing") for seed in range(20 if SOAK else 3)),
 ]
 

@@ -1,9 +1,10 @@
 """What bites with robust, process-shared locks (section 4 of the design): each trap has its test.
 
 Others hold, wait, are killed, stopped, forked and interrupted in processes of their own; every wait
-has a deadline, so what would hang fails. The traps, in this order: lost wake-up, dangling pending
-entry, PID namespace, mapping, ENOTRECOVERABLE, the end of a thread and exec, fork, ownership, too
-many locks, flipped bits; then Ctrl-C and signal handlers.
+has a deadline, so what would hang fails. The traps, in this order: dangling pending entry, PID
+namespace, mapping, ENOTRECOVERABLE, the end of a thread and exec, fork, ownership, too many locks,
+flipped bits; then Ctrl-C and signal handlers. The first of the design's, the lost wake-up, has
+test_storms.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -114,52 +114,6 @@ def can_take(pipe: Pipe, path: str, name: str) -> None:
         pipe.say((exc.holder and exc.holder.pid, exc.holder and exc.holder.alive))
     else:
         pipe.say(None)
-
-
-# --- 1. lost wake-up ------------------------------------------------------------------------------
-
-
-def hammer(pipe: Pipe, path: str, turns: int | None) -> None:
-    doms = DomainList.attach(path=path)
-    handle = doms.get(name="a")
-    handle.unlock()
-    pipe.say("ready")
-    pipe.listen()
-    turn = 0
-    while turns is None or turn < turns:
-        with handle:
-            for _ in range(3000):  # so long that the others stop spinning and sleep
-                pass
-        turn += 1
-    pipe.say("done")
-    pipe.rest()
-
-
-def test_no_wake_up_is_lost_when_waiters_are_killed(
-    start: Callable[..., Child], doms: DomainList, path: str
-) -> None:
-    """Most are killed in one burst, then nobody stirs: who is left must not sleep for ever.
-
-    What loses it is a holder that dies, whose death wakes a waiter that dies before it runs.
-    """
-    chance = random.Random(1)
-    for _ in range(50):
-        survivor = start(hammer, path, 60)
-        victims = [start(hammer, path, None) for _ in range(6)]
-        for child in (survivor, *victims):
-            child.hear()
-        for child in (survivor, *victims):
-            child.tell()
-        survivor.conn.poll(0.002 + chance.random() * 0.002)
-        for victim in victims:
-            victim.signal(signal.SIGKILL)
-            pause = time.perf_counter() + chance.random() * 0.00015
-            while time.perf_counter() < pause:
-                pass
-        assert survivor.hear() == "done"
-        for child in (survivor, *victims):
-            child.close()
-    usable(doms)
 
 
 # --- 2. the dangling list_op_pending --------------------------------------------------------------
