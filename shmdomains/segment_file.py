@@ -282,7 +282,7 @@ def _existing(path: Path) -> Iterator[int]:
         raise
     except OSError as exc:
         if exc.errno in _EXHAUSTED:
-            raise
+            raise OSError(exc.errno, exc.strerror, str(path)) from None
         what = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror
         raise SegmentRefused(exc.errno, f"refused: {what}", str(path)) from exc
 
