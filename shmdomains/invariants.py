@@ -14,7 +14,8 @@ import msgspec
 from .holder import LockHolder
 
 INVARIANTS: dict[str, str] = {
-    "I1 identity": "Every domain has a UUID and a name of 1 to 251 bytes. Nobody repairs it.",
+    "I1 identity": "A slot says for sure whether a domain lives in it, and each has a UUID and a "
+    "name of 1 to 251 bytes. Nobody repairs it.",
     "I2 extents": "What a record names in the heap is there, and named once. Nobody repairs it.",
     "I2 map": "The map of used space, and its count, are what the records name. Rebuilt by the "
     "next holder of the heap lock after a death.",

@@ -137,6 +137,9 @@ def watch(child: Child, damages: list[Damage], failures: list[str], met: Counter
     return number + 1
 
 
+AT_ONCE = 10_000  # what fits into one message
+
+
 def try_all(nursery: Nursery, specimen: Specimen, damages: list[Damage]) -> Counter[str]:
     """Do every damage; fails with a list of those that did harm. Returns the errors met."""
     failures: list[str] = []
@@ -145,7 +148,8 @@ def try_all(nursery: Nursery, specimen: Specimen, damages: list[Damage]) -> Coun
     committed = sorted(specimen.parts.values())
     while left and len(failures) < ENOUGH:
         Path(specimen.folder, "damaged").unlink(missing_ok=True)
-        child = nursery.start(bad_bytes.try_all, specimen.path, specimen.folder, committed, left)
+        now = left[:AT_ONCE]
+        child = nursery.start(bad_bytes.try_all, specimen.path, specimen.folder, committed, now)
         left = left[watch(child, left, failures, met) :]
     assert not failures, f"{len(failures)} of {len(damages)}:\n" + "\n".join(failures)
     return met

@@ -125,14 +125,24 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "UUID index",
     ),
     "a dead domain comes back": (
-        slot(FREE_SLOT, "life", lambda old: old | 1),
+        slot(FREE_SLOT, "life", lambda old: old | 1 << 63 | 1),
         "I5 index",
         "does not lead to slot 4",
     ),
     "a domain is gone": (
-        slot(0, "life", lambda old: old + 1),
+        slot(0, "life", lambda old: old + 1 & ~(1 << 63)),
         "I5 index",
         "UUID index has an entry of slot 0",
+    ),
+    "a flipped bit makes a domain free": (
+        slot(0, "life", lambda old: old ^ 1),
+        "I1 identity",
+        "slot 0: whether a domain lives in it is damaged",
+    ),
+    "a flipped bit makes a free slot live": (
+        slot(FREE_SLOT, "life", lambda old: old ^ 1),
+        "I1 identity",
+        "slot 4: whether a domain lives in it is damaged",
     ),
     # I2: extents and the map
     "an extent named twice": (twice, "I2 extents", "named twice"),

@@ -415,6 +415,8 @@ static void check_record(sd_check *check, uint32_t slot)
     int result = read_record(check->segment, slot, &view, extents);
     unsigned named = check_descriptors(check, slot), counted = 0;
     if (named) suspect(check, MARKS, slot);
+    if (!sd_life_sound(sd_load(&check->segment->slots[slot].life)))
+        fault(check, "I1 identity", "slot %u: whether a domain lives in it is damaged", slot);
     if (!sd_mutex_sound(&check->segment->slots[slot].mutex))
         fault(check, "locks", "slot %u: its lock is damaged", slot);
     if (result == SD_CORRUPT)

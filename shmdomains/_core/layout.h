@@ -51,6 +51,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -112,7 +113,8 @@ typedef struct {
 typedef struct {
     /* line 0 */
     pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
-    sd_word life;          /* bit 0: LIVE; above: generation.  List + slot lock (I1) */
+    sd_word life;          /* bit 0 and bit 63: LIVE, twice, so that a flipped bit is seen; between
+                              them: generation.  List + slot lock (I1) */
     sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset;
                               sealed by sd_cur_seal() */
     sd_word died_who;      /* sticky: a holder died; cleared by the clean unlock of a holder that
@@ -249,6 +251,24 @@ static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */
 {
     uint64_t value = word & ((1ull << SD_SEAL_BITS) - 1);
     return sd_seal(value) == word ? value : UINT64_MAX;
+}
+
+#define SD_LIFE_LIVE (1ull << 63 | 1)
+
+static inline bool sd_life_sound(uint64_t life)
+{
+    return (life & SD_LIFE_LIVE) == 0 || (life & SD_LIFE_LIVE) == SD_LIFE_LIVE;
+}
+
+/* The same life once it has begun, and what comes after it. */
+static inline uint64_t sd_life_begun(uint64_t life)
+{
+    return life | SD_LIFE_LIVE;
+}
+
+static inline uint64_t sd_life_ended(uint64_t life)
+{
+    return ((life | 1) + 1) & ~SD_LIFE_LIVE;
 }
 
 /* `cur` has 48 bits of value and 16 of check; 0, in memory that was never used, is a sound 0. */

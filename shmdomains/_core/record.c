@@ -187,7 +187,8 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
         result = sd_probe_next(segment, &probe, slot);
         if (result != SD_OK) break;
         if (sd_matches(segment, *slot, key)) return SD_OK;
-        damaged |= sd_load(&segment->slots[*slot].life) & 1 && !sd_identity_sound(segment, *slot);
+        uint64_t life = sd_load(&segment->slots[*slot].life);
+        damaged |= !sd_life_sound(life) || (life & 1 && !sd_identity_sound(segment, *slot));
     }
     if (result != SD_MISS) return result;
     atomic_thread_fence(memory_order_acquire);
@@ -492,7 +493,7 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     if (result == SD_OK) result = prepare(segment, slot, uuid, name, values, blobs, deadline);
     if (result != SD_OK) return result;
     sd_sequence_begin(&header->list_seq);
-    sd_publish(&record->life, sd_load(&record->life) | 1);
+    sd_publish(&record->life, sd_life_begun(sd_load(&record->life)));
     sd_store(link, sd_load(&record->next_free));
     result = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
     if (result == SD_OK)
@@ -519,7 +520,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
 
     if (ids) sd_sequence_begin(&header->id_seq);
     sd_sequence_begin(&header->list_seq);
-    sd_publish(&record->life, (sd_load(&record->life) | 1) + 1);
+    sd_publish(&record->life, sd_life_ended(sd_load(&record->life)));
     int listed = sd_index_delete(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
     if (listed == SD_OK)
         listed = sd_index_delete(segment, SD_NAME_INDEX,
