@@ -251,12 +251,17 @@ Damage = Callable[[Planted], None]
         ("list", lambda at: at.write(at.name(2, 1), 0, 1), "(list lock), at slot 2, found"),
         ("id", lambda at: at.write(at.header("id_level"), 40), "of the id index (id lock), found"),
         (
+            "id",
+            lambda at: at.flip(at.copy(1, "status"), 0),
+            "of the id index (id lock), at slot 1, found",
+        ),
+        (
             "heap",
             lambda at: at.write(at.slot(1, "extent") + 16, 1 << 62 | 64),
             "of the map of used space (heap lock), at slot 1, found",
         ),
     ],
-    ids=["level", "name", "id level", "extent"],
+    ids=["level", "name", "id level", "fields", "extent"],
 )
 def test_a_poisoned_segment_says_why(
     start: Callable[..., Child],

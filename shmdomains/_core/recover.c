@@ -73,7 +73,8 @@ int sd_recover_ids(sd_segment *segment)
     for (uint32_t slot = 0; slot < slots; slot++) {
         sd_values values;
         if (!(sd_load_acquire(&segment->slots[slot].life) & 1)) continue;
-        if (sd_values_settled(segment, slot, &values) != SD_OK) return SD_CORRUPT;
+        if (sd_values_settled(segment, slot, &values) != SD_OK)
+            return give_up(segment, SD_POISON_IDS, slot + 1ull);
         if (values.id < 0) continue;
         if (sd_index_insert(segment, SD_ID_INDEX, sd_hash_id(segment, values.id), slot) != SD_OK)
             return give_up(segment, SD_POISON_IDS, slot + 1ull);
@@ -139,6 +140,8 @@ void sd_tidy_free_slots(sd_segment *segment)
         if (!named || sd_load(&record->life) & 1) continue;
         if (sd_slot_lock(segment, slot, SD_TRY) != SD_OK) continue;
         sd_tidy(segment, slot);
+        bool put_off = sd_load(&record->dirty);
         sd_slot_unlock(segment, slot, false);
+        if (put_off) return; /* the heap's holder is stopped: one slice of waiting is enough */
     }
 }
