@@ -162,6 +162,7 @@ def test_no_damage(nursery: Nursery, specimen: Specimen) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)  # each flip has a deadline of its own
 def test_every_bit_of_the_first_pages(nursery: Nursery, specimen: Specimen, tried: Tried) -> None:
     """Without ``SHMDOMAINS_SOAK``: but for hints that are not used, and the rest of the pages."""
     used = {*range(specimen.hints), *specimen.used("header")}
@@ -175,6 +176,7 @@ PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "m
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", PARTS)
 def test_bits_of_what_is_used(
     nursery: Nursery, specimen: Specimen, part: str, tried: Tried
