@@ -1172,19 +1172,34 @@ def test_read_only_filesystem(small_filesystem: Path) -> None:
     assert isinstance(parse(dirs.config_file("web1")), DomainDef)
 
 
-def test_directory_without_write_permission(tmp_path: Path) -> None:
-    dirs = ConfigDirs(tmp_path / "vm", tmp_path / "vm" / "autostart")
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    dirs.save(domain("web1", "old"))
-    dirs.config_dir.chmod(0o500)
+def refuse_to_write(config: Path) -> None:
+    with DomainList(max_domains=8) as doms:
+        assert doms.load_all_configs(config, config / "autostart").loaded == ["web1", "web2"]
+        for what in OPERATIONS:
+            refused(doms, config, what, {errno.EACCES})
+
+
+def test_a_directory_without_write_permission(segment_dir: Path, party: Party) -> None:
+    """By somebody who is not root, whom no mode keeps from writing."""
+    nobody = 54321 if os.getuid() == 0 else os.getuid()
+    config = segment_dir / "vm"
+    with configured(config):
+        pass
+    segment_dir.chmod(0o755)
+    for path in (config, *config.rglob("*")):
+        os.chown(path, nobody, -1, follow_symlinks=False)
+    for folder in (config / "autostart", config):
+        folder.chmod(0o500)
     try:
-        with pytest.raises(ConfigError) as info:
-            dirs.save(domain("web1", "new"))
+        # It has what it imports before it gives up being root, who alone may be able to read it.
+        if os.getuid() == 0:
+            party.tell(f"os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})")
+        party.tell(f"tight.refuse_to_write(tight.Path({str(config)!r}))")
     finally:
-        dirs.config_dir.chmod(0o700)
-    assert info.value.errno == errno.EACCES
-    assert dirs.config_file("web1").read_text() == domain("web1", "old").to_xml()
+        for folder in (config, config / "autostart"):
+            folder.chmod(0o700)
+    with configured(config) as doms:
+        works(doms, config, "undefine")
 
 
 @pytest.mark.parametrize("moment", ["fsync", "link", "rename"])

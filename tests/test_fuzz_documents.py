@@ -364,7 +364,7 @@ def judge_seeds(first: int, count: int) -> int:
 
 @pytest.mark.soak
 def test_mutated_documents(reader: Party, tried: Callable[[str, int], None]) -> None:
-    step, count = 20, 15_000 if SOAK else 600
+    step, count = 50, 30_000 if SOAK else 1_500
     accepted = sum(
         reader.tell(f"fuzz.judge_seeds({first}, {step})") for first in range(0, count, step)
     )
