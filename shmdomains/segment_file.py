@@ -223,7 +223,7 @@ def _open_unnamed(place: int, path: Path) -> int:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=place)
     except OSError as exc:
         if exc.errno in _EXHAUSTED:
-            raise
+            raise OSError(exc.errno, exc.strerror, str(path)) from None
         if exc.errno in _NO_ROOM:
             raise _full(path, exc) from None
         raise SegmentRefused(f"can not create a segment in {path}: {exc.strerror}") from exc
