@@ -157,9 +157,16 @@ def bugged() -> Iterator[Nursery]:
         yield nursery
 
 
+# A repair needs somebody who died; a miss that is wrong needs many who look at one name.
+OTHERWISE: dict[str, dict[str, int]] = {
+    "undoes a commit when it repairs": {"deaths": 15},
+    "misses without looking at the sequence": {"workers": 6, "domains": 1},
+}
+
+
 def plan_with(folder: Path, seed: int, bug: str) -> Plan:
-    deaths = {"undoes a commit when it repairs": 15}.get(bug, 0)
-    return Plan(folder / str(seed), seed, workers=4, domains=2, calls=CALLS, deaths=deaths, bug=bug)
+    sizes = {"workers": 4, "domains": 2, "calls": CALLS, **OTHERWISE.get(bug, {})}
+    return Plan(folder / str(seed), seed, bug=bug, **sizes)
 
 
 @pytest.mark.timeout(300)
