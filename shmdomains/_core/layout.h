@@ -129,10 +129,13 @@ typedef struct {
     sd_owner owner;      /* Slot lock */
     /* line 3 */
     sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  Slot + heap lock
-                                    (I2); a dead writer's is whole, named and kept */
+                                    (I2); a dead writer's is whole, named and kept.  What does not
+                                    count is freed by the slot's next holder, in a FREE slot also by
+                                    who repairs the list */
     sd_word dirty;     /* not 0: uncounted descriptors wait to be freed.  Slot lock; set before the
                           mutex is made consistent and where freeing had to be put off; cleared
-                          after the last one is freed */
+                          after the last one is freed.  A dead writer leaves it set, or garbage with
+                          a dead mutex, which is the same to the next holder */
     sd_word next_free; /* next FREE slot + 1.  List lock; rebuilt by its recovery */
 } sd_slot;
 
