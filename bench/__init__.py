@@ -1,0 +1,1 @@
+"""Measures shmdomains beside what would be used instead: see README.md."""

@@ -1,0 +1,313 @@
+"""The works of several processes: contention, killed holders, reading what is being written, room.
+
+All of it is done in the process of the contestant, which forks workers, holders and writers.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import statistics
+import time
+from functools import partial
+from typing import NamedTuple
+
+from . import world
+from .children import Child
+from .contestants import Contestant, NotOfferedError
+from .work import Works
+
+CHUNK = 50  # operations between two looks at the clock
+CAP = 2.0  # seconds after which a killed holder's domain counts as never free again
+
+
+# --- f: contention -----------------------------------------------------------------------------
+
+
+class Contention(NamedTuple):
+    rate: float  # operations per second, all workers together
+    least: float  # share of the unluckiest worker, 1 is the mean
+    most: float
+    longest: float  # seconds that one operation took at most
+    cpu: float  # seconds of CPU per operation
+    lost: int
+
+
+def contend(works: Works, workers: int, where: str, seconds: float, seed: int) -> Contention:
+    """Increments by so many workers: on ``random`` domains, all on ``one``, or each on a list of
+    its ``own``, which is what they would reach if they had nothing in common."""
+    contestant, keys = works.contestant, works.keys
+    _must_offer(contestant, "increment")
+    targets = keys[:1] if where == "one" else keys
+    before = sum(contestant.count(key) for key in targets)
+    children = [
+        Child(partial(_worker, works=works, where=where, seconds=seconds, seed=seed + number))
+        for number in range(workers)
+    ]
+    for child in children:
+        child.wait_ready()
+    for child in children:
+        child.go()
+    done = [child.result() for child in children]
+    total = sum(count for count, _time, _longest, _cpu in done)
+    after = sum(contestant.count(key) for key in targets)
+    lost = 0 if where == "own" else before + total - after
+    shares = [count * workers / total for count, *_ in done]
+    return Contention(
+        rate=sum(count / took for count, took, *_ in done),
+        least=min(shares),
+        most=max(shares),
+        longest=max(longest for _, _, longest, _ in done),
+        cpu=sum(cpu for *_, cpu in done) / total,
+        lost=lost,
+    )
+
+
+def _worker(
+    me: Child, works: Works, where: str, seconds: float, seed: int
+) -> tuple[int, float, float, float]:
+    contestant, keys = works.contestant, works.keys
+    if where == "own":
+        contestant = type(contestant)()
+        contestant.fill(world.domains(keys[:1000]), min(len(keys), 1000))
+        keys = keys[:1000]
+    else:
+        contestant.attach()
+    source = random.Random(seed)
+    chunks = [
+        [world.fresh(keys[0] if where == "one" else source.choice(keys)) for _ in range(CHUNK)]
+        for _ in range(200)
+    ]
+    increment, clock = contestant.increment, time.perf_counter
+    increment(chunks[0][:1])
+    me.begin()
+    done, longest = 1, 0.0
+    cpu, begin = time.process_time(), clock()
+    end = begin + seconds
+    at = begin
+    while at < end:
+        chunk = chunks[done // CHUNK % len(chunks)]
+        increment(chunk[:-1])
+        one = clock()
+        increment(chunk[-1:])  # one in fifty is timed alone
+        at = clock()
+        longest = max(longest, at - one)
+        done += CHUNK
+    return done, at - begin, longest, time.process_time() - cpu
+
+
+# --- h: killed holders -------------------------------------------------------------------------
+
+
+class Killed(NamedTuple):
+    """Seconds until somebody else has the domain; ``None``: not within `CAP`."""
+
+    waiting: float | None
+    later: float | None
+
+
+def _hold(contestant: Contestant, uuid: bytes) -> Child:
+    def do(me: Child) -> None:
+        contestant.attach()
+        contestant.hold(uuid)
+        me.ready()
+        signal.pause()
+
+    child = Child(do)
+    child.wait_ready()
+    return child
+
+
+def _take(contestant: Contestant, uuid: bytes, other: bytes) -> Child:
+    """Somebody who takes the domain when told to, and says when that began and when it ended."""
+
+    def do(me: Child) -> tuple[float, float]:
+        contestant.attach()
+        contestant.read_state([other])
+        me.begin()
+        begin = time.monotonic()
+        contestant.take(uuid)
+        return begin, time.monotonic()
+
+    child = Child(do)
+    child.wait_ready()
+    return child
+
+
+def _asleep(pid: int) -> None:
+    """Until the process sleeps (or, one that polls, has had the time to)."""
+    deadline = time.monotonic() + 0.05
+    while time.monotonic() < deadline:
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] == "S":
+                time.sleep(0.005)
+                return
+
+
+def _must_offer(contestant: Contestant, operation: str) -> None:
+    if getattr(type(contestant), operation) is getattr(Contestant, operation):
+        raise NotOfferedError(f"it has no {operation}")
+
+
+def killed_holder(works: Works, seed: int) -> Killed:
+    contestant = works.contestant
+    _must_offer(contestant, "hold")
+    number, other, second = world.draw(3, len(works.keys), seed)
+    uuid = works.keys[number]
+
+    waiter = _take(contestant, uuid, works.keys[other])
+    holder = _hold(contestant, uuid)
+    waiter.go()
+    _asleep(waiter.pid)
+    begin = time.monotonic()
+    holder.kill()
+    got = waiter.result_within(CAP)
+    waiting = None if got is None else got[1] - begin
+
+    uuid = works.keys[second]
+    comer = _take(contestant, uuid, works.keys[other])
+    _hold(contestant, uuid).kill()
+    comer.go()
+    got = comer.result_within(CAP)
+    return Killed(waiting, None if got is None else got[1] - got[0])
+
+
+def blocks_others(works: Works, seed: int) -> bool:
+    """Whether a holder of one domain keeps others from another one."""
+    _must_offer(works.contestant, "hold")
+    number, other, third = world.draw(3, len(works.keys), seed)
+    holder = _hold(works.contestant, works.keys[number])
+    try:
+        comer = _take_now(works.contestant, works.keys[other], works.keys[third])
+        return comer.result_within(0.5) is None
+    finally:
+        holder.kill()
+
+
+def _take_now(contestant: Contestant, uuid: bytes, other: bytes) -> Child:
+    def do(me: Child) -> bool:
+        contestant.attach()
+        contestant.take(uuid)
+        return True
+
+    return Child(do)
+
+
+# --- l and g: while somebody writes --------------------------------------------------------------
+
+
+def _writer(works: Works, keys: list[bytes]) -> Child:
+    """Somebody who keeps changing states until told to stop; reports how many a second."""
+
+    def do(me: Child) -> float:
+        contestant = works.contestant
+        contestant.attach()
+        contestant.change_state(keys[:1], world.PAUSED)
+        contestant.change_state(keys[:1], world.RUNNING)
+        me.ready()
+        done, begin = 0, time.perf_counter()
+        while not me.told_to_stop():
+            for key in keys:
+                contestant.change_state([key], world.PAUSED)
+                contestant.change_state([key], world.RUNNING)
+            done += 2 * len(keys)
+        return done / (time.perf_counter() - begin)
+
+    child = Child(do)
+    child.wait_ready()
+    return child
+
+
+class Watched(NamedTuple):
+    quiet: float  # seconds of a read
+    written: float  # the same while somebody keeps writing that record
+
+
+def read_while_written(works: Works, seed: int, seconds: float = 0.05) -> Watched:
+    contestant = works.contestant
+    if not contestant.shared:
+        raise NotOfferedError("no other process can write it")
+    key = works.keys[world.draw(1, len(works.keys), seed)[0]]
+    keys = [world.fresh(key) for _ in range(200)]
+
+    def one_read() -> float:
+        took = []
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            contestant.peek(keys)
+            took.append((time.perf_counter() - begin) / len(keys))
+        return statistics.median(took)
+
+    quiet = one_read()
+    writer = _writer(works, [key] * 20)
+    written = one_read()
+    writer.go()
+    writer.result()
+    return Watched(quiet, written)
+
+
+class Listed(NamedTuple):
+    alone: float  # changes per second of a writer
+    listed: float  # the same while somebody else keeps listing all
+
+
+def write_while_listed(works: Works, seed: int, seconds: float = 0.4) -> Listed:
+    if not works.contestant.shared:
+        raise NotOfferedError("no other process can write it")
+    keys = [works.keys[number] for number in world.draw(20, len(works.keys), seed)]
+    rates = []
+    for rows in (lambda: 0, works.contestant.rows):
+        writer = _writer(works, keys)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            rows()
+        writer.go()
+        rates.append(writer.result())
+    return Listed(*rates)
+
+
+# --- i: room -------------------------------------------------------------------------------------
+
+
+class Room(NamedTuple):
+    attach: float  # seconds to attach and read one state
+    fork: float  # seconds to fork and end a child
+    private: int  # bytes that reading a thousand states costs a process of its own
+
+
+def _private_bytes() -> int:
+    with open("/proc/self/smaps_rollup") as file:
+        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+
+
+def room(works: Works, seed: int) -> Room:
+    contestant = works.contestant
+    uuids = [works.keys[number] for number in world.draw(1000, len(works.keys), seed)]
+
+    def attach(me: Child) -> tuple[float, int]:
+        before = _private_bytes()
+        begin = time.perf_counter()
+        contestant.attach()
+        contestant.read_state(uuids[:1])
+        took = time.perf_counter() - begin
+        contestant.read_state(uuids)
+        return took, _private_bytes() - before
+
+    took, private = Child(attach).result() if contestant.shared else (0.0, 0)
+    forks = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        forks.append(time.perf_counter() - begin)
+    return Room(took, statistics.median(forks), private)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
