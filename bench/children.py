@@ -16,6 +16,8 @@ from typing import Any
 
 from .contestants import Contestant
 
+PATIENCE = 60  # seconds: a machine has other work, too
+
 
 class Child:
     """A forked process that reports once, by pickle through a pipe, and then exits."""
@@ -57,6 +59,9 @@ class Child:
             return False
 
     def wait_ready(self) -> None:
+        if not select.select([self._ready], [], [], PATIENCE)[0]:
+            self.kill()
+            raise RuntimeError("a worker did not begin")
         if os.read(self._ready, 1) != b"r":
             self.result()
             raise RuntimeError("a worker ended before its time")

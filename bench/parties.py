@@ -5,7 +5,6 @@ All of it is done in the process of the contestant, which forks workers, holders
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import signal
@@ -14,9 +13,11 @@ import time
 from functools import partial
 from typing import NamedTuple
 
-from . import world
+from . import fresh, world
 from .children import Child
 from .contestants import Contestant, NotOfferedError
+from .contestants.ours import Robust
+from .fresh import Room
 from .work import Works
 
 CHUNK = 50  # operations between two looks at the clock
@@ -154,10 +155,10 @@ def _must_offer(contestant: Contestant, operation: str) -> None:
 def killed_holder(works: Works, seed: int) -> Killed:
     contestant = works.contestant
     _must_offer(contestant, "hold")
-    number, other, second = world.draw(3, len(works.keys), seed)
-    uuid = works.keys[number]
+    # Domains of its own for each round: where a holder was killed, some stay locked for ever.
+    uuid, second, other = works.keys[3 * seed + 3 : 3 * seed + 6]
 
-    waiter = _take(contestant, uuid, works.keys[other])
+    waiter = _take(contestant, uuid, other)
     holder = _hold(contestant, uuid)
     waiter.go()
     _asleep(waiter.pid)
@@ -166,27 +167,24 @@ def killed_holder(works: Works, seed: int) -> Killed:
     got = waiter.result_within(CAP)
     waiting = None if got is None else got[1] - begin
 
-    uuid = works.keys[second]
-    comer = _take(contestant, uuid, works.keys[other])
-    _hold(contestant, uuid).kill()
+    comer = _take(contestant, second, other)
+    _hold(contestant, second).kill()
     comer.go()
     got = comer.result_within(CAP)
     return Killed(waiting, None if got is None else got[1] - got[0])
 
 
-def blocks_others(works: Works, seed: int) -> bool:
+def blocks_others(works: Works) -> bool:
     """Whether a holder of one domain keeps others from another one."""
     _must_offer(works.contestant, "hold")
-    number, other, third = world.draw(3, len(works.keys), seed)
-    holder = _hold(works.contestant, works.keys[number])
+    holder = _hold(works.contestant, works.keys[0])
     try:
-        comer = _take_now(works.contestant, works.keys[other], works.keys[third])
-        return comer.result_within(0.5) is None
+        return _take_now(works.contestant, works.keys[1]).result_within(0.5) is None
     finally:
         holder.kill()
 
 
-def _take_now(contestant: Contestant, uuid: bytes, other: bytes) -> Child:
+def _take_now(contestant: Contestant, uuid: bytes) -> Child:
     def do(me: Child) -> bool:
         contestant.attach()
         contestant.take(uuid)
@@ -272,40 +270,26 @@ def write_while_listed(works: Works, seed: int, seconds: float = 0.4) -> Listed:
 # --- i: room -------------------------------------------------------------------------------------
 
 
-class Room(NamedTuple):
-    attach: float  # seconds to attach and read one state
-    fork: float  # seconds to fork and end a child
-    private: int  # bytes that reading a thousand states costs a process of its own
-
-
-def _private_bytes() -> int:
-    with open("/proc/self/smaps_rollup") as file:
-        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
-
-
 def room(works: Works, seed: int) -> Room:
+    """For a list of ours as a stranger has it; for others in a forked worker."""
     contestant = works.contestant
     uuids = [works.keys[number] for number in world.draw(1000, len(works.keys), seed)]
+    if isinstance(contestant, Robust) and contestant.lock == "robust":
+        return fresh.look(contestant.path, uuids)
+    if not contestant.shared:
+        return Room(0.0, fresh.fork_seconds(), 0)
 
-    def attach(me: Child) -> tuple[float, int]:
-        before = _private_bytes()
+    def attach(_me: Child) -> tuple[float, int]:
+        before = fresh.private_bytes()
         begin = time.perf_counter()
         contestant.attach()
         contestant.read_state(uuids[:1])
         took = time.perf_counter() - begin
         contestant.read_state(uuids)
-        return took, _private_bytes() - before
+        return took, fresh.private_bytes() - before
 
-    took, private = Child(attach).result() if contestant.shared else (0.0, 0)
-    forks = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        child = os.fork()
-        if not child:
-            os._exit(0)
-        os.waitpid(child, 0)
-        forks.append(time.perf_counter() - begin)
-    return Room(took, statistics.median(forks), private)
+    took, private = Child(attach).result()
+    return Room(took, fresh.fork_seconds(), private)
 
 
 def resident_bytes() -> int:

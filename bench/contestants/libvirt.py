@@ -121,9 +121,7 @@ class LibvirtInProcess(Contestant):
             raise AssertionError(uuid)
 
     def rows(self) -> list[Row]:
-        return [
-            (dom.ID(), dom.name(), dom.state()[0]) for dom in self.connection.listAllDomains()
-        ]
+        return [(dom.ID(), dom.name(), dom.state()[0]) for dom in self.connection.listAllDomains()]
 
 
 class LibvirtDaemon(LibvirtInProcess):
@@ -172,6 +170,8 @@ class LibvirtDaemon(LibvirtInProcess):
                 time.sleep(0.02)
 
     def attach(self) -> None:
+        # An inherited connection would say good-bye over a socket that is its parent's.
+        self.inherited = vars(self).get("connection")
         self._connect(f"test+unix:///default?socket={self.folder}/libvirt-sock")
 
     def close(self) -> None:

@@ -165,8 +165,7 @@ class Lmdb(Contestant):
             pages = sum(
                 stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
                 for stat in (
-                    txn.stat(db)
-                    for db in (self.fields, self.definitions, self.names, self.ids)
+                    txn.stat(db) for db in (self.fields, self.definitions, self.names, self.ids)
                 )
             )
             return pages * int(self.env.stat()["psize"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
+from multiprocessing import util
 from multiprocessing.managers import BaseManager
 from typing import Any
 
@@ -115,8 +116,11 @@ class Manager(Contestant):
             self.call("add", (made.uuid, made.name, id, RUNNING, plain))
 
     def attach(self) -> None:
-        # An inherited proxy would say good-bye over a connection that is its parent's.
+        # What multiprocessing does in children that it forks itself: the connection of the parent
+        # is forgotten, and kept from being closed with a good-bye.
         self.inherited = vars(self).get("proxy")
+        if self.inherited is not None:
+            util._run_after_forkers()  # type: ignore[attr-defined]
         client = _Manager(self.address, authkey=bytes(self.key))
         client.connect()
         self.proxy: Any = client.domains()  # type: ignore[attr-defined]

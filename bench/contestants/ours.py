@@ -9,7 +9,7 @@ from typing import Literal
 from shmdomains import DomainDef, DomainList, DomainState
 
 from ..world import Made
-from .base import Contestant, Row
+from .base import Contestant, Row, drop, memory_folder
 
 
 class Robust(Contestant):
@@ -25,7 +25,10 @@ class Robust(Contestant):
         return definition.name, definition.title or ""
 
     def fill(self, domains: Iterable[Made], count: int) -> None:
-        self.doms = DomainList(
+        self.folder = memory_folder()
+        self.path = f"{self.folder}/list"
+        self.doms = DomainList.create(
+            path=self.path,
             max_domains=count + self._spare,
             lock=self.lock,
             context=multiprocessing.get_context("fork"),
@@ -41,6 +44,7 @@ class Robust(Contestant):
 
     def close(self) -> None:
         self.doms.close()
+        drop(self.folder)
 
     def read_state(self, uuids: Sequence[bytes]) -> int:
         get = self.doms.get
@@ -129,7 +133,8 @@ class Robust(Contestant):
 
     def count(self, uuid: bytes) -> int:
         with self.doms.get(uuid=uuid) as dom:
-            return dom.pid or 0
+            count = dom.pid
+        return count or 0
 
     def hold(self, uuid: bytes) -> None:
         self.held = self.doms.get(uuid=uuid)

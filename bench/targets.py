@@ -1,0 +1,183 @@
+"""What is to be reached, as ratios within one run, and what was.
+
+A figure that a run did not take leaves its target open; a target that is missed is worth a profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rich.table import Table
+
+from . import world
+from .results import Results
+
+OURS, DICT, HAND, LMDB = "shmdomains", "dict + threading.Lock", "shared_memory by hand", "LMDB"
+SHARED_PEERS = (HAND, LMDB, "SQLite", "UltraDict", "diskcache", "multiprocessing.Manager", "Redis")
+
+
+class Target(NamedTuple):
+    work: str  # the letter of the work
+    what: str
+    wanted: str
+    reached: str
+    met: bool | None
+
+
+def _at_least(work: str, what: str, factor: float, reached: float | None) -> Target:
+    wanted = f"≥ {factor:g}x"
+    if reached is None:
+        return Target(work, what, wanted, "not measured", None)
+    return Target(work, what, wanted, f"{reached:.2f}x", reached >= factor)
+
+
+def _at_most(
+    work: str, what: str, limit: float, reached: float | None, scale: float = 1, unit: str = ""
+) -> Target:
+    wanted = f"≤ {limit * scale:g} {unit}".rstrip()
+    if reached is None:
+        return Target(work, what, wanted, "not measured", None)
+    says = f"{reached * scale:.3g} {unit}".rstrip()
+    return Target(work, what, wanted, says, reached <= limit)
+
+
+def _ratio(upper: float | None, lower: float | None) -> float | None:
+    return None if upper is None or not lower else upper / lower
+
+
+def _faster(results: Results, work: str, theirs: str, peer: str, domains: int) -> float | None:
+    return _ratio(results.get(theirs, peer, domains), results.get(work, OURS, domains))
+
+
+HOT = (
+    ("a", "get, state", "read_state", "read_state", "read_state"),
+    ("a", "patch's form", "read_state_patch", "read_state", "read_state_patch"),
+    ("c", "change state", "change_state", "change_state", "change_state"),
+    ("k", "find by id", "by_id", "by_id", "by_id"),
+    ("k", "miss", "miss", "miss", "miss"),
+)
+WANTED = {1_000: (5, 8), 100_000: (3, 7)}  # times LMDB, times by hand
+
+
+def _hot(results: Results) -> Iterator[Target]:
+    for domains, (lmdb, hand) in WANTED.items():
+        for letter, title, ours, theirs, in_process in HOT:
+            for peer, work, factor in (
+                (LMDB, theirs, lmdb),
+                (HAND, theirs, hand),
+                (DICT, in_process, 1),
+            ):
+                reached = _faster(results, ours, work, peer, domains)
+                yield _at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
+
+
+def _definitions(results: Results) -> Iterator[Target]:
+    for domains in WANTED:
+        for letter, title, work, peer, factor in (
+            ("b", "definition, unchanged", "read_definition", LMDB, 5),
+            ("b", "definition, changed", "read_changed", LMDB, 1.5),
+            ("d", "replace the definition", "replace", LMDB, 2),
+            ("e", "define", "define", LMDB, 3),
+            ("e", "define", "define", HAND, 3),
+            ("e", "remove", "remove", LMDB, 3),
+            ("e", "remove", "remove", HAND, 3),
+        ):
+            reached = _faster(results, work, work, peer, domains)
+            yield _at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
+
+
+def _contention(results: Results, domains: int) -> Iterator[Target]:
+    two = results.get("contend random", OURS, domains, 2)
+    own = results.get("contend own", OURS, domains, 2)
+    yield _at_least("f", "2 workers, random: each on its own list", 0.9, _ratio(two, own))
+    rates = [results.get("contend random", peer, domains, 2) for peer in SHARED_PEERS]
+    best = max((rate for rate in rates if rate is not None), default=None)
+    yield _at_least("f", "2 workers, random: the best peer", 8, _ratio(two, best))
+    four = results.get("contend one", OURS, domains, 4)
+    single = results.get("contend one", OURS, domains, 1)
+    yield _at_least("f", "4 workers on one: uncontended", 0.5, _ratio(four, single))
+    least = results.get("contend one: least share", OURS, domains, 4)
+    yield _at_least("f", "4 workers on one: the unluckiest, of the mean", 0.5, least)
+    longest = results.get("contend one: longest", OURS, domains, 4)
+    says = "not measured" if longest is None else f"{longest * 1e3:.2f} ms"
+    yield Target("f", "4 workers on one: the longest wait", "reported", says, None)
+
+
+def _flat(results: Results, largest: int) -> Iterator[Target]:
+    for letter, title, work, *_ in HOT:
+        reached = _ratio(results.get(work, OURS, largest), results.get(work, OURS, 1_000))
+        what = f"{title}: {largest:,} against 1,000 domains"
+        yield _at_most(letter, what, 5, reached, unit="x")
+    created = results.get("create", OURS, largest)
+    yield _at_most("i", f"create a list for {largest:,}", 0.05, created, 1e3, "ms")
+    attached = results.get("attach", OURS, largest)
+    yield _at_most("i", f"attach and first read, {largest:,}", 0.001, attached, 1e3, "ms")
+    forked, before = (results.get("fork", OURS, n) for n in (largest, 1_000))
+    grown = _ratio(forked, before)
+    yield _at_most("i", f"fork: {largest:,} against 1,000 domains", 1.5, grown, unit="x")
+
+
+def _room(results: Results, largest: int) -> Iterator[Target]:
+    blob = len(world.template().replace(name="vm100000").encode())
+    total = results.get("bytes per domain", OURS, largest)
+    besides = None if total is None else total - blob
+    yield _at_most("i", f"bytes a domain besides its blobs, {largest:,}", 1024, besides, unit="B")
+    many, few = (results.get("private", OURS, n) for n in (largest, 1_000))
+    private = None if many is None or few is None else (many - few) / (largest - 1_000)
+    yield _at_most("i", "private bytes a domain in a process", 1, private, unit="B")
+
+
+def _rest(results: Results, domains: int) -> Iterator[Target]:
+    listed = results.get("rows", OURS, 100_000)
+    yield _at_most("g", "list 100,000", 0.05, listed, 1e3, "ms")
+    for peer in (DICT, LMDB):
+        yield _at_least(
+            "g", f"list 100,000: {peer}", 1, _faster(results, "rows", "rows", peer, 100_000)
+        )
+    kept = results.get("kept while listed", OURS, 100_000)
+    yield _at_least("g", "a writer's rate while all is listed", 0.9, kept)
+    for way, limit in (("waiting", 0.0005), ("later", 0.0001)):
+        taken = results.get(f"killed, {way}", OURS, domains)
+        taken = None if taken is None or taken < 0 else taken
+        yield _at_most("h", f"killed holder, {way}", limit, taken, 1e6, "µs")
+    blocked = results.get("blocks others", OURS, domains)
+    says = "not measured" if blocked is None else "blocked" if blocked else "not blocked"
+    met = None if blocked is None else not blocked
+    yield Target("h", "other domains while one is held", "not blocked", says, met)
+    slower = results.get("slower while written", OURS, domains)
+    yield _at_most("l", "peek while that record is written", 1.3, slower, unit="x")
+
+
+def _loading(results: Results) -> Iterator[Target]:
+    files = next((figure.domains for figure in results.figures if figure.work == "load"), 0)
+    alone = results.get("load", "limit: lxml, read and parse", files)
+    one, two = (results.get("load", OURS, files, workers) for workers in (1, 2))
+    yield _at_most("j", f"load {files:,} files: lxml alone", 2.5, _ratio(one, alone), unit="x")
+    start = 0.1 / files if files else 0
+    aside = None if two is None or two <= start else two - start
+    yield _at_least("j", "2 workers, their start aside: one", 1.7, _ratio(one, aside))
+
+
+def evaluate(results: Results) -> list[Target]:
+    sizes = sorted({figure.domains for figure in results.figures if figure.work == "read_state"})
+    first, largest = (sizes[0], sizes[-1]) if sizes else (1_000, 1_000_000)
+    if largest == first:
+        largest = 1_000_000
+    return [
+        *_hot(results),
+        *_definitions(results),
+        *_contention(results, first),
+        *_flat(results, largest),
+        *_rest(results, first),
+        *_room(results, largest),
+        *_loading(results),
+    ]
+
+
+def table(results: Results) -> Table:
+    made = Table("", "work: beside what", "wanted", "reached", "", title="targets")
+    for target in evaluate(results):
+        mark = {True: "[green]met[/]", False: "[red]not met[/]", None: "open"}[target.met]
+        made.add_row(target.work, target.what, target.wanted, target.reached, mark)
+    return made
