@@ -13,8 +13,9 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench lint lint-ruff \
-    lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links sanitizers sanitize-links FORCE
+.PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-full \
+    instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
+    sanitizers sanitize-links FORCE
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check
@@ -39,9 +40,17 @@ soak: $(VENV)/.installed-test ## set up, then run what proves that nothing is lo
 
 sanitize: sanitize-threads sanitize-memory sanitize-suite ## set up, then run the tests under ASan, UBSan, TSan and valgrind
 
-bench: $(VENV)/.installed ## set up, then time the operations and the hand-over from a killed holder
-	$(say) 'bench: a first look at speed, on this machine alone'
-	@$(py) bench/quick.py
+bench: $(VENV)/.installed-bench ## set up, then measure beside what would be used instead: a quick run
+	$(say) 'bench: a quick run; figures and plots go into build/bench'
+	@$(py) -m bench quick
+
+bench-full: $(VENV)/.installed-bench ## the same with everything, into bench/results
+	$(say) 'bench: a full run; figures and plots go into bench/results'
+	@$(py) -m bench full
+
+instructions: $(VENV)/.installed-test ## record the instruction counts that `make test` compares with
+	$(say) 'instructions: counting the hot paths with callgrind'
+	@$(py) -m bench.instructions --record
 
 lint: lint-ruff lint-mypy lint-cython lint-c ## set up, then run ruff, mypy, cython-lint and gcc's warnings
 
@@ -138,6 +147,10 @@ $(VENV)/.installed-test: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
 # The linters read sources: a changed one is no reason to build the core again.
 $(VENV)/.installed-lint: $(VENV)/pyvenv.cfg pyproject.toml
 	$(call install,[lint])
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
+	$(call install,[bench])
 	@touch $@
 
 $(VENV)/.installed-build: $(VENV)/pyvenv.cfg pyproject.toml

@@ -1,6 +1,6 @@
 """Forked processes that a contestant's own process tells what to do.
 
-They begin when a pipe is closed, so all of them at the same moment, and end by `os._exit`, so that
+They begin when they are told to, so all of them at the same moment, and end by `os._exit`, so that
 nothing that was inherited is cleaned up twice.
 """
 
@@ -52,11 +52,7 @@ class Child:
 
     def told_to_stop(self) -> bool:
         """In the child: whether `go` came; does not wait."""
-        os.set_blocking(self._wait_go, False)
-        try:
-            return os.read(self._wait_go, 1) == b""
-        except BlockingIOError:
-            return False
+        return bool(select.select([self._wait_go], [], [], 0)[0])
 
     def wait_ready(self) -> None:
         if not select.select([self._ready], [], [], PATIENCE)[0]:
@@ -67,7 +63,7 @@ class Child:
             raise RuntimeError("a worker ended before its time")
 
     def go(self) -> None:
-        os.close(self._go)
+        os.write(self._go, b"g")  # closing it would say nothing: later children inherited it
 
     def result(self) -> Any:
         parts = []
@@ -90,8 +86,8 @@ class Child:
 
     def end(self) -> None:
         os.waitpid(self.pid, 0)
-        os.close(self._results)
-        os.close(self._ready)
+        for end in (self._results, self._ready, self._go):
+            os.close(end)
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -65,11 +66,13 @@ class Host:
 class _Filled:
     """What a host can be told."""
 
-    def __init__(self, contestant: type[Contestant], domains: int) -> None:
+    def __init__(self, contestant: type[Contestant]) -> None:
+        self.contestant = contestant()
+
+    def fill(self, domains: int) -> None:
         keys = world.uuids(domains)
         gc.freeze()
         before = parties.resident_bytes()
-        self.contestant = contestant()
         self.contestant.fill(world.domains(keys), domains)
         gc.collect()
         grown = parties.resident_bytes() - before
@@ -83,6 +86,10 @@ class _Filled:
 
     def measure(self, *arguments: Any) -> Any:
         return self.works.measure(*arguments)
+
+    def ask(self, operation: str, *arguments: Any) -> Any:
+        """One of the contestant's own operations."""
+        return getattr(self.contestant, operation)(*arguments)
 
     def create(self) -> float:
         """Seconds to make an empty list with as much room."""
@@ -99,9 +106,9 @@ class _Filled:
 
 
 def _serve(pipe: Connection, contestant: type[Contestant], domains: int) -> None:
-    filled: _Filled | None = None
+    filled = _Filled(contestant)
     try:
-        filled = _Filled(contestant, domains)
+        filled.fill(domains)
         pipe.send((None, "filled"))
         while (told := pipe.recv()) is not None:
             function, arguments = told
@@ -111,10 +118,11 @@ def _serve(pipe: Connection, contestant: type[Contestant], domains: int) -> None
                 pipe.send((error, None))
             except Exception:
                 pipe.send((FailedError(traceback.format_exc()), None))
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         pass
     except Exception:
         pipe.send((FailedError(traceback.format_exc()), None))
-    if filled is not None:
-        filled.contestant.close()
-    os._exit(0)
+    finally:
+        with suppress(Exception):  # it may not have come far
+            filled.contestant.close()
+        os._exit(0)

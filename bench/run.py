@@ -8,6 +8,7 @@ can not do is left out; one that fails is dropped, and the results say so.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,16 @@ class Plan(msgspec.Struct, frozen=True):
     rounds: int
     aim: float  # seconds of a timed run
     contend: float  # seconds of a contention run
+    crowds: int  # rounds of those
     workers: tuple[int, ...]
     killed: int  # rounds
     files: int
     limit_rounds: int
 
 
-QUICK = Plan((1_000, 100_000), False, 5, 0.01, 0.15, (1, 2, 4), 7, 1_000, 500_000)
-FULL = Plan((1_000, 100_000, 1_000_000), True, 9, 0.03, 0.5, (1, 2, 4, 8), 30, 10_000, 5_000_000)
-TINY = Plan((30,), True, 1, 0.0005, 0.02, (1, 2), 1, 12, 1_000)
+QUICK = Plan((1_000, 100_000), False, 5, 0.01, 0.15, 2, (1, 2, 4), 7, 1_000, 500_000)
+FULL = Plan((1_000, 100_000, 1_000_000), True, 9, 0.03, 0.5, 3, (1, 2, 4, 8), 30, 10_000, 5_000_000)
+TINY = Plan((30,), True, 1, 0.0005, 0.02, 1, (1, 2), 1, 12, 1_000)
 
 
 class Runner:
@@ -59,6 +61,7 @@ class Runner:
                 skipped[contestant.name] = why
                 console.print(f"skipped: {contestant.name}: {why}", highlight=False)
         self._hosts: list[Host] = []
+        self._began = time.monotonic()
         self.results: Results = results.begin(versions)
         self.results.skipped = skipped
 
@@ -91,7 +94,7 @@ class Runner:
             loading.make(folder, count)
             works = loading.works(folder)
             taken: dict[tuple[str, int], list[float]] = {key: [] for key in works}
-            for _ in range(min(self._plan.rounds, 5)):
+            for _ in range(min(self._plan.rounds, 5) // 2 + 1):
                 for key, work in works.items():
                     taken[key].append(loading.measure(work, count))
         folder.parent.rmdir()
@@ -169,12 +172,12 @@ class Runner:
         ]
         for where, workers in ways:
             self._say(f"{domains:,} domains: {workers} workers, {where}")
-            runs = self._rounds(3, "contend", workers, where, self._plan.contend)
+            runs = self._rounds(self._plan.crowds, "contend", workers, where, self._plan.contend)
             self._contended(runs, where, domains, workers)
         ours = [host for host in self._hosts if host.contestant is ALL[0]]
         self._say(f"{domains:,} domains: 2 workers, each on a list of its own")
         own: dict[Host, list[Any]] = {}
-        for seed in range(min(3, self._plan.rounds)):
+        for seed in range(self._plan.crowds):
             for host, value in self._each(ours, "contend", 2, "own", self._plan.contend, seed):
                 own.setdefault(host, []).append(value)
         self._contended(own, "own", domains, 2)
@@ -205,15 +208,13 @@ class Runner:
 
     def _killing(self, domains: int) -> None:
         self._say(f"{domains:,} domains: killed holders")
-        for host, blocked in self._all("blocks_others"):
-            self._add("blocks others", host, domains, [float(blocked)])
-        never: set[Host] = set()
+        told: set[Host] = set()
         taken: dict[tuple[Host, str], list[float]] = {}
         for seed in range(self._plan.killed):
-            for host in [host for host in self._hosts if host not in never]:
+            for host in [host for host in self._hosts if host not in told]:
                 for _, killed in self._each([host], "killed_holder", seed):
-                    if None in killed:
-                        never.add(host)
+                    if killed.is_slow:
+                        told.add(host)
                     for way in ("waiting", "later"):
                         seconds = getattr(killed, way)
                         value = float("inf") if seconds is None else seconds
@@ -223,6 +224,8 @@ class Runner:
                 # JSON has no infinity: never is -1.
                 values = [-1.0]
             self._add(f"killed, {way}", host, domains, values)
+        for host, blocked in self._all("blocks_others"):
+            self._add("blocks others", host, domains, [float(blocked)])
 
     # --- the hosts ---
 
@@ -267,4 +270,5 @@ class Runner:
         self.results.add(work, host.contestant.name, domains, values, cpu, workers)
 
     def _say(self, what: str) -> None:
-        self._console.print(f"[dim]{what}[/dim]", highlight=False)
+        elapsed = time.monotonic() - self._began
+        self._console.print(f"[dim]{elapsed:5.0f} s  {what}[/dim]", highlight=False)

@@ -1,19 +1,238 @@
-"""The bench runs; its figures are nobody's business here."""
+"""The bench does what it says: every contestant that is installed gives the right answers, what is
+missing is named in a line, and figures become tables, targets and plots.
+
+Its figures are nobody's business here, and no clock is looked at.
+"""
 
 from __future__ import annotations
 
-import subprocess
+import io
+import os
+import re
 import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-QUICK = Path(__file__).parents[1] / "bench" / "quick.py"
+import pytest
+from rich.console import Console
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench import host, limits, plot, run, tables, targets, work, world
+from bench.contestants import ALL, Contestant
+from bench.contestants.in_process import InProcess
+from bench.contestants.ours import Robust
+from bench.results import Results
+
+COUNT = 30
+SANITIZED = os.environ.get("SHMDOMAINS_SANITIZED") == "1"
 
 
-def test_quick_runs_and_reports_every_operation() -> None:
-    arguments = ["--domains", "20", "--count", "50", "--rounds", "2"]
-    done = subprocess.run(
-        [sys.executable, str(QUICK), *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    for row in ("get + state", "list lock + find", "define + remove", "peek", "killed holder"):
-        assert row in done.stdout
+class Conversation:
+    """The contestant of a host, asked one operation after the other in that process."""
+
+    def __init__(self, told: host.Host) -> None:
+        self._host = told
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        return lambda *arguments: self._host.call("ask", operation, *arguments)
+
+
+@pytest.fixture(params=ALL, ids=lambda contestant: contestant.__name__)
+def kind(request: pytest.FixtureRequest) -> type[Contestant]:
+    contestant: type[Contestant] = request.param
+    why = contestant.missing()
+    if why is not None:
+        pytest.skip(f"{contestant.name}: {why}")
+    if SANITIZED and contestant is not Robust:
+        pytest.skip("other libraries under the sanitizers are not ours to judge")
+    return contestant
+
+
+@pytest.fixture
+def hosted(kind: type[Contestant]) -> Iterator[host.Host]:
+    told = host.Host(kind, COUNT, patience=60)
+    try:
+        told.answer()
+        yield told
+    finally:
+        told.close()
+
+
+def test_a_contestant_gives_the_answers_of_a_dict(
+    kind: type[Contestant], hosted: host.Host, tried: Callable[[str, int], None]
+) -> None:
+    keys = world.uuids(COUNT)
+    made = {one.uuid: one for one in world.domains(keys)}
+    states = dict.fromkeys(keys, world.RUNNING)
+    asked = Conversation(hosted)
+    prepare, facts = kind().prepare, kind().facts
+
+    def rows() -> list[tuple[int, str, int]]:
+        first = kind.first_id
+        return sorted((first + at, f"vm{at}", states[key]) for at, key in enumerate(keys))
+
+    assert sorted(asked.rows()) == rows()
+    for at, key in enumerate(keys):
+        assert asked.read_state([key]) == asked.by_id([kind.first_id + at]) == states[key]
+        assert facts(asked.read_definition([f"vm{at}"])) == facts(prepare(made[key].definition))
+    asked.change_state(keys[:5], world.PAUSED)
+    states.update(dict.fromkeys(keys[:5], world.PAUSED))
+    assert sorted(asked.rows()) == rows()
+    assert asked.read_state(keys[:5]) == asked.peek(keys[:5]) == world.PAUSED
+    new = world.changed(made[keys[7]].definition, 1)
+    asked.replace([(keys[7], prepare(new))])
+    assert facts(asked.read_definition(["vm7"])) == ("vm7", new.title)
+    more = list(world.domains(world.uuids(3, seed=1), "new"))
+    asked.miss([one.uuid for one in more])
+    asked.define([(one.uuid, one.name, prepare(one.definition)) for one in more])
+    assert asked.read_state([more[1].uuid]) == 5
+    assert facts(asked.read_definition(["new2"])) == facts(prepare(more[2].definition))
+    assert len(asked.rows()) == COUNT + 3
+    asked.remove([one.uuid for one in more])
+    asked.miss([one.uuid for one in more])
+    assert sorted(asked.rows()) == rows()
+    tried("contestants of the bench compared with a dict", 1)
+
+
+def test_no_increment_of_two_workers_is_lost(kind: type[Contestant], hosted: host.Host) -> None:
+    if kind.increment is Contestant.increment:
+        pytest.skip(f"{kind.name} has no number to count in")
+    for where in ("random", "one"):
+        contention = hosted.call("contend", 2, where, 0.05, 1)
+        assert contention.lost == 0
+        assert contention.least > 0
+
+
+@pytest.mark.parametrize("name", work.SINGLE)
+def test_every_work_is_timed(name: str) -> None:
+    keys = world.uuids(COUNT)
+    contestant = InProcess()
+    contestant.fill(world.domains(keys), COUNT)
+    works = work.Works(contestant, keys)
+    if name == "read_changed":
+        with pytest.raises(work.NotOfferedError, match="no other process"):
+            works.measure(name, 0.001, 1)
+        return
+    timings = works.measure(name, 0.001, 1)
+    expected = {"define": ["define", "remove"]}.get(name, [name])
+    assert [timing.work for timing in timings] == expected
+    assert all(timing.wall > 0 for timing in timings)
+
+
+def test_what_a_killed_holder_had_is_had_again_and_others_are_not_blocked() -> None:
+    told = host.Host(Robust, COUNT, patience=60)
+    try:
+        told.answer()
+        killed = told.call("killed_holder", 1)
+        assert None not in killed
+        assert told.call("blocks_others") is False
+    finally:
+        told.close()
+
+
+def test_keys_are_drawn_once_and_fresh() -> None:
+    drawn = world.draw(20, 30, seed=1)
+    assert len(set(drawn)) == 20
+    assert world.draw(99, 30, seed=1) != world.draw(99, 30, seed=2)
+    for key in (b"x" * 16, "vm1", 1_000_000):
+        assert world.fresh(key) == key
+        assert world.fresh(key) is not key
+
+
+# --- a whole run, of three contestants and one that is missing -----------------------------------
+
+
+class Missing(InProcess):
+    name = "something else"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return "it is not installed: apt install something-else"
+
+
+class Broken(InProcess):
+    name = "something broken"
+
+    def by_id(self, ids: Any) -> int:
+        raise RuntimeError("this is broken")
+
+
+@pytest.fixture(scope="module")
+def told() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def results(told: io.StringIO) -> Results:
+    console = Console(file=told, width=160)
+    return run.Runner(run.TINY, console, (Robust, InProcess, Missing, Broken)).run()
+
+
+def test_a_missing_contestant_is_named_in_a_line_and_a_broken_one_dropped(
+    results: Results, told: io.StringIO
+) -> None:
+    line = "skipped: something else: it is not installed: apt install something-else\n"
+    assert line in told.getvalue()
+    assert results.skipped == {"something else": "it is not installed: apt install something-else"}
+    assert [line for line in results.failed if "this is broken" not in line] == []
+    assert len(results.failed) == 1
+
+
+def test_a_run_measures_every_work(results: Results) -> None:
+    measured = {figure.work for figure in results.figures if figure.contestant == Robust.name}
+    singles = {*work.SINGLE, "remove"}
+    parties = {"contend random", "contend one", "contend own", "killed, waiting", "killed, later"}
+    room = {"bytes per domain", "create", "attach", "fork", "private"}
+    others = {"load", "kept while listed", "slower while written", "blocks others"}
+    assert measured >= singles | parties | room | others
+    assert {figure.work for figure in results.figures if figure.domains == 0} == {*limits.NAMES}
+
+
+def test_results_are_kept_without_a_place_or_a_name(results: Results, tmp_path: Path) -> None:
+    results.save(tmp_path / "run.json")
+    assert Results.load(tmp_path / "run.json") == results
+    kept = (tmp_path / "run.json").read_text()
+    assert os.uname().nodename not in re.sub(r'"(work|contestant)": "[^"]*"', "", kept)
+    assert str(Path.home()) not in kept and "/dev/shm" not in kept
+
+
+def test_tables_show_what_was_measured(results: Results) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    for table in (*tables.tables(results), targets.table(results)):
+        console.print(table)
+    for text in (
+        "a get",
+        Robust.name,
+        InProcess.name,
+        "2 workers",
+        "lock and unlock",
+        "not blocked",
+    ):
+        assert text in out.getvalue()
+
+
+def test_targets_are_ratios_of_the_run() -> None:
+    results = Results(made="", machine={}, versions={})
+    for name, seconds in ((Robust.name, 1e-6), ("LMDB", 5e-6), ("shared_memory by hand", 7e-6)):
+        results.add("read_state", name, 1_000, [seconds])
+    found = {target.what: target for target in targets.evaluate(results)}
+    lmdb, hand = found["get, state, 1,000: LMDB"], found["get, state, 1,000: shared_memory by hand"]
+    assert (lmdb.wanted, lmdb.reached, lmdb.met) == ("≥ 5x", "5.00x", True)
+    assert (hand.wanted, hand.reached, hand.met) == ("≥ 8x", "7.00x", False)
+    assert found["find by id, 1,000: LMDB"].met is None
+
+
+def test_plots_are_drawn_from_a_file_for_light_and_dark(results: Results, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[bench]'")
+    drawn = plot.draw(results, tmp_path)
+    assert [path.name for path in drawn] == ["operations.svg", "scaling.svg"]
+    for path in drawn:
+        text = path.read_text()
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+        assert Robust.name in text
+        assert "fill: #ffffff" not in text, "a white background would blind those who read at night"
+    again = [path.read_text() for path in plot.draw(results, tmp_path)]
+    assert again == [path.read_text() for path in drawn]
