@@ -13,8 +13,8 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-full \
-    instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
+.PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-check \
+    bench-full instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
     sanitizers sanitize-links FORCE
 
 py := $(VENV)/bin/python
@@ -47,6 +47,10 @@ bench: $(VENV)/.installed-bench ## set up, then measure beside what would be use
 bench-full: $(VENV)/.installed-bench ## the same with everything, into bench/results
 	$(say) 'bench: a full run; figures and plots go into bench/results'
 	@$(py) -m bench full
+
+bench-check: $(VENV)/.installed-test $(VENV)/.installed-bench ## set up, then compare all that bench measures with a dict
+	$(say) 'bench-check: every contestant gives the right answers, and a small run runs'
+	@$(py) -m pytest tests/test_bench.py $(PYTEST_ARGS)
 
 instructions: $(VENV)/.installed-test ## record the instruction counts that `make test` compares with
 	$(say) 'instructions: counting the hot paths with callgrind'

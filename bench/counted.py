@@ -82,9 +82,10 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
         for _ in range(count // SHORT):
             _ = [(info.id, info.name, info.state) for info in doms.list(definitions=False)]
 
-    every = (get_state, patch_state, change_state, definition, by_id, miss, peek)
-    made = {one.__name__: one for one in every}
-    return {**made, "rows": rows} if listed else made
+    every = [get_state, patch_state, change_state, definition, by_id, miss, peek]
+    if listed:
+        every.append(rows)
+    return {one.__name__: one for one in every}
 
 
 def main(mark_file: str, domains: str, listed: str) -> None:

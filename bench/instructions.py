@@ -201,8 +201,8 @@ def main() -> int:
             print(profile(counter, arguments.profile))
             return 0
         if arguments.flat:
-            for name, counts in flatness(counter, (1_000, 100_000, 1_000_000)).items():
-                print(f"{name:<14}", *(f"{count:>10,.0f}" for count in counts))
+            for name, flat in flatness(counter, (1_000, 100_000, 1_000_000)).items():
+                print(f"{name:<14}", *(f"{counted:>10,.0f}" for counted in flat))
             return 0
         counts, known, ours = count(counter), recorded(), key()
         for name, now in counts.items():

@@ -113,7 +113,7 @@ class Killed(NamedTuple):
     @property
     def is_slow(self) -> bool:
         """Once says as much as many times."""
-        return None in self or max(self) > 0.2
+        return any(seconds is None or seconds > 0.2 for seconds in self)
 
 
 def _hold(contestant: Contestant, uuid: bytes) -> Child:

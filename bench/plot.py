@@ -17,7 +17,7 @@ TEXT = "#7d8590"
 OURS, LIMIT = "#e5534b", "#8b949e"
 COLOURS = (OURS, "#f0883e", *("#b0872c", "#57a05a", "#3f8fd2", "#2fa3a3", "#9a75d6", "#c76bb0"))
 MARKS = ("o", "o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "shmdomains",
     "font.size": 10,

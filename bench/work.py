@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from . import world
 from .children import in_another_process
@@ -111,7 +112,7 @@ class Works:
                 world.fresh(key),
                 prepare(
                     world.changed(
-                        model.replace(name=f"vm{number}", uuid=world.UUID(bytes=key)), seed % 1000
+                        model.replace(name=f"vm{number}", uuid=UUID(bytes=key)), seed % 1000
                     )
                 ),
             )

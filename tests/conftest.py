@@ -221,8 +221,7 @@ def nothing_left(_home_keeper: _Kept, _stranger_keeper: _Kept) -> Iterator[None]
 _UNSANITIZED = {
     "test_crash_points.py": "it loads a build of the core of its own, which is not sanitized",
     "test_model.py": "no line of the core runs in it",
-    "test_bench.py": "it measures time",
-    "test_kill.py::test_a_storm_of_": "it counts its kills in a given time, and all is slower",
+    "test_bench.py": "it runs other libraries, which are not ours to judge",
 }
 """Tests that tell nothing under ``make sanitize``, by the beginning of their name, and why."""
 

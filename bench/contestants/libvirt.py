@@ -140,9 +140,9 @@ class LibvirtDaemon(LibvirtInProcess):
         self.folder = memory_folder()
         config = Path(self.folder, "libvirtd.conf")
         config.write_text(f'auth_unix_rw = "none"\nunix_sock_dir = "{self.folder}"\n')
-        places = ("HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+        places = ["HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"]
         # An empty folder of drivers: it must not get near real machines.
-        places += ("LIBVIRT_DRIVER_DIR",)
+        places.append("LIBVIRT_DRIVER_DIR")
         options: dict[str, Any] = {}
         if os.getuid() == 0:
             os.chmod(self.folder, 0o777)

@@ -151,4 +151,4 @@ class Multiprocessing(Robust):
     lock = "multiprocessing"
     most = 10_000
     quick = 1_000
-    _spare = 1_500
+    _spare = 2_500
