@@ -168,4 +168,4 @@ class Lmdb(Contestant):
                     txn.stat(db) for db in (self.fields, self.definitions, self.names, self.ids)
                 )
             )
-            return pages * int(self.env.stat()["psize"])
+            return int(pages * self.env.stat()["psize"])
