@@ -6,6 +6,7 @@ nothing that was inherited is cleaned up twice.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import select
@@ -94,11 +95,29 @@ class Child:
         self.end()
 
 
-def in_another_process(contestant: Contestant, do: Callable[[], None]) -> None:
-    """Do it in a process that has attached, and wait until it is done."""
+class Changer:
+    """A process that was forked early, has attached, and replaces definitions when it is told to.
 
-    def work(_me: Child) -> None:
-        contestant.attach()
-        do()
+    (One that is forked for each change would leave whoever reads next with pages to copy.)
+    """
 
-    Child(work).result()
+    def __init__(self, contestant: Contestant) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        if os.fork():
+            theirs.close()
+            return
+        try:
+            self._pipe.close()
+            contestant.attach()
+            while True:
+                contestant.replace(theirs.recv())
+                theirs.send(None)
+        finally:
+            os._exit(0)
+
+    def replace(self, changes: Any) -> None:
+        """Returns when it is done."""
+        self._pipe.send(changes)
+        if not self._pipe.poll(PATIENCE):
+            raise RuntimeError("the other process did not answer")
+        self._pipe.recv()

@@ -39,6 +39,12 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
     names = [f"vm{number * len(keys) // 64}" for number in range(64)]
     ids = [number * len(keys) // 64 + 1 for number in range(64)]
     absent = UUID(int=1).bytes
+    model = DomainDef.from_xml(XML.format("y" * 1700))
+    changed = [
+        model.replace(name=name, uuid=UUID(bytes=key))
+        for name, key in zip(names, chosen, strict=True)
+    ]
+    added = model.replace(name="added", uuid=UUID(int=2))
     paused = DomainState.PAUSED
 
     def get_state(count: int) -> None:
@@ -65,6 +71,21 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
             with doms.get(name=names[at & 63]) as dom:
                 _ = dom.definition
 
+    def replace(count: int) -> None:
+        for at in range(count):
+            with doms.get(uuid=chosen[at & 63]) as dom:
+                dom.definition = changed[at & 63]
+
+    def define_remove(count: int) -> None:
+        for _ in range(count):
+            doms.lock()
+            dom = doms.assign_def(added, True)
+            doms.unlock()
+            dom.unlock()
+            doms.lock()
+            doms.remove_inactive(dom)
+            doms.unlock()
+
     def by_id(count: int) -> None:
         for at in range(count):
             with doms.get(id=ids[at & 63]) as dom:
@@ -83,6 +104,7 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
             _ = [(info.id, info.name, info.state) for info in doms.list(definitions=False)]
 
     every = [get_state, patch_state, change_state, definition, by_id, miss, peek]
+    every += [replace, define_remove]
     if listed:
         every.append(rows)
     return {one.__name__: one for one in every}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from . import world
-from .children import in_another_process
+from .children import Changer
 from .contestants import Contestant, NotOfferedError
 
 Run = tuple[str, int, Callable[[], Any]]  # name of the figure, operations, what is timed
@@ -36,6 +36,7 @@ class Works:
     def __init__(self, contestant: Contestant, keys: list[bytes]) -> None:
         self.contestant, self.keys = contestant, keys
         self._per_operation: dict[str, float] = {}
+        self._changer: Changer | None = None
 
     # --- preparations: each yields what is timed, in order -----------------------------------
 
@@ -81,11 +82,12 @@ class Works:
         """Of domains that another process has changed since."""
         if not self.contestant.shared:
             raise NotOfferedError("no other process can change it")
+        if self._changer is None:
+            self._changer = Changer(self.contestant)
         numbers, _ = self._drawn(min(count, 500), seed)
         names = [world.fresh(f"vm{number}") for number in numbers]
         self.contestant.read_definition(names)
-        changes = self._changes(numbers, seed)
-        in_another_process(self.contestant, lambda: self.contestant.replace(changes))
+        self._changer.replace(self._changes(numbers, seed))
         _, operations, run = self._reading("read_definition", names, 1)
         yield "read_changed", operations, run
 

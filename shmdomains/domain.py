@@ -8,8 +8,6 @@ on a record in shared memory; a store of another kind puts them on its own recor
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -140,24 +138,10 @@ class DomainRules(_Record):
             self.definition = successor
             self.next_definition = None
 
-    @contextmanager
-    def _in_passing(self) -> Iterator[None]:
-        """Hold the domain, which is or gets locked in the block, for a change of our own; nobody is
-        given it, so who is next still learns of the death of an earlier holder."""
-        try:
-            yield
-        except BaseException:
-            if self.is_locked:
-                self.rollback()
-            raise
-        finally:
-            if self.is_locked:
-                self._hand_back()
-
     def _encode_definition(self, definition: DomainDef) -> bytes:
         if not isinstance(definition, DomainDef):
             raise TypeError(f"a definition is a DomainDef, not {type(definition).__name__}")
-        if definition.uuid != self.uuid or definition.name != self.name:
+        if not self._is(definition.uuid, definition.name):
             raise DefinitionError(
                 f"the definition is of domain '{definition.name}' with uuid {definition.uuid}, the "
                 f"record of domain '{self.name}' with uuid {self.uuid}; a name is changed by "

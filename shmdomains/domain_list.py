@@ -42,8 +42,6 @@ from .errors import (
     DomainRemoved,
     DomainTransient,
     InvalidName,
-    ListClosed,
-    ListNotLocked,
     SegmentCorrupt,
     SegmentExists,
     SegmentFull,
@@ -191,12 +189,6 @@ class DomainListRules(_Store):
             return
         with self.locked(timeout):
             yield
-
-    def _need_list_lock(self, what: str) -> None:
-        if self.closed:
-            raise ListClosed("this DomainList is closed")
-        if not self.is_locked:
-            raise ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
 
     def lock_many(
         self, domains: Iterable[Domain | core.Info | Uuid], timeout: float | None = None

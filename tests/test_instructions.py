@@ -40,6 +40,7 @@ def test_every_hot_path_is_counted(
     counts: dict[str, float], tried: Callable[[str, int], None]
 ) -> None:
     python = {"get_state", "patch_state", "change_state", "definition", "by_id", "miss", "peek"}
+    python |= {"replace", "define_remove"}
     assert counts.keys() == {*python, "rows", "core_get", "core_change", "core_miss"}
     assert all(count > 20 for count in counts.values())
     tried("hot paths whose instructions were counted", len(counts))

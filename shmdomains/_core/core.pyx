@@ -930,6 +930,10 @@ cdef class Segment:
             fail(SD_NESTED, what)
         return 0
 
+    def _need_list_lock(self, what):
+        """Raises `ListNotLocked`, or `ListClosed`, unless this thread holds the list lock."""
+        self.need_list(what)
+
     @property
     def is_locked(self):
         """Whether this thread holds the list lock."""
@@ -2043,6 +2047,15 @@ cdef class Record:
             fail(SD_NESTED, "change a domain")
         return mine
 
+    cdef Record mine_at_end(self, kind):
+        """At the end of a block: an exception in it drops what was changed. None: unlocked by then."""
+        cdef Record mine = self.mine_or_none()
+        if mine is not None and kind is not None:
+            mine = mine.mine_to_change()
+            mine.drop_changes()
+            mine.reload()
+        return mine
+
     cdef int own(self) except -1:
         cdef sd_thread *thread = sd_self()
         if sd_values_get(self.segment.segment, self.slot, &self.values) != SD_OK:
@@ -2236,13 +2249,9 @@ cdef class Record:
         return self
 
     def __exit__(self, kind, value, traceback):
-        cdef Record mine = self.mine_or_none()
+        cdef Record mine = self.mine_at_end(kind)
         if mine is None:
             return
-        if kind is not None:
-            mine = mine.mine_to_change()
-            mine.drop_changes()
-            mine.reload()
         if mine.depth > 1:
             mine.depth -= 1  # an inner block; the outer one goes on
             return
@@ -2434,6 +2443,25 @@ cdef class Record:
 
     # --- for the rules ---
 
+    def _in_passing(self):
+        """Hold the domain, which is or gets locked in the block, for a change of our own; nobody is
+        given it, so who is next still learns of the death of an earlier holder."""
+        return Passing(self)
+
+    def _is(self, uuid, name):
+        """Whether these are the domain's uuid and name. Domain lock."""
+        cdef uint64_t words[2]
+        cdef unsigned char mine[252]
+        cdef unsigned char other[252]
+        sd_name_get(self.segment.segment, self.slot, self.mine().values.flags, mine)
+        if not mine[0]:
+            fail(SD_CORRUPT, "name")
+        if uuid is None or not set_name(other, name):
+            return False
+        uuid_words(uuid, words)
+        return (words[0] == self.uuid_raw[0] and words[1] == self.uuid_raw[1]
+                and memcmp(mine, other, mine[0] + 1) == 0)
+
     def _take_id(self, timeout=None):
         """The next id, entered into this transaction; never given out again."""
         cdef Record mine = self.mine_to_change()
@@ -2477,6 +2505,24 @@ cdef class Record:
         if mine is None:
             return f"<{kind} {uuid_object(self.uuid_raw)}>"
         return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
+
+
+@cython.final
+cdef class Passing:
+    """What `Record._in_passing` returns. Nothing comes between the end of the block and the unlock,
+    no Ctrl-C either."""
+    cdef Record record
+
+    def __init__(self, Record record not None):
+        self.record = record
+
+    def __enter__(self):
+        return None
+
+    def __exit__(self, kind, value, traceback):
+        cdef Record mine = self.record.mine_at_end(kind)
+        if mine is not None:
+            mine.give_back(None, False)
 
 
 cdef void abandon(Record record) noexcept:

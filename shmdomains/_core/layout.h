@@ -287,26 +287,38 @@ static inline uint64_t sd_cur_seal(uint64_t value)
     return value | (value ^ value >> 16 ^ value >> 32) << SD_CUR_BITS;
 }
 
-/* Relaxed words in and out of the segment; `bytes` need not be a multiple of 8, the last word is
- * padded with zeros on the way in.  Space in the segment always is. */
+/* A word of up to 8 bytes, whatever their place; what is missing is 0. */
+static inline uint64_t sd_bytes(const unsigned char *at, size_t bytes)
+{
+    uint64_t word = 0;
+    memcpy(&word, at, bytes);
+    return word;
+}
+
+/* Relaxed words in and out of the segment, by fours, since no compiler unrolls what is atomic;
+ * `bytes` need not be a multiple of 8, the last word is padded with zeros on the way in.  Space in
+ * the segment always is. */
 static inline void sd_copy_in(sd_word *to, const void *from, size_t bytes)
 {
     const unsigned char *source = from;
-    for (; bytes >= 8; bytes -= 8, source += 8, to++) {
-        uint64_t value;
-        memcpy(&value, source, 8);
-        sd_store(to, value);
+    for (; bytes >= 32; bytes -= 32, source += 32, to += 4) {
+        sd_store(to, sd_bytes(source, 8));
+        sd_store(to + 1, sd_bytes(source + 8, 8));
+        sd_store(to + 2, sd_bytes(source + 16, 8));
+        sd_store(to + 3, sd_bytes(source + 24, 8));
     }
-    if (bytes) {
-        uint64_t value = 0;
-        memcpy(&value, source, bytes);
-        sd_store(to, value);
-    }
+    for (; bytes >= 8; bytes -= 8, source += 8, to++) sd_store(to, sd_bytes(source, 8));
+    if (bytes) sd_store(to, sd_bytes(source, bytes));
 }
 
 static inline void sd_copy_out(void *to, const sd_word *from, size_t bytes)
 {
     unsigned char *target = to;
+    for (; bytes >= 32; bytes -= 32, target += 32, from += 4) {
+        const uint64_t value[4] = {sd_load(from), sd_load(from + 1), sd_load(from + 2),
+                                   sd_load(from + 3)};
+        memcpy(target, value, 32);
+    }
     for (; bytes >= 8; bytes -= 8, target += 8, from++) {
         uint64_t value = sd_load(from);
         memcpy(target, &value, 8);

@@ -97,25 +97,30 @@ void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsig
     if (name[0] && sum != sum_of_identity(segment, uuid, name)) name[0] = 0;
 }
 
-static inline uint64_t stir(uint64_t h, const unsigned char *at, size_t bytes)
+static inline uint64_t stir(uint64_t h, uint64_t word)
 {
-    uint64_t word = 0;
-    memcpy(&word, at, bytes);
     return ((h << 5 | h >> 59) ^ word) * 0x9e3779b97f4a7c15ull;
 }
 
-/* Four lanes, since a multiplication takes longer than it takes to begin the next one. */
+/* Four lanes, since a multiplication takes longer than it takes to begin the next one; by name,
+ * since in an array they would be kept in memory. */
 uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
                      uint64_t size)
 {
     const unsigned char *at = bytes;
-    uint64_t lane[4] = {uuid[0] ^ size, uuid[1], (uint64_t)blob, version};
-    for (; size >= 32; size -= 32, at += 32)
-        for (int i = 0; i < 4; i++) lane[i] = stir(lane[i], at + 8 * i, 8);
-    for (; size >= 8; size -= 8, at += 8) lane[0] = stir(lane[0], at, 8);
-    lane[0] = stir(lane[0], at, size);
-    uint64_t h = 0;
-    for (int i = 0; i < 4; i++) h = stir(h ^ h >> 29, (const unsigned char *)&lane[i], 8);
+    uint64_t p = uuid[0] ^ size, q = uuid[1], r = (uint64_t)blob, s = version, h;
+    for (; size >= 32; size -= 32, at += 32) {
+        p = stir(p, sd_bytes(at, 8));
+        q = stir(q, sd_bytes(at + 8, 8));
+        r = stir(r, sd_bytes(at + 16, 8));
+        s = stir(s, sd_bytes(at + 24, 8));
+    }
+    for (; size >= 8; size -= 8, at += 8) p = stir(p, sd_bytes(at, 8));
+    p = stir(p, sd_bytes(at, size));
+    h = stir(0, p);
+    h = stir(h ^ h >> 29, q);
+    h = stir(h ^ h >> 29, r);
+    h = stir(h ^ h >> 29, s);
     return h ^ h >> 32;
 }
 
