@@ -439,6 +439,10 @@ static void *change(void *argument)
         MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
         MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
         MUST(sd_commit(shared, slot, &values, blobs, name, SD_FOREVER) == SD_OK);
+        /* And one of fields only, which a reader of the blobs need not mind. */
+        memset(blobs, 0, sizeof blobs);
+        MUST(sd_values_get(shared, slot, &values) == SD_OK);
+        MUST(sd_commit(shared, slot, &values, blobs, NULL, SD_FOREVER) == SD_OK);
         sd_slot_unlock(shared, slot, true);
         sd_list_unlock(shared);
     }
@@ -510,7 +514,7 @@ static void look(uint32_t slot)
         }
         if (result == SD_MISS) result = SD_OK;
     }
-    if (result == SD_OK) result = sd_view_check(shared, slot, &view);
+    if (result == SD_OK) result = sd_view_blobs_check(shared, slot, &view);
     if (result == SD_OK) check_view(&view, found, size, sum);
     atomic_fetch_add(result == SD_OK ? &accepted : &doubted, 1);
 }

@@ -359,7 +359,8 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline);
 /* Free what no field copy counts, after a death or where freeing was put off.  Slot lock held. */
 void sd_tidy(sd_segment *segment, uint32_t slot);
 
-/* A committed record without any lock: begin, copy what is wanted, then check that nothing moved.
+/* A committed record without any lock: begin, copy blobs that are wanted, then check that these are
+ * still the view's (or, more than is needed, that nothing moved at all).
  * SD_OK (with an empty name if name or uuid is damaged), SD_MISS (not live), SD_DOUBT (a writer came
  * in between: again), SD_CORRUPT (nobody came, and the fields are damaged; the view is filled all
  * the same, for who says what is wrong). */
@@ -374,6 +375,7 @@ int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view);
 int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
                    uint64_t *extent); /* SD_OK, SD_MISS (none), SD_DOUBT */
 int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
+int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
 
 /* How many slots there are.  One look: the count may rise under the eyes of who holds only the id or
  * the heap lock, and the watermark is raised before it.  SD_CORRUPT: one of the two is damaged. */

@@ -190,6 +190,7 @@ cdef extern from "core.h" nogil:
     int sd_view_begin(const sd_segment *, uint32_t, sd_view *)
     int sd_view_extent(const sd_segment *, uint32_t, const sd_view *, int, uint64_t *)
     int sd_view_check(const sd_segment *, uint32_t, const sd_view *)
+    int sd_view_blobs_check(const sd_segment *, uint32_t, const sd_view *)
     uint32_t sd_slot_count(const sd_segment *)
     int sd_slots(const sd_segment *, uint32_t *)
     uint64_t sd_unsealed(uint64_t)
@@ -522,6 +523,7 @@ cdef class Info:
     cdef object name_text
     cdef bint whole  # taken with its blobs
     cdef int damage  # 0, IDENTITY or FIELDS: what is damaged is not handed out
+    cdef object known  # the definition, if it was decoded before
     cdef bytes definition_blob, next_blob, data_blob
 
     def __init__(self):
@@ -598,11 +600,12 @@ cdef class Info:
         """The live definition (`DomainDef`), decoded when first asked for."""
         cdef uint64_t version = self.values.version[SD_DEFINITION]
         self.need_blobs()
-        value = self.decoded.get(self.slot, self.life, version)
-        if value is None:
-            value = decode(SD_DEFINITION, self.definition_blob, self.uuid_raw, version)
-            self.decoded.put(self.slot, self.life, version, value)
-        return value
+        if self.known is None:
+            self.known = self.decoded.get(self.slot, self.life, version)
+        if self.known is None:
+            self.known = decode(SD_DEFINITION, self.definition_blob, self.uuid_raw, version)
+            self.decoded.put(self.slot, self.life, version, self.known)
+        return self.known
 
     @property
     def next_definition(self):
@@ -1206,7 +1209,8 @@ cdef class Segment:
         cdef bytes blob
         cdef uint64_t extent
         cdef int b, result
-        for b in range(3):
+        info.known = self.decoded.get(slot, view.life, view.values.version[SD_DEFINITION])
+        for b in range(SD_DEFINITION if info.known is None else SD_NEXT_DEFINITION, 3):
             result = sd_view_extent(self.segment, slot, view, b, &extent)
             if result == SD_OK:
                 blob = copy_extent(self.segment, extent)
@@ -1220,7 +1224,7 @@ cdef class Segment:
                 info.next_blob = blob
             else:
                 info.data_blob = blob
-        return sd_view_check(self.segment, slot, view)
+        return sd_view_blobs_check(self.segment, slot, view)
 
     def _slots(self):
         """How many slots there are to `_salvage`; where their number is damaged, all that have

@@ -28,7 +28,8 @@
  *     rebuild keeps every extent that is named, whether or not it counts (the slot's holder may be
  *     between allocating and committing).
  * I3  Field copies and `cur` change only under the slot lock: the spare copy first, then `cur`.
- *     Readers load life and cur, copy, and load both again.
+ *     Readers load life and cur, copy the fields, and load both again; then copy blobs, and look
+ *     whether life and the committed versions are still those.
  * I4  The id index, its sequence and next_id belong to the id lock, which is held from the first
  *     index store over the flip of `cur` to the last.  next_id is stored before an id is used.
  * I5  A sequence is odd from before the first identity commit store to after the last index store,

@@ -578,3 +578,18 @@ int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view)
     return sd_load(&record->life) == view->life && sd_load(&record->cur) == view->cur ? SD_OK
                                                                                      : SD_DOUBT;
 }
+
+/* A blob that counts is not touched before a commit with another version of it, or the end of this
+ * life; so what was copied is whole, and belongs to the view, if neither has come by now, however
+ * many other commits have.  (To ask for the same `cur` would be right as well, but a reader would
+ * be overtaken by each change of state.) */
+int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view *view)
+{
+    const sd_slot *record = &segment->slots[slot];
+    sd_values now;
+    atomic_thread_fence(memory_order_acquire);
+    if (sd_values_settled(segment, slot, &now) != SD_OK) return sd_view_check(segment, slot, view);
+    for (int b = 0; b < SD_BLOBS; b++)
+        if (now.version[b] != view->values.version[b]) return SD_DOUBT;
+    return sd_load(&record->life) == view->life ? SD_OK : SD_DOUBT;
+}

@@ -5,13 +5,17 @@ Claims, in every state:
 - While nobody holds the heap lock (and nobody died with it), no cell is named by two descriptors,
   the map is what the descriptors say, and so is the count of used cells.
 - While nobody holds a slot's lock and its `dirty` is 0, the slot names nothing but what counts.
-- A reader without a lock, if it finds `life` and `cur` as before, has read what `cur` committed.
+- A reader without a lock, if it finds `life` and `cur` as before after reading the fields, and `life`
+  and the blob's version as before after reading the blob, has read fields that one `cur` committed,
+  and the blob that belongs to them.
 
 A slot has one blob here. A commit writes: `dirty` 0 and the uncounted descriptors cleared, the
-spare descriptor, the map, the count; (heap lock freed) the cells; the spare field copy; `cur`;
-`dirty` 1; under the heap lock again the old descriptor cleared, the map, the count, `dirty` 0. The
-cells of a blob hold (slot, version), version being the `cur` that brings it in, so that every byte
-says where it belongs.
+spare descriptor, the map, the count; (heap lock freed) the cells; the spare field copy (which
+descriptor counts, the blob's version, the `cur` that it is written for); `cur`; `dirty` 1; under the
+heap lock again the old descriptor cleared, the map, the count, `dirty` 0. A commit of fields only
+writes the spare copy and `cur`. `life` is odd while a domain lives in the slot, and never the same
+for two of them. The cells of a blob hold (slot, version), version being the `cur` that brings it in,
+so that every byte says where it belongs.
 """
 
 from __future__ import annotations
@@ -52,7 +56,8 @@ RULES = {
     "commit tidies": "who leaves garbage marks the slot dirty before it tries the heap lock",
     "dirty remembered": "a commit frees first what an earlier one could not",
     "counter": "a reader compares the whole of `cur`, not only which copy counts",
-    "look again": "a reader looks at life and `cur` again after it has read",
+    "look again": "a reader looks at life and `cur` again after it has read the fields",
+    "version again": "a reader looks at life and the blob's version again after it has read the blob",
 }
 
 UNNEEDED = {
@@ -84,7 +89,7 @@ class Heap:
             words["map", w] = frozenset(range(max(w, free), min(self.slots, w + self.width)))
         for slot in range(self.slots):
             words.update({("life", slot): int(slot >= free), ("cur", slot): 0, ("dirty", slot): 0})
-            words.update({("copy", slot, 0): (0, 0), ("copy", slot, 1): (0, 0)})
+            words.update({("copy", slot, 0): (0, 0, 0), ("copy", slot, 1): (0, 0, 0)})
             words.update({("extent", slot, 0): (slot, 1) if slot >= free else None})
             words["extent", slot, 1] = None
         for cell in range(self.cells):
@@ -204,7 +209,7 @@ class Heap:
         life = yield load(("life", slot))
         counts = (yield call(self.counting, slot))[0]
         for which in (0, 1):
-            if not life or which != counts:
+            if not life & 1 or which != counts:
                 yield call(self.free, slot, which)
         yield store(("dirty", slot), 0)
 
@@ -222,7 +227,7 @@ class Heap:
     def prepare(self, slot: int, which: int, size: int) -> Steps:
         """allocate_blobs: all uncounted descriptors freed, then the spare one used."""
         yield call(self.lock_heap)
-        if self.follows("insert frees") or (yield load(("life", slot))):
+        if self.follows("insert frees") or (yield load(("life", slot))) & 1:
             yield call(self.free_uncounted, slot)
         extent = yield call(self.allocate, slot, which, size)
         yield unlock(HEAP)
@@ -239,22 +244,22 @@ class Heap:
     def flip(self, slot: int, which: int, version: int) -> Steps:
         spare = ("copy", slot, version & 1)
         if self.follows("copy, then flip"):
-            yield store(spare, (which, version))
+            yield store(spare, (which, version, version))
             yield store(("cur", slot), version)
         else:
             yield store(("cur", slot), version)
-            yield store(spare, (which, version))
+            yield store(spare, (which, version, version))
 
     # --- processes ---
 
     def commit(self, slot: int, *sizes: int) -> Callable[[], Steps]:
-        """Hold the slot's lock and commit a blob of each of these sizes in turn."""
+        """Hold the slot's lock and commit a blob of each of these sizes in turn; 0: fields only."""
 
         def process() -> Steps:
             yield call(self.lock_slot, slot)
-            if (yield load(("life", slot))):
+            if (yield load(("life", slot))) & 1:
                 for size in sizes:
-                    yield call(self.commit_blob, slot, size)
+                    yield call(*((self.commit_blob, slot, size) if size else (self.reflip, slot)))
             yield unlock(("slot lock", slot))
 
         return process
@@ -269,10 +274,16 @@ class Heap:
             yield call(self.change, slot, old, version)
         yield call(self.tidy, slot)
 
+    def reflip(self, slot: int) -> Steps:
+        cur = yield load(("cur", slot))
+        which, version, _ = yield load(("copy", slot, cur & 1))
+        yield store(("copy", slot, cur + 1 & 1), (which, version, cur + 1))
+        yield store(("cur", slot), cur + 1)
+
     def change(self, slot: int, old: int, version: int) -> Steps:
         if not self.follows("flip, then free"):
             yield call(self.fill, slot, 1 - old, version)
-            yield store(("copy", slot, version & 1), (1 - old, version))
+            yield store(("copy", slot, version & 1), (1 - old, version, version))
             yield store(("extent", slot, old), None)
             yield store(("cur", slot), version)
         elif self.follows("fill, then flip"):
@@ -299,7 +310,8 @@ class Heap:
     def remove(self, slot: int) -> Callable[[], Steps]:
         def process() -> Steps:
             yield call(self.lock_slot, slot)
-            yield store(("life", slot), 0)
+            life = yield load(("life", slot))
+            yield store(("life", slot), (life | 1) + 1)
             yield call(self.tidy, slot)
             yield unlock(("slot lock", slot))
 
@@ -310,7 +322,7 @@ class Heap:
 
         def process() -> Steps:
             yield call(self.lock_slot, slot)
-            if not (yield load(("life", slot))):
+            if not (yield load(("life", slot))) & 1:
                 yield call(self.insert_blob, slot, size)
             yield unlock(("slot lock", slot))
 
@@ -318,38 +330,54 @@ class Heap:
 
     def insert_blob(self, slot: int, size: int) -> Steps:
         version = (yield load(("cur", slot))) + 1
+        life = (yield load(("life", slot))) | 1
         which = 1 - (yield call(self.counting, slot))[0]
         if not (yield call(self.prepare, slot, which, size)):
             return
         if not self.follows("insert commits last"):
-            yield store(("life", slot), 1)
+            yield store(("life", slot), life)
         yield call(self.fill, slot, which, version)
         yield call(self.flip, slot, which, version)
         if self.follows("insert commits last"):
-            yield store(("life", slot), 1)
+            yield store(("life", slot), life)
 
     def read(self, slot: int) -> Callable[[], Steps]:
-        """sd_view_begin, the blob's bytes, sd_view_check; what moved meanwhile is not looked at."""
+        """sd_view_begin, the blob's bytes, sd_view_blobs_check."""
 
         def process() -> Steps:
             life = yield load(("life", slot))
             cur = yield load(("cur", slot))
-            if not life:
+            if not life & 1:
                 return
-            which, version = yield load(("copy", slot, cur & 1))
-            extent = yield load(("extent", slot, which))
-            found = []
-            for cell in range(extent[0], extent[0] + extent[1]) if extent else ():
-                found.append((yield load(("cell", cell))))
+            which, version, written_for = yield load(("copy", slot, cur & 1))
             if self.follows("look again"):
                 if (yield load(("life", slot))) != life:
                     return
                 if self.moved(cur, (yield load(("cur", slot)))):
                     return
-            if not found or set(found) != {(slot, version)} or version != cur:
-                yield fail(f"accepts {found} as version {cur} of slot {slot}")
+            if written_for != cur:
+                yield fail(f"accepts the fields of {written_for} as those of {cur}")
+            extent = yield load(("extent", slot, which))
+            found = []
+            for cell in range(extent[0], extent[0] + extent[1]) if extent else ():
+                found.append((yield load(("cell", cell))))
+            if self.follows("version again"):
+                if (yield call(self.settled, slot)) != version:
+                    return
+                if (yield load(("life", slot))) != life:
+                    return
+            if not found or set(found) != {(slot, version)} or version > cur:
+                yield fail(f"accepts {found} as version {version} of slot {slot} at {cur}")
 
         return process
+
+    def settled(self, slot: int) -> Steps:
+        """sd_values_settled: the version that a `cur` chooses that stands still."""
+        while True:
+            cur = yield load(("cur", slot))
+            version = (yield load(("copy", slot, cur & 1)))[1]
+            if (yield load(("cur", slot))) == cur:
+                return version
 
     def moved(self, before: int, after: int) -> bool:
         return before != after if self.follows("counter") else (before ^ after) & 1 != 0
@@ -376,17 +404,19 @@ class Heap:
 
     def slot_claim(self, memory: Memory, slot: int) -> str | None:
         life, cur = memory["life", slot], memory["cur", slot]
-        which, version = memory["copy", slot, cur & 1]
+        which, version, written_for = memory["copy", slot, cur & 1]
         if memory["slot lock", slot] == FREE and not memory["dirty", slot]:
             for other in (0, 1):
-                if memory["extent", slot, other] and not (life and other == which):
+                if memory["extent", slot, other] and not (life & 1 and other == which):
                     return "it is not dirty and names an extent that does not count"
-        return self.blob_claim(memory, slot, which, version) if life else None
+        if not life & 1:
+            return None
+        if written_for != cur:
+            return "the copy that counts is an older one"
+        return self.blob_claim(memory, slot, which, version)
 
     def blob_claim(self, memory: Memory, slot: int, which: int, version: int) -> str | None:
         extent: Extent = memory["extent", slot, which]
-        if version != memory["cur", slot]:
-            return "the copy that counts is an older one"
         if not extent:
             return "the descriptor that counts names nothing"
         for cell in range(extent[0], extent[0] + extent[1]):
@@ -445,7 +475,7 @@ def reuse(kills: int = 1, **how: Any) -> Model:
 
 def reader(kills: int = 0, **how: Any) -> Model:
     heap = Heap(2, 4, **how)
-    return model(heap, "reader", heap.commit(0, 1, 1), heap.commit(1, 1), heap.read(0), kills=kills)
+    return model(heap, "reader", heap.commit(0, 0, 1, 1), heap.commit(1, 1), heap.read(0), kills=kills)
 
 
 def reader_of_reused(kills: int = 1, **how: Any) -> Model:
@@ -496,12 +526,12 @@ def three_holders(kills: int = 2, **how: Any) -> Model:
 
 
 def quick_writers(**how: Any) -> Model:
-    """Three commits in one hold, so that the same field copy and extent come round again."""
+    """Four commits in one hold, so that the same field copy and extent come round again."""
     heap = Heap(2, 4, **how)
     return model(
         heap,
         "reader of a quick writer",
-        heap.commit(0, 1, 1, 1),
+        heap.commit(0, 1, 0, 1, 1),
         heap.read(0),
         heap.commit(1, 1),
         kills=0,
@@ -543,5 +573,6 @@ CONTROLS = {
     "commit tidies": hand_over,
     "dirty remembered": hand_over,
     "counter": quick_writers,
-    "look again": reader,
+    "look again": quick_writers,
+    "version again": reader,
 }
