@@ -1311,9 +1311,12 @@ cdef class Segment:
                 back_off(deadline)
 
     cdef int wake_recovery(self) except -1:
-        """An index that stays odd has a dead holder: repair it, if that takes no waiting."""
+        """An index that stays odd has a dead holder: repair it, if that takes no waiting. If that
+        failed, nobody does it any more, and nobody need wait for it."""
         cdef sd_segment *segment = self.segment
-        if sd_load(&segment.header.poisoned) or segment.list_nonce == sd_self().nonce:
+        if sd_load(&segment.header.poisoned):
+            self.fail(SD_POISONED, "find")
+        if segment.list_nonce == sd_self().nonce:
             return 0
         if sd_ids_lock(segment, SD_TRY) == SD_OK:
             sd_ids_unlock(segment)
@@ -1385,24 +1388,7 @@ cdef class Segment:
         return live
 
     def __contains__(self, uuid):
-        cdef sd_key key
-        cdef uint32_t slot
-        cdef int result
-        cdef unsigned tries = 0
-        cdef uint64_t deadline = sd_now() + 1000000000
-        self.usable()
-        key.what = SD_UUID_INDEX
-        uuid_words(uuid, key.uuid)
-        while True:
-            result = sd_find(self.segment, &key, &slot)
-            if result == SD_OK or result == SD_MISS:
-                return result == SD_OK
-            if result != SD_DOUBT:
-                fail(result, "find")
-            tries += 1
-            if tries > 100:
-                self.wake_recovery()
-                back_off(deadline)
+        return self._glance(uuid=uuid) is not None
 
     def __iter__(self):
         return iter(self.snapshot())
