@@ -19,7 +19,7 @@ import gc
 import io
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from shmdomains.transfer import export_domains
 
 PATIENCE = 0.01  # seconds, for every wait
 ONE, TWO, THREE, LONG, IDLE, GONE, NEW, NEXT = (UUID(int=i) for i in (1, 2, 3, 4, 5, 6, 8, 9))
+FRESH = ("fresh1", "fresh2", "fresh3")  # more than there are free slots
 LONG_NAME = "n" * 251  # fills its buffer to the last byte
 
 Flip = tuple[int, int]
@@ -384,11 +385,38 @@ def mappings(folder: str) -> int:
         return sum(folder in line for line in maps)
 
 
-class Bench:
-    """Where copies are made, damaged and looked at."""
+def repair(trial: Trial) -> None:
+    """What a death brings about: each index and the map are rebuilt, and free slots used again."""
+    doms = trial.doms
+    trial.attempt("recover", lambda: doms.recover(PATIENCE))
+    for name in FRESH:
+        trial.attempt("define", lambda name=name: doms.define(xml(name), PATIENCE))
+    for name in FRESH:
+        trial.attempt("undefine", lambda name=name: doms.undefine(name=name, timeout=PATIENCE))
 
-    def __init__(self, original: str, folder: str, committed: list[tuple[int, int]]) -> None:
+
+def repair_and_read(trial: Trial) -> None:
+    """A repair may give up, but what is lost by it is never lost without a word."""
+    repair(trial)
+    read(trial)
+    if check(trial):
+        trial.wrong += [f"after a repair check says nothing of it: {one}" for one in trial.quiet]
+
+
+class Bench:
+    """Where copies are made, damaged and looked at.
+
+    `dirty`: words of each copy that say that a repair was put off; then that is what happens."""
+
+    def __init__(
+        self,
+        original: str,
+        folder: str,
+        committed: list[tuple[int, int]],
+        dirty: Sequence[int] = (),
+    ) -> None:
         self.image = Image.of(original, committed)
+        self.dirty = dirty
         self.folder = Path(folder)
         self.met: Counter[str] = Counter()
         with DomainList.attach(path=original) as doms:
@@ -399,6 +427,7 @@ class Bench:
         """All that was wrong with the answers of a copy that is damaged like this."""
         path = self.folder / "damaged"
         self.image.write(path, damage)
+        self.put_off_repairs(path)
         try:
             doms = DomainList.attach(path=path)
         except ShmDomainsError as exc:
@@ -413,10 +442,15 @@ class Bench:
             return ["attached to a file of another size"]
         trial = Trial(doms, dict(self.known), self.config, self.met)
         try:
-            self.use(trial)
+            (repair_and_read if self.dirty else self.use)(trial)
         finally:
             doms.close()
         return trial.wrong
+
+    def put_off_repairs(self, path: Path) -> None:
+        with open(path, "r+b", buffering=0) as file:
+            for at in self.dirty:
+                os.pwrite(file.fileno(), b"\1", at)
 
     def use(self, trial: Trial) -> None:
         blocks = os.fstat(trial.doms._fd).st_blocks
@@ -431,10 +465,15 @@ class Bench:
 
 
 def try_all(
-    pipe: Pipe, original: str, folder: str, committed: list[tuple[int, int]], damages: list[Damage]
+    pipe: Pipe,
+    original: str,
+    folder: str,
+    committed: list[tuple[int, int]],
+    damages: list[Damage],
+    dirty: Sequence[int],
 ) -> None:
     """A child: say the number of each damage, then what was wrong; in the end what was met."""
-    bench = Bench(original, folder, committed)
+    bench = Bench(original, folder, committed, dirty)
     for number, damage in enumerate(damages):
         pipe.say(number)
         wrong = bench.try_out(damage)

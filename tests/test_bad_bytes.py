@@ -42,6 +42,8 @@ class Specimen:
     folder: str
     parts: dict[str, tuple[int, int]]
     hints: int  # where the header's hints begin, which end it
+    lives: list[int]  # the slots' words that say whether a domain lives there
+    dirty: list[int]  # words that put off a repair
     choice: int  # which settings count
 
     @classmethod
@@ -70,7 +72,11 @@ class Specimen:
             starts = {**at, "header": 0}
             parts = {part: (starts[part], starts[part] + size) for part, size in sizes.items()}
             hints, choice = planted.header("heap_hint"), planted.header("settings_choice")
-            return cls(path, str(folder), parts, hints, choice)
+            lives = [
+                planted.slot(i, "life") for i in range(planted.read(planted.header("live")) + 1)
+            ]
+            dirty = [planted.header(f"{lock}_dirty") for lock in ("list", "id", "heap")]
+            return cls(path, str(folder), parts, hints, lives, dirty, choice)
 
     @property
     def size(self) -> int:
@@ -140,7 +146,9 @@ def watch(child: Child, damages: list[Damage], failures: list[str], met: Counter
 AT_ONCE = 10_000  # what fits into one message
 
 
-def try_all(nursery: Nursery, specimen: Specimen, damages: list[Damage]) -> Counter[str]:
+def try_all(
+    nursery: Nursery, specimen: Specimen, damages: list[Damage], dirty: Sequence[int] = ()
+) -> Counter[str]:
     """Do every damage; fails with a list of those that did harm. Returns the errors met."""
     failures: list[str] = []
     met: Counter[str] = Counter()
@@ -149,7 +157,9 @@ def try_all(nursery: Nursery, specimen: Specimen, damages: list[Damage]) -> Coun
     while left and len(failures) < ENOUGH:
         Path(specimen.folder, "damaged").unlink(missing_ok=True)
         now = left[:AT_ONCE]
-        child = nursery.start(bad_bytes.try_all, specimen.path, specimen.folder, committed, now)
+        child = nursery.start(
+            bad_bytes.try_all, specimen.path, specimen.folder, committed, now, dirty
+        )
         left = left[watch(child, left, failures, met) :]
     assert not failures, f"{len(failures)} of {len(damages)}:\n" + "\n".join(failures)
     return met
@@ -195,6 +205,25 @@ def test_bits_anywhere(nursery: Nursery, specimen: Specimen, tried: Tried) -> No
     ]
     try_all(nursery, specimen, damages)
     tried("bits anywhere flipped before attaching", len(damages))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_bits_before_a_repair(nursery: Nursery, specimen: Specimen, tried: Tried) -> None:
+    """A repair that believed a flipped bit would make it final: a domain whose slot is given to the
+    next, or one that is not in the rebuilt index, and nothing would tell of it any more."""
+    assert not try_all(nursery, specimen, [None], specimen.dirty)
+    first, _ = specimen.parts["slots"]
+    locks = {first + 256 * slot + at for slot in range(len(specimen.lives)) for at in range(40)}
+    used = [at for part in ("slots", "names") for at in specimen.used(part) if at not in locks]
+    damages = [
+        *bits([*specimen.lives, *(at + 7 for at in specimen.lives)]),
+        *some(bits(range(specimen.hints)), 20_000 if SOAK else 150),
+        *some(bits(used), 10_000 if SOAK else 150),
+    ]
+    met = try_all(nursery, specimen, damages, specimen.dirty)
+    assert met["SegmentPoisoned"] and met["SegmentCorrupt"]
+    tried("bits flipped before a repair", len(damages))
 
 
 @pytest.mark.soak

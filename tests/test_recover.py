@@ -249,6 +249,16 @@ Damage = Callable[[Planted], None]
     [
         ("list", lambda at: at.write(at.header("list_level"), 40), "UUID and the name index"),
         ("list", lambda at: at.write(at.name(2, 1), 0, 1), "(list lock), at slot 2, found"),
+        (
+            "list",
+            lambda at: at.flip(at.slot(1, "life"), 0),
+            "(list lock), at slot 1, found",
+        ),
+        (
+            "id",
+            lambda at: at.flip(at.slot(1, "life"), 0),
+            "(id lock), at slot 1, found",
+        ),
         ("id", lambda at: at.write(at.header("id_level"), 40), "of the id index (id lock), found"),
         (
             "id",
@@ -261,7 +271,7 @@ Damage = Callable[[Planted], None]
             "of the map of used space (heap lock), at slot 1, found",
         ),
     ],
-    ids=["level", "name", "id level", "fields", "extent"],
+    ids=["level", "name", "life", "life of an id", "id level", "fields", "extent"],
 )
 def test_a_poisoned_segment_says_why(
     start: Callable[..., Child],

@@ -415,11 +415,11 @@ static void check_record(sd_check *check, uint32_t slot)
     int result = read_record(check->segment, slot, &view, extents);
     unsigned named = check_descriptors(check, slot), counted = 0;
     if (named) suspect(check, MARKS, slot);
-    if (!sd_life_sound(sd_load(&check->segment->slots[slot].life)))
-        fault(check, "I1 identity", "slot %u: whether a domain lives in it is damaged", slot);
     if (!sd_mutex_sound(&check->segment->slots[slot].mutex))
         fault(check, "locks", "slot %u: its lock is damaged", slot);
-    if (result == SD_CORRUPT)
+    if (!sd_life_sound(view.life))
+        fault(check, "I1 identity", "slot %u: whether a domain lives in it is damaged", slot);
+    else if (result == SD_CORRUPT)
         fault(check, "I3 fields", "slot %u: its fields do not fit their checksum", slot);
     if (result != SD_MISS) { /* damaged fields, too: it says what is wrong with them */
         check->tally.domains++;

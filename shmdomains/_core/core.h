@@ -362,8 +362,8 @@ void sd_tidy(sd_segment *segment, uint32_t slot);
 /* A committed record without any lock: begin, copy blobs that are wanted, then check that these are
  * still the view's (or, more than is needed, that nothing moved at all).
  * SD_OK (with an empty name if name or uuid is damaged), SD_MISS (not live), SD_DOUBT (a writer came
- * in between: again), SD_CORRUPT (nobody came, and the fields are damaged; the view is filled all
- * the same, for who says what is wrong). */
+ * in between: again), SD_CORRUPT (nobody came, and the fields are damaged, or whether it is live; the
+ * view is filled all the same, for who says what is wrong). */
 typedef struct {
     uint64_t life, cur;
     uint64_t uuid[2];

@@ -114,7 +114,8 @@ typedef struct {
 typedef struct {
     /* line 0 */
     pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
-    sd_word life;          /* bit 0 and bit 63: LIVE, twice, so that a flipped bit is seen; between
+    sd_word life;          /* bit 0 and bit 63: LIVE, twice, so that a flipped bit is seen, which
+                              makes the record damaged and a rebuild of an index give up; between
                               them: generation.  List + slot lock (I1) */
     sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset;
                               sealed by sd_cur_seal() */

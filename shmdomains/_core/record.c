@@ -203,14 +203,15 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
 
 /* --- garbage --------------------------------------------------------------------------------- */
 
-/* Free every descriptor that does not count; none, if which ones count is damaged.  How many cells
+/* Free every descriptor that does not count; none, if which ones count is damaged.  Where it is
+ * damaged whether a domain lives here at all, one does: what counts for it is kept.  How many cells
  * that was.  Slot and heap lock held. */
 static uint64_t free_uncounted(sd_segment *segment, uint32_t slot)
 {
     sd_slot *record = &segment->slots[slot];
     sd_values values;
     uint64_t cells = 0;
-    bool live = sd_load(&record->life) & 1;
+    bool live = sd_load(&record->life) & SD_LIFE_LIVE;
     if (sd_values_get(segment, slot, &values) != SD_OK && live) return 0;
     for (int b = 0; b < SD_BLOBS; b++)
         for (int i = 0; i < 2; i++) {
@@ -553,10 +554,11 @@ int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
     const sd_slot *record = &segment->slots[slot];
     view->life = sd_load_acquire(&record->life);
     view->cur = sd_load_acquire(&record->cur);
-    if (!(view->life & 1)) return SD_MISS;
+    if (!(view->life & SD_LIFE_LIVE)) return SD_MISS;
     view->uuid[0] = sd_load(&record->uuid[0]);
     view->uuid[1] = sd_load(&record->uuid[1]);
-    bool sound = read_fields(record, view->cur, &view->values);
+    bool sound = sd_life_sound(view->life);
+    sound &= read_fields(record, view->cur, &view->values);
     sd_name_get(segment, slot, view->values.flags, view->name);
     if (sd_view_check(segment, slot, view) != SD_OK) return SD_DOUBT;
     return sound ? SD_OK : SD_CORRUPT;

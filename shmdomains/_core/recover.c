@@ -46,7 +46,10 @@ int sd_recover_list(sd_segment *segment)
     if (result != SD_OK) return give_up(segment, SD_POISON_LIST, 0);
     for (uint32_t slot = slots; slot-- > 0;) {
         sd_slot *record = &segment->slots[slot];
-        if (sd_load(&record->life) & 1) {
+        uint64_t life = sd_load(&record->life);
+        /* Either way would be for good: a domain that nobody finds, or one that was removed. */
+        if (!sd_life_sound(life)) return give_up(segment, SD_POISON_LIST, slot + 1ull);
+        if (life & 1) {
             if (enter_identity(segment, slot) != SD_OK)
                 return give_up(segment, SD_POISON_LIST, slot + 1ull);
             live++;
@@ -72,7 +75,9 @@ int sd_recover_ids(sd_segment *segment)
     if (sd_index_clear(segment, SD_ID_INDEX) != SD_OK) return give_up(segment, SD_POISON_IDS, 0);
     for (uint32_t slot = 0; slot < slots; slot++) {
         sd_values values;
-        if (!(sd_load_acquire(&segment->slots[slot].life) & 1)) continue;
+        uint64_t life = sd_load_acquire(&segment->slots[slot].life);
+        if (!sd_life_sound(life)) return give_up(segment, SD_POISON_IDS, slot + 1ull);
+        if (!(life & 1)) continue;
         if (sd_values_settled(segment, slot, &values) != SD_OK)
             return give_up(segment, SD_POISON_IDS, slot + 1ull);
         if (values.id < 0) continue;
