@@ -202,7 +202,7 @@ static int test_index(void)
 {
     sd_segment *segment = make(KEYS, 64);
     sd_store(&segment->header->slots_committed, sd_seal(KEYS));
-    sd_store(&segment->header->slot_count, KEYS);
+    sd_store(&segment->header->slot_count, sd_seal(KEYS));
     /* Small and crowded: looked at after every step. */
     for (uint32_t key = 0; key < 60; key++) hash[key] = crowded_hash();
     for (int step = 0; step < 6000; step++) {

@@ -220,7 +220,7 @@ static bool watch(void)
 
 static uint64_t mutexes(void)
 {
-    return 3 + ((const sd_header *)now)->slot_count;
+    return 3 + sd_unsealed(((const sd_header *)now)->slot_count);
 }
 
 static uint64_t mutex_place(uint64_t number)

@@ -302,6 +302,11 @@ _homes: list[tempfile.TemporaryDirectory[str]] = []
 _SOURCES = ["segment.c", "lock.c", "index.c", "heap.c", "record.c", "recover.c", "check.c"]
 
 
+def sealed(value: int) -> int:
+    """A watermark and the like, as the core writes it: with its complement."""
+    return (value | ~(value ^ value >> 28) << 36) & (1 << 64) - 1
+
+
 class Planted:
     """The words of a segment, to be read and damaged through its file."""
 

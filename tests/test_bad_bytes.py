@@ -43,6 +43,7 @@ class Specimen:
     parts: dict[str, tuple[int, int]]
     hints: int  # where the header's hints begin, which end it
     lives: list[int]  # the slots' words that say whether a domain lives there
+    count: int  # how many slots there are
     dirty: list[int]  # words that put off a repair
     choice: int  # which settings count
 
@@ -76,7 +77,8 @@ class Specimen:
                 planted.slot(i, "life") for i in range(planted.read(planted.header("live")) + 1)
             ]
             dirty = [planted.header(f"{lock}_dirty") for lock in ("list", "id", "heap")]
-            return cls(path, str(folder), parts, hints, lives, dirty, choice)
+            count = planted.header("slot_count")
+            return cls(path, str(folder), parts, hints, lives, count, dirty, choice)
 
     @property
     def size(self) -> int:
@@ -218,6 +220,7 @@ def test_bits_before_a_repair(nursery: Nursery, specimen: Specimen, tried: Tried
     used = [at for part in ("slots", "names") for at in specimen.used(part) if at not in locks]
     damages = [
         *bits([*specimen.lives, *(at + 7 for at in specimen.lives)]),
+        *bits(range(specimen.count, specimen.count + 8)),
         *some(bits(range(specimen.hints)), 20_000 if SOAK else 150),
         *some(bits(used), 10_000 if SOAK else 150),
     ]

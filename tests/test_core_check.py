@@ -20,7 +20,19 @@ from uuid import UUID
 
 import pytest
 from helpers import SOAK
-from killing import CORE, DEADLINE, Child, Nursery, Pipe, Planted, driver, hold, soon, xml
+from killing import (
+    CORE,
+    DEADLINE,
+    Child,
+    Nursery,
+    Pipe,
+    Planted,
+    driver,
+    hold,
+    sealed,
+    soon,
+    xml,
+)
 
 from shmdomains import INVARIANTS, DomainDef, DomainList, SegmentCorrupt
 
@@ -303,9 +315,14 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "leads nowhere",
     ),
     "a slot that was never made": (
-        header("slot_count", lambda old: old + 1),
+        header("slot_count", lambda old: sealed((old & (1 << 36) - 1) + 1)),
         "free list",
         "in 7 slots",
+    ),
+    "the number of slots": (
+        header("slot_count", lambda old: old ^ 1 << 1),
+        "counts",
+        "the number of slots",
     ),
     "poison": (header("poisoned", lambda old: 2), "poisoned", "a repair failed"),
 }

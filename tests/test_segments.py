@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from helpers import Home, Party, Process, thread_party, xml
+from killing import sealed
 
 import shmdomains
 from shmdomains import (
@@ -90,11 +91,6 @@ def word(path: Path, offset: int) -> int:
 def put_word(path: Path, offset: int, value: int) -> None:
     with open(path, "r+b") as file:
         os.pwrite(file.fileno(), struct.pack("<Q", value), offset)
-
-
-def sealed(value: int) -> int:
-    """A word that carries its own complement (sd_seal in layout.h)."""
-    return value | (~(value ^ value >> 28) & (1 << 28) - 1) << 36
 
 
 # --- create, attach, open ----------------------------------------------------------------------

@@ -381,7 +381,7 @@ int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view 
  * the heap lock, and the watermark is raised before it.  SD_CORRUPT: one of the two is damaged. */
 static inline int sd_slots(const sd_segment *segment, uint32_t *slots)
 {
-    uint64_t count = sd_load_acquire(&segment->header->slot_count);
+    uint64_t count = sd_unsealed(sd_load_acquire(&segment->header->slot_count));
     uint64_t committed = sd_unsealed(sd_load(&segment->header->slots_committed));
     bool sound = committed <= segment->at.max_slots && count <= committed;
     *slots = sound ? (uint32_t)count : 0;

@@ -694,6 +694,13 @@ cdef class Segment:
         if self.closed:
             sd_detach(self.segment)
 
+    cdef uint32_t slots(self) except? 0:
+        """How many there are; an error when that is damaged, and never an empty list for it."""
+        cdef uint32_t slots
+        if sd_slots(self.segment, &slots) != SD_OK:
+            raise errors.SegmentCorrupt("the number of slots is damaged")
+        return slots
+
     cdef int still_open(self) except -1:
         if self.closed:
             raise errors.ListClosed("this DomainList was closed during the wait")
@@ -1346,7 +1353,7 @@ cdef class Segment:
         cdef uint64_t deadline = sd_now() + 1000000000
         cdef bint filtered = (active & persistent & autostart) >= 0 or states != 0xffffffff
         self.usable()
-        for slot in range(sd_slot_count(self.segment)):
+        for slot in range(self.slots()):
             if filtered and not self.chosen(slot, active, persistent, autostart, states):
                 continue
             info = self.view(slot, NULL, definitions, deadline)
@@ -1370,7 +1377,7 @@ cdef class Segment:
         cdef sd_view view
         cdef int result
         self.usable()
-        for slot in range(sd_slot_count(self.segment)):
+        for slot in range(self.slots()):
             result = sd_view_begin(self.segment, slot, &view)
             while result == SD_DOUBT:
                 result = sd_view_begin(self.segment, slot, &view)
@@ -1486,7 +1493,7 @@ cdef class Segment:
         cdef uint64_t deadline = deadline_of(timeout)
         self.usable()
         self.may_wait(deadline)
-        if slot >= sd_slot_count(self.segment):
+        if slot >= self.slots():
             return None
         return self.take(slot, NULL, life, deadline, timeout)
 
@@ -1494,7 +1501,7 @@ cdef class Segment:
         """An unlocked handle, for unpickling. It may be stale; locking it says so."""
         cdef Record record
         self.usable()
-        if slot >= sd_slot_count(self.segment) or len(uuid) != 16:
+        if slot >= self.slots() or len(uuid) != 16:
             raise errors.DomainRemoved("this handle's domain does not exist in this list")
         record = self.new_record()
         record.lead_to(slot)
@@ -1508,7 +1515,7 @@ cdef class Segment:
         cdef Record record
         cdef list found = []
         self.usable()
-        for slot in range(sd_slot_count(self.segment)):
+        for slot in range(self.slots()):
             if sd_load(&self.segment.slots[slot].life) & 1:
                 record = self.new_record()
                 record.lead_to(slot)
@@ -1565,7 +1572,7 @@ cdef class Segment:
             "domains": sd_load(&header.live),
             "active": sd_load(&header.active),
             "max_domains": self.segment.at.max_slots,
-            "slots": sd_load(&header.slot_count),
+            "slots": sd_slot_count(self.segment),
             "bytes_max": self.segment.at.total_bytes,
             "heap_max": self.segment.at.heap_cells * SD_CELL,
             "heap_used": sd_load(&header.heap_used) * SD_CELL,
@@ -1791,7 +1798,7 @@ cdef class Segment:
         cdef sd_slot *at
         cdef sd_repair repair
         cdef bint busy
-        for slot in range(sd_slot_count(self.segment)):
+        for slot in range(self.slots()):
             if slot % 4096 == 4095:
                 self.between()
             at = &self.segment.slots[slot]

@@ -58,7 +58,7 @@
 #include <string.h>
 
 #define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
-#define SD_LAYOUT 2u
+#define SD_LAYOUT 3u
 
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
@@ -180,7 +180,8 @@ typedef struct {
     sd_word list_level[2];    /* of the UUID and the name index; sealed */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
-    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init */
+    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init; sealed:
+                                                   too few would hide domains from a rebuild */
     sd_word slots_committed;  /* slots and names with memory; stored after fallocate; sealed */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* which settings buffer counts, sealed; the commit store of a change.
@@ -244,8 +245,8 @@ static inline void sd_publish(sd_word *word, uint64_t value)
     atomic_thread_fence(memory_order_release);
 }
 
-/* Watermarks - what has memory behind it - carry their own complement: a flipped bit must not lead
- * to a hole of the file, where a read may be SIGBUS.  36 bits of value, 28 of check. */
+/* Watermarks and the like carry their own complement: a flipped bit must not lead to a hole of the
+ * file, where a read may be SIGBUS, or make what is there count for nothing.  36 bits of value, 28 of check. */
 #define SD_SEAL_BITS 36
 static inline uint64_t sd_seal(uint64_t value)
 {

@@ -438,7 +438,7 @@ static int add_slots(sd_segment *segment)
     int result = sd_mutex_init(&fresh->mutex);
     if (result != SD_OK) return result;
     sd_store(&fresh->next_free, sd_load(&header->free_head));
-    sd_publish(&header->slot_count, count + 1);
+    sd_publish(&header->slot_count, sd_seal(count + 1));
     sd_publish(&header->free_head, count + 1);
     return SD_OK;
 }
@@ -457,7 +457,7 @@ int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
         from = &header->free_head;
     }
     uint64_t next = sd_load(from);
-    if (next > sd_slot_count(segment)) return SD_CORRUPT;
+    if (!next || next > sd_slot_count(segment)) return SD_CORRUPT;
     if (sd_load(&segment->slots[next - 1].life) & 1) return SD_CORRUPT;
     *link = from;
     *slot = (uint32_t)(next - 1);

@@ -230,6 +230,7 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     sd_store(&header->list_level[0], sd_seal(0));
     sd_store(&header->list_level[1], sd_seal(0));
     sd_store(&header->id_level, sd_seal(0));
+    sd_store(&header->slot_count, sd_seal(0));
     sd_store(&header->slots_committed, sd_seal(0));
     sd_store(&header->heap_committed, sd_seal(0));
     sd_store(&header->settings_choice, sd_seal(0));
@@ -376,9 +377,11 @@ static uint32_t holder_of(const sd_segment *segment, const pthread_mutex_t *mute
 static bool is_held(const sd_segment *segment)
 {
     const sd_header *header = segment->header;
+    uint32_t slots;
     if (!segment->held) return false;
+    if (sd_slots(segment, &slots) != SD_OK) return true; /* who knows */
     if (runs_here(holder_of(segment, &header->list_mutex, &header->list_owner))) return true;
-    for (uint32_t i = 0; i < sd_slot_count(segment); i++) {
+    for (uint32_t i = 0; i < slots; i++) {
         const sd_slot *slot = &segment->slots[i];
         if (runs_here(holder_of(segment, &slot->mutex, &slot->owner))) return true;
     }
