@@ -624,6 +624,14 @@ static int test_check(void)
         MUST(calls || sum == SD_SUM_FREE, "sum %d was taken in one go", sum);
     }
     MUST(faults == (int)lost + 1);
+    /* The watermark is damaged under the checker's eyes: no walk behind it, and no walk for ever. */
+    sd_word *watermark = &shared->header->heap_committed;
+    sd_store(watermark, sd_load(watermark) ^ 1ull << 35);
+    for (int sum = SD_SUM_USED; sum < SD_SUMS; sum++) {
+        MUST(sd_check_prepare(check, sum) == SD_OK);
+        MUST(sd_check_sum_held(check, sum, SD_FOREVER) == SD_OK);
+    }
+    MUST(faults == (int)lost + 2);
     sd_check_end(check);
     sd_list_unlock(shared);
     sd_unmap(shared);
