@@ -289,7 +289,6 @@ static inline uint64_t sd_map_bits(uint64_t w, uint64_t cell, uint64_t cells)
 /* Heap lock and slot lock held.  allocate: SD_FULL, SD_NO_MEMORY.  free: how many cells. */
 int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes);
 uint64_t sd_heap_free(sd_segment *segment, sd_word *descriptor);
-bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells);
 void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used);
 
 /* --- record.c -------------------------------------------------------------------------------- */
@@ -326,9 +325,10 @@ bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key);
 int sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values);
 /* The committed values while others may commit: those of a `cur` that stood still. */
 int sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values);
-/* name: 252 bytes, length first, 0: name or uuid is damaged.  Slot lock or list lock held. */
+/* name: 252 bytes, length first, 0: name or uuid is damaged.  The truth with the slot's or the list
+ * lock held; without them a hint, or one look of sd_view_begin(). */
 void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name);
-/* Whether name and uuid belong together; slot lock held. */
+/* Whether name and uuid belong together; the truth with the slot's or the list lock held. */
 bool sd_identity_sound(const sd_segment *segment, uint32_t slot);
 /* What stands in front of a blob: so that no other bytes pass for it, be they another domain's, of
  * another kind or of another time. */

@@ -31,15 +31,6 @@ void sd_heap_mark(sd_segment *segment, uint64_t cell, uint64_t cells, bool used)
     }
 }
 
-bool sd_heap_is_marked(const sd_segment *segment, uint64_t cell, uint64_t cells)
-{
-    for (uint64_t w = cell / 64; w * 64 < cell + cells; w++) {
-        uint64_t bits = sd_map_bits(w, cell, cells);
-        if ((sd_load(&segment->map[w]) & bits) != bits) return false;
-    }
-    return true;
-}
-
 static bool is_free(const sd_segment *segment, uint64_t cell, uint64_t cells, uint64_t committed)
 {
     if (cell >= committed || cells > committed - cell) return false;

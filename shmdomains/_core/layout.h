@@ -45,7 +45,8 @@
  * (indexes, counts, map, hints) carries none: it is verified against the record, and rebuilt.
  *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
- * the end of this file and by nothing else (mutexes are glibc's).
+ * the end of this file, the attached table and a taken-over owner by compare-and-swap, and by
+ * nothing else (mutexes are glibc's).
  */
 #ifndef SHMDOMAINS_LAYOUT_H
 #define SHMDOMAINS_LAYOUT_H
@@ -181,7 +182,7 @@ typedef struct {
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
     _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init; sealed:
-                                                   too few would hide domains from a rebuild */
+                                                   too few would hide domains */
     sd_word slots_committed;  /* slots and names with memory; stored after fallocate; sealed */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* which settings buffer counts, sealed; the commit store of a change.
@@ -246,7 +247,8 @@ static inline void sd_publish(sd_word *word, uint64_t value)
 }
 
 /* Watermarks and the like carry their own complement: a flipped bit must not lead to a hole of the
- * file, where a read may be SIGBUS, or make what is there count for nothing.  36 bits of value, 28 of check. */
+ * file, where a read may be SIGBUS, or make what is there count for nothing.  36 bits of value, 28
+ * of check. */
 #define SD_SEAL_BITS 36
 static inline uint64_t sd_seal(uint64_t value)
 {

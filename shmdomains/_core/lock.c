@@ -557,7 +557,6 @@ void sd_ids_unlock(sd_segment *segment)
     sd_mutex_unlock(&segment->header->id_mutex);
 }
 
-
 int sd_heap_lock_briefly(sd_segment *segment)
 {
     sd_header *header = segment->header;

@@ -262,11 +262,7 @@ static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *v
         sd_word *spare = &record->extent[b][!choice_of(values->flags, b)];
         result = sd_heap_allocate(segment, spare, blobs[b].size + 8);
     }
-    if (result != SD_OK) {
-        int error = errno;
-        free_uncounted(segment, slot);
-        errno = error;
-    }
+    if (result != SD_OK) free_uncounted(segment, slot);
     return result;
 }
 
@@ -380,8 +376,10 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     }
     if (result == SD_OK && ids && next.id >= 0) result = sd_index_reserve(segment, SD_ID_INDEX);
     if (result != SD_OK) {
+        int error = errno; /* of SD_NO_MEMORY; a wait may ask the kernel for the owner of a lock */
         if (ids) sd_ids_unlock(segment);
         if (new_blobs) sd_tidy(segment, slot);
+        errno = error;
         return result;
     }
     fill_blobs(segment, slot, uuid, &next, blobs);
