@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from helpers import SOAK
-from model import growth, heap, ids, index, slots
+from model import free_slots, growth, heap, ids, index, slots, sums
 from model.explorer import (
     DIED,
     Explorer,
@@ -27,7 +27,15 @@ from model.explorer import (
     unlock,
 )
 
-SUBJECTS = {"heap": heap, "index": index, "ids": ids, "slots": slots, "growth": growth}
+SUBJECTS = {
+    "heap": heap,
+    "free slots": free_slots,
+    "sums": sums,
+    "index": index,
+    "ids": ids,
+    "slots": slots,
+    "growth": growth,
+}
 LIMIT = 20_000_000 if SOAK else 400_000
 
 FEWEST = {
@@ -47,6 +55,29 @@ FEWEST = {
     "heap: remove and insert, two kills": 33_400,
     "heap: reader, a kill": 1_069_000,
     "heap: reader of a quick writer": 1_774_000,
+    "free slots: removed": 2_860,
+    "free slots: two repair": 2_080,
+    "free slots: reused": 18_300,
+    "free slots: two inserts": 11_600,
+    "free slots: stopped": 2_730,
+    "free slots: beside": 32_800,
+    "free slots: two free": 15_300,
+    "free slots: unneeded: slot lock": 27_700,
+    "free slots: unneeded: life again": 18_100,
+    "free slots: unneeded: clear, then map": 16_500,
+    "free slots: two free, three kills": 77_700,
+    "free slots: reused, four kills": 24_600,
+    "free slots: crowd": 1_920_900,
+    "sums: read": 19_900,
+    "sums: read, replaced": 27_600,
+    "sums: handed on": 41_300,
+    "sums: repaired": 18_100,
+    "sums: ids repaired": 26_800,
+    "sums: passed": 81_300,
+    "sums: handed on, three kills": 65_500,
+    "sums: repaired, three kills": 40_600,
+    "sums: passed, two kills": 102_300,
+    "sums: crowd": 2_304_200,
     "index: renamed": 1_370,
     "index: rename and insert": 2_900,
     "index: remove and insert": 12_900,
