@@ -61,6 +61,7 @@ FEWEST = {
     "free slots: two inserts": 11_600,
     "free slots: stopped": 2_730,
     "free slots: beside": 32_800,
+    "free slots: put off": 27_700,
     "free slots: two free": 15_300,
     "free slots: unneeded: slot lock": 27_700,
     "free slots: unneeded: life again": 18_100,

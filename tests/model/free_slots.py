@@ -376,6 +376,19 @@ def beside(kills: int = 2, **how: Any) -> Model:
     )
 
 
+def put_off(kills: int = 1, **how: Any) -> Model:
+    """A remover does not get the heap lock; its slot is used again, garbage and all."""
+    slots = FreeSlots(2, 4, **how)
+    return model(
+        slots,
+        "put off",
+        [slots.removal(0), slots.insertion(0, 1)],
+        [],
+        slots.commit(1, 1),
+        kills=kills,
+    )
+
+
 def two_free(kills: int = 2, **how: Any) -> Model:
     slots = FreeSlots(2, 3, **how)
     return model(
@@ -408,6 +421,7 @@ MODELS = {
     "two inserts": two_inserts,
     "stopped": lambda: stopped(kills=2),
     "beside": beside,
+    "put off": put_off,
     "two free": lambda: two_free(kills=1),
     "unneeded: slot lock": lambda: reused(dropped="slot lock"),
     "unneeded: life again": lambda: reused(dropped="life again"),
