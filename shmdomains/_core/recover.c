@@ -133,8 +133,9 @@ void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t 
  * blobs in a FREE slot, which nobody locks until it is used again; but all of them die with the
  * list lock.  (A living remover that could not get the heap lock leaves them, too; they wait for
  * the slot's next user, or for this.)  A slot's lock is only tried: its holder has a handle to a
- * domain that is gone, or waits for the heap; then the slot's next user frees them.  List lock
- * held; robust locks only, since the core does not know the others. */
+ * domain that is gone, or waits for the heap; what it leaves, if it dies as well, is freed by the
+ * slot's next user.  List lock held, so that no FREE slot becomes LIVE meanwhile; robust locks
+ * only, since the core does not know the others. */
 void sd_tidy_free_slots(sd_segment *segment)
 {
     uint32_t slots = sd_slot_count(segment);
