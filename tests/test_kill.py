@@ -328,6 +328,35 @@ def test_half_a_change_of_the_heap(
     assert doms.info.heap_used == used
 
 
+def test_the_garbage_in_free_slots_goes_when_the_list_is_repaired(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    """Nobody waits for a slot that somebody holds: its garbage stays, the others' goes."""
+    for name in "bc":
+        doms.undefine(name=name)
+    used = doms.info.heap_used
+    cell = planted.watermark(planted.header("heap_committed")) - 64
+    for slot in (1, 2):
+        planted.write(planted.slot(slot, "extent") + 8 * slot, (cell + slot) << 25 | 60)
+    planted.write(planted.at["map"] + cell // 8, 0b110)
+    planted.write(planted.header("heap_used"), used // 64 + 2)
+    stale = start(hold_mutex, path, planted.slot(1, "mutex"))
+    stale.hear()
+    assert doms.check().counts["garbage"] == 2
+    for left in (1, 0):
+        holder = start(hold, path, "list")
+        holder.hear()
+        holder.kill()
+        with soon("the repair"):
+            doms.lock(timeout=DEADLINE)
+        doms.unlock()
+        sound(doms)
+        assert doms.check().counts["garbage"] == left
+        assert doms.info.heap_used == used + 64 * left
+        if left:
+            stale.kill()
+
+
 def test_the_garbage_of_a_dead_holder_is_freed_by_the_next(
     start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
 ) -> None:
