@@ -5,7 +5,8 @@ map says so while nobody has the heap lock):
 - A remover or an inserter whose slot is FREE and names something holds the list lock, too: it
   leaves no garbage in a FREE slot without leaving the list lock dead.
 - While the list lock is free, a FREE slot names nothing, unless somebody has its lock, or it is
-  dirty (the heap lock was busy), or a look-up that came too late was killed with its lock.
+  dirty (the heap lock was busy), or a look-up that came too late was killed with its lock, or a
+  repair found the heap lock busy.
 - At its end a repair of the list lock leaves nothing in any FREE slot but those whose lock was
   held and those from the first one on for which the heap lock was busy.
 - Nobody waits for ever: a slot's lock is only tried, since who has it may be stopped. The model's
@@ -60,8 +61,8 @@ UNNEEDED = {
     "clear, then map": "a descriptor is cleared before the map says that its cells are free",
 }
 """What the code keeps although the claims hold without. The first two: the repair has the list
-lock, and without it nobody makes a FREE slot live or allocates for it; without both locks, or with
-an older look than both, they matter (`a lock`, `life stands`)."""
+lock, so nobody makes a FREE slot live meanwhile or allocates for it. Had it let go of that lock
+before, each of them would matter (`a lock`, `life stands`). The third: see `heap`."""
 
 LIST = "list lock"
 WITHOUT_LIST = ("a lock", "life stands")
