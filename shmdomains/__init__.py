@@ -57,6 +57,7 @@ from .errors import (
     TooManyLocks,
     Unavailable,
     UncommittedChanges,
+    WrongList,
 )
 from .holder import LockHolder
 from .invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
@@ -142,6 +143,7 @@ __all__ = [
     "TooManyLocks",
     "Unavailable",
     "UncommittedChanges",
+    "WrongList",
     "segments",
     "unlink",
 ]

@@ -196,7 +196,8 @@ class DomainListRules(_Store):
         """Lock several domains at once; the list lock is held while they are collected.
 
         `domains`: handles, `DomainInfo`s or UUIDs. All or nothing: on an error (`LockTimeout`,
-        `DomainNotFound`, `DomainRemoved`, `TooManyLocks`) what was locked is unlocked again.
+        `DomainNotFound`, `DomainRemoved`, `TooManyLocks`, `WrongList`) what was locked is unlocked
+        again.
 
         >>> from shmdomains import DomainList
         >>> with DomainList().lock_many([]) as locked:
@@ -223,6 +224,7 @@ class DomainListRules(_Store):
         self, one: Domain | core.Info | Uuid, taken: LockedDomains, deadline: _Deadline
     ) -> None:
         if isinstance(one, Domain):
+            self._need_ours(one)
             if one.is_locked:
                 raise AlreadyLocked(f"domain {one.uuid} is asked for twice, or locked already")
             taken.append(one)
@@ -315,6 +317,7 @@ class DomainListRules(_Store):
         wait for itself), `DomainActive`, `DomainRemoved`, `ListNotLocked`, `LockTimeout`.
         """
         self._need_list_lock("remove_inactive")
+        self._need_ours(dom)
         if dom.is_locked:
             raise DomainLocked(
                 f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
@@ -355,6 +358,7 @@ class DomainListRules(_Store):
         and `LockTimeout` when the directory's filelock is not free within `timeout` seconds.
         """
         self._need_list_lock("rename")
+        self._need_ours(dom)
         deadline = _Deadline(timeout)
         if dom.is_active:
             raise DomainActive(f"cannot rename active domain '{dom.name}'")
@@ -501,6 +505,7 @@ class DomainListRules(_Store):
         Does nothing if the list was not loaded from a directory. Raises `ConfigError`; the file is
         then as it was before.
         """
+        self._need_ours(dom)
         dirs = self._config_dirs()
         definition = dom.next_definition or dom.definition
         if dirs is not None:
@@ -511,6 +516,7 @@ class DomainListRules(_Store):
 
         Domain locked. Raises `ConfigError`.
         """
+        self._need_ours(dom)
         dirs = self._config_dirs()
         name = dom.name
         if dirs is not None:
@@ -522,6 +528,7 @@ class DomainListRules(_Store):
 
         Raises `DomainTransient`, `ConfigError`, `UncommittedChanges`.
         """
+        self._need_ours(dom)
         if not dom.persistent:
             raise DomainTransient("cannot set autostart for transient domain " + repr(dom.name))
         if dom.changed:

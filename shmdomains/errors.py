@@ -56,6 +56,10 @@ class TooManyLocks(ContractError):
     """This thread holds 1,000 domains: the kernel releases only 2,048 locks of a dead thread."""
 
 
+class WrongList(ContractError):
+    """The domain is of another list than the one that was asked to change it."""
+
+
 class UncommittedChanges(ContractError):
     """The call starts a commit of its own and the domain has changes; commit or roll back first."""
 

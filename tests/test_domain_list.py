@@ -51,6 +51,7 @@ from shmdomains import (
     ShutoffReason,
     TooManyLocks,
     UncommittedChanges,
+    WrongList,
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -160,6 +161,46 @@ def test_another_lists_domain_is_no_hindrance(
         second.define(xml("web1"))
         with second.locked(), second.get(name="web1") as dom:
             assert dom.name == "web1"
+    second.close()
+
+
+CHANGES: dict[str, Callable[[DomainList, Domain], Any]] = {
+    "rename": lambda doms, dom: doms.rename(dom, "web9"),
+    "save_config": lambda doms, dom: doms.save_config(dom),
+    "delete_config": lambda doms, dom: doms.delete_config(dom),
+    "set_autostart": lambda doms, dom: doms.set_autostart(dom, True),
+    "_rename": lambda doms, dom: doms._rename(dom, "web9", dom.definition.encode(), None),
+    "_remove": lambda doms, dom: doms._remove(dom),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_lists_domain_is_not_changed_here(
+    doms: DomainList, web1: DomainInfo, store: Store, change: str
+) -> None:
+    """Its slot's number is that of some other domain here, which others may have locked."""
+    second = store.make(room=4)
+    second.define(xml("web2"))
+    with second.get(name="web2") as dom, doms.locked(), pytest.raises(WrongList) as caught:
+        CHANGES[change](doms, dom)
+    assert str(dom.uuid) in str(caught.value)
+    assert names(doms) == ["web1"] and names(second) == ["web2"]
+    second.close()
+
+
+def test_another_lists_domain_is_neither_removed_nor_locked_here(
+    doms: DomainList, web1: DomainInfo, store: Store
+) -> None:
+    second = store.make(room=4)
+    second.define(xml("web2"))
+    dom = handle(second, "web2")
+    with pytest.raises(WrongList), doms.locked():
+        doms.remove_inactive(dom)
+    with pytest.raises(WrongList):
+        doms.lock_many([WEB1, dom])
+    assert names(doms) == ["web1"] and names(second) == ["web2"]
+    with doms.get(name="web1"), second.get(name="web2"):
+        pass
     second.close()
 
 

@@ -944,6 +944,14 @@ cdef class Segment:
         """Raises `ListNotLocked`, or `ListClosed`, unless this thread holds the list lock."""
         self.need_list(what)
 
+    def _need_ours(self, Record record not None):
+        """A slot of another segment is just a number here, and somebody else's domain."""
+        self.usable()
+        if record.segment.segment != self.segment:
+            raise errors.WrongList(
+                f"domain {uuid_object(record.uuid_raw)} is of another list; call the list that it "
+                "came from")
+
     @property
     def is_locked(self):
         """Whether this thread holds the list lock."""
@@ -1461,6 +1469,7 @@ cdef class Segment:
 
     def _remove(self, Record record, timeout=None):
         """Remove a record that this thread has locked; its lock is released. List lock held."""
+        self._need_ours(record)
         cdef Record mine = record.mine_to_change()
         cdef uint64_t deadline = deadline_of(timeout)
         self.need_list("remove")
@@ -1472,6 +1481,7 @@ cdef class Segment:
 
     def _rename(self, Record record, name, bytes definition, bytes next_definition, timeout=None):
         """Name and definitions in one commit. List lock held; duplicates were looked for."""
+        self._need_ours(record)
         cdef Record mine = record.mine_to_change()
         cdef uint64_t deadline = deadline_of(timeout)
         cdef unsigned char raw[252]
