@@ -658,10 +658,12 @@ cdef class Segment:
             self.segment = NULL
 
     def _attach(self, int fd, record_class, list_lock=None, slot_locks=None):
-        """Map the segment behind `fd`, which stays the caller's."""
+        """Map the segment behind `fd`, which stays the caller's. Once: handles count on it."""
         cdef char why[200]
         cdef sd_segment *segment
         cdef int result
+        if self.segment != NULL:
+            raise TypeError("this DomainList has its segment; make another one")
         self.decoded = Decoded()
         result = sd_map(fd, &segment, why, sizeof(why))
         if result == SD_MISMATCH:
