@@ -29,7 +29,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
@@ -174,6 +174,16 @@ def _make_directory(path: Path) -> None:
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
+class Commit(Protocol):
+    """What a change of files belongs to: made when they are in place, and they stay if it was.
+
+    `happened` is asked when it raised, for a signal handler may raise after the deed.
+    """
+
+    def __call__(self) -> None: ...
+    def happened(self) -> bool: ...
+
+
 class _Change:
     """A change of several directory entries that is undone as a whole unless `forget` is reached.
 
@@ -184,6 +194,7 @@ class _Change:
     """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._undo: list[tuple[Path, Path | None]] = []
         self._directories: dict[Path, Path] = {}
 
@@ -206,10 +217,11 @@ class _Change:
             with suppress(FileNotFoundError, NotADirectoryError):
                 if stat.S_ISDIR(os.lstat(path).st_mode):
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                self._directories.setdefault(path.parent, path)
+                # Noted first: a signal handler may raise between the two.
+                self._undo.append((path, former))
                 # Takes nothing of a filesystem that is full, and leaves no moment with both names.
                 os.rename(path, former)
-                self._undo.append((path, former))
-                self._directories.setdefault(path.parent, path)
 
     def settle(self) -> None:
         """Make it last through a power failure."""
@@ -218,6 +230,8 @@ class _Change:
                 _sync_directory(directory)
 
     def undo(self) -> None:
+        if self._process != os.getpid():
+            return  # a signal handler forked: it is our parent's
         for path, former in reversed(self._undo):
             try:
                 self._restore(path, former)
@@ -233,6 +247,8 @@ class _Change:
                 _sync_directory(directory)
 
     def forget(self) -> None:
+        if self._process != os.getpid():
+            return
         for _, former in self._undo:
             if former is not None:
                 _discard(former)
@@ -255,6 +271,8 @@ class _Change:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             return
+        if not os.path.lexists(former) and os.path.lexists(path):
+            return  # it did not come to the rename
         # Between two links to one file rename does nothing, and says that it did.
         if not _same_entry(path, former):
             os.replace(former, path)
@@ -308,29 +326,35 @@ def _is_alive(pid: int) -> bool:
 # --- the directory's lock -------------------------------------------------------------------
 
 
-@contextmanager
-def _directory_lock(directory: Path, timeout: float | None) -> Iterator[None]:
-    path = directory / LOCK_NAME
-    _check_lock_file(path)
-    limit = -1.0 if timeout is None else timeout
-    lock = filelock.FileLock(path, timeout=limit, mode=0o600, poll_interval=0.01)
-    try:
-        lock.acquire()
-    except filelock.Timeout as exc:
-        raise LockTimeout(
-            f"config directory {_printable(directory)}: its lock was not free within "
-            f"{timeout:g} s; {_lock_holder(path)}"
-        ) from exc
-    except NotImplementedError as exc:
-        raise ConfigError(errno.ENOLCK, "no file locks on this filesystem", str(path)) from exc
-    except RuntimeError as exc:  # what filelock raises where a thread would wait for itself
-        raise AlreadyLocked(
-            f"this thread is changing {_printable(directory)} already; finish that first"
-        ) from exc
-    try:
-        yield
-    finally:
-        lock.release()
+class _DirectoryLock:
+    """The filelock of a config directory. It exists before it is acquired, so that who was
+    interrupted while acquiring it can release it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._path = directory / LOCK_NAME
+        _check_lock_file(self._path)
+        self._lock = filelock.FileLock(self._path, mode=0o600)
+
+    def acquire(self, timeout: float | None) -> None:
+        limit = -1.0 if timeout is None else timeout
+        try:
+            self._lock.acquire(timeout=limit, poll_interval=0.01)
+        except filelock.Timeout as exc:
+            raise LockTimeout(
+                f"config directory {_printable(self._directory)}: its lock was not free within "
+                f"{timeout:g} s; {_lock_holder(self._path)}"
+            ) from exc
+        except NotImplementedError as exc:
+            reason = "no file locks on this filesystem"
+            raise ConfigError(errno.ENOLCK, reason, str(self._path)) from exc
+        except RuntimeError as exc:  # what filelock raises where a thread would wait for itself
+            raise AlreadyLocked(
+                f"this thread is changing {_printable(self._directory)} already; finish that first"
+            ) from exc
+
+    def release(self) -> None:
+        self._lock.release(force=True)
 
 
 def _check_lock_file(path: Path) -> None:
@@ -370,11 +394,13 @@ class ConfigDirs(msgspec.Struct, frozen=True):
 
     Paths are made absolute, since processes with other working directories use the same value.
     Every `timeout` is in seconds and is for the directory's filelock: ``None`` for ever, 0 try,
-    negative is a `ValueError`; `LockTimeout` when it has passed, `AlreadyLocked` inside the body of
-    this thread's own `saving`, `deleting` or `renaming`. Other errors: `ConfigError` (an `OSError`:
-    errno, strerror, filename) with both directories as they were before, and `InvalidName` for a
-    name that is no domain's. A name that begins with ``.`` can not be saved: dot-files are not
-    loaded.
+    negative is a `ValueError`; `LockTimeout` when it has passed, `AlreadyLocked` inside the commit
+    of this thread's own change. Other errors: `ConfigError` (an `OSError`: errno, strerror,
+    filename) with both directories as they were before, and `InvalidName` for a name that is no
+    domain's. A name that begins with ``.`` can not be saved: dot-files are not loaded.
+
+    A `commit` is called with the files in place and the filelock held; they stay if it happened,
+    else they are as they were before, whatever was raised.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
@@ -424,7 +450,9 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         """
         return self._points_to(self.config_file(name))
 
-    def save(self, definition: DomainDef, timeout: float | None = None) -> None:
+    def save(
+        self, definition: DomainDef, timeout: float | None = None, commit: Commit | None = None
+    ) -> None:
         """Write the definition to NAME.xml, mode 0600, making the directory if need be.
 
         It is on disk for good when this returns (virDomainDefSave). Call it with the domain locked.
@@ -437,63 +465,42 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         ...     [path.name for path in scan(directory)]
         ['web1.xml']
         """
-        with self.saving(definition, timeout):
-            pass
-
-    @contextmanager
-    def saving(self, definition: DomainDef, timeout: float | None = None) -> Iterator[None]:
-        """`save`, then run the body: if that raises, the file is again as it was before.
-
-        For the commit that belongs to the file. The filelock is held until the end of the body.
-        """
         path = self._file_to_write(definition.name)
         data = definition.to_xml().encode()
-        with self._changing(path, timeout, make=True) as change:
-            change.put(path, lambda temporary: _write_file(temporary, data))
-            change.settle()
-            yield
 
-    def delete(self, name: str, timeout: float | None = None) -> None:
+        def make(change: _Change) -> None:
+            change.put(path, lambda temporary: _write_file(temporary, data))
+
+        self._change(path, timeout, make, commit, create=True)
+
+    def delete(self, name: str, timeout: float | None = None, commit: Commit | None = None) -> None:
         """Remove the domain's config file and autostart link; a missing one is no error.
 
         Source: virDomainDeleteConfig, which would go on if the link can not be removed; the link
         would then start the next domain of this name, so here that is an error.
         """
-        with self.deleting(name, timeout):
-            pass
-
-    @contextmanager
-    def deleting(self, name: str, timeout: float | None = None) -> Iterator[None]:
-        """`delete`, then run the body: if that raises, file and link are there again."""
         path = self.config_file(name)
-        with self._changing(path, timeout) as change:
-            self._remove(change, name)
-            change.settle()
-            yield
+        self._change(path, timeout, lambda change: self._remove(change, name), commit)
 
     def rename(
-        self, old_name: str, new_definition: DomainDef, timeout: float | None = None
+        self,
+        old_name: str,
+        new_definition: DomainDef,
+        timeout: float | None = None,
+        commit: Commit | None = None,
     ) -> None:
         """Write the new definition under its name, then remove the old name's file and link.
 
         An autostart link moves along; a stale one of the new name goes. Source:
         qemuDomainRenameCallback.
         """
-        with self.renaming(old_name, new_definition, timeout):
-            pass
-
-    @contextmanager
-    def renaming(
-        self, old_name: str, new_definition: DomainDef, timeout: float | None = None
-    ) -> Iterator[None]:
-        """`rename`, then run the body: if that raises, both directories are as they were before."""
         path = self._file_to_write(new_definition.name)
         data = new_definition.to_xml().encode()
         if self.config_file(old_name) == path:
-            with self.saving(new_definition, timeout):
-                yield
+            self.save(new_definition, timeout, commit)
             return
-        with self._changing(path, timeout, make=True) as change:
+
+        def make(change: _Change) -> None:
             autostart = self.is_autostart(old_name)
             change.put(path, lambda temporary: _write_file(temporary, data))
             link = self.autostart_link(new_definition.name)
@@ -502,10 +509,16 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             elif link is not None:
                 change.remove(link)
             self._remove(change, old_name)
-            change.settle()
-            yield
 
-    def set_autostart(self, name: str, enabled: bool, timeout: float | None = None) -> None:
+        self._change(path, timeout, make, commit, create=True)
+
+    def set_autostart(
+        self,
+        name: str,
+        enabled: bool,
+        timeout: float | None = None,
+        commit: Commit | None = None,
+    ) -> None:
         """Make the autostart link, or remove it (virDomainSetAutostart).
 
         Needs the config file (else ENOENT: a link to nothing would be forgotten by the next load)
@@ -516,8 +529,11 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         if link is None:
             if enabled:
                 raise ConfigError(errno.ENOENT, "there is no autostart directory", str(target))
+            if commit is not None:
+                commit()
             return
-        with self._changing(link, timeout) as change:
+
+        def make(change: _Change) -> None:
             if not enabled:
                 change.remove(link)
             elif not target.is_file():
@@ -526,7 +542,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
                 with _reported(link):
                     _make_directory(link.parent)
                 change.put(link, lambda temporary: os.symlink(target, temporary))
-            change.settle()
+
+        self._change(link, timeout, make, commit)
 
     def _file_to_write(self, name: str) -> Path:
         path = self.config_file(name)
@@ -548,28 +565,52 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             return os.path.samefile(self.autostart_dir / config_file.name, config_file)
         return False
 
-    @contextmanager
-    def _changing(
-        self, subject: Path, timeout: float | None, make: bool = False
-    ) -> Iterator[_Change]:
+    def _change(
+        self,
+        subject: Path,
+        timeout: float | None,
+        make: Callable[[_Change], None],
+        commit: Commit | None,
+        create: bool = False,
+    ) -> None:
+        """Make a change under the filelock, then its commit; undo it unless that happened.
+
+        One function with one ``try``, no context manager: a signal handler that raises while one is
+        being entered or left would leave it, and the filelock, to whoever drops the traceback.
+        """
         _check_timeout(timeout)
         change = _Change()
-        with ExitStack() as stack:
+        lock, kept = None, False
+        try:
             with _reported(subject):
-                if make:
+                if create:
                     _make_directory(self.config_dir)
                 # Without a config directory there is no place for a lock, and nothing to protect.
                 if self.config_dir.is_dir():
-                    stack.enter_context(_directory_lock(self.config_dir, timeout))
+                    lock = _DirectoryLock(self.config_dir)
+                    lock.acquire(timeout)
             _sweep(self.config_dir)
             if self.autostart_dir is not None:
                 _sweep(self.autostart_dir)
-            try:
-                yield change
-            except BaseException:
-                change.undo()
-                raise
+            make(change)
+            change.settle()
+            if commit is not None:
+                commit()
+            kept = True
             change.forget()
+        except BaseException:
+            if kept or (commit is not None and commit.happened()):
+                change.forget()
+            else:
+                change.undo()
+            raise
+        finally:
+            if lock is not None:
+                try:
+                    lock.release()
+                except BaseException:  # a signal handler raised before it did
+                    lock.release()
+                    raise
 
 
 def _is_same_directory(a: Path, b: Path) -> bool:
@@ -847,8 +888,8 @@ class _LockedDomain(Protocol):
 
     @property
     def changed(self) -> bool: ...
-    def rollback(self) -> None: ...
-    def _in_passing(self) -> AbstractContextManager[None]: ...
+    def commit(self, timeout: float | None = None) -> None: ...
+    def _pass_on(self) -> None: ...
 
 
 class Store(Protocol):
@@ -951,15 +992,17 @@ class _Loader:
 
     def _assign(self, item: _Parsed, definition: DomainDef) -> bool:
         dom = self._store.assign_def(definition, persistent=True, timeout=self._timeout)
-        with dom._in_passing():
+        try:
             # Who had the domain while we waited for it may have saved another definition.
             if dom.changed and item.is_stale():
-                dom.rollback()
                 return False
             if self._dirs.autostart_dir is not None:
                 autostart = self._dirs._points_to(item.path)
                 if dom.autostart != autostart:
                     dom.autostart = autostart
+            dom.commit()
+        finally:
+            dom._pass_on()
         return True
 
     def _conflict(self, path: Path, name: str) -> str | None:

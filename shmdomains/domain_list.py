@@ -18,8 +18,8 @@ import os
 import time
 import uuid as uuid_module
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing import context as mp_context
 from multiprocessing import reduction
 from pathlib import Path
@@ -103,26 +103,11 @@ class ListInfo(msgspec.Struct, frozen=True):
     poisoned: str | None
 
 
-class LockedDomains(list[Domain]):
+class LockedDomains(core.Records):
     """Domains locked by `DomainList.lock_many`, in the order asked for; unlocks them at the end of
     a ``with`` block: committed, or rolled back if the block raised."""
 
-    def __enter__(self) -> LockedDomains:
-        for dom in self:
-            dom.__enter__()
-        return self
-
-    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        failure: BaseException | None = None
-        at = len(self)
-        while at:  # which allocates nothing: without memory, too, they are unlocked
-            at -= 1
-            try:
-                self[at].__exit__(kind, value, traceback)
-            except BaseException as exc:
-                failure = failure or exc
-        if failure is not None:
-            raise failure
+    __slots__ = ()
 
 
 class _Deadline:
@@ -138,6 +123,26 @@ class _Deadline:
         if self._end is None:
             return None
         return 0 if self._try else max(self._end - time.monotonic(), 0.0)
+
+
+class _Commit:
+    """The commit of one record that a change of files belongs to; see `config.Commit`.
+
+    A new record was committed as it was made: it counts once all of `make` is done.
+    """
+
+    def __init__(self, dom: Domain, make: Callable[[], object]) -> None:
+        self._dom = dom
+        self._make = make
+        self._before = dom._stamp
+        self._made = False
+
+    def __call__(self) -> None:
+        self._make()
+        self._made = True
+
+    def happened(self) -> bool:
+        return self._made or self._dom._stamp != self._before
 
 
 def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
@@ -181,14 +186,9 @@ class DomainListRules(_Store):
 
     # --- locks ---
 
-    @contextmanager
-    def _list_held(self, timeout: float | None) -> Iterator[None]:
+    def _list_held(self, timeout: float | None) -> AbstractContextManager[object]:
         """Hold the list lock, unless this thread does already."""
-        if self.is_locked:
-            yield
-            return
-        with self.locked(timeout):
-            yield
+        return nullcontext() if self.is_locked else self.locked(timeout)
 
     def lock_many(
         self, domains: Iterable[Domain | core.Info | Uuid], timeout: float | None = None
@@ -213,10 +213,9 @@ class DomainListRules(_Store):
                     self._lock_one(one, taken, deadline)
         except BaseException:
             at = len(taken)
-            while at:  # as in LockedDomains.__exit__
+            while at:  # as at the end of the block: this allocates nothing
                 at -= 1
-                if taken[at].is_locked:
-                    taken[at]._hand_back()
+                taken[at]._pass_on()
             raise
         return taken
 
@@ -237,7 +236,7 @@ class DomainListRules(_Store):
         try:
             taken.append(dom)
         except MemoryError:
-            dom._hand_back()
+            dom._pass_on()
             raise
 
     # --- assign, remove, rename: the list lock is the caller's ---
@@ -274,9 +273,12 @@ class DomainListRules(_Store):
             uuid = definition.uuid or uuid_module.uuid4()
             if definition.uuid is None:
                 definition = definition.replace(uuid=uuid)
-            return self._create(
-                uuid, definition.name, definition.encode(), bool(persistent), timeout
-            )
+            encoded = definition.encode()
+            try:
+                return self._create(uuid, definition.name, encoded, bool(persistent), timeout)
+            except BaseException:
+                self._take_back_made(uuid)
+                raise
         if definition.uuid is None:
             definition = definition.replace(uuid=known.uuid)
         dom = self.find_by_uuid(known.uuid, timeout)
@@ -290,8 +292,7 @@ class DomainListRules(_Store):
             if persistent is not None:
                 dom.persistent = persistent
         except BaseException:
-            dom.rollback()
-            dom._hand_back()
+            dom._pass_on()
             raise
         return dom
 
@@ -324,11 +325,13 @@ class DomainListRules(_Store):
                 "until nobody holds it"
             )
         deadline = _Deadline(timeout)
-        with dom._in_passing():
+        try:
             dom.lock(deadline.left())
             if dom.is_active:
                 raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
             self._remove(dom, deadline.left())
+        finally:
+            dom._pass_on()
 
     def free(self, timeout: float | None = None) -> None:
         """Remove every domain, active ones too (virDomainObjListFree). List lock held.
@@ -343,9 +346,11 @@ class DomainListRules(_Store):
         if held is not None:
             raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
         for dom in doms:
-            with dom._in_passing():
+            try:
                 dom.lock(deadline.left())
                 self._remove(dom, deadline.left())
+            finally:
+                dom._pass_on()
 
     def rename(self, dom: Domain, new_name: str, timeout: float | None = None) -> None:
         """Rename an inactive domain (virDomainRename). List lock held, `dom` locked, nothing
@@ -374,11 +379,14 @@ class DomainListRules(_Store):
         successor = dom.next_definition
         renamed = None if successor is None else successor.replace(name=new_name).encode()
         dirs = self._config_dirs()
+        encoded = definition.encode()
+        commit = _Commit(
+            dom, lambda: self._rename(dom, new_name, encoded, renamed, deadline.left())
+        )
         if dirs is None or not dom.persistent:
-            self._rename(dom, new_name, definition.encode(), renamed, deadline.left())
-            return
-        with dirs.renaming(old_name, definition, deadline.left()):
-            self._rename(dom, new_name, definition.encode(), renamed, deadline.left())
+            commit()
+        else:
+            dirs.rename(old_name, definition, deadline.left(), commit)
 
     # --- the whole of it: the list lock is taken here ---
 
@@ -394,41 +402,51 @@ class DomainListRules(_Store):
         """
         deadline = _Deadline(timeout)
         definition = _as_definition(definition)
-        dom, existed = None, True
+        dom, commit, existed = None, None, True
         try:
             with self._list_held(deadline.left()):
                 existed = self._known(definition) is not None
                 dom = self.assign_def(definition, True, deadline.left())
-            with dom._in_passing():
-                self._save_and_commit(dom, deadline)
-                info = self.peek(uuid=dom.uuid, timeout=None)
+            commit = _Commit(dom, lambda: dom.commit(deadline.left()))
+            self._save_and_commit(dom, commit, deadline)
+            info = self.peek(uuid=dom.uuid, timeout=None)
         except BaseException:
-            self._take_back(dom, existed)
+            # It is not locked in a child that a signal handler forked: there it is our parent's.
+            if dom is not None and dom.is_locked and (commit is None or not commit.happened()):
+                self._take_back(dom, existed)
             raise
+        finally:
+            if dom is not None:
+                dom._pass_on()
         assert info is not None  # we held it
         return info
 
-    def _save_and_commit(self, dom: Domain, deadline: _Deadline) -> None:
+    def _save_and_commit(self, dom: Domain, commit: _Commit, deadline: _Deadline) -> None:
         dirs = self._config_dirs()
         if dirs is None:
-            dom.commit(deadline.left())
-            return
-        with dirs.saving(dom.next_definition or dom.definition, deadline.left()):
-            dom.commit(deadline.left())
+            commit()
+        else:
+            dirs.save(dom.next_definition or dom.definition, deadline.left(), commit)
 
-    def _take_back(self, dom: Domain | None, existed: bool) -> None:
+    def _take_back(self, dom: Domain, existed: bool) -> None:
         """Undo an `assign_def` after a failure: nobody holds the domain, it is as it was, and one
         that did not exist is removed, unless somebody made use of it meanwhile."""
-        if dom is not None and dom.is_locked:
-            dom.rollback()
-            dom._hand_back()
-        if dom is None or existed:
+        dom._pass_on()
+        if existed:
             return
         with (
             suppress(DomainActive, DomainRemoved),
             self._list_held(None),
         ):
             self.remove_inactive(dom)
+
+    def _take_back_made(self, uuid: uuid_module.UUID) -> None:
+        """Undo a `_create` that failed, should a signal handler have raised as it returned. Nobody
+        else can have made a domain of this UUID: we hold the list lock, but for a child that a
+        handler forked."""
+        dom = self.find_by_uuid(uuid) if self.is_locked else None
+        if dom is not None:
+            self._take_back(dom, False)
 
     def undefine(
         self,
@@ -448,18 +466,20 @@ class DomainListRules(_Store):
         deadline = _Deadline(timeout)
         with self._list_held(deadline.left()):
             dom = self.get(uuid=uuid, name=name, id=id, timeout=deadline.left())
-            with dom._in_passing():
+            try:
                 self._undefine(dom, deadline)
+            finally:
+                dom._pass_on()
 
     def _undefine(self, dom: Domain, deadline: _Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
         dirs = self._config_dirs()
+        commit = _Commit(dom, lambda: self._forget(dom, deadline))
         if dirs is None:
-            self._forget(dom, deadline)
-            return
-        with dirs.deleting(dom.name, deadline.left()):
-            self._forget(dom, deadline)
+            commit()
+        else:
+            dirs.delete(dom.name, deadline.left(), commit)
 
     def _forget(self, dom: Domain, deadline: _Deadline) -> None:
         if not dom.is_active:
@@ -534,10 +554,20 @@ class DomainListRules(_Store):
         if dom.changed:
             raise UncommittedChanges(f"commit or roll back domain '{dom.name}' first")
         dirs = self._config_dirs()
-        if dirs is not None and (dirs.autostart_dir is not None or enabled):
-            dirs.set_autostart(dom.name, enabled, timeout)
-        dom.autostart = enabled
-        dom.commit(timeout)
+
+        def change() -> None:
+            dom.autostart = enabled
+            dom.commit(timeout)
+
+        commit = _Commit(dom, change)
+        try:
+            if dirs is not None and (dirs.autostart_dir is not None or enabled):
+                dirs.set_autostart(dom.name, enabled, timeout, commit)
+            else:
+                commit()
+        except BaseException:
+            dom.rollback()
+            raise
 
     # --- listing ---
 

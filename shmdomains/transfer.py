@@ -373,7 +373,8 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
                 raise DefinitionError(f"domain '{entry.name}' is active; it was left as it is")
             _fill(dom, entry, next_definition, data)
     except BaseException:
-        doms._take_back(dom, existed)
+        if dom is not None:
+            doms._take_back(dom, existed)
         raise
 
 

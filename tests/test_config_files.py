@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -381,11 +382,30 @@ def test_what_can_not_be_restored_is_kept_and_named(
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(os, "replace", refuse)
-        with dirs.saving(domain("web1", "new")):
-            raise ZeroDivisionError
+        dirs.save(domain("web1", "new"), commit=Commit(ZeroDivisionError()))
     (kept,) = temporaries(dirs.config_dir)
     assert kept in caplog.text and "web1.xml can not be restored" in caplog.text
     assert (dirs.config_dir / kept).read_text() == domain("web1", "old").to_xml()
+
+
+class Commit:
+    """A commit that does something, then raises; it may have happened all the same."""
+
+    def __init__(
+        self,
+        error: Exception | None = None,
+        before: Callable[[], object] = lambda: None,
+        happened: bool = False,
+    ) -> None:
+        self.error, self.before, self.did = error, before, happened
+
+    def __call__(self) -> None:
+        self.before()
+        if self.error is not None:
+            raise self.error
+
+    def happened(self) -> bool:
+        return self.did
 
 
 # --- kill -9, and several processes ---------------------------------------------------------
@@ -554,8 +574,8 @@ def test_lock_timeout_names_the_holder(dirs: ConfigDirs, tmp_path: Path) -> None
 
 
 def test_a_thread_does_not_wait_for_itself(dirs: ConfigDirs) -> None:
-    with pytest.raises(AlreadyLocked), dirs.saving(domain("web1")):
-        dirs.save(domain("web2"))
+    with pytest.raises(AlreadyLocked):
+        dirs.save(domain("web1"), commit=Commit(before=lambda: dirs.save(domain("web2"))))
     assert state(dirs.config_dir) == {}
 
 
@@ -614,14 +634,9 @@ def test_sweeping_a_huge_directory_is_rationed(
         now += later
         with monkeypatch.context() as patch:
             # Only the sweep reads the clock that stands still.
-            patch.setattr(config, "_directory_lock", lambda directory, timeout: _nothing())
+            patch.setattr(config, "_DirectoryLock", Mock())
             dirs.save(domain("web1"))
         assert len(listed) == expected
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 # --- autostart ------------------------------------------------------------------------------
@@ -736,21 +751,27 @@ def test_rename_writes_the_new_file_before_it_removes_the_old(
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SegmentFull("full"), OSError(5, "theirs")])
-@pytest.mark.parametrize("what", ["saving", "creating", "deleting", "renaming"])
-def test_what_the_body_raises_undoes_it(tmp_path: Path, what: str, error: Exception) -> None:
+@pytest.mark.parametrize("happened", [False, True])
+@pytest.mark.parametrize("what", ["save", "create", "delete", "rename", "set_autostart"])
+def test_what_the_commit_raises_undoes_it_unless_it_happened(
+    tmp_path: Path, what: str, error: Exception, happened: bool
+) -> None:
     dirs = prepared(tmp_path)
     before = state(tmp_path)
-    contexts = {
-        "saving": lambda: dirs.saving(domain("web1", "new")),
-        "creating": lambda: dirs.saving(domain("new")),
-        "deleting": lambda: dirs.deleting("web1"),
-        "renaming": lambda: dirs.renaming("web1", domain("stale")),
+    there: list[Any] = []
+    commit = Commit(error, lambda: there.append(state(tmp_path)), happened)
+    changes: dict[str, Callable[[], None]] = {
+        "save": lambda: dirs.save(domain("web1", "new"), commit=commit),
+        "create": lambda: dirs.save(domain("new"), commit=commit),
+        "delete": lambda: dirs.delete("web1", commit=commit),
+        "rename": lambda: dirs.rename("web1", domain("stale"), commit=commit),
+        "set_autostart": lambda: dirs.set_autostart("web1", False, commit=commit),
     }
-    with pytest.raises(type(error)) as info, contexts[what]():
-        assert state(tmp_path) != before
-        raise error
+    with pytest.raises(type(error)) as info:
+        changes[what]()
     assert info.value is error
-    assert state(tmp_path) == before
+    assert there != [before]
+    assert [state(tmp_path)] == (there if happened else [before])
     assert temporaries(tmp_path) == []
 
 
@@ -1030,11 +1051,12 @@ class FakeDomain:
     def rollback(self) -> None:
         self.changed = False
 
-    @contextmanager
-    def _in_passing(self) -> Iterator[None]:
-        yield
+    def commit(self, timeout: float | None = None) -> None:
         if self.changed or self.definition.name not in self.store.domains:
             self.store.domains[self.definition.name] = self
+
+    def _pass_on(self) -> None:
+        pass
 
 
 class FakeStore:

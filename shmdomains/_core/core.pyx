@@ -50,6 +50,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_slot:
         pthread_mutex_t mutex
         sd_word life
+        sd_word cur
         sd_word died_who
         sd_word died_pid
         sd_word uuid[2]
@@ -2056,15 +2057,6 @@ cdef class Record:
             fail(SD_NESTED, "change a domain")
         return mine
 
-    cdef Record mine_at_end(self, kind):
-        """At the end of a block: an exception in it drops what was changed. None: unlocked by then."""
-        cdef Record mine = self.mine_or_none()
-        if mine is not None and kind is not None:
-            mine = mine.mine_to_change()
-            mine.drop_changes()
-            mine.reload()
-        return mine
-
     cdef int own(self) except -1:
         cdef sd_thread *thread = sd_self()
         if sd_values_get(self.segment.segment, self.slot, &self.values) != SD_OK:
@@ -2193,14 +2185,21 @@ cdef class Record:
         seconds, Ctrl-C) everything is rolled back, the domain is unlocked all the same, and the
         error is raised. Raises `DomainNotLocked`, or `NotOwner` in another thread.
         """
-        self.give_back(timeout, True)
+        self.give_back(timeout)
 
-    def _hand_back(self, timeout=None):
-        """`unlock` by who was not given the domain, only passed through: the next one still learns
-        of the death of an earlier holder."""
-        self.give_back(timeout, False)
+    def _pass_on(self):
+        """Unlock, if this thread holds it, by who was not given the domain: the next one still
+        learns of the death of an earlier holder. What was not committed is rolled back.
 
-    cdef int give_back(self, object timeout, bint given) except -1:
+        For the ``finally`` of a rule: in one call, so that no signal handler runs in between."""
+        cdef Record mine = self.mine_or_none()
+        if mine is None:
+            return
+        mine = mine.mine_to_change()
+        mine.drop_changes()
+        mine.disown(False)
+
+    cdef int give_back(self, object timeout) except -1:
         cdef Record mine = self.mine_or_none()
         cdef uint64_t deadline = deadline_of(timeout)
         if mine is None:
@@ -2211,9 +2210,9 @@ cdef class Record:
             try:
                 mine.do_commit(deadline)
             finally:
-                mine.disown(given)
+                mine.disown(True)
             return 0
-        return mine.disown(given)
+        return mine.disown(True)
 
     cdef int not_mine(self) except -1:
         if self.held_somewhere():
@@ -2258,13 +2257,17 @@ cdef class Record:
         return self
 
     def __exit__(self, kind, value, traceback):
-        cdef Record mine = self.mine_at_end(kind)
+        cdef Record mine = self.mine_or_none()
         if mine is None:
             return
+        if kind is not None:
+            mine = mine.mine_to_change()
+            mine.drop_changes()
+            mine.reload()
         if mine.depth > 1:
             mine.depth -= 1  # an inner block; the outer one goes on
             return
-        mine.give_back(None, True)
+        mine.give_back(None)
 
     # --- fields ---
 
@@ -2452,11 +2455,6 @@ cdef class Record:
 
     # --- for the rules ---
 
-    def _in_passing(self):
-        """Hold the domain, which is or gets locked in the block, for a change of our own; nobody is
-        given it, so who is next still learns of the death of an earlier holder."""
-        return Passing(self)
-
     def _is(self, uuid, name):
         """Whether these are the domain's uuid and name. Domain lock."""
         cdef uint64_t words[2]
@@ -2484,6 +2482,16 @@ cdef class Record:
         mine.values.id = id
         mine.touched = True
         return id
+
+    @property
+    def _stamp(self):
+        """Life and commits of the record: other than before if the holder's commit, or its remove,
+        came about. Needs no lock."""
+        cdef sd_slot *at
+        if not self.leads:
+            return 0, 0
+        at = &self.segment.segment.slots[self.slot]
+        return sd_load(&at.life), sd_load(&at.cur)
 
     def _drop_id(self):
         cdef Record mine = self.mine_to_change()
@@ -2516,22 +2524,27 @@ cdef class Record:
         return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
 
 
-@cython.final
-cdef class Passing:
-    """What `Record._in_passing` returns. Nothing comes between the end of the block and the unlock,
-    no Ctrl-C either."""
-    cdef Record record
-
-    def __init__(self, Record record not None):
-        self.record = record
+cdef class Records(list):
+    """Records for a ``with`` block, which commits and unlocks each, or rolls each back. As in
+    `ListHold`, no signal handler runs before the first line of the block, nor in `__exit__` but in
+    the waits of a commit, which then fails alone."""
 
     def __enter__(self):
-        return None
+        for record in self:
+            record.__enter__()
+        return self
 
     def __exit__(self, kind, value, traceback):
-        cdef Record mine = self.record.mine_at_end(kind)
-        if mine is not None:
-            mine.give_back(None, False)
+        cdef Py_ssize_t at = len(self)
+        failure = None
+        while at:  # which allocates nothing: without memory, too, they are unlocked
+            at -= 1
+            try:
+                self[at].__exit__(kind, value, traceback)
+            except BaseException as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
 
 
 cdef void abandon(Record record) noexcept:
