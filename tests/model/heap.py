@@ -5,17 +5,17 @@ Claims, in every state:
 - While nobody holds the heap lock (and nobody died with it), no cell is named by two descriptors,
   the map is what the descriptors say, and so is the count of used cells.
 - While nobody holds a slot's lock and its `dirty` is 0, the slot names nothing but what counts.
-- A reader without a lock, if it finds `life` and `cur` as before after reading the fields, and `life`
-  and the blob's version as before after reading the blob, has read fields that one `cur` committed,
-  and the blob that belongs to them.
+- A reader without a lock, if it finds `life` and `cur` as before after reading the fields, and
+  `life` and the blob's version as before after reading the blob, has read fields that one `cur`
+  committed, and the blob that belongs to them.
 
 A slot has one blob here. A commit writes: `dirty` 0 and the uncounted descriptors cleared, the
 spare descriptor, the map, the count; (heap lock freed) the cells; the spare field copy (which
-descriptor counts, the blob's version, the `cur` that it is written for); `cur`; `dirty` 1; under the
-heap lock again the old descriptor cleared, the map, the count, `dirty` 0. A commit of fields only
-writes the spare copy and `cur`. `life` is odd while a domain lives in the slot, and never the same
-for two of them. The cells of a blob hold (slot, version), version being the `cur` that brings it in,
-so that every byte says where it belongs.
+descriptor counts, the blob's version, the `cur` that it is written for); `cur`; `dirty` 1; under
+the heap lock again the old descriptor cleared, the map, the count, `dirty` 0. A commit of fields
+only writes the spare copy and `cur`. `life` is odd while a domain lives in the slot, and never the
+same for two of them. The cells of a blob hold (slot, version), version being the `cur` that brings
+it in, so that every byte says where it belongs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RULES = {
     "dirty remembered": "a commit frees first what an earlier one could not",
     "counter": "a reader compares the whole of `cur`, not only which copy counts",
     "look again": "a reader looks at life and `cur` again after it has read the fields",
-    "version again": "a reader looks at life and the blob's version again after it has read the blob",
+    "version again": "a reader looks at life and version again after it has read a blob",
 }
 
 UNNEEDED = {
@@ -475,7 +475,8 @@ def reuse(kills: int = 1, **how: Any) -> Model:
 
 def reader(kills: int = 0, **how: Any) -> Model:
     heap = Heap(2, 4, **how)
-    return model(heap, "reader", heap.commit(0, 0, 1, 1), heap.commit(1, 1), heap.read(0), kills=kills)
+    writer = heap.commit(0, 0, 1, 1)
+    return model(heap, "reader", writer, heap.commit(1, 1), heap.read(0), kills=kills)
 
 
 def reader_of_reused(kills: int = 1, **how: Any) -> Model:
