@@ -416,8 +416,8 @@ def crowd(kills: int = 2, **how: Any) -> Model:
         record,
         "crowd",
         record.commit("x", "y"),
-        record.rename("b", "c"),
-        record.replace("d", "D"),
+        record.rename("b"),
+        record.replace("c", "C"),
         record.view,
         kills=kills,
     )
