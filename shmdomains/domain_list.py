@@ -397,8 +397,9 @@ class DomainListRules(_Store):
 
         `definition` may be XML. An active domain gets it as `next_definition`. No lock is needed;
         the list lock is taken. If the config file can not be saved nothing is defined: the domain
-        is as it was before (virDomainDefineXML). Raises `DefinitionError`, `DomainExists`,
-        `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
+        is as it was before (virDomainDefineXML). What is raised after that is done - no memory for
+        the info, a signal handler of yours - leaves it defined, in memory and on disk. Raises
+        `DefinitionError`, `DomainExists`, `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
         """
         deadline = _Deadline(timeout)
         definition = _as_definition(definition)

@@ -4,15 +4,17 @@
  * descriptors are right (I2).  A death with the heap lock held rebuilds the map from them.  So the
  * order is: allocate = descriptor, then map; free = descriptor cleared, then map.
  *
- * Where to look first is kept as hints (the last extent freed of each size, a rover); a hint is
- * checked on the map before it is believed, so a dead writer's hint does no harm.  When neither
- * hint nor rover finds room within a bounded search the heap is extended; only a heap that cannot
- * be extended, or is more than half empty, is searched from end to end.
+ * Where to look is kept as hints, checked on the map before they are believed, so a dead writer's
+ * hint does no harm.  In this order: the last extent freed of this size; if there are holes, a few
+ * words of the map from the rover on, which goes round; above all that was ever used; behind the
+ * watermark, which is raised.  Only a heap that can not be extended is searched from end to end: to
+ * look at all holes each time, or to give up where the rover stands still, both were slow where
+ * definitions grow a little, and their former places are all a little too small.
  */
 #include "core.h"
 
 #define GROW_CELLS (1u << 14) /* 1 MiB */
-#define SEARCH_WORDS 512u
+#define SEARCH_CELLS (64u * 64) /* 64 words of the map */
 
 bool sd_extent_valid(const sd_segment *segment, uint64_t extent)
 {
@@ -97,6 +99,19 @@ static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint6
     return SD_OK;
 }
 
+/* Holes between what is in use, from where the last search ended. */
+static bool search_on(sd_segment *segment, uint64_t cells, uint64_t top, uint64_t committed,
+                      uint64_t *found)
+{
+    sd_header *header = segment->header;
+    uint64_t rover = sd_load(&header->heap_rover);
+    if (rover >= top) rover = 0;
+    uint64_t until = rover + SEARCH_CELLS < top ? rover + SEARCH_CELLS : top;
+    bool is_there = search(segment, cells, rover, until, committed, found);
+    sd_store(&header->heap_rover, is_there ? *found + cells : until);
+    return is_there;
+}
+
 static int find_room(sd_segment *segment, uint64_t cells, uint64_t *found)
 {
     sd_header *header = segment->header;
@@ -107,15 +122,16 @@ static int find_room(sd_segment *segment, uint64_t cells, uint64_t *found)
         *found = hint - 1;
         return SD_OK;
     }
-    uint64_t rover = sd_load(&header->heap_rover);
-    if (rover >= committed) rover = 0;
-    uint64_t until = rover + SEARCH_WORDS * 64;
-    if (search(segment, cells, rover, until < committed ? until : committed, committed, found))
+    uint64_t top = sd_load(&header->heap_top);
+    if (top > committed) top = committed;
+    bool is_holed = sd_load(&header->heap_used) < top - top / 16;
+    if (is_holed && search_on(segment, cells, top, committed, found)) return SD_OK;
+    if (is_free(segment, top, cells, committed)) {
+        *found = top;
         return SD_OK;
-    bool roomy = committed && sd_load(&header->heap_used) < committed / 2;
-    if (roomy && search(segment, cells, 0, committed, committed, found)) return SD_OK;
+    }
     int result = extend(segment, cells, committed, found);
-    if (result == SD_OK || roomy) return result;
+    if (result == SD_OK) return result;
     return search(segment, cells, 0, committed, committed, found) ? SD_OK : result;
 }
 
@@ -130,7 +146,7 @@ int sd_heap_allocate(sd_segment *segment, sd_word *descriptor, uint64_t bytes)
     sd_publish(descriptor, SD_EXTENT(cell, bytes));
     sd_heap_mark(segment, cell, cells, true);
     sd_store(&header->heap_used, sd_load(&header->heap_used) + cells);
-    sd_store(&header->heap_rover, cell + cells);
+    if (cell + cells > sd_load(&header->heap_top)) sd_store(&header->heap_top, cell + cells);
     return SD_OK;
 }
 

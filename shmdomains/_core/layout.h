@@ -202,7 +202,8 @@ typedef struct {
     _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map; sealed */
     sd_word heap_used;  /* cells; derived: rebuilt by recovery */
     sd_word heap_dirty;
-    sd_word heap_rover; /* where the next search starts: a hint */
+    sd_word heap_rover; /* where the next search for a hole starts: a hint */
+    sd_word heap_top;   /* the end of the last cell that was ever used: a hint */
     sd_word heap_turn;  /* counts map changes, so that a checker can look without the lock */
     sd_word heap_hint[SD_HINTS]; /* cell + 1 of a freed extent by size: hints, checked on the map */
 } sd_header;

@@ -94,7 +94,7 @@ int sd_recover_heap(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint32_t slots;
-    uint64_t used = 0, committed = sd_unsealed(sd_load(&header->heap_committed));
+    uint64_t used = 0, top = 0, committed = sd_unsealed(sd_load(&header->heap_committed));
     if (committed > segment->at.heap_cells) return give_up(segment, SD_POISON_HEAP, 0);
     if (sd_slots(segment, &slots) != SD_OK) return give_up(segment, SD_POISON_HEAP, 0);
     sd_publish(&header->heap_turn, sd_load(&header->heap_turn) + 1);
@@ -110,9 +110,11 @@ int sd_recover_heap(sd_segment *segment)
                 uint64_t cells = sd_cells(SD_EXTENT_BYTES(extent));
                 sd_heap_mark(segment, SD_EXTENT_CELL(extent), cells, true);
                 used += cells;
+                if (SD_EXTENT_CELL(extent) + cells > top) top = SD_EXTENT_CELL(extent) + cells;
             }
     sd_store(&header->heap_used, used);
     sd_store(&header->heap_rover, 0);
+    sd_store(&header->heap_top, top);
     return SD_OK;
 }
 
