@@ -125,6 +125,31 @@ def test_locked_is_a_context_manager(doms: DomainList) -> None:
     assert not doms.is_locked
 
 
+def test_a_hold_that_never_came_to_its_block_frees_the_list(doms: DomainList, other: Party) -> None:
+    """CPython 3.14 may raise what a signal handler raises between ``__enter__`` and the block, and
+    then drops the hold (gh-148874)."""
+    hold = doms.locked()
+    hold.__enter__()
+    assert doms.is_locked
+    with pytest.warns(ResourceWarning, match="locked"):
+        del hold
+    assert not doms.is_locked
+    other.tell("doms.lock(0)")
+    hold = doms.locked()
+    with pytest.raises(LockTimeout):
+        doms.locked(0).__enter__()
+    other.tell("doms.unlock()")
+    with hold:
+        doms.unlock()
+        doms.lock()
+    with hold:
+        pass
+    doms.lock()
+    del hold  # whose block is over: it has nothing to do with this lock
+    assert doms.is_locked
+    doms.unlock()
+
+
 def test_the_list_answers_like_a_multiprocessing_lock(doms: DomainList, other: Party) -> None:
     assert doms.acquire() is True
     assert other.tell("doms.acquire(False)") is False

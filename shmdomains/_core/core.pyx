@@ -1899,11 +1899,14 @@ cdef list list_faults(fault *one):
 
 
 cdef void drop_list(Segment doms) noexcept:
-    """A list is going away while this thread holds its lock."""
+    """A list, or the hold of its lock, is going away while this thread holds that."""
     doms.release_list()
+    if doms.closed:
+        sd_detach(doms.segment)
     if warnings is not None:
-        warnings.warn("a DomainList was dropped while this thread held its lock, which is freed: "
-                      "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
+        warnings.warn("a DomainList, or what its locked() returned, was dropped while this thread "
+                      "held the list lock, which is freed: use 'with doms.locked()'",
+                      ResourceWarning, stacklevel=1)
 
 
 cdef void free_orphans(sd_thread *thread):
@@ -1961,22 +1964,34 @@ cdef int set_change(sd_blob *blob, bytes value) except -1:
 
 
 @cython.final
+@cython.no_gc_clear
 cdef class ListHold:
     """The list lock for a ``with`` block. No signal handler runs between the end of the wait and
-    the first line of the block, nor in `__exit__`, so Ctrl-C can not leave the list locked."""
+    the first line of the block, nor in `__exit__`, so Ctrl-C can not leave the list locked.
+
+    But for CPython 3.14, which may raise between `__enter__` and the block (gh-148874): then this
+    object is dropped without `__exit__`, and unlocks.
+    """
     cdef Segment doms
     cdef object timeout
+    cdef uint64_t nonce  # of the thread that is in the block, or 0
 
     def __init__(self, Segment doms not None, timeout):
         self.doms, self.timeout = doms, timeout
 
     def __enter__(self):
         self.doms.lock(self.timeout)
+        self.nonce = sd_self().nonce
         return self.doms
 
     def __exit__(self, kind, value, traceback):
+        self.nonce = 0
         if self.doms.is_locked:
             self.doms.unlock()
+
+    def __dealloc__(self):
+        if self.nonce and self.nonce == sd_self().nonce and self.doms.is_locked:
+            drop_list(self.doms)
 
 
 @cython.no_gc_clear
