@@ -74,6 +74,13 @@ from .states import (
     ShutoffReason,
 )
 
+if not getattr(_sys, "_is_gil_enabled", lambda: True)():
+    # Importing the core turns it on, unless it was turned off by force.
+    raise ImportError(
+        "shmdomains needs the global interpreter lock, which guards what the core keeps of this "
+        "process: run Python without -X gil=0 and without PYTHON_GIL=0"
+    )
+
 __version__ = "0.1.0"
 
 __all__ = [

@@ -1498,3 +1498,17 @@ def test_a_segment_kept_for_a_thread_goes_with_the_next_attach(segment_dir: Path
     until(lambda: str(thread.native_id) not in os.listdir("/proc/self/task"), "the thread is gone")
     DomainList(max_domains=1).close()
     shmdomains.unlink(path=segment_dir / "s")
+
+
+def test_a_python_that_was_made_to_run_without_its_lock_is_refused() -> None:
+    code = "import sys; sys._is_gil_enabled = lambda: {}; import shmdomains"
+    for enabled in (True, False):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(enabled)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert (done.returncode == 0) == enabled, done.stderr
+        assert enabled or "ImportError: shmdomains needs the global interpreter" in done.stderr
