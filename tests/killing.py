@@ -307,6 +307,12 @@ def sealed(value: int) -> int:
     return (value | ~(value ^ value >> 28) << 36) & (1 << 64) - 1
 
 
+def counted(value: int) -> int:
+    """`life` or `cur`, as the core writes it: 48 bits, and 16 to check them."""
+    value &= (1 << 48) - 1
+    return value | ((value ^ value >> 16 ^ value >> 32) & 0xFFFF) << 48
+
+
 class Planted:
     """The words of a segment, to be read and damaged through its file."""
 

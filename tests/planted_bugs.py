@@ -131,8 +131,8 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
     sd_slot *record = &segment->slots[slot];
     uint64_t cur = sd_load(&record->cur);
     sd_values before, now;
-    if (sd_cur_value(cur) < 2) return;
-    read_fields(record, sd_cur_seal(sd_cur_value(cur) - 1), &before);
+    if (sd_count_value(cur) < 2) return;
+    read_fields(record, sd_count_seal(sd_count_value(cur) - 1), &before);
     sd_values_get(segment, slot, &now);
     now.state = before.state;
     flip(record, &now);

@@ -219,8 +219,7 @@ def test_bits_before_a_repair(nursery: Nursery, specimen: Specimen, tried: Tried
     locks = {first + 256 * slot + at for slot in range(len(specimen.lives)) for at in range(40)}
     used = [at for part in ("slots", "names") for at in specimen.used(part) if at not in locks]
     damages = [
-        *bits([*specimen.lives, *(at + 7 for at in specimen.lives)]),
-        *bits(range(specimen.count, specimen.count + 8)),
+        *bits(at + i for at in [*specimen.lives, specimen.count] for i in range(8)),
         *some(bits(range(specimen.hints)), 20_000 if SOAK else 150),
         *some(bits(used), 10_000 if SOAK else 150),
     ]

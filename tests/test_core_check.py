@@ -27,6 +27,7 @@ from killing import (
     Nursery,
     Pipe,
     Planted,
+    counted,
     driver,
     hold,
     sealed,
@@ -34,7 +35,7 @@ from killing import (
     xml,
 )
 
-from shmdomains import INVARIANTS, DomainDef, DomainList, SegmentCorrupt
+from shmdomains import INVARIANTS, DomainDef, DomainList, DomainRemoved, SegmentCorrupt
 
 UUIDS, NAMES, IDS = 0, 1, 2
 DEFINITION, NEXT, DATA = 0, 1, 2
@@ -137,24 +138,24 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "UUID index",
     ),
     "a dead domain comes back": (
-        slot(FREE_SLOT, "life", lambda old: old | 1 << 63 | 1),
+        slot(FREE_SLOT, "life", lambda old: counted(old | 1)),
         "I5 index",
         "does not lead to slot 4",
     ),
     "a domain is gone": (
-        slot(0, "life", lambda old: old + 1 & ~(1 << 63)),
+        slot(0, "life", lambda old: counted(old + 1)),
         "I5 index",
         "UUID index has an entry of slot 0",
     ),
     "a flipped bit makes a domain free": (
         slot(0, "life", lambda old: old ^ 1),
         "I1 identity",
-        "slot 0: whether a domain lives in it is damaged",
+        "slot 0: whether a domain lives in it, and which, is damaged",
     ),
     "a flipped bit makes a free slot live": (
         slot(FREE_SLOT, "life", lambda old: old ^ 1),
         "I1 identity",
-        "slot 4: whether a domain lives in it is damaged",
+        "slot 4: whether a domain lives in it, and which, is damaged",
     ),
     # I2: extents and the map
     "an extent named twice": (twice, "I2 extents", "named twice"),
@@ -383,6 +384,28 @@ def test_a_copy_of_another_time_that_counts_is_found(doms: DomainList, planted: 
     where = planted.slot(1, "cur")
     with planted.changed(where, planted.read(where) + 1):
         assert not doms.check()
+    assert doms.check()
+
+
+def test_a_flipped_bit_makes_no_handle_one_of_another_domain(
+    doms: DomainList, planted: Planted
+) -> None:
+    """Nor one that outlived its domain: lives are numbered, and one bit apart when they follow."""
+    with doms.get(name="d0") as gone:
+        pass
+    doms.undefine(name="d0")
+    doms.define(xml("next"))
+    with doms.get(name="next") as handle:
+        assert handle != gone
+    where = planted.slot(0, "life")
+    for bit in range(64):
+        with planted.changed(where, planted.read(where) ^ 1 << bit):
+            for dom in (gone, handle):
+                with pytest.raises(SegmentCorrupt):
+                    dom.lock(timeout=0)
+            assert not doms.check()
+    with pytest.raises(DomainRemoved):
+        gone.lock()
     assert doms.check()
 
 

@@ -25,6 +25,7 @@ from killing import (
     Pipe,
     Planted,
     asleep,
+    counted,
     fork,
     hold,
     hold_mutex,
@@ -235,7 +236,7 @@ def test_half_a_removal(start: Callable[..., Child], doms: DomainList, planted: 
     holder.hear()
     planted.write(planted.header("list_seq"), planted.read(planted.header("list_seq")) | 1)
     life = planted.slot(1, "life")
-    planted.write(life, planted.read(life) + 1 & ~(1 << 63))  # LIVE stands at both ends
+    planted.write(life, counted(planted.read(life) + 1))
     holder.kill()
     with soon("the repair"):
         assert doms.lookup(name="b", timeout=DEADLINE) is None

@@ -239,7 +239,7 @@ static unsigned check_blobs(const sd_check *check, uint32_t slot, const sd_view 
             fault(check, "I2 extents", "slot %u: blob %d counts and has no valid extent", slot, b);
         if (extents[b] == SD_MISMATCH)
             fault(check, "I2 extents", "slot %u: blob %d does not fit its checksum", slot, b);
-        if (view->values.version[b] > sd_cur_value(view->cur))
+        if (view->values.version[b] > sd_count_value(view->cur))
             fault(check, "I3 fields", "slot %u: blob %d is newer than its record", slot, b);
     }
     if (extents[SD_DEFINITION] == SD_MISS)
@@ -417,8 +417,9 @@ static void check_record(sd_check *check, uint32_t slot)
     if (named) suspect(check, MARKS, slot);
     if (!sd_mutex_sound(&check->segment->slots[slot].mutex))
         fault(check, "locks", "slot %u: its lock is damaged", slot);
-    if (!sd_life_sound(view.life))
-        fault(check, "I1 identity", "slot %u: whether a domain lives in it is damaged", slot);
+    if (!sd_count_sound(view.life))
+        fault(check, "I1 identity", "slot %u: whether a domain lives in it, and which, is damaged",
+              slot);
     else if (result == SD_CORRUPT)
         fault(check, "I3 fields", "slot %u: its fields do not fit their checksum", slot);
     if (result != SD_MISS) { /* damaged fields, too: it says what is wrong with them */

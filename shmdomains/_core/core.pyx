@@ -195,6 +195,7 @@ cdef extern from "core.h" nogil:
     uint32_t sd_slot_count(const sd_segment *)
     int sd_slots(const sd_segment *, uint32_t *)
     uint64_t sd_unsealed(uint64_t)
+    bint sd_count_sound(uint64_t)
     int sd_settings_set(sd_segment *, const void *, uint64_t)
     int sd_settings_get(const sd_segment *, void *, uint64_t *)
     uint64_t SD_EXTENT_BYTES(uint64_t)
@@ -1099,6 +1100,7 @@ cdef class Segment:
             self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
         if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
             self.release_slot(slot, False)
+            self.sound_life(slot)
             return None
         if key != NULL and key.what == SD_ID_INDEX and not sd_identity_sound(self.segment, slot):
             self.release_slot(slot, False)
@@ -1112,6 +1114,13 @@ cdef class Segment:
             self.record_class, EMPTY, NULL)
         record.segment = self
         return record
+
+    cdef int sound_life(self, uint32_t slot) except -1:
+        """What is damaged is neither there nor gone."""
+        if not sd_count_sound(sd_load(&self.segment.slots[slot].life)):
+            raise errors.SegmentCorrupt(
+                f"whether a domain lives in slot {slot}, and which, is damaged")
+        return 0
 
     cdef object describe(self, uint32_t slot):
         cdef sd_view view
@@ -1529,6 +1538,7 @@ cdef class Segment:
         cdef list found = []
         self.usable()
         for slot in range(self.slots()):
+            self.sound_life(slot)
             if sd_load(&self.segment.slots[slot].life) & 1:
                 record = self.new_record()
                 record.lead_to(slot)
@@ -2182,6 +2192,7 @@ cdef class Record:
         return 0
 
     cdef int outlived(self) except -1:
+        self.segment.sound_life(self.slot)
         raise errors.DomainRemoved(
             f"domain {uuid_object(self.uuid_raw)} was removed; this handle outlived it")
 

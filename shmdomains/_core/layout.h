@@ -87,7 +87,7 @@ enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
  * Owner: the slot lock.  A dead writer leaves garbage in the copy that does not count.
  *
  * Each copy carries a checksum of itself and of the `cur` that it was written for, and `cur` one of
- * its own (sd_cur_seal), so that no flipped bit is another state of the domain. */
+ * its own (sd_count_seal), so that no flipped bit is another state of the domain. */
 typedef struct {
     sd_word ids;               /* low half: id (int32, -1 inactive); high half: pid (int32, -1) */
     sd_word status;            /* bits 0-15 state, 16-31 reason, 32-50 SD_FLAG_*, 51.. checksum */
@@ -115,11 +115,12 @@ typedef struct {
 typedef struct {
     /* line 0 */
     pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
-    sd_word life;          /* bit 0 and bit 63: LIVE, twice, so that a flipped bit is seen, which
-                              makes the record damaged and a rebuild of an index give up; between
-                              them: generation.  List + slot lock (I1) */
+    sd_word life;          /* bit 0: LIVE; above: generation; sealed by sd_count_seal(), for a flipped
+                              bit hides a domain, or makes it one that a stale handle is of: then
+                              the record is damaged, and a rebuild of an index gives up.  List +
+                              slot lock (I1) */
     sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset;
-                              sealed by sd_cur_seal() */
+                              sealed by sd_count_seal() */
     sd_word died_who;      /* sticky: a holder died; cleared by the clean unlock of a holder that
                               was given the domain, and by insert.  Slot lock; written before the
                               mutex is made consistent */
@@ -262,35 +263,34 @@ static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */
     return sd_seal(value) == word ? value : UINT64_MAX;
 }
 
-#define SD_LIFE_LIVE (1ull << 63 | 1)
-
-static inline bool sd_life_sound(uint64_t life)
+/* `cur` and `life` have 48 bits of value and 16 of check; 0, in memory that was never used, is a
+ * sound 0. */
+#define SD_COUNT_BITS 48
+static inline uint64_t sd_count_value(uint64_t word)
 {
-    return (life & SD_LIFE_LIVE) == 0 || (life & SD_LIFE_LIVE) == SD_LIFE_LIVE;
+    return word & ((1ull << SD_COUNT_BITS) - 1);
+}
+
+static inline uint64_t sd_count_seal(uint64_t value)
+{
+    value = sd_count_value(value);
+    return value | (value ^ value >> 16 ^ value >> 32) << SD_COUNT_BITS;
+}
+
+static inline bool sd_count_sound(uint64_t word)
+{
+    return sd_count_seal(word) == word;
 }
 
 /* The same life once it has begun, and what comes after it. */
 static inline uint64_t sd_life_begun(uint64_t life)
 {
-    return life | SD_LIFE_LIVE;
+    return sd_count_seal(life | 1);
 }
 
 static inline uint64_t sd_life_ended(uint64_t life)
 {
-    return ((life | 1) + 1) & ~SD_LIFE_LIVE;
-}
-
-/* `cur` has 48 bits of value and 16 of check; 0, in memory that was never used, is a sound 0. */
-#define SD_CUR_BITS 48
-static inline uint64_t sd_cur_value(uint64_t word)
-{
-    return word & ((1ull << SD_CUR_BITS) - 1);
-}
-
-static inline uint64_t sd_cur_seal(uint64_t value)
-{
-    value = sd_cur_value(value);
-    return value | (value ^ value >> 16 ^ value >> 32) << SD_CUR_BITS;
+    return sd_count_seal((life | 1) + 1);
 }
 
 /* A word of up to 8 bytes, whatever their place; what is missing is 0. */

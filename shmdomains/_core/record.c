@@ -18,7 +18,7 @@
 /* Each bit of what goes in is one bit of the sum, so one flipped bit never goes unseen. */
 static uint64_t sum_of_fields(uint64_t cur, uint64_t ids, uint64_t status, const uint64_t *version)
 {
-    uint64_t sum = sd_cur_value(cur) ^ (ids << 5 | ids >> 59) ^ (status << 11 | status >> 53);
+    uint64_t sum = sd_count_value(cur) ^ (ids << 5 | ids >> 59) ^ (status << 11 | status >> 53);
     for (int b = 0; b < SD_BLOBS; b++)
         sum ^= version[b] << 17 * (b + 1) | version[b] >> (64 - 17 * (b + 1));
     sum ^= sum >> 2 * SD_SUM_BITS ^ sum >> 4 * SD_SUM_BITS;
@@ -38,7 +38,7 @@ static bool read_fields(const sd_slot *record, uint64_t cur, sd_values *values)
     status &= (1ull << SD_SUM_SHIFT) - 1;
     values->flags = status & ~0xffffffffull;
     for (int b = 0; b < SD_BLOBS; b++) values->version[b] = sd_load(&from->version[b]);
-    return sum == sum_of_fields(cur, ids, status, values->version) && sd_cur_seal(cur) == cur;
+    return sum == sum_of_fields(cur, ids, status, values->version) && sd_count_sound(cur);
 }
 
 /* `cur`: the one that will make them count. */
@@ -151,7 +151,8 @@ bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key)
 {
     const sd_slot *record = &segment->slots[slot];
     sd_values values;
-    if (!(sd_load_acquire(&record->life) & 1)) return false;
+    uint64_t life = sd_load_acquire(&record->life);
+    if (!(life & 1) || !sd_count_sound(life)) return false;
     switch (key->what) {
     case SD_UUID_INDEX:
         return sd_load(&record->uuid[0]) == key->uuid[0] &&
@@ -193,7 +194,7 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
         if (result != SD_OK) break;
         if (sd_matches(segment, *slot, key)) return SD_OK;
         uint64_t life = sd_load(&segment->slots[*slot].life);
-        damaged |= !sd_life_sound(life) || (life & 1 && !sd_identity_sound(segment, *slot));
+        damaged |= !sd_count_sound(life) || (life & 1 && !sd_identity_sound(segment, *slot));
     }
     if (result != SD_MISS) return result;
     atomic_thread_fence(memory_order_acquire);
@@ -211,7 +212,8 @@ static uint64_t free_uncounted(sd_segment *segment, uint32_t slot)
     sd_slot *record = &segment->slots[slot];
     sd_values values;
     uint64_t cells = 0;
-    bool live = sd_load(&record->life) & SD_LIFE_LIVE;
+    uint64_t life = sd_load(&record->life);
+    bool live = life & 1 || !sd_count_sound(life);
     if (sd_values_get(segment, slot, &values) != SD_OK && live) return 0;
     for (int b = 0; b < SD_BLOBS; b++)
         for (int i = 0; i < 2; i++) {
@@ -271,7 +273,7 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
                        sd_values *values, const sd_blob blobs[SD_BLOBS])
 {
     sd_slot *record = &segment->slots[slot];
-    uint64_t version = sd_cur_value(sd_load(&record->cur)) + 1;
+    uint64_t version = sd_count_value(sd_load(&record->cur)) + 1;
     for (int b = 0; b < SD_BLOBS; b++) {
         if (!blobs[b].change) continue;
         values->version[b] = version;
@@ -304,7 +306,7 @@ static void write_spare_name(sd_segment *segment, uint32_t slot, const uint64_t 
 static void flip(sd_slot *record, const sd_values *values)
 {
     uint64_t cur = sd_load(&record->cur);
-    uint64_t next = sd_cur_seal(sd_cur_value(cur) + 1);
+    uint64_t next = sd_count_seal(sd_count_value(cur) + 1);
     write_fields(cur & 1 ? &record->copy0 : &record->copy1, values, next);
     sd_publish(&record->cur, next);
 }
@@ -456,7 +458,8 @@ int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
     }
     uint64_t next = sd_load(from);
     if (!next || next > sd_slot_count(segment)) return SD_CORRUPT;
-    if (sd_load(&segment->slots[next - 1].life) & 1) return SD_CORRUPT;
+    uint64_t life = sd_load(&segment->slots[next - 1].life);
+    if (life & 1 || !sd_count_sound(life)) return SD_CORRUPT;
     *link = from;
     *slot = (uint32_t)(next - 1);
     return SD_OK;
@@ -468,7 +471,7 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
 {
     sd_slot *record = &segment->slots[slot];
     sd_values next = *values, now;
-    if (sd_cur_seal(sd_load(&record->cur)) != sd_load(&record->cur)) return SD_CORRUPT;
+    if (!sd_count_sound(sd_load(&record->cur))) return SD_CORRUPT;
     sd_values_get(segment, slot, &now); /* of a dead domain: any choice will do */
     int result = sd_short_locks(segment, false, true, deadline);
     if (result != SD_OK) return result;
@@ -516,6 +519,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
     sd_values now;
     unsigned char name[SD_NAME_MAX + 1];
     uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    if (!sd_count_sound(sd_load(&record->life))) return SD_CORRUPT;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
     sd_name_get(segment, slot, now.flags, name); /* damaged: nothing is found, and all is rebuilt */
     bool ids = now.id >= 0;
@@ -552,10 +556,10 @@ int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
     const sd_slot *record = &segment->slots[slot];
     view->life = sd_load_acquire(&record->life);
     view->cur = sd_load_acquire(&record->cur);
-    if (!(view->life & SD_LIFE_LIVE)) return SD_MISS;
+    bool sound = sd_count_sound(view->life);
+    if (sound && !(view->life & 1)) return SD_MISS;
     view->uuid[0] = sd_load(&record->uuid[0]);
     view->uuid[1] = sd_load(&record->uuid[1]);
-    bool sound = sd_life_sound(view->life);
     sound &= read_fields(record, view->cur, &view->values);
     sd_name_get(segment, slot, view->values.flags, view->name);
     if (sd_view_check(segment, slot, view) != SD_OK) return SD_DOUBT;

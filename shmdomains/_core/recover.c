@@ -48,7 +48,7 @@ int sd_recover_list(sd_segment *segment)
         sd_slot *record = &segment->slots[slot];
         uint64_t life = sd_load(&record->life);
         /* Either way would be for good: a domain that nobody finds, or one that was removed. */
-        if (!sd_life_sound(life)) return give_up(segment, SD_POISON_LIST, slot + 1ull);
+        if (!sd_count_sound(life)) return give_up(segment, SD_POISON_LIST, slot + 1ull);
         if (life & 1) {
             if (enter_identity(segment, slot) != SD_OK)
                 return give_up(segment, SD_POISON_LIST, slot + 1ull);
@@ -76,7 +76,7 @@ int sd_recover_ids(sd_segment *segment)
     for (uint32_t slot = 0; slot < slots; slot++) {
         sd_values values;
         uint64_t life = sd_load_acquire(&segment->slots[slot].life);
-        if (!sd_life_sound(life)) return give_up(segment, SD_POISON_IDS, slot + 1ull);
+        if (!sd_count_sound(life)) return give_up(segment, SD_POISON_IDS, slot + 1ull);
         if (!(life & 1)) continue;
         if (sd_values_settled(segment, slot, &values) != SD_OK)
             return give_up(segment, SD_POISON_IDS, slot + 1ull);
