@@ -57,17 +57,17 @@ PLANTED = {
             try:
                 mine.do_commit(deadline)
             finally:
-                mine.disown(given)
+                mine.disown(True)
 """,
             """
             if sd_planted == 1:
-                mine.disown(given)
+                mine.disown(True)
                 mine.do_commit(deadline)
                 return 0
             try:
                 mine.do_commit(deadline)
             finally:
-                mine.disown(given)
+                mine.disown(True)
 """,
         ),
         (
