@@ -424,8 +424,8 @@ class DomainListRules(_Store):
 
     def _save_and_commit(self, dom: Domain, commit: _Commit, deadline: _Deadline) -> None:
         dirs = self._config_dirs()
-        if dirs is None:
-            commit()
+        if dirs is None:  # and no file says that a new domain is there for good
+            dom.commit(deadline.left())
         else:
             dirs.save(dom.next_definition or dom.definition, deadline.left(), commit)
 

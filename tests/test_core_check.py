@@ -101,7 +101,8 @@ def overlapping(at: Planted) -> Damage:
 
 
 def map_bit_of(at: Planted, number: int) -> Damage:
-    cell = at.read(at.extent(number, DEFINITION)) >> 25
+    """Of the second cell: with a used one on each side nothing that takes two of them fits in."""
+    cell = (at.read(at.extent(number, DEFINITION)) >> 25) + 1
     where = at.at["map"] + cell // 64 * 8
     return where, at.read(where) ^ 1 << cell % 64
 
@@ -456,7 +457,7 @@ def churn(pipe: Pipe, path: str, seed: int) -> None:
         doms.define(xml(name))
         with doms.get(name=name) as dom:
             for _ in range(3):
-                dom.data = "x" * dice.randrange(1, 2000)
+                dom.data = "x" * dice.randrange(100, 2000)  # two cells at the least
                 dom.commit()
                 dom.activate()
                 dom.commit()
