@@ -653,7 +653,7 @@ cdef class Segment:
         if self.segment != NULL:
             if (self.segment.list_taker == <void *>self
                     and self.segment.list_nonce == sd_self().nonce):
-                drop_list(self)
+                drop_list(self, "a DomainList")
             if not self.closed:
                 self.segment.open -= 1
             sd_unmap(self.segment)
@@ -1908,15 +1908,14 @@ cdef list list_faults(fault *one):
     return found
 
 
-cdef void drop_list(Segment doms) noexcept:
+cdef void drop_list(Segment doms, object what) noexcept:
     """A list, or the hold of its lock, is going away while this thread holds that."""
     doms.release_list()
     if doms.closed:
         sd_detach(doms.segment)
     if warnings is not None:
-        warnings.warn("a DomainList, or what its locked() returned, was dropped while this thread "
-                      "held the list lock, which is freed: use 'with doms.locked()'",
-                      ResourceWarning, stacklevel=1)
+        warnings.warn(f"{what} was dropped while this thread held its lock, which is freed: "
+                      "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
 
 
 cdef void free_orphans(sd_thread *thread):
@@ -2001,7 +2000,7 @@ cdef class ListHold:
 
     def __dealloc__(self):
         if self.nonce and self.nonce == sd_self().nonce and self.doms.is_locked:
-            drop_list(self.doms)
+            drop_list(self.doms, "what locked() of a DomainList gave")
 
 
 @cython.no_gc_clear
