@@ -103,7 +103,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _printable(path: Path) -> str:
+def _printable(path: str | Path) -> str:
     # A file name may hold any byte but two; none of them may break a line of a log or a terminal.
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -624,31 +624,29 @@ def _is_same_directory(a: Path, b: Path) -> bool:
 # --- reading --------------------------------------------------------------------------------
 
 
-class _Stamp(NamedTuple):
-    """Tells one content of a file from another."""
+_Stamp = tuple[int, int, int, int, int]
+"""Tells one content of a file from another: device, inode, size, times of the last changes."""
 
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
 
-    @classmethod
-    def of(cls, status: os.stat_result) -> _Stamp:
-        return cls(
-            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        )
+def _stamp(status: os.stat_result) -> _Stamp:
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
 
 
 class _Parsed(NamedTuple):
-    path: Path
+    path: str  # making a Path takes as long as reading the file
     stamp: _Stamp | None
     result: DomainDef | LoadFailure
 
     def is_stale(self) -> bool:
         """Whether the file was replaced, changed or removed since it was read."""
         try:
-            return self.stamp != _Stamp.of(os.stat(self.path))
+            return self.stamp != _stamp(os.stat(self.path))
         except OSError:
             return True
 
@@ -661,13 +659,17 @@ def scan(config_dir: str | os.PathLike[str]) -> list[Path]:
     >>> scan("/no/such/directory")
     []
     """
-    directory = Path(config_dir)
+    return [Path(path) for path in _scan(Path(config_dir))]
+
+
+def _scan(directory: Path) -> list[str]:
     with _reported(directory):
         try:
             names = os.listdir(directory)
         except FileNotFoundError:
             return []
-    return [directory / n for n in sorted(names) if n.endswith(SUFFIX) and not n.startswith(".")]
+    inside = os.path.join(directory, "")
+    return [inside + n for n in sorted(names) if n.endswith(SUFFIX) and not n.startswith(".")]
 
 
 def parse(path: str | os.PathLike[str]) -> DomainDef | LoadFailure:
@@ -679,7 +681,7 @@ def parse(path: str | os.PathLike[str]) -> DomainDef | LoadFailure:
     >>> print(parse("/no/such/file.xml"))
     /no/such/file.xml: No such file or directory
     """
-    return _parse(Path(path)).result
+    return _parse(os.fspath(Path(path))).result
 
 
 def parse_all(
@@ -697,7 +699,7 @@ def parse_all(
     >>> [str(failure) for path, failure in parse_all(["/no/b.xml", "/no/a.xml"])]
     ['/no/a.xml: No such file or directory', '/no/b.xml: No such file or directory']
     """
-    ordered = sorted((Path(path) for path in paths), key=os.fspath)
+    ordered = sorted(os.fspath(Path(path)) for path in paths)
     return _report_progress(_parsed(ordered, workers), len(ordered), progress)
 
 
@@ -706,38 +708,43 @@ def _report_progress(
 ) -> Iterator[tuple[Path, DomainDef | LoadFailure]]:
     with closing(items):
         for done, item in enumerate(items, 1):
-            yield item.path, item.result
+            yield Path(item.path), item.result
             if progress is not None:
                 progress(done, total)
 
 
-def _parse(path: Path) -> _Parsed:
+def _parse(path: str) -> _Parsed:
     stamp = None
     try:
         stamp, data = _read(path)
         return _Parsed(path, stamp, DomainDef.from_xml(data))
     except DefinitionError as exc:
-        failure = LoadFailure(path, exc.line, str(exc))
+        failure = LoadFailure(Path(path), exc.line, str(exc))
     except OSError as exc:
-        failure = LoadFailure(path, None, exc.strerror or str(exc))
+        failure = LoadFailure(Path(path), None, exc.strerror or str(exc))
     except Exception as exc:  # one file never stops the others, whatever is wrong with our parser
         logger.exception("%s: the parser failed", _printable(path))
-        failure = LoadFailure(path, None, f"the parser failed: {type(exc).__name__}: {exc}")
+        failure = LoadFailure(Path(path), None, f"the parser failed: {type(exc).__name__}: {exc}")
     return _Parsed(path, stamp, failure)
 
 
-def _read(path: Path) -> tuple[_Stamp, bytes]:
+def _read(path: str) -> tuple[_Stamp, bytes]:
     # Opening a device can do things by itself, so look before; a FIFO may take the place of a file
     # between look and open, so do not block, and look again.
     _check_regular(os.stat(path))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         _check_regular(status)
-        data = file.read(MAX_FILE_BYTES + 1)
+        data = os.read(fd, min(status.st_size, MAX_FILE_BYTES) + 1)
+        if len(data) != status.st_size:  # it is just being written, or is of those without a size
+            with open(fd, "rb", closefd=False) as file:
+                data += file.read(MAX_FILE_BYTES + 1 - len(data))
+    finally:
+        os.close(fd)
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(errno.EFBIG, f"more than {MAX_FILE_BYTES >> 20} MiB")
-    return _Stamp.of(status), data
+    return _stamp(status), data
 
 
 def _check_regular(status: os.stat_result) -> None:
@@ -761,7 +768,7 @@ _serve(sys.stdin.buffer, answers)
 
 # What crosses the pipe for one file: plain tuples, strings and the encoded definition, since a
 # pickled Path, named tuple or definition costs the parent more than the parsing is worth.
-_Answer = tuple[tuple[int, ...] | None, bytes | LoadFailure]
+_Answer = tuple[_Stamp | None, bytes | LoadFailure]
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -769,23 +776,21 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     with suppress(EOFError, BrokenPipeError):
         while True:
             paths: list[str] = pickle.load(requests)
-            pickle.dump([_answer(_parse(Path(path))) for path in paths], answers)
+            pickle.dump([_answer(_parse(path)) for path in paths], answers)
             answers.flush()
 
 
 def _answer(item: _Parsed) -> _Answer:
-    stamp = None if item.stamp is None else tuple(item.stamp)
     if isinstance(item.result, LoadFailure):
-        return stamp, item.result
+        return item.stamp, item.result
     try:
-        return stamp, item.result.encode()
+        return item.stamp, item.result.encode()
     except DefinitionError as exc:
-        return stamp, LoadFailure(item.path, exc.line, str(exc))
+        return item.stamp, LoadFailure(Path(item.path), exc.line, str(exc))
 
 
-def _decode(path: Path, answer: _Answer) -> _Parsed:
-    fields, result = answer
-    stamp = None if fields is None else _Stamp._make(fields)
+def _decode(path: str, answer: _Answer) -> _Parsed:
+    stamp, result = answer
     return _Parsed(path, stamp, DomainDef.decode(result) if isinstance(result, bytes) else result)
 
 
@@ -805,13 +810,13 @@ class _Worker:
         except OSError as exc:
             self._give_up(exc)
 
-    def send(self, paths: list[Path]) -> None:
+    def send(self, paths: list[str]) -> None:
         try:
-            self._write([os.fspath(path) for path in paths])
+            self._write(paths)
         except OSError as exc:
             self._give_up(exc)
 
-    def collect(self, paths: list[Path]) -> list[_Parsed]:
+    def collect(self, paths: list[str]) -> list[_Parsed]:
         """Return what became of the paths that were sent last."""
         try:
             if self._process is not None and self._process.stdout is not None:
@@ -849,7 +854,7 @@ class _Worker:
 _Items = Generator[_Parsed, None, None]
 
 
-def _parsed(paths: list[Path], workers: int | None) -> _Items:
+def _parsed(paths: list[str], workers: int | None) -> _Items:
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be None or at least 0, not {workers}")
     if not workers or workers == 1 or len(paths) < 2:
@@ -857,11 +862,11 @@ def _parsed(paths: list[Path], workers: int | None) -> _Items:
     return _parsed_by_workers(paths, workers)
 
 
-def _parsed_by_workers(paths: list[Path], count: int) -> _Items:
+def _parsed_by_workers(paths: list[str], count: int) -> _Items:
     size = max(1, min(BATCH, len(paths) // count))
     chunks = iter([paths[i : i + size] for i in range(0, len(paths), size)])
     pool: list[_Worker] = []
-    in_flight: deque[tuple[_Worker, list[Path]]] = deque()
+    in_flight: deque[tuple[_Worker, list[str]]] = deque()
     try:
         for chunk in itertools.islice(chunks, count):
             pool.append(_Worker())
@@ -927,32 +932,32 @@ def load_all(
     others are failures.
     """
     _check_timeout(timeout)
-    paths = scan(dirs.config_dir)
+    paths = _scan(dirs.config_dir)
     with closing(_parsed(paths, workers)) as items:
         return _Loader(store, dirs, paths, timeout).load(items, progress)
 
 
 class _Loader:
     def __init__(
-        self, store: Store, dirs: ConfigDirs, paths: list[Path], timeout: float | None
+        self, store: Store, dirs: ConfigDirs, paths: list[str], timeout: float | None
     ) -> None:
         self._store = store
         self._dirs = dirs
         self._timeout = timeout
-        self._total = len(paths)
-        self._file_names = {path.name for path in paths}
-        self._loaded: dict[str, Path] = {}
+        self._paths = set(paths)
+        self._inside = os.path.join(dirs.config_dir, "")
+        self._loaded: dict[str, str] = {}
         self._failures: list[LoadFailure] = []
 
     def load(self, items: Iterator[_Parsed], progress: Progress | None) -> LoadReport:
         done = 0
         if progress is not None:
-            progress(done, self._total)
+            progress(done, len(self._paths))
         while batch := list(itertools.islice(items, BATCH)):
             self._load_batch(batch)
             done += len(batch)
             if progress is not None:
-                progress(done, self._total)
+                progress(done, len(self._paths))
         self._warn_of_other_names()
         return LoadReport(list(self._loaded), sorted(self._failures, key=lambda f: f.path))
 
@@ -964,7 +969,7 @@ class _Loader:
                 return
             batch = [_parse(path) for path in stale]
         for path in stale:
-            self._fail(LoadFailure(path, None, "the file is being replaced again and again"))
+            self._fail(LoadFailure(Path(path), None, "the file is being replaced again and again"))
 
     def _load_item(self, item: _Parsed) -> bool:
         """Assign one definition, list lock held; False if the file is to be parsed again."""
@@ -973,7 +978,7 @@ class _Loader:
             return True
         reason = self._conflict(item.path, item.result.name)
         if reason is not None:
-            self._fail(LoadFailure(item.path, None, reason))
+            self._fail(LoadFailure(Path(item.path), None, reason))
             return True
         if item.is_stale():
             return False
@@ -985,7 +990,7 @@ class _Loader:
         except ShmDomainsError as exc:
             if isinstance(exc, SegmentError) and not isinstance(exc, SegmentFull):
                 raise
-            self._fail(LoadFailure(item.path, getattr(exc, "line", None), str(exc)))
+            self._fail(LoadFailure(Path(item.path), getattr(exc, "line", None), str(exc)))
             return True
         self._loaded[item.result.name] = item.path
         return True
@@ -997,7 +1002,7 @@ class _Loader:
             if dom.changed and item.is_stale():
                 return False
             if self._dirs.autostart_dir is not None:
-                autostart = self._dirs._points_to(item.path)
+                autostart = self._dirs._points_to(Path(item.path))
                 if dom.autostart != autostart:
                     dom.autostart = autostart
             dom.commit()
@@ -1005,13 +1010,16 @@ class _Loader:
             dom._pass_on()
         return True
 
-    def _conflict(self, path: Path, name: str) -> str | None:
-        own = name + SUFFIX
-        if path.name != own and own in self._file_names:
-            return f"domain '{name}' has a file of its own, {own}"
+    def _conflict(self, path: str, name: str) -> str | None:
+        own = self._own_path(name)
+        if path != own and own in self._paths:
+            return f"domain '{name}' has a file of its own, {name + SUFFIX}"
         if name in self._loaded:
             return f"domain '{name}' was loaded from {_printable(self._loaded[name])}"
         return None
+
+    def _own_path(self, name: str) -> str:
+        return self._inside + name + SUFFIX
 
     def _fail(self, failure: LoadFailure) -> None:
         logger.warning("not loaded: %s", failure)
@@ -1019,7 +1027,7 @@ class _Loader:
 
     def _warn_of_other_names(self) -> None:
         # Saves go to NAME.xml and deletes remove that, so such a file survives its domain.
-        others = [(path, name) for name, path in self._loaded.items() if path.name != name + SUFFIX]
+        others = [(p, name) for name, p in self._loaded.items() if p != self._own_path(name)]
         if others:
             path, name = others[0]
             logger.warning(

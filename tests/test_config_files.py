@@ -866,6 +866,19 @@ def test_parse_refuses_the_huge(tmp_path: Path) -> None:
     assert failure(path).reason == "more than 16 MiB"
 
 
+def test_the_whole_of_a_file_is_read_whatever_size_it_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path("/proc/self/cmdline")
+    assert source.stat().st_size == 0
+    assert config._read(str(source))[1] == source.read_bytes() != b""
+    path = tmp_path / "web1.xml"
+    path.write_text(domain_xml("web1") + " " * 100_000)
+    real = os.read
+    monkeypatch.setattr(os, "read", lambda fd, size: real(fd, min(size, 7)))
+    assert config._read(str(path))[1] == path.read_bytes()
+
+
 def test_a_fault_of_the_parser_is_one_files_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
