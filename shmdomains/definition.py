@@ -155,13 +155,15 @@ class DomainDef(
         name = top.get("name")
         if name is None:
             raise document.refusal("missing name information", root)
-        checked_name = document.checked(check_name, name)
+        checked_name = document.checked(check_name, name, document.text_of(name))
         uuid = _read_uuid(root, top)
-        title = _read_text(top.get("title"), _check_title)
+        title = _read_text(top.get("title"))
+        if title is not None:
+            document.checked(_check_title, top["title"], title)
         containers = list(root.iterchildren("devices")) if "devices" in top else []
         memory, current = _read_memory(root, top, containers)
         vcpus, current_vcpus = _read_vcpus(root, top)
-        actions = [_read_action(top.get(event), event) for event in _ACTIONS]
+        actions = [_read_action(top, event) for event in _ACTIONS]
         metadata = top.get("metadata")
         if metadata is not None and _sanitize_metadata(metadata):
             source = document.serialise(root)
@@ -169,10 +171,10 @@ class DomainDef(
             name=checked_name,
             type=virt_type,
             memory=memory,
-            os=_read_os(root),
+            os=_read_os(root, top),
             uuid=uuid,
             title=title,
-            description=_read_text(top.get("description"), str),
+            description=_read_text(top.get("description")),
             current_memory=current,
             vcpus=vcpus,
             current_vcpus=current_vcpus,
@@ -343,7 +345,10 @@ _ACTIONS: dict[str, tuple[str, ...]] = {
 # What strtoull takes: blanks before the number, none after it.
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*\+?([0-9]+)")
 _MAX_BYTES_OF_MEMORY = 2**63 - 1
-_POWERS = {letter: power for power, letter in enumerate("kmgtpe", 1)}
+_SCALES = {"b": 1, "byte": 1, "bytes": 1}
+for _power, _letter in enumerate("kmgtpe", 1):
+    _SCALES[_letter] = _SCALES[_letter + "ib"] = 1024**_power
+    _SCALES[_letter + "b"] = 1000**_power
 
 
 def _number(text: str, limit: int) -> int | None:
@@ -367,7 +372,7 @@ def parse_memory(text: str, unit: str | None = None) -> int:
     value = _number(text, 2**64 - 1)
     if value is None:
         raise DefinitionError(f"Invalid value {shown(text)} for a memory size")
-    scale = _scale(unit or "KiB")
+    scale = _SCALES.get((unit or "KiB").lower())
     if scale is None:
         raise DefinitionError(f"unknown suffix {shown(unit or '')}")
     if value * scale > _MAX_BYTES_OF_MEMORY:
@@ -376,18 +381,6 @@ def parse_memory(text: str, unit: str | None = None) -> int:
     if size >= 2**53:
         raise DefinitionError(f"size value too large: {value}{unit or ''}")
     return size
-
-
-def _scale(unit: str) -> int | None:
-    unit = unit.lower()
-    if unit in ("b", "byte", "bytes"):
-        return 1
-    power = _POWERS.get(unit[0])
-    if power is None:
-        return None
-    if unit[1:] in ("", "ib"):
-        return int(1024**power)
-    return int(1000**power) if unit[1:] == "b" else None
 
 
 def _check_title(title: str) -> str:
@@ -407,27 +400,28 @@ def _check_action(event: str, action: str) -> str:
 # --- reading the document -------------------------------------------------------------------
 
 
-def _read_text(element: Element | None, rule: Callable[[str], str]) -> str | None:
-    return None if element is None else document.checked(rule, element) or None
+def _read_text(element: Element | None) -> str | None:
+    return None if element is None else document.text_of(element) or None
 
 
-def _read_action(element: Element | None, event: str) -> str | None:
-    if element is None or not document.text_of(element):
-        return None
-    return document.checked(lambda text: _check_action(event, text), element)
+def _read_action(top: document.Children, event: str) -> str | None:
+    action = _read_text(top.get(event))
+    if action is None or action in _ACTIONS[event]:
+        return action
+    return document.checked(_check_action, top[event], event, action)
 
 
 def _read_uuid(root: Element, top: document.Children) -> UUID | None:
-    element = top.get("uuid")
-    text = "" if element is None else document.text_of(element)
-    uuid = document.checked(parse_uuid, element) if element is not None and text else None
+    text = _read_text(top.get("uuid"))
+    uuid = None if text is None else document.checked(parse_uuid, top["uuid"], text)
     if "sysinfo" not in top:
         return uuid
     # The firmware's tables say the uuid to the guest, so libvirt wants both to be the same.
     for entry in _sysinfo_uuids(root):
-        if not document.text_of(entry):
+        text = _read_text(entry)
+        if text is None:
             continue
-        other = document.checked(parse_uuid, entry)
+        other = document.checked(parse_uuid, entry, text)
         if uuid is not None and other != uuid:
             raise document.refusal("UUID mismatch between <uuid> and <sysinfo>", entry)
         uuid = other
@@ -454,10 +448,10 @@ def _read_memory(
 
 
 def _read_size(element: Element | None) -> int:
-    if element is None:
+    text = _read_text(element)
+    if element is None or text is None:
         return 0
-    unit = element.get("unit")
-    return document.checked(lambda text: parse_memory(text, unit) if text else 0, element)
+    return document.checked(parse_memory, element, text, element.get("unit"))
 
 
 def _numa_memory(root: Element, containers: list[Element]) -> int:
@@ -522,20 +516,24 @@ def _listed_vcpus(element: Element, total: int) -> int | None:
     return sum(enabled.values()) if enabled else None
 
 
-def _read_os(root: Element) -> OSDef:
-    for element in root.iterchildren("os"):
-        kind = document.child(element, "type")
-        if kind is None:
-            continue
-        text = document.text_of(kind)
-        if text:
-            return OSDef(text, kind.get("arch") or None, kind.get("machine") or None)
-        break
-    bootloader = document.child(root, "bootloader")
-    if bootloader is not None and document.text_of(bootloader):
+def _os_type(os: Element | None) -> Element | None:
+    """The ``<type>`` of this ``<os>``, else of the next one that has any."""
+    while os is not None:
+        kind = document.child(os, "type")
+        if kind is not None:
+            return kind
+        os = next(os.itersiblings("os"), None)
+    return None
+
+
+def _read_os(root: Element, top: document.Children) -> OSDef:
+    kind = _os_type(top.get("os"))
+    text = _read_text(kind)
+    if kind is not None and text is not None:
+        return OSDef(text, kind.get("arch") or None, kind.get("machine") or None)
+    if _read_text(top.get("bootloader")) is not None:
         return OSDef("xen")
-    where = document.child(root, "os")
-    raise document.refusal("an os <type> must be specified", root if where is None else where)
+    raise document.refusal("an os <type> must be specified", top.get("os", root))
 
 
 def _read_emulator(containers: Iterable[Element]) -> str | None:

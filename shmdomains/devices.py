@@ -150,17 +150,16 @@ class ConsoleDef(
 
 
 class _Slot:
-    """One field's place in the element: an attribute of it, or of its child `tag`."""
+    """One field's place in the element: an attribute of it, or of its child `tag`.
+
+    `_Table.read` reads it; `typed` makes the field of the attribute, ``None`` if it is the field.
+    """
 
     __slots__ = ("attribute", "default", "tag")
+    typed: Callable[[str], Any] | None = None
 
     def __init__(self, attribute: str, tag: str | None = None, default: Any = None) -> None:
         self.attribute, self.tag, self.default = attribute, tag, default
-
-    def read(self, element: Element, children: Children) -> Any:
-        node = element if self.tag is None else children.get(self.tag)
-        value = None if node is None else node.get(self.attribute)
-        return self.default if not value else self.typed(value)
 
     def write(self, element: Element, device: Any, value: Any) -> None:
         if self.tag is None:
@@ -176,9 +175,6 @@ class _Slot:
         if not node.attrib and not len(node):
             drop_every(element, self.tag)
 
-    def typed(self, value: str) -> Any:
-        return value
-
     def text(self, value: Any) -> str | None:
         return value  # type: ignore[no-any-return]
 
@@ -186,7 +182,8 @@ class _Slot:
 class _Number(_Slot):
     __slots__ = ()
 
-    def typed(self, value: str) -> int | None:
+    @staticmethod
+    def typed(value: str) -> int | None:
         try:
             number = int(value)
         except ValueError:
@@ -200,20 +197,34 @@ class _Number(_Slot):
 class _YesNo(_Slot):
     __slots__ = ()
 
-    def typed(self, value: str) -> bool | None:
+    @staticmethod
+    def typed(value: str) -> bool | None:
         return {"yes": True, "no": False}.get(value)
 
     def text(self, value: bool | None) -> str | None:
         return None if value is None else "yes" if value else "no"
 
 
-class _Presence(_Slot):
+class _Elsewhere(_Slot):
+    """A field that stands in another way. Without a child `tag`, if it has one, it is `default`."""
+
+    __slots__ = ()
+
+    def read(self, element: Element, children: Children) -> Any:
+        """The field, from the element and the first child of each tag."""
+        raise NotImplementedError
+
+
+class _Presence(_Elsewhere):
     """True if there is such a child."""
 
     __slots__ = ()
 
+    def __init__(self, tag: str) -> None:
+        super().__init__("", tag, default=False)
+
     def read(self, element: Element, children: Children) -> bool:
-        return self.tag in children
+        return True
 
     def write(self, element: Element, device: Any, value: bool) -> None:
         assert self.tag is not None
@@ -223,14 +234,13 @@ class _Presence(_Slot):
         drop_every(element, self.tag)
 
 
-class _Text(_Slot):
+class _Text(_Elsewhere):
     """The text of a child."""
 
     __slots__ = ()
 
     def read(self, element: Element, children: Children) -> str | None:
-        node = children.get(self.tag)
-        return None if node is None else text_of(node) or None
+        return text_of(children[self.tag]) or None
 
     def write(self, element: Element, device: Any, value: str | None) -> None:
         assert self.tag is not None
@@ -240,7 +250,7 @@ class _Text(_Slot):
         drop_every(element, self.tag)
 
 
-class _Source(_Slot):
+class _Source(_Elsewhere):
     """The attribute of ``<source>`` whose name depends on the device's type."""
 
     __slots__ = ("by_type",)
@@ -250,11 +260,8 @@ class _Source(_Slot):
         self.by_type = by_type
 
     def read(self, element: Element, children: Children) -> str | None:
-        node = children.get("source")
-        if node is None:
-            return None
         attribute = self.by_type.get(element.get("type") or "file")
-        return (node.get(attribute) or None) if attribute else None
+        return (children["source"].get(attribute) or None) if attribute else None
 
     def write(self, element: Element, device: Any, value: str | None) -> None:
         node = child(element, "source")
@@ -268,7 +275,7 @@ class _Source(_Slot):
             drop_every(element, "source")
 
 
-class _Listen(_Slot):
+class _Listen(_Elsewhere):
     """The address, which an attribute and the first ``<listen>`` may both say, and must agree."""
 
     __slots__ = ()
@@ -291,7 +298,7 @@ class _Listen(_Slot):
         node.set("address", value)
 
 
-class _ListenSocket(_Slot):
+class _ListenSocket(_Elsewhere):
     """A socket, which an attribute or the first ``<listen>`` says."""
 
     __slots__ = ()
@@ -308,10 +315,11 @@ class _ListenSocket(_Slot):
             drop_every(element, "listen")
 
 
-class _ConsolePath(_Slot):
+class _ConsolePath(_Elsewhere):
     """The path in ``<source>``, or in the ``tty`` attribute of old."""
 
     __slots__ = ()
+    in_source = _Slot("path", "source")
 
     def read(self, element: Element, children: Children) -> str | None:
         node = children.get("source")
@@ -320,7 +328,7 @@ class _ConsolePath(_Slot):
 
     def write(self, element: Element, device: Any, value: str | None) -> None:
         set_attribute(element, "tty", None)
-        super().write(element, device, value)
+        self.in_source.write(element, device, value)
 
 
 _PCI = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
@@ -329,16 +337,13 @@ _USB_ID = re.compile(r"([0-9a-f]{4}):([0-9a-f]{4})")
 _CONTAINER = ("block", "char", "interface")
 
 
-class _HostAddress(_Slot):
+class _HostAddress(_Elsewhere):
     """The address of the host's device, in the form that its bus is usually written in."""
 
     __slots__ = ()
 
     def read(self, element: Element, children: Children) -> str | None:
-        source = children.get("source")
-        if source is None:
-            return None
-        inner = first_children(source)
+        inner = first_children(children["source"])
         for tag in _CONTAINER:
             if tag in inner:
                 return text_of(inner[tag]) or None
@@ -385,16 +390,15 @@ def _address_attributes(bus: str | None, text: str) -> dict[str, str] | None:
     return None
 
 
-class _UsbProduct(_Slot):
+class _UsbProduct(_Elsewhere):
     """``vendor:product`` of a USB device."""
 
     __slots__ = ()
 
     def read(self, element: Element, children: Children) -> str | None:
-        source = children.get("source")
-        if source is None or element.get("type") != "usb":
+        if element.get("type") != "usb":
             return None
-        inner = first_children(source)
+        inner = first_children(children["source"])
         if "vendor" not in inner or "product" not in inner:
             return None
         try:
@@ -435,6 +439,14 @@ _INTERFACE_SOURCES = {
 }
 
 
+_Attribute = tuple[int, str, Callable[[str], Any] | None]
+"""A field's index, the attribute that says it, and `_Slot.typed`."""
+_Reader = tuple[int, Callable[[Element, Children], Any]]
+
+
+_NOTHING: tuple[list[_Attribute], list[_Reader]] = ([], [])
+
+
 class _Table:
     """A kind of device: its tag, its class, its fields' places, and what makes it the same."""
 
@@ -446,12 +458,30 @@ class _Table:
         slots: dict[str, _Slot],
     ) -> None:
         self.tag, self.cls, self.key, self.slots = tag, cls, key, slots
-        self.readers = tuple(slot.read for slot in slots.values())
+        self.defaults = [slot.default for slot in slots.values()]
+        self.places: dict[object, tuple[list[_Attribute], list[_Reader]]] = {}
+        for index, slot in enumerate(slots.values()):
+            attributes, readers = self.places.setdefault(slot.tag, ([], []))
+            if isinstance(slot, _Elsewhere):
+                readers.append((index, slot.read))
+            else:
+                attributes.append((index, slot.attribute, slot.typed))
         self.decoder = msgspec.msgpack.Decoder(tuple[cls, ...])  # type: ignore[valid-type]
 
     def read(self, element: Element) -> Any:
         children = first_children(element)
-        return self.cls(*[read(element, children) for read in self.readers])
+        children[None] = element
+        values = self.defaults.copy()
+        # Here and not in the slots: a call for each field would take longer than all the rest.
+        for tag, node in children.items():
+            attributes, readers = self.places.get(tag, _NOTHING)
+            for index, attribute, typed in attributes:
+                value = node.get(attribute)
+                if value:
+                    values[index] = value if typed is None else typed(value)
+            for index, read in readers:
+                values[index] = read(element, children)
+        return self.cls(*values)
 
     def write(self, element: Element, device: Any, fields: Sequence[str]) -> None:
         for field in fields:
@@ -477,8 +507,8 @@ _TABLES: dict[str, _Table] = {
             "pool": _Slot("pool", "source"),
             "serial": _Text("", "serial"),
             "boot_order": _Number("order", "boot"),
-            "readonly": _Presence("", "readonly"),
-            "shareable": _Presence("", "shareable"),
+            "readonly": _Presence("readonly"),
+            "shareable": _Presence("shareable"),
         },
     ),
     "interfaces": _Table(
@@ -518,8 +548,8 @@ _TABLES: dict[str, _Table] = {
         ),
         {
             "type": _Slot("type"),
-            "address": _HostAddress(""),
-            "product": _UsbProduct(""),
+            "address": _HostAddress("", "source"),
+            "product": _UsbProduct("", "source"),
             "mode": _Slot("mode", default="subsystem"),
             "managed": _YesNo("managed"),
             "model": _Slot("model"),
@@ -531,7 +561,7 @@ _TABLES: dict[str, _Table] = {
         lambda console: (console.target_type, console.target_port),
         {
             "type": _Slot("type", default="pty"),
-            "source": _ConsolePath("path", "source"),
+            "source": _ConsolePath(""),
             "target_type": _Slot("type", "target"),
             "target_port": _Number("port", "target"),
         },

@@ -50,6 +50,7 @@ _WIDE = (
     (b"<\0", "utf-16-le"),
     (b"\0<", "utf-16-be"),
 )
+_WIDE_STARTS = tuple(start for start, _ in _WIDE)
 # Python remembers every name that it was ever asked for.
 _LONGEST_CHARSET = 40
 # Python's own; some take quadratic time.
@@ -72,38 +73,61 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     >>> root.text, text
     ('é', '<a>é</a>')
     """
-    known = text if isinstance(text, str) else _decoded(text)
-    _refuse_size(len(known))  # characters, which may be more bytes: before they are made
-    try:
-        data = known.encode()
-    except UnicodeEncodeError as error:
-        line = known.count("\n", 0, error.start) + 1
-        message = f"a lone surrogate, which XML can not carry (line {line})"
-        raise DefinitionError(message, line=line) from None
-    _refuse_size(len(data))
+    known, data = (text, _encoded(text)) if isinstance(text, str) else _decoded(text)
     _refuse_doctype(known)
-    # A parser each time: a shared one has a lock, which a fork in another thread would leave held.
+    parser = _parser()
     try:
-        root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
+        root = etree.fromstring(data, parser)
     except etree.XMLSyntaxError as error:
         if getattr(error, "code", None) == _NO_MEMORY:
             raise MemoryError(f"a document of {len(data)} bytes") from None
         raise _syntax_error(error, data) from None
+    if len(data) <= _SMALL:
+        _idle.append(parser)
     declaration = _DECLARATION.match(known)
     return root, known[declaration.end() :] if declaration else known
 
 
-def _decoded(data: bytes) -> str:
-    """The text of the bytes. Python decodes it: what libxml2 decodes could hide a document type."""
+# Making a parser takes a tenth of the time of a usual document, so one is kept for the next.
+# It has a lock: one that is in use is not in the list, so no fork and no finaliser meets it locked.
+# What it keeps of its last document (a log, room for the tree's depth) is as small as that was.
+_idle: list[etree.XMLParser] = []
+_SMALL = 64 * 1024
+
+
+def _parser() -> etree.XMLParser:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return etree.XMLParser(**_OPTIONS)
+
+
+def _encoded(text: str) -> bytes:
+    _refuse_size(len(text))  # characters, which may be more bytes: before they are made
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        message = f"a lone surrogate, which XML can not carry (line {line})"
+        raise DefinitionError(message, line=line) from None
+    _refuse_size(len(data))
+    return data
+
+
+def _decoded(data: bytes) -> tuple[str, bytes]:
+    """The text of the bytes, and the text in UTF-8. Python decodes it: what libxml2 decodes could
+    hide a document type."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"XML is str or bytes, not {type(data).__name__}")
     _refuse_size(memoryview(data).nbytes)
     data = bytes(data)
     encoding = _encoding(data)
     try:
+        if encoding.lower() == "utf-8":
+            return data.decode(), data
         if len(encoding) > _LONGEST_CHARSET or codecs.lookup(encoding).name in _NO_CHARSETS:
             raise LookupError
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except LookupError:
         message = f"unknown encoding {shortened(encoding)!r} (<?xml>, line 1)"
         raise DefinitionError(message, "?xml", 1) from None
@@ -114,12 +138,12 @@ def _decoded(data: bytes) -> str:
         element, line = _innermost_open(before.encode()), before.count("\n") + 1
         where = f"<{element}>, line {line}" if element else f"line {line}"
         raise DefinitionError(f"not {encoding}: {error} ({where})", element, line) from None
+    return text, _encoded(text)
 
 
 def _encoding(data: bytes) -> str:
-    wide = next((codec for start, codec in _WIDE if data.startswith(start)), None)
-    if wide is not None:
-        return wide
+    if data.startswith(_WIDE_STARTS):
+        return next(codec for start, codec in _WIDE if data.startswith(start))
     declared = _ENCODING.match(data)
     return declared.group(1).decode() if declared else "utf-8"
 
@@ -202,10 +226,10 @@ def refusal(message: str, element: Element) -> DefinitionError:
     return located(DefinitionError(message), element)
 
 
-def checked(rule: Callable[[str], _T], element: Element) -> _T:
-    """What `rule` makes of the element's text; its refusal gets the element's name and line."""
+def checked(rule: Callable[..., _T], element: Element, *said: str | None) -> _T:
+    """What `rule` makes of what the element says; its refusal gets the element's name and line."""
     try:
-        return rule(text_of(element))
+        return rule(*said)
     except DefinitionError as error:
         raise located(error, element) from None
 
@@ -238,15 +262,18 @@ def set_attribute(element: Element, name: str, value: str | None) -> None:
 
 def first_children(element: Element) -> Children:
     """The first child of each tag."""
-    found: dict[object, Element] = {}
-    for child in element:
+    found: Children = {}
+    for child in element[:]:  # in one call of lxml
         found.setdefault(child.tag, child)
     return found
 
 
 def child(parent: Element, tag: str) -> Element | None:
     """The first child with this tag, or ``None``."""
-    return next(parent.iterchildren(tag), None)
+    for found in parent:
+        if found.tag == tag:
+            return found
+    return None
 
 
 def make_child(parent: Element, tag: str, order: Iterable[str] = ()) -> Element:
