@@ -150,7 +150,7 @@ class ConsoleDef(
 
 
 class _Slot:
-    """One field's place in the element: an attribute of it, or of its child `tag`.
+    """One field's place in the element: an attribute of it, or of its child `tag` if that is given.
 
     `_Table.read` reads it; `typed` makes the field of the attribute, ``None`` if it is the field.
     """
@@ -158,11 +158,11 @@ class _Slot:
     __slots__ = ("attribute", "default", "tag")
     typed: Callable[[str], Any] | None = None
 
-    def __init__(self, attribute: str, tag: str | None = None, default: Any = None) -> None:
+    def __init__(self, attribute: str, tag: str = "", default: Any = None) -> None:
         self.attribute, self.tag, self.default = attribute, tag, default
 
     def write(self, element: Element, device: Any, value: Any) -> None:
-        if self.tag is None:
+        if not self.tag:
             set_attribute(element, self.attribute, self.text(value))
             return
         if value is not None:
@@ -227,7 +227,6 @@ class _Presence(_Elsewhere):
         return True
 
     def write(self, element: Element, device: Any, value: bool) -> None:
-        assert self.tag is not None
         if value:
             make_child(element, self.tag)
             return
@@ -243,7 +242,6 @@ class _Text(_Elsewhere):
         return text_of(children[self.tag]) or None
 
     def write(self, element: Element, device: Any, value: str | None) -> None:
-        assert self.tag is not None
         if value is not None:
             set_text(make_child(element, self.tag), value)
             return
@@ -470,7 +468,7 @@ class _Table:
 
     def read(self, element: Element) -> Any:
         children = first_children(element)
-        children[None] = element
+        children[""] = element
         values = self.defaults.copy()
         # Here and not in the slots: a call for each field would take longer than all the rest.
         for tag, node in children.items():
