@@ -437,8 +437,8 @@ _INTERFACE_SOURCES = {
 }
 
 
-_Attribute = tuple[int, str, Callable[[str], Any] | None]
-"""A field's index, the attribute that says it, and `_Slot.typed`."""
+_Attribute = tuple[int, bytes, Callable[[str], Any] | None]
+"""A field's index, the attribute that says it (as lxml takes it best), and `_Slot.typed`."""
 _Reader = tuple[int, Callable[[Element, Children], Any]]
 
 
@@ -463,7 +463,7 @@ class _Table:
             if isinstance(slot, _Elsewhere):
                 readers.append((index, slot.read))
             else:
-                attributes.append((index, slot.attribute, slot.typed))
+                attributes.append((index, slot.attribute.encode(), slot.typed))
         self.decoder = msgspec.msgpack.Decoder(tuple[cls, ...])  # type: ignore[valid-type]
 
     def read(self, element: Element) -> Any:
