@@ -37,7 +37,7 @@ import filelock
 import msgspec
 import psutil
 
-from .definition import DomainDef
+from .definition import DomainDef, EncodedDef
 from .errors import (
     AlreadyLocked,
     ConfigError,
@@ -641,7 +641,7 @@ def _stamp(status: os.stat_result) -> _Stamp:
 class _Parsed(NamedTuple):
     path: str  # making a Path takes as long as reading the file
     stamp: _Stamp | None
-    result: DomainDef | LoadFailure
+    result: DomainDef | EncodedDef | LoadFailure  # encoded if another process parsed it
 
     def is_stale(self) -> bool:
         """Whether the file was replaced, changed or removed since it was read."""
@@ -681,7 +681,7 @@ def parse(path: str | os.PathLike[str]) -> DomainDef | LoadFailure:
     >>> print(parse("/no/such/file.xml"))
     /no/such/file.xml: No such file or directory
     """
-    return _parse(os.fspath(Path(path))).result
+    return _decoded(_parse(os.fspath(Path(path))).result)
 
 
 def parse_all(
@@ -708,9 +708,13 @@ def _report_progress(
 ) -> Iterator[tuple[Path, DomainDef | LoadFailure]]:
     with closing(items):
         for done, item in enumerate(items, 1):
-            yield Path(item.path), item.result
+            yield Path(item.path), _decoded(item.result)
             if progress is not None:
                 progress(done, total)
+
+
+def _decoded(result: DomainDef | EncodedDef | LoadFailure) -> DomainDef | LoadFailure:
+    return result.decoded() if isinstance(result, EncodedDef) else result
 
 
 def _parse(path: str) -> _Parsed:
@@ -767,8 +771,8 @@ _serve(sys.stdin.buffer, answers)
 """
 
 # What crosses the pipe for one file: plain tuples, strings and the encoded definition, since a
-# pickled Path, named tuple or definition costs the parent more than the parsing is worth.
-_Answer = tuple[_Stamp | None, bytes | LoadFailure]
+# pickled Path, UUID, named tuple or definition costs the parent more than the parsing is worth.
+_Answer = tuple[_Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -781,17 +785,19 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def _answer(item: _Parsed) -> _Answer:
-    if isinstance(item.result, LoadFailure):
-        return item.stamp, item.result
+    result = _decoded(item.result)
+    if isinstance(result, LoadFailure):
+        return item.stamp, result
     try:
-        return item.stamp, item.result.encode()
+        encoded = EncodedDef.of(result)
+        return item.stamp, (encoded.name, encoded.uuid, encoded.blob)
     except DefinitionError as exc:
         return item.stamp, LoadFailure(Path(item.path), exc.line, str(exc))
 
 
-def _decode(path: str, answer: _Answer) -> _Parsed:
+def _answered(path: str, answer: _Answer) -> _Parsed:
     stamp, result = answer
-    return _Parsed(path, stamp, DomainDef.decode(result) if isinstance(result, bytes) else result)
+    return _Parsed(path, stamp, result if isinstance(result, LoadFailure) else EncodedDef(*result))
 
 
 class _Worker:
@@ -821,7 +827,7 @@ class _Worker:
         try:
             if self._process is not None and self._process.stdout is not None:
                 answers: list[_Answer] = pickle.load(self._process.stdout)
-                return [_decode(path, answer) for path, answer in zip(paths, answers, strict=True)]
+                return [_answered(*pair) for pair in zip(paths, answers, strict=True)]
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as exc:
             self._give_up(exc)
         return [_parse(path) for path in paths]
@@ -903,7 +909,10 @@ class Store(Protocol):
     def locked(self, timeout: float | None = None) -> AbstractContextManager[object]: ...
 
     def assign_def(
-        self, definition: DomainDef, persistent: bool | None = None, timeout: float | None = None
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None = None,
+        timeout: float | None = None,
     ) -> _LockedDomain: ...
 
 
@@ -995,7 +1004,7 @@ class _Loader:
         self._loaded[item.result.name] = item.path
         return True
 
-    def _assign(self, item: _Parsed, definition: DomainDef) -> bool:
+    def _assign(self, item: _Parsed, definition: DomainDef | EncodedDef) -> bool:
         dom = self._store.assign_def(definition, persistent=True, timeout=self._timeout)
         try:
             # Who had the domain while we waited for it may have saved another definition.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -326,6 +326,29 @@ class DomainDef(
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DomainDef.decode, (self.encode(),)
+
+
+class EncodedDef(NamedTuple):
+    """A definition that stays the blob it is, with what a list asks of it to enter it.
+
+    For who hands definitions on: to decode and to encode one takes as long as to enter it.
+    """
+
+    name: str
+    uuid: bytes | None
+    blob: bytes
+
+    @classmethod
+    def of(cls, definition: DomainDef) -> EncodedDef:
+        """Raises `DefinitionError` as `DomainDef.encode` does."""
+        uuid = None if definition.uuid is None else definition.uuid.bytes
+        return cls(definition.name, uuid, definition.encode())
+
+    def encode(self) -> bytes:
+        return self.blob
+
+    def decoded(self) -> DomainDef:
+        return DomainDef.decode(self.blob)
 
 
 _FIELDS = tuple(field for field in DomainDef.__struct_fields__ if not field.startswith("_"))

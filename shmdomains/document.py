@@ -263,7 +263,7 @@ def set_attribute(element: Element, name: str, value: str | None) -> None:
 def first_children(element: Element) -> Children:
     """The first child of each tag."""
     found: Children = {}
-    for child in element[:]:  # in one call of lxml
+    for child in element[:]:  # type: ignore[index]  # one call of lxml for all of them
         found.setdefault(child.tag, child)
     return found
 

@@ -31,7 +31,7 @@ import msgspec
 from . import config, holder, segment_file
 from ._core import core
 from .config import ConfigDirs, LoadReport
-from .definition import DomainDef
+from .definition import DomainDef, EncodedDef
 from .domain import Domain
 from .errors import (
     AlreadyLocked,
@@ -243,7 +243,7 @@ class DomainListRules(_Store):
 
     def assign_def(
         self,
-        definition: DomainDef,
+        definition: DomainDef | EncodedDef,
         persistent: bool | None = None,
         timeout: float | None = None,
     ) -> Domain:
@@ -269,16 +269,13 @@ class DomainListRules(_Store):
         """
         self._need_list_lock("assign_def")
         known = self._known(definition)
+        if known is None and definition.uuid is not None:
+            return self._make(definition.uuid, definition, bool(persistent), timeout)
+        if isinstance(definition, EncodedDef):
+            definition = definition.decoded()
         if known is None:
-            uuid = definition.uuid or uuid_module.uuid4()
-            if definition.uuid is None:
-                definition = definition.replace(uuid=uuid)
-            encoded = definition.encode()
-            try:
-                return self._create(uuid, definition.name, encoded, bool(persistent), timeout)
-            except BaseException:
-                self._take_back_made(uuid)
-                raise
+            uuid = uuid_module.uuid4()
+            return self._make(uuid, definition.replace(uuid=uuid), bool(persistent), timeout)
         if definition.uuid is None:
             definition = definition.replace(uuid=known.uuid)
         dom = self.find_by_uuid(known.uuid, timeout)
@@ -296,7 +293,21 @@ class DomainListRules(_Store):
             raise
         return dom
 
-    def _known(self, definition: DomainDef) -> core.Info | None:
+    def _make(
+        self,
+        uuid: uuid_module.UUID,
+        definition: DomainDef | EncodedDef,
+        persistent: bool,
+        timeout: float | None,
+    ) -> Domain:
+        blob = definition.encode()
+        try:
+            return self._create(uuid, definition.name, blob, persistent, timeout)
+        except BaseException:
+            self._take_back_made(uuid)
+            raise
+
+    def _known(self, definition: DomainDef | EncodedDef) -> core.Info | None:
         """The domain that a definition is of; libvirt's rules (virDomainObjListAddLocked)."""
         if definition.uuid is not None:
             known = self._glance(uuid=definition.uuid)

@@ -182,6 +182,36 @@ def test_load_a_file_without_uuid(doms: DomainList, dirs: ConfigDirs) -> None:
     assert again is not None and again.uuid == info.uuid
 
 
+def test_load_by_workers_is_no_different(doms: DomainList, dirs: ConfigDirs) -> None:
+    """They hand on definitions that stay encoded unless a domain has one already."""
+    fill(dirs, "a", "active", "b", "other", note="old")
+    text = domain_xml("c").replace(f"<uuid>{ident('c')}</uuid>", "")
+    dirs.config_file("c").write_text(text)
+    assert load(doms, dirs, workers=2).loaded == ["a", "active", "b", "c", "other"]
+    before = {info.name: info for info in doms}
+    for name, info in before.items():
+        definition = info.definition
+        assert (definition.name, definition.uuid) == (name, info.uuid)
+        assert info.persistent
+    assert before["a"].definition.description == "old" and before["a"].uuid == ident("a")
+    with doms.get(name="active") as dom:
+        dom.activate(pid=os.getpid())
+    fill(dirs, "a", "active", note="new")
+    dirs.config_file("other").write_text(domain_xml("other", number=ident("another")))
+    report = load(doms, dirs, workers=2)
+    assert report.loaded == ["a", "active", "b", "c"]
+    assert [failure.reason for failure in report.failures] == [
+        f"domain 'other' already exists with uuid {ident('other')}"
+    ]
+    after = {info.name: info for info in doms}
+    assert after["a"].definition.description == "new"
+    assert after["active"].definition.description == "old"
+    assert after["active"].next_definition.description == "new"
+    assert {name: info.uuid for name, info in after.items()} == {
+        name: info.uuid for name, info in before.items()
+    }
+
+
 def test_load_reports_clashes_in_libvirts_words(doms: DomainList, dirs: ConfigDirs) -> None:
     other = uuid.uuid4()
     with doms.locked():
