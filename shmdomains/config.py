@@ -732,11 +732,14 @@ def _parse(path: str) -> _Parsed:
     return _Parsed(path, stamp, failure)
 
 
+_TO_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
 def _read(path: str) -> tuple[_Stamp, bytes]:
     # Opening a device can do things by itself, so look before; a FIFO may take the place of a file
     # between look and open, so do not block, and look again.
     _check_regular(os.stat(path))
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    fd = os.open(path, _TO_READ)
     try:
         status = os.fstat(fd)
         _check_regular(status)

@@ -160,7 +160,7 @@ class DomainDef(
         title = _read_text(top.get("title"))
         if title is not None:
             document.checked(_check_title, top["title"], title)
-        containers = list(root.iterchildren("devices")) if "devices" in top else []
+        containers = _containers(root, top)
         memory, current = _read_memory(root, top, containers)
         vcpus, current_vcpus = _read_vcpus(root, top)
         actions = [_read_action(top, event) for event in _ACTIONS]
@@ -376,9 +376,9 @@ for _power, _letter in enumerate("kmgtpe", 1):
 
 def _number(text: str, limit: int) -> int | None:
     match = _NUMBER.fullmatch(text)
-    if match is None or len(match.group(1)) > 25:
+    if match is None or len(digits := match[1]) > 25:
         return None
-    number = int(match.group(1))
+    number = int(digits)
     return number if number <= limit else None
 
 
@@ -421,6 +421,13 @@ def _check_action(event: str, action: str) -> str:
 
 
 # --- reading the document -------------------------------------------------------------------
+
+
+def _containers(root: Element, top: document.Children) -> list[Element]:
+    """All ``<devices>``; where no tag is there twice, and usually, nothing is looked for."""
+    if "devices" not in top:
+        return []
+    return [top["devices"]] if len(top) == len(root) else list(root.iterchildren("devices"))
 
 
 def _read_text(element: Element | None) -> str | None:

@@ -568,7 +568,10 @@ _TABLES: dict[str, _Table] = {
 KINDS = tuple(_TABLES)
 """The names of a definition's fields that are lists of devices."""
 
-_KIND_OF_TAG = {table.tag: kind for kind, table in _TABLES.items()}
+_READERS: dict[object, tuple[str, Callable[[Element], Any]]] = {
+    table.tag: (kind, table.read) for kind, table in _TABLES.items()
+}
+"""By tag: the kind, and what reads an element."""
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -579,9 +582,10 @@ def read(containers: Sequence[Element]) -> dict[str, tuple[Any, ...]]:
     found: dict[str, list[Any]] = {}
     for container in containers:
         for element in container:
-            kind = _KIND_OF_TAG.get(element.tag)
-            if kind is not None:
-                found.setdefault(kind, []).append(_TABLES[kind].read(element))
+            reader = _READERS.get(element.tag)
+            if reader is not None:
+                kind, read_one = reader
+                found.setdefault(kind, []).append(read_one(element))
     return {kind: tuple(devices) for kind, devices in found.items()}
 
 
