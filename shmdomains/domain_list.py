@@ -295,7 +295,7 @@ class DomainListRules(_Store):
 
     def _make(
         self,
-        uuid: uuid_module.UUID,
+        uuid: uuid_module.UUID | bytes,
         definition: DomainDef | EncodedDef,
         persistent: bool,
         timeout: float | None,
@@ -452,7 +452,7 @@ class DomainListRules(_Store):
         ):
             self.remove_inactive(dom)
 
-    def _take_back_made(self, uuid: uuid_module.UUID) -> None:
+    def _take_back_made(self, uuid: uuid_module.UUID | bytes) -> None:
         """Undo a `_create` that failed, should a signal handler have raised as it returned. Nobody
         else can have made a domain of this UUID: we hold the list lock, but for a child that a
         handler forked."""

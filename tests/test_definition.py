@@ -1150,6 +1150,50 @@ def test_a_blob_with_a_value_that_can_not_be_is_no_definition(field: str, value:
         DomainDef.decode(msgspec.msgpack.encode(values))
 
 
+def what_comes_of(text: bytes) -> bytes | str:
+    try:
+        return DomainDef.from_xml(text).encode()
+    except DefinitionError as error:
+        return str(error)
+
+
+def test_a_kept_parser_knows_nothing_of_its_last_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [path.read_bytes() for path in SAMPLES if path.stat().st_size < document._SMALL]
+    texts += [xml("<a>").encode(), xml("<b xmlns='relative'/>").encode(), b"<domain", b""]
+    expected = []
+    for text in texts:
+        monkeypatch.setattr(document, "_idle", [])
+        expected.append(what_comes_of(text))
+    for order in (1, -1):
+        monkeypatch.setattr(document, "_idle", [])
+        assert [what_comes_of(text) for text in texts[::order]] == expected[::order]
+        assert len(document._idle) <= 1
+
+
+def test_a_parser_is_kept_only_while_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork, and what the collection of garbage runs, may come in the middle of a document."""
+    used: list[etree.XMLParser] = []
+    real = etree.fromstring
+
+    def parse(data: bytes, parser: etree.XMLParser) -> Any:
+        assert not any(parser is idle for idle in document._idle)
+        used.append(parser)
+        if len(used) == 2:
+            read()
+        return real(data, parser)
+
+    monkeypatch.setattr(document, "_idle", [])
+    monkeypatch.setattr(etree, "fromstring", parse)
+    read()
+    read()
+    assert used[0] is used[1] is not used[2]
+    assert len(document._idle) == 2
+    # What it would keep of a large document, or of one that is wrong, is not kept.
+    read("<x/>" * document._SMALL)
+    refused("<domain")
+    assert document._idle == []
+
+
 def test_a_fork_of_a_threaded_process_can_parse() -> None:
     # A parser that is shared has a lock; a child forked while another thread parses would wait.
     import threading
