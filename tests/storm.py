@@ -97,6 +97,7 @@ class Round:
         self.chance = random.Random(shape.seed)
         self.ledger = Ledger(shape)
         self.tally = Tally()
+        self.blocked = False  # a multiprocessing lock that all want stays locked
         self.begun: list[Child] = []
         self.living: list[Child] = []
         crowd(self.chance.choice(sorted(CPUS))) if shape.crowded else spread()
@@ -157,8 +158,8 @@ class Round:
             self.pause(0.01)
             if self.shape.fused:
                 self.let_burn(doomed)
-            elif self.shape.aimed:
-                self.strike_after_a_wake_up(self.blows(doomed), doomed)
+            elif self.shape.aimed and self.can_be_had(wanted := self.what_all_want()):
+                self.strike_after_a_wake_up(wanted, self.blows(doomed), doomed)
             else:
                 self.strike(self.blows(doomed), self.chance.choice([0, 0.0002, 0.003]))
                 bury(doomed)
@@ -183,14 +184,14 @@ class Round:
             if longest:
                 self.pause(longest)
 
-    def strike_after_a_wake_up(self, blows: list[Blow], doomed: list[Child]) -> None:
+    def strike_after_a_wake_up(
+        self, wanted: DomainList | Domain, blows: list[Blow], doomed: list[Child]
+    ) -> None:
         """All wait for one lock, which is free for an instant and then ours again.
 
         So whoever was woken has to sleep again, and to leave word that somebody does. If it dies
         before that, and while we hold the lock, the next unlock wakes nobody.
         """
-        wanted = self.what_all_want()
-        wanted.lock(DEADLINE)
         workers = [*self.living, *doomed]
         until(lambda: all(asleep(child.pid) for child in workers), "all wait for one lock")
         early = self.chance.randrange(2)
@@ -217,9 +218,20 @@ class Round:
         domains = self.shape.domains
         if domains > 3 or self.chance.random() < 0.3:
             return self.doms
-        dom = self.doms.get(uuid=shared_uuid(self.chance.randrange(domains)), timeout=DEADLINE)
-        dom.unlock()
-        return dom
+        wanted = shared_uuid(self.chance.randrange(domains))
+        return next(dom for dom in self.doms._live_handles() if dom.uuid == wanted)
+
+    def can_be_had(self, wanted: DomainList | Domain) -> bool:
+        """Lock it; no, if it stays locked for good, which is then waited for once only."""
+        if self.blocked:
+            return False
+        try:
+            wanted.lock(DEADLINE)
+        except LockTimeout:
+            if self.shape.lock == "robust":
+                raise
+            self.blocked = True
+        return not self.blocked
 
     def pause(self, longest: float) -> None:
         """Up to so many seconds; not at all when somebody has failed and says so."""
@@ -233,7 +245,8 @@ class Round:
         stuck = [word for word in words if word != "done"]
         bury(self.living)
         self.take_every_lock()
-        assert self.tally.stuck or not stuck, stuck
+        # Who waited in vain may have waited for somebody who did; but one lock has no holder.
+        assert self.tally.stuck or not (stuck or self.blocked), stuck
 
     def take_every_lock(self) -> None:
         """Nobody is alive, so each can be had at once; what the dead left goes with it."""

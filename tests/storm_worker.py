@@ -375,7 +375,7 @@ def work(pipe: Pipe, doms: DomainList, shape: Shape, ledger: Ledger, number: int
     try:
         worker.work()
     except LockTimeout as exc:
-        if shape.lock == "robust" or exc.holder is not None:
+        if shape.lock == "robust":
             raise
         pipe.say(str(exc))
     else:
