@@ -222,6 +222,9 @@ _UNSANITIZED = {
     "test_crash_points.py": "it loads a build of the core of its own, which is not sanitized",
     "test_model.py": "no line of the core runs in it",
     "test_bench.py": "it runs other libraries, which are not ours to judge",
+    "test_exhaustion.py::test_listing_without_memory": "their allocator has its space already",
+    "test_exhaustion.py::test_a_document_without_memory": "their allocator has its space already",
+    "test_storms.py::test_the_same_storms_hang": "it preloads a library, as they do",
 }
 """Tests that tell nothing under ``make sanitize``, by the beginning of their name, and why."""
 
