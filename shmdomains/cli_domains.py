@@ -286,9 +286,13 @@ def _define_one(doms: DomainList, file: str, timeout: float | None) -> bool:
 
 
 def _read_definition(file: str) -> DomainDef:
+    text = bytearray()
     with to_read(file) as stream:
-        # One byte more than a definition may have, so that the parser says what is wrong.
-        return DomainDef.from_xml(stream.read(MAX_FILE_BYTES + 1))
+        # Piece by piece: while room for all that may come is made, Ctrl-C would come unnoticed. One
+        # byte more than a definition may have, so that the parser says what is wrong.
+        while len(text) <= MAX_FILE_BYTES and (piece := stream.read(1 << 16)):
+            text += piece
+    return DomainDef.from_xml(bytes(text))
 
 
 @click.command()
