@@ -7,7 +7,8 @@
  * the new one with some garbage; garbage is what a descriptor names and no counting field copy
  * chooses.
  *
- * Lock-free readers (sd_view_*) take life and cur, copy, and look at both again (I3).
+ * Lock-free readers (sd_view_*) take life and cur, copy the fields, and look at both again; blobs they
+ * check by life and version (I3).
  */
 #include "core.h"
 
