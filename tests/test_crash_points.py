@@ -58,6 +58,7 @@ def test_killed_at_every_store(
     covered["recoveries"] += found["recoveries"]
 
 
+@pytest.mark.soak
 def test_how_many_points(covered: dict[str, int], tried: Callable[[str, int], None]) -> None:
     if covered["operations"] == len(CASES):
         assert covered["recoveries"] >= RECOVERIES
