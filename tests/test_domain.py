@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID
@@ -313,6 +315,114 @@ def test_the_hold_outlives_nothing_but_its_handle(web1: Domain, doms: DomainList
     del twin
     gc.collect()
     assert web1.is_locked and web1.pid == 5
+
+
+# --- what is freed is the next handle ---
+
+
+def test_a_handle_has_nothing_of_an_earlier_one(doms: DomainList, other: Party) -> None:
+    doms.define(xml("web1", WEB1))
+    doms.define(xml("web2"))
+    for _ in range(40):  # more than are kept
+        with doms.get(name="web1") as dom, pytest.raises(ZeroDivisionError), dom:
+            dom.pid, dom.data = 5, {"of": "web1"}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                thrown = doms.get(name="web2", timeout=0)
+                thrown.pid = 7
+                del thrown  # locked, and changed
+            raise ZeroDivisionError
+        del dom
+        dom = doms.get(name="web2")
+        assert not dom.changed and dom.pid is None and dom.data is None
+        assert dom.name == "web2" and dom.uuid != WEB1 and dom.previous_owner_died is None
+        dom.unlock()
+        assert not dom.is_locked
+        with pytest.raises(DomainNotLocked):
+            _ = dom.pid
+    other.tell("[doms.get(name=name, timeout=0).unlock() for name in ('web1', 'web2')]")
+
+
+def test_many_handles_at_once_and_again(doms: DomainList) -> None:
+    names = [f"vm{number}" for number in range(50)]
+    for name in names:
+        doms.define(xml(name))
+    for _ in range(3):
+        with doms.lock_many([info.uuid for info in doms.snapshot()]) as held:
+            assert sorted(dom.name for dom in held) == sorted(names)
+            assert all(gc.is_tracked(dom) for dom in held)
+            assert len({id(dom) for dom in held}) == len(names)
+        del held
+
+
+def test_a_handle_that_never_led_anywhere_was_one_that_did(store: Store) -> None:
+    """The mapping goes with the last handle: none may be counted off that was not counted."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:shmdomains")
+
+    gc.collect()
+    before = mapped()
+    doms = store.make(room=4)
+    doms.define(xml("web1", WEB1))
+    doms.define(xml("web2"))
+    failed: list[LockTimeout] = []
+
+    def want_what_is_held(doms: DomainList) -> None:
+        doms.get(name="web2").unlock()
+        for _ in range(3):  # a handle is made before the lock is asked for
+            try:
+                doms.get(name="web1", timeout=0)
+            except LockTimeout as exc:
+                failed.append(exc.with_traceback(None))
+
+    with doms.get(name="web1"):
+        waiter = threading.Thread(target=want_what_is_held, args=[doms])
+        waiter.start()
+        waiter.join()
+    assert len(failed) == 3
+    dom = doms.get(name="web2")
+    doms.close()
+    del doms
+    assert mapped() == before + 1 and dom.name == "web2"
+    dom.unlock()
+    del dom
+    gc.collect()
+    assert mapped() == before
+
+
+def test_a_weak_reference_is_to_one_handle(doms: DomainList) -> None:
+    doms.define(xml("web1", WEB1))
+    for _ in range(20):
+        dom = doms.get(name="web1")
+        gone: list[Any] = []
+        weak = weakref.ref(dom, gone.append)
+        dom.unlock()
+        del dom
+        assert weak() is None and gone == [weak]
+        again = doms.get(name="web1")
+        assert weak() is None and weakref.getweakrefcount(again) == 0
+        again.unlock()
+
+
+def test_the_collector_finds_a_list_that_keeps_a_handle(store: Store) -> None:
+    """Through a handle that was another one before, too."""
+
+    class Keeping(DomainList):
+        kept: Domain
+
+    def once() -> weakref.ref[DomainList]:
+        doms = Keeping(max_domains=2) if store.name == "robust" else store.make(room=2)
+        doms.define(xml("web1", WEB1))
+        dom = doms.get(name="web1")
+        dom.unlock()
+        doms.kept = dom  # type: ignore[attr-defined]
+        return weakref.ref(doms)
+
+    for _ in range(20):
+        weak = once()
+        gc.collect()
+        assert weak() is None
 
 
 def test_a_removed_domain(web1: Domain, doms: DomainList) -> None:

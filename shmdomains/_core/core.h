@@ -152,7 +152,9 @@ typedef struct sd_thread {
 } sd_thread;
 
 extern uint64_t sd_fork_epoch;
-extern _Thread_local sd_thread *sd_this_thread;
+/* Every call asks for it, many of them more than once: not by a call of __tls_get_addr() each. The
+ * price is a word of the few hundred bytes that the loader keeps for modules that are loaded late. */
+extern _Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")));
 sd_thread *sd_thread_begin(void);
 
 static inline sd_thread *sd_self(void)

@@ -25,8 +25,51 @@ import warnings
 
 from shmdomains import errors
 
+# A handle lives as long as a look-up, and to allocate and free it was a tenth of that. What is freed
+# waits here to be the next of its type; the collector sees it as it sees all others.
+cdef extern from *:
+    """
+    #define SPARES 16
+    static PyTypeObject *spared; /* whose handles are kept; a subclass has other sizes */
+    static PyObject *spares[SPARES];
+    static int spare_count;
+
+    static PyObject *alloc_handle(PyTypeObject *type, Py_ssize_t items)
+    {
+        if (type != spared || !spare_count) return PyType_GenericAlloc(type, items);
+        PyObject *handle = spares[--spare_count];
+        memset((char *)handle + sizeof(PyObject), 0, type->tp_basicsize - sizeof(PyObject));
+        PyObject_Init(handle, type);
+        PyObject_GC_Track(handle);
+        return handle;
+    }
+
+    static void free_handle(void *handle)
+    {
+        if (Py_TYPE((PyObject *)handle) == spared && spare_count < SPARES)
+            spares[spare_count++] = handle;
+        else
+            PyObject_GC_Del(handle);
+    }
+
+    static void keep_spares(PyObject *type)
+    {
+    #if !defined(Py_GIL_DISABLED) && !defined(Py_TRACE_REFS) && !defined(__SANITIZE_ADDRESS__)
+        if (spared || !PyType_IS_GC((PyTypeObject *)type)) return;
+        spared = (PyTypeObject *)Py_NewRef(type);
+        spared->tp_alloc = alloc_handle;
+        spared->tp_free = free_handle;
+    #endif
+    }
+    """
+    void keep_spares(object type)
+
+cdef extern from "endian.h":
+    uint64_t htobe64(uint64_t)
+
 cdef extern from "Python.h":
     object PyNumber_Index(object)
+    unsigned long long PyLong_AsUnsignedLongLongMask(object) except? <unsigned long long>-1
     int PyObject_GenericSetAttr(object, object, object) except -1
     bint PyUnicode_IS_COMPACT_ASCII(object)
     void *PyUnicode_1BYTE_DATA(object)
@@ -357,7 +400,11 @@ cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
     if type(value) is bytes and PyBytes_GET_SIZE(value) == 16:
         raw = value
     elif isinstance(value, UUID):
-        raw = value.bytes
+        # What `value.bytes` is; that takes as long as to find the domain.
+        number = value.int
+        words[0] = htobe64(PyLong_AsUnsignedLongLongMask(number >> 64))
+        words[1] = htobe64(PyLong_AsUnsignedLongLongMask(number))
+        return 0
     else:
         raw = PARSE_UUID(value).bytes
     memcpy(words, PyBytes_AS_STRING(raw), 16)
@@ -511,6 +558,7 @@ cdef class Decoded:
 
 @cython.final
 @cython.no_gc
+@cython.freelist(8)
 cdef class Info:
     """One domain as it was committed at one moment. Immutable; reading it takes no lock.
 
@@ -678,6 +726,7 @@ cdef class Segment:
         self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
         self.list_lock, self.slot_locks = list_lock, slot_locks
         self.record_class = record_class
+        keep_spares(record_class)
         self.closed = False
 
     # --- state of this attachment ---

@@ -31,7 +31,7 @@
 /* --- threads, processes, time ---------------------------------------------------------------- */
 
 uint64_t sd_fork_epoch = 1;
-_Thread_local sd_thread *sd_this_thread;
+_Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")));
 static _Atomic uint64_t nonces = 1;
 static _Atomic(sd_thread *) idle_threads;
 static pthread_key_t thread_key;
