@@ -35,6 +35,10 @@ class Host:
         self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
     def call(self, function: str, *arguments: Any) -> Any:
         """Raises `NotOfferedError`, `FailedError`, `TimeoutError`."""
         self._pipe.send((function, arguments))

@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from . import limits, loading, results
+from . import awake, limits, loading, results
 from .contestants import ALL, Contestant, NotOfferedError
-from .contestants.base import memory_folder
+from .contestants.base import MEMORY, memory_folder
 from .host import FailedError, Host
 from .results import Results
 from .work import SINGLE
@@ -109,6 +109,7 @@ class Runner:
             for contestant in stands:
                 self._say(f"{domains:,} domains: filling {contestant.name}")
                 self._fill(contestant, domains)
+                self._touch()
             self._single(domains)
             self._room(domains)
             if domains <= 100_000:
@@ -133,6 +134,7 @@ class Runner:
     def _single(self, domains: int) -> None:
         for work in SINGLE:
             self._say(f"{domains:,} domains: {work}")
+            self._touch()
             walls: dict[tuple[str, str], list[float]] = {}
             cpus: dict[tuple[str, str], list[float]] = {}
             for seed in range(self._plan.rounds):
@@ -146,6 +148,7 @@ class Runner:
 
     def _room(self, domains: int) -> None:
         self._say(f"{domains:,} domains: room")
+        self._touch()
         for host, bytes_ in self._all("footprint"):
             self._add("bytes per domain", host, domains, [bytes_ / domains])
         for host, seconds in self._all("create"):
@@ -160,6 +163,7 @@ class Runner:
 
     def _listing(self, domains: int) -> None:
         self._say(f"{domains:,} domains: writing while listed")
+        self._touch()
         rates = self._rounds(3, "write_while_listed")
         for host, taken in rates.items():
             self._add("writing, alone", host, domains, [one.alone for one in taken])
@@ -250,6 +254,9 @@ class Runner:
             except (FailedError, TimeoutError, OSError) as error:
                 self._drop(host, error)
         return answers
+
+    def _touch(self) -> None:
+        awake.touch(MEMORY, [host.pid for host in self._hosts])
 
     def _drop(self, host: Host, error: Exception) -> None:
         lines = str(error).strip().splitlines() or [repr(error)]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,9 @@ import pytest
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import host, limits, plot, run, tables, targets, work, world
+from bench import awake, host, limits, plot, run, tables, targets, work, world
 from bench.contestants import ALL, Contestant
+from bench.contestants.base import MEMORY
 from bench.contestants.in_process import InProcess
 from bench.contestants.ours import Robust
 from bench.results import Results
@@ -129,6 +132,37 @@ def test_what_a_killed_holder_had_is_had_again_and_others_are_not_blocked() -> N
         told.close()
 
 
+def test_memory_is_touched_and_holes_stay_holes() -> None:
+    pages = 3000  # more than two calls' worth
+    code = (
+        f"import mmap; memory = mmap.mmap(-1, {pages} * 4096, mmap.MAP_PRIVATE)\n"
+        f"for at in range(0, len(memory), 4096): memory[at] = 1\n"
+        "print(flush=True); input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin is not None and child.stdout is not None
+    child.stdout.readline()
+
+    def referenced() -> int:
+        rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text()
+        found = re.search(r"^Referenced: +(\d+) kB$", rollup, re.MULTILINE)
+        assert found is not None
+        return int(found[1]) // 4
+
+    Path(f"/proc/{child.pid}/clear_refs").write_text("1")
+    assert referenced() < pages
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder, open(f"{folder}/file", "wb+") as file:
+        os.pwrite(file.fileno(), b"data", 1 << 20)
+        os.truncate(file.fileno(), 1 << 40)  # to read all of this would take minutes
+        blocks = os.fstat(file.fileno()).st_blocks
+        awake.touch(folder, [child.pid, 1 << 22])
+        assert os.fstat(file.fileno()).st_blocks == blocks
+    assert referenced() >= pages
+    child.communicate(b"\n")
+
+
 def test_keys_are_drawn_once_and_fresh() -> None:
     drawn = world.draw(20, 30, seed=1)
     assert len(set(drawn)) == 20
@@ -213,13 +247,23 @@ def test_tables_show_what_was_measured(results: Results) -> None:
 
 def test_targets_are_ratios_of_the_run() -> None:
     results = Results(made="", machine={}, versions={})
-    for name, seconds in ((Robust.name, 1e-6), ("LMDB", 5e-6), ("shared_memory by hand", 7e-6)):
+    for name, seconds in (
+        (Robust.name, 1e-6),
+        ("LMDB", 5e-6),
+        ("shared_memory by hand", 7e-6),
+        ("dict + threading.Lock", 0.7e-6),
+    ):
         results.add("read_state", name, 1_000, [seconds])
     found = {target.what: target for target in targets.evaluate(results)}
     lmdb, hand = found["get, state, 1,000: LMDB"], found["get, state, 1,000: shared_memory by hand"]
     assert (lmdb.wanted, lmdb.reached, lmdb.met) == ("≥ 5x", "5.00x", True)
     assert (hand.wanted, hand.reached, hand.met) == ("≥ 8x", "7.00x", False)
+    assert found["get, state, 1,000: dict + threading.Lock"].met is True  # a tie
     assert found["find by id, 1,000: LMDB"].met is None
+    results.add("miss", Robust.name, 1_000, [1e-6])
+    results.add("miss", "dict + threading.Lock", 1_000, [0.6e-6])
+    found = {target.what: target for target in targets.evaluate(results)}
+    assert found["miss, 1,000: dict + threading.Lock"].met is False
 
 
 def test_plots_are_drawn_from_a_file_for_light_and_dark(results: Results, tmp_path: Path) -> None:

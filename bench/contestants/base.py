@@ -133,9 +133,12 @@ class Contestant(ABC):
         return None
 
 
+MEMORY = "/dev/shm"
+
+
 def memory_folder() -> str:
     """A folder on tmpfs, as for whatever need not survive the host."""
-    return tempfile.mkdtemp(prefix="shmdomains-bench-", dir="/dev/shm")
+    return tempfile.mkdtemp(prefix="shmdomains-bench-", dir=MEMORY)
 
 
 def drop(folder: str) -> None:
