@@ -23,6 +23,7 @@ import pytest
 from helpers import Party, Store, definition, environment, xml
 
 from shmdomains import (
+    AlreadyLocked,
     ContractError,
     DefinitionError,
     Domain,
@@ -38,6 +39,7 @@ from shmdomains import (
     PausedReason,
     RunningReason,
     SegmentFull,
+    ShmDomainsError,
     ShutoffReason,
 )
 from shmdomains.states import REASONS
@@ -403,6 +405,36 @@ def test_a_weak_reference_is_to_one_handle(doms: DomainList) -> None:
         again = doms.get(name="web1")
         assert weak() is None and weakref.getweakrefcount(again) == 0
         again.unlock()
+
+
+def test_a_locked_handle_that_goes_is_not_found_by_what_hears_of_it(doms: DomainList) -> None:
+    """A weak reference's callback runs while the handle has no references and the lock is held."""
+    doms.define(xml("web1", WEB1))
+    doms.define(xml("web2"))
+    heard: list[Any] = []
+
+    def hear(_: Any) -> None:
+        doms.get(name="web2", timeout=0).unlock()
+        heard.append(twin.is_locked)
+        for ask in (lambda: doms.get(name="web1", timeout=0), twin.unlock, twin.try_lock):
+            try:
+                heard.append(ask())
+            except ShmDomainsError as exc:
+                heard.append(type(exc))
+
+    for _ in range(3):
+        dom = doms.get(name="web1")
+        twin = pickle.loads(pickle.dumps(dom))
+        weak = weakref.ref(dom, hear)
+        with pytest.warns(ResourceWarning, match="still locked") as warned:
+            del dom
+        assert weak() is None and len(warned) == 1
+        assert heard == [False, AlreadyLocked, DomainNotLocked, AlreadyLocked]
+        heard.clear()
+    handles = [twin, *doms.lock_many([info.uuid for info in doms.snapshot()])]
+    assert len({id(dom) for dom in handles}) == 3
+    for dom in handles[1:]:
+        dom.unlock()
 
 
 def test_the_collector_finds_a_list_that_keeps_a_handle(store: Store) -> None:

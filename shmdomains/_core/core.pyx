@@ -25,8 +25,8 @@ import warnings
 
 from shmdomains import errors
 
-# A handle lives as long as a look-up, and to allocate and free it was a tenth of that. What is freed
-# waits here to be the next of its type; the collector sees it as it sees all others.
+# A handle lives as long as a look-up, and to allocate and free it was a tenth of that. What is
+# freed waits here to be the next of its type; the collector sees it as it sees all others.
 cdef extern from *:
     """
     #define SPARES 16
@@ -69,6 +69,7 @@ cdef extern from "endian.h":
 
 cdef extern from "Python.h":
     object PyNumber_Index(object)
+    Py_ssize_t Py_REFCNT(void *) nogil
     unsigned long long PyLong_AsUnsignedLongLongMask(object) except? <unsigned long long>-1
     int PyObject_GenericSetAttr(object, object, object) except -1
     bint PyUnicode_IS_COMPACT_ASCII(object)
@@ -942,20 +943,27 @@ cdef class Segment:
         self.slot_locks[slot].release()
         return 0
 
-    cdef Record held_here(self, uint32_t slot, uint64_t life):
-        """This thread's locked handle to the slot, or None. `life` 0: whichever life."""
+    cdef void *hold_here(self, uint32_t slot, uint64_t life):
+        """This thread's locked handle to the slot, or NULL. `life` 0: whichever life."""
         cdef void *at = sd_self().records
-        cdef Record record
         while at != NULL:
-            record = <Record>at
-            if (record.slot == slot and record.segment.segment == self.segment
-                    and (life == 0 or record.life == life)):
-                return record
-            at = record.after
-        return None
+            if ((<Record>at).slot == slot and (<Record>at).segment.segment == self.segment
+                    and (life == 0 or (<Record>at).life == life)):
+                return at
+            at = (<Record>at).after
+        return NULL
+
+    cdef Record held_here(self, uint32_t slot, uint64_t life):
+        """That handle, or None. One that is going away still holds the slot, but must not get a
+        reference again: callbacks of weak references run then, and so may this thread, while
+        another one drops its handle."""
+        cdef void *at = self.hold_here(slot, life)
+        if at == NULL or Py_REFCNT(at) == 0:
+            return None
+        return <Record>at
 
     cdef int not_held_here(self, uint32_t slot) except -1:
-        if sd_self().records != NULL and self.held_here(slot, 0) is not None:
+        if sd_self().records != NULL and self.hold_here(slot, 0) != NULL:
             raise errors.AlreadyLocked(f"this thread holds {self.describe(slot)} already")
         return 0
 
@@ -1875,7 +1883,7 @@ cdef class Segment:
                 self.between()
             at = &self.segment.slots[slot]
             busy = sd_load(&at.owner.who) != 0 if self.multiprocessing else sd_mutex_busy(&at.mutex)
-            if not busy and not sd_load(&at.dirty) or self.held_here(slot, 0) is not None:
+            if not busy and not sd_load(&at.dirty) or self.hold_here(slot, 0) != NULL:
                 continue
             name = self.name_in(slot)
             memset(&sd_self().repair, 0, sizeof(repair))
@@ -2219,13 +2227,13 @@ cdef class Record:
 
     cdef int take(self, uint64_t deadline, object timeout) except -1:
         cdef sd_slot *at
-        cdef Record held
+        cdef void *held
         self.segment.usable()
         at = &self.segment.segment.slots[self.slot]
-        held = self.segment.held_here(self.slot, 0)
-        if held is not None:
+        held = self.segment.hold_here(self.slot, 0)
+        if held != NULL:
             # The slot's mutex is ours: it may not be asked again, whichever domain lives there now.
-            if held.life == self.life:
+            if (<Record>held).life == self.life:
                 self.segment.not_held_here(self.slot)
             self.outlived()
         if sd_load(&at.life) != self.life:
