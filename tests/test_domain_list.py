@@ -663,6 +663,19 @@ def test_a_domain_is_not_locked_twice(doms: DomainList, web1: DomainInfo) -> Non
 # --- lock_many ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [-1, -(1 << 128), (1 << 128) + WEB1.int, 1 << 200])
+def test_a_uuid_whose_number_was_tampered_with(doms: DomainList, number: int) -> None:
+    """Not the domain that the lower 128 bits name."""
+    doms.define(xml("lowest", UUID(int=0)))
+    doms.define(xml("highest", UUID(int=(1 << 128) - 1)))
+    doms.define(xml("web1", WEB1))
+    bad = UUID(int=1)
+    object.__setattr__(bad, "int", number)
+    for look in (doms.get, doms.lookup, doms.peek):
+        with pytest.raises(OverflowError):
+            look(uuid=bad)
+
+
 def test_lock_many_takes_handles_infos_and_uuids(doms: DomainList) -> None:
     infos = {name: doms.define(xml(name)) for name in "abcd"}
     wanted = [infos["c"], handle(doms, "a"), infos["d"].uuid, str(infos["b"].uuid)]

@@ -70,6 +70,7 @@ cdef extern from "endian.h":
 cdef extern from "Python.h":
     object PyNumber_Index(object)
     Py_ssize_t Py_REFCNT(void *) nogil
+    unsigned long long PyLong_AsUnsignedLongLong(object) except? <unsigned long long>-1
     unsigned long long PyLong_AsUnsignedLongLongMask(object) except? <unsigned long long>-1
     int PyObject_GenericSetAttr(object, object, object) except -1
     bint PyUnicode_IS_COMPACT_ASCII(object)
@@ -401,9 +402,10 @@ cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
     if type(value) is bytes and PyBytes_GET_SIZE(value) == 16:
         raw = value
     elif isinstance(value, UUID):
-        # What `value.bytes` is; that takes as long as to find the domain.
+        # What `value.bytes` is; that takes as long as to find the domain. The upper half is the one
+        # that a number which is no UUID's does not fit into.
         number = value.int
-        words[0] = htobe64(PyLong_AsUnsignedLongLongMask(number >> 64))
+        words[0] = htobe64(PyLong_AsUnsignedLongLong(number >> 64))
         words[1] = htobe64(PyLong_AsUnsignedLongLongMask(number))
         return 0
     else:
