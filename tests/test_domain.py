@@ -437,6 +437,18 @@ def test_a_locked_handle_that_goes_is_not_found_by_what_hears_of_it(doms: Domain
         dom.unlock()
 
 
+def test_a_finalizer_that_is_given_to_domains_runs_for_each(
+    doms: DomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector's mark that it ran is not the next handle's."""
+    ended: list[str] = []
+    doms.define(xml("web1", WEB1))
+    monkeypatch.setattr(Domain, "__del__", lambda dom: ended.append("once"), raising=False)
+    for _ in range(40):
+        doms.get(name="web1").unlock()
+    assert len(ended) == 40
+
+
 def test_the_collector_finds_a_list_that_keeps_a_handle(store: Store) -> None:
     """Through a handle that was another one before, too."""
 

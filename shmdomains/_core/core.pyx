@@ -46,7 +46,9 @@ cdef extern from *:
 
     static void free_handle(void *handle)
     {
-        if (Py_TYPE((PyObject *)handle) == spared && spare_count < SPARES)
+        /* That its __del__ ran, if somebody gave Domain one, is not undone by a new life. */
+        if (Py_TYPE((PyObject *)handle) == spared && spare_count < SPARES
+            && !PyObject_GC_IsFinalized((PyObject *)handle))
             spares[spare_count++] = handle;
         else
             PyObject_GC_Del(handle);
