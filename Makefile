@@ -233,7 +233,7 @@ $(sanitize)/core_test: $(c_tests) | sanitize-links
 sanitize-suite: sanitizers $(VENV)/.installed-test sanitize-links
 	$(say) 'sanitize: building the core under ASan and UBSan'
 	@$(py) -m cython -3 -o $(sanitized_core)/core.c $(core)/core.pyx
-	@$(CC) $(c_flags) -fsanitize=address,undefined -fno-sanitize-recover=all -fvisibility=hidden \
+	@$(CC) $(c_flags) -fsanitize=address,undefined -fno-sanitize-recover=all -DCYTHON_USE_FREELISTS=0 -fvisibility=hidden \
 	    -fPIC -shared -I$$($(py) -c 'import sysconfig as s; print(s.get_path("include"))') \
 	    -o $(sanitized_core)/core$$($(py) -c 'import sysconfig as s; print(s.get_config_var("EXT_SUFFIX"))') \
 	    $(sanitized_core)/core.c $(handwritten)
