@@ -65,7 +65,11 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the autostart links are.  [default: DIR/autostart if there is one]",
 )
-@click.option("--workers", type=click.IntRange(min=0), help="Processes that parse the files.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Processes that parse the files, this one among them.",
+)
 @limit_options
 @timeout_option
 @format_option

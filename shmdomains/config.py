@@ -18,10 +18,10 @@ qemuDomainSetAutostart, qemuDomainRenameCallback. Lock order: list, domain, the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import logging
 import os
-import pickle
 import re
 import stat
 import subprocess
@@ -30,8 +30,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import filelock
 import msgspec
@@ -691,10 +692,10 @@ def parse_all(
 ) -> Iterator[tuple[Path, DomainDef | LoadFailure]]:
     """Yield (path, definition or failure) for each path, in sorted order.
 
-    With `workers` of 2 or more that many processes parse ahead. They are new interpreters, not
-    forks (a fork of a process with threads may hang), and do not import ``__main__``. The files of
-    a worker that dies are parsed here instead, which is logged. `progress` is called with (done,
-    total) after each file. Negative `workers` is a `ValueError`.
+    With `workers` of 2 or more that many processes parse ahead, this one among them. The others are
+    new interpreters, not forks (a fork of a process with threads may hang), and do not import
+    ``__main__``. The files of a worker that dies are parsed here instead, which is logged.
+    `progress` is called with (done, total) after each file. Negative `workers` is a `ValueError`.
 
     >>> [str(failure) for path, failure in parse_all(["/no/b.xml", "/no/a.xml"])]
     ['/no/a.xml: No such file or directory', '/no/b.xml: No such file or directory']
@@ -761,30 +762,34 @@ def _check_regular(status: os.stat_result) -> None:
 
 # --- parsing in other processes -------------------------------------------------------------
 
-# Not multiprocessing: spawn and forkserver run the caller's main module again, daemonic processes
-# may not start others, and its workers outlive a parent that is killed. These end with their input.
-# What anything prints must not get between the answers, so it goes to the standard error output.
+# Not multiprocessing's own: spawn and forkserver run the caller's main module again, daemonic
+# processes may not start others, and its workers outlive a parent that is killed. These end with
+# their input. What anything prints must not get between the answers: it goes to standard error.
 _WORKER_CODE = """\
-import os, pickle, sys
-answers = os.fdopen(os.dup(1), "wb")
+import os, sys
+from multiprocessing.connection import Connection
+requests = Connection(os.dup(0), writable=False)
+answers = Connection(os.dup(1), readable=False)
 os.dup2(2, 1)
-sys.path[:] = pickle.load(sys.stdin.buffer)
+sys.path[:] = requests.recv()
 from shmdomains.config import _serve
-_serve(sys.stdin.buffer, answers)
+_serve(requests, answers)
 """
 
 # What crosses the pipe for one file: plain tuples, strings and the encoded definition, since a
 # pickled Path, UUID, named tuple or definition costs the parent more than the parsing is worth.
 _Answer = tuple[_Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
+_READY: list[_Answer] = []
 
 
-def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Run in a worker: parse lists of paths until the parent closes the pipe or is gone."""
+def _serve(requests: Connection, answers: Connection) -> None:
+    """Run in a worker: say that it is ready, then parse lists of paths until the parent closes the
+    pipe or is gone."""
     with suppress(EOFError, BrokenPipeError):
+        answers.send(_READY)
         while True:
-            paths: list[str] = pickle.load(requests)
-            pickle.dump([_answer(_parse(path)) for path in paths], answers)
-            answers.flush()
+            paths: list[str] = requests.recv()
+            answers.send([_answer(_parse(path)) for path in paths])
 
 
 def _answer(item: _Parsed) -> _Answer:
@@ -804,53 +809,81 @@ def _answered(path: str, answer: _Answer) -> _Parsed:
 
 
 class _Worker:
-    """One parsing process. Once it is dead its share is parsed here."""
+    """Another process that parses, once it has said that it is ready; until then nobody waits for
+    it. What a dead one was to parse is parsed here."""
+
+    _AHEAD = 2  # lists of paths, so that it has one while its answer to another is not read yet
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._given: deque[tuple[int, list[str]]] = deque()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER_CODE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=0,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its workers
             )
-            self._write(sys.path)
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._requests = Connection(os.dup(self._process.stdin.fileno()), readable=False)
+            self._answers = Connection(os.dup(self._process.stdout.fileno()), writable=False)
+            self._process.stdin.close()
+            self._process.stdout.close()
+            with suppress(OSError):  # who has many pipes may not have large ones
+                fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
+            # Two requests that fit in are written without waiting for who may wait for us.
+            self._most = fcntl.fcntl(self._requests.fileno(), fcntl.F_GETPIPE_SZ) // 2
+            self._requests.send(sys.path)
         except OSError as exc:
             self._give_up(exc)
 
-    def send(self, paths: list[str]) -> None:
+    def has(self, number: int) -> bool:
+        return any(given == number for given, _ in self._given)
+
+    def may_take(self, paths: list[str]) -> bool:
+        if self._process is None or not self._ready or len(self._given) == self._AHEAD:
+            return False
+        return not self._given or sum(len(path) + 32 for path in paths) * 2 < self._most
+
+    def take(self, number: int, paths: list[str]) -> None:
+        self._given.append((number, paths))
         try:
-            self._write(paths)
+            self._requests.send(paths)
         except OSError as exc:
             self._give_up(exc)
 
-    def collect(self, paths: list[str]) -> list[_Parsed]:
-        """Return what became of the paths that were sent last."""
+    def collect(self, wait: bool) -> dict[int, list[_Parsed]]:
+        """What it has parsed, by number; at least one answer if there is to be a `wait`."""
+        found: dict[int, list[_Parsed]] = {}
         try:
-            if self._process is not None and self._process.stdout is not None:
-                answers: list[_Answer] = pickle.load(self._process.stdout)
-                return [_answered(*pair) for pair in zip(paths, answers, strict=True)]
-        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as exc:
+            while self._process is not None and (self._answers.poll(0) or (wait and not found)):
+                answers: list[_Answer] = self._answers.recv()
+                if not self._ready:
+                    self._ready = True
+                    continue
+                number, paths = self._given[0]
+                pairs = zip(paths, answers, strict=True)
+                found[number] = [_answered(path, answer) for path, answer in pairs]
+                self._given.popleft()
+        except Exception as exc:  # whatever comes out of that pipe: no file is lost for it
             self._give_up(exc)
-        return [_parse(path) for path in paths]
+        if self._process is None:
+            for number, paths in self._given:
+                found[number] = [_parse(path) for path in paths]
+            self._given.clear()
+        return found
 
     def stop(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
         process.kill()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # closing flushes what the dead process did not take
-                    pipe.close()
+        for pipe in ("_requests", "_answers"):
+            if hasattr(self, pipe):
+                getattr(self, pipe).close()
         process.wait()
-
-    def _write(self, value: object) -> None:
-        if self._process is None or self._process.stdin is None:
-            return
-        pickle.dump(value, self._process.stdin)
-        self._process.stdin.flush()
 
     def _give_up(self, exc: Exception) -> None:
         pid = None if self._process is None else self._process.pid
@@ -872,23 +905,33 @@ def _parsed(paths: list[str], workers: int | None) -> _Items:
 
 
 def _parsed_by_workers(paths: list[str], count: int) -> _Items:
+    """In order, by this process and as many others as `count` leaves.
+
+    Whoever is free takes the next list of paths, so nobody waits for a worker that starts or is
+    slow; but not without end, for what is parsed ahead is kept in memory.
+    """
     size = max(1, min(BATCH, len(paths) // count))
-    chunks = iter([paths[i : i + size] for i in range(0, len(paths), size)])
+    chunks = [paths[at : at + size] for at in range(0, len(paths), size)]
+    parsed: dict[int, list[_Parsed]] = {}
+    following = 0
     pool: list[_Worker] = []
-    in_flight: deque[tuple[_Worker, list[str]]] = deque()
     try:
-        for chunk in itertools.islice(chunks, count):
+        while len(pool) < min(count, len(chunks)) - 1:
             pool.append(_Worker())
-            pool[-1].send(chunk)
-            in_flight.append((pool[-1], chunk))
-        while in_flight:
-            worker, chunk = in_flight.popleft()
-            items = worker.collect(chunk)
-            following = next(chunks, None)
-            if following is not None:
-                worker.send(following)
-                in_flight.append((worker, following))
-            yield from items
+        for number in range(len(chunks)):
+            while number not in parsed:
+                for worker in pool:
+                    parsed.update(worker.collect(wait=False))
+                    while following < len(chunks) and worker.may_take(chunks[following]):
+                        worker.take(following, chunks[following])
+                        following += 1
+                if following < len(chunks) and len(parsed) < 8 * count:
+                    following += 1
+                    parsed[following - 1] = [_parse(path) for path in chunks[following - 1]]
+                elif number not in parsed:
+                    owner = next(worker for worker in pool if worker.has(number))
+                    parsed.update(owner.collect(wait=True))
+            yield from parsed.pop(number)
     finally:
         for worker in pool:
             worker.stop()
@@ -928,11 +971,12 @@ def load_all(
 ) -> LoadReport:
     """Load every config file as a persistent domain (virDomainObjListLoadAllConfigs).
 
-    The caller holds no lock. Files are parsed, by `workers` processes if that is 2 or more, before
-    the list lock is taken, which is held for 64 files at a time, in sorted order. A file that was
-    replaced since it was parsed is parsed again, so another process' `save` is never overwritten
-    by what stood there before. Each domain takes `autostart` from its link where there is an
-    autostart directory. `progress` is called with (done, total), without a lock, first with 0.
+    The caller holds no lock. Files are parsed, by this process and by others up to `workers` in
+    all, before the list lock is taken, which is held for 64 files at a time, in sorted order. A
+    file that was replaced since it was parsed is parsed again, so another process' `save` is never
+    overwritten by what stood there before. Each domain takes `autostart` from its link where there
+    is an autostart directory. `progress` is called with (done, total), without a lock, first
+    with 0.
 
     What is wrong with one file is logged as a warning and reported; the others are loaded.
     `timeout` in seconds is for each wait: for a domain it is that file's failure, for the list

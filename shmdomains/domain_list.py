@@ -517,9 +517,9 @@ class DomainListRules(_Store):
         and reported; a missing directory is no error. A domain whose ``NAME.xml`` in
         `autostart_dir` is a link to its file is set to autostart. The directories are remembered in
         the list: what any process defines, renames or undefines later reaches them.
-        `progress(done, total)` is called as it goes on; `workers` processes parse. `timeout` in
-        seconds is for each wait: for a domain it is that file's failure, for the list lock it is
-        `LockTimeout`.
+        `progress(done, total)` is called as it goes on; `workers` processes parse, this one among
+        them. `timeout` in seconds is for each wait: for a domain it is that file's failure, for the
+        list lock it is `LockTimeout`.
         """
         dirs = ConfigDirs(Path(config_dir), None if autostart_dir is None else Path(autostart_dir))
         with self.locked(timeout):

@@ -929,20 +929,74 @@ def test_parse_all_refuses_negative_workers() -> None:
         parse_all([], -1)
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are ready, or gone, before the first file is parsed: else this process may be done
+    with all of them by then."""
+    start = config._Worker.__init__
+
+    def wait_too(worker: config._Worker) -> None:
+        start(worker)
+        if worker._process is not None:
+            assert worker._answers.poll(60)
+
+    monkeypatch.setattr(config._Worker, "__init__", wait_too)
+
+
+@pytest.mark.usefixtures("started")
 def test_workers_do_the_parsing(dirs: ConfigDirs, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = many(dirs, 150)
-    monkeypatch.setattr(config, "_parse", None)
+    """Each takes two lists of 64; with nothing left to give out this process waits for them."""
+    expected = many(dirs, 6 * BATCH)
+    parsed_here: list[str] = []
+    parse_here = config._parse
+
+    def note(path: str) -> config._Parsed:
+        parsed_here.append(path)
+        return parse_here(path)
+
+    monkeypatch.setattr(config, "_parse", note)
+    assert dict(parse_all(list(expected)[: 2 * BATCH + 3], 2)) | expected == expected
+    assert parsed_here == [str(path) for path in list(expected)[2 * BATCH : 2 * BATCH + 3]]
+    parsed_here.clear()
+    assert dict(parse_all(expected, 4)) == expected
+    assert parsed_here == []
+
+
+@pytest.mark.usefixtures("started")
+def test_paths_that_are_longer_than_a_pipe(dirs: ConfigDirs) -> None:
+    """While this process writes one list of them the worker may not be writing an answer."""
+    place = dirs.config_dir
+    while len(str(place)) < 3600:
+        place /= "d" * 200
+    place.mkdir(parents=True)
+    deep = ConfigDirs(place, None)
+    text = f"</name><description>{'x' * 20_000}</description>"
+    for number in range(4 * BATCH):
+        name = f"web{number:03}"
+        deep.config_file(name).write_text(domain_xml(name).replace("</name>", text))
+    expected = {path: parse(path) for path in scan(place)}
     assert dict(parse_all(expected, 2)) == expected
+
+
+def test_nobody_waits_for_a_worker_that_starts(
+    dirs: ConfigDirs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "_WORKER_CODE", "import time; time.sleep(3600)")
+    expected = many(dirs, 300)
+    before = children()
+    assert dict(parse_all(expected, 3)) == expected
+    assert children() == before
 
 
 def children() -> list[psutil.Process]:
     return psutil.Process().children()
 
 
+@pytest.mark.usefixtures("started")
 def test_a_killed_worker_loses_nothing(dirs: ConfigDirs, caplog: pytest.LogCaptureFixture) -> None:
     expected = many(dirs, 300)
     before = children()
-    items = parse_all(expected, 2)
+    items = parse_all(expected, 3)
     got = [next(items)]
     for worker in children():
         if worker not in before:
@@ -953,15 +1007,27 @@ def test_a_killed_worker_loses_nothing(dirs: ConfigDirs, caplog: pytest.LogCaptu
     assert children() == before
 
 
+READY = """
+import os
+from multiprocessing.connection import Connection
+requests, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
+requests.recv()
+answers.send([])
+"""
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "raise SystemExit(3)",
         "import os; os.write(1, b'not a pickle')",
-        "import os, pickle, sys; [pickle.load(sys.stdin.buffer) for _ in '12'];"
-        "answer = pickle.dumps([(None, b'x')] * 50); os.write(1, answer[:len(answer) // 2])",
+        READY + "requests.recv(); answers.send_bytes(b'no pickle')",
+        READY + "requests.recv(); answers.send([(None, b'x')] * 50)",
+        READY + "answers.send([]); requests.recv()",  # to what it was not asked
+        READY + "requests.recv(); os.write(answers.fileno(), b'\\0\\0\\1\\0' + b'.' * 100)",
     ],
 )
+@pytest.mark.usefixtures("started")
 def test_workers_that_fail(
     dirs: ConfigDirs,
     monkeypatch: pytest.MonkeyPatch,
@@ -985,7 +1051,7 @@ def test_workers_that_can_not_start(
 
 def test_an_abandoned_iterator_leaves_no_process(dirs: ConfigDirs) -> None:
     before = children()
-    items = parse_all(many(dirs, 300), 2)
+    items = parse_all(many(dirs, 300), 3)
     next(items)
     assert len(children()) == len(before) + 2
     del items
@@ -1015,7 +1081,7 @@ def test_ctrl_c_reaches_the_parent_only(dirs: ConfigDirs) -> None:
     code = """
         import sys
         from shmdomains.config import parse_all, scan
-        items = parse_all(scan(sys.argv[1]), 2)
+        items = parse_all(scan(sys.argv[1]), 3)
         next(items)
         try:
             print("running", flush=True)
@@ -1035,7 +1101,7 @@ def test_workers_die_with_a_killed_parent(dirs: ConfigDirs) -> None:
     code = """
         import sys
         from shmdomains.config import parse_all, scan
-        items = parse_all(scan(sys.argv[1]), 2)
+        items = parse_all(scan(sys.argv[1]), 3)
         next(items)
         print("running", flush=True)
         sys.stdin.read()

@@ -482,6 +482,7 @@ def processes_of_session(session: int) -> list[psutil.Process]:
 PROGRAM = f"""
 import faulthandler, os, signal, sys
 faulthandler.dump_traceback_later(60, exit=True)  # a hang says where
+signal.signal(signal.SIGINT, signal.default_int_handler)  # "make soak &" has it ignored
 from multiprocessing import util
 from pathlib import Path
 from rich.console import Console
