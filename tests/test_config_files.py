@@ -993,17 +993,28 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.usefixtures("started")
-def test_a_killed_worker_loses_nothing(dirs: ConfigDirs, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_worker_loses_nothing(
+    dirs: ConfigDirs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed with what it was given, before it can answer."""
     expected = many(dirs, 300)
     before = children()
-    items = parse_all(expected, 3)
-    got = [next(items)]
-    for worker in children():
-        if worker not in before:
-            worker.kill()
-    got += items
-    assert got == list(expected.items())
-    assert "is lost" in caplog.text
+    take = config._Worker.take
+
+    def take_and_die(worker: config._Worker, number: int, paths: list[str]) -> None:
+        assert worker._process is not None
+        if number == 2:
+            process = psutil.Process(worker._process.pid)
+            process.suspend()
+            while process.status() != psutil.STATUS_STOPPED:
+                pass
+        take(worker, number, paths)
+        if number == 2:
+            worker._process.kill()
+
+    monkeypatch.setattr(config._Worker, "take", take_and_die)
+    assert list(parse_all(expected, 3)) == list(expected.items())
+    assert caplog.text.count("is lost") == 1
     assert children() == before
 
 
