@@ -31,8 +31,8 @@ _libc.process_vm_readv.argtypes = [
 
 
 def touch(folder: str, pids: Iterable[int]) -> None:
-    """Read what is in the files of this folder on tmpfs, and in these processes and their children
-    a byte of each page that is in no file. Who is gone meanwhile is left out."""
+    """Read what is in the files of this folder on tmpfs, and a byte of each page that these
+    processes and their children have for themselves. Who is gone meanwhile is left out."""
     for path in Path(folder).rglob("*"):
         with suppress(OSError):
             _read(path)
@@ -60,12 +60,11 @@ def _read(path: Path) -> None:
 
 
 def _private(pid: int) -> Iterator[tuple[int, int]]:
-    """Where a process has writable memory that is not in a file which can be read."""
+    """Where a process has memory of its own. What is shared is in files, and reading a mapping of
+    one of those would fill its holes."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        place, mode, _, _, inode, *path = line.split(maxsplit=5)
-        if mode.startswith("rw") and (mode[3] == "p" or (path and path[0].endswith("(deleted)"))):
-            if mode[3] == "p" and inode != "0":
-                continue  # a library's: small
+        place, mode, _, _, inode, *_ = line.split(maxsplit=5)
+        if mode == "rw-p" and inode == "0":
             begin, end = (int(text, 16) for text in place.split("-"))
             yield begin, end
 

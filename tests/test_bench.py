@@ -135,8 +135,11 @@ def test_what_a_killed_holder_had_is_had_again_and_others_are_not_blocked() -> N
 def test_memory_is_touched_and_holes_stay_holes() -> None:
     pages = 3000  # more than two calls' worth
     code = (
-        f"import mmap; memory = mmap.mmap(-1, {pages} * 4096, mmap.MAP_PRIVATE)\n"
-        f"for at in range(0, len(memory), 4096): memory[at] = 1\n"
+        "import mmap, tempfile\n"
+        f"memory = mmap.mmap(-1, {pages} * 4096, mmap.MAP_PRIVATE)\n"
+        "for at in range(0, len(memory), 4096): memory[at] = 1\n"
+        f"file = tempfile.TemporaryFile(dir={MEMORY!r}); file.truncate(1 << 30)\n"
+        "mapping = mmap.mmap(file.fileno(), 1 << 30)\n"  # without a name, as segments begin
         "print(flush=True); input()"
     )
     child = subprocess.Popen(
@@ -159,6 +162,8 @@ def test_memory_is_touched_and_holes_stay_holes() -> None:
         blocks = os.fstat(file.fileno()).st_blocks
         awake.touch(folder, [child.pid, 1 << 22])
         assert os.fstat(file.fileno()).st_blocks == blocks
+    for file_of in Path(f"/proc/{child.pid}/fd").iterdir():
+        assert not file_of.is_file() or file_of.stat().st_blocks == 0
     assert referenced() >= pages
     child.communicate(b"\n")
 
