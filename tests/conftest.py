@@ -10,6 +10,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -259,6 +260,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("what was tried")
         for what, times in _tried.items():
             terminalreporter.line(f"{times:>12,}  {what}")
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+
+def pytest_configure() -> None:
+    """A shell has Ctrl-C ignored by what it starts with ``&``, and by all that this starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- collections -------------------------------------------------------------------------------
