@@ -181,10 +181,16 @@ class Runner:
         ours = [host for host in self._hosts if host.contestant is ALL[0]]
         self._say(f"{domains:,} domains: 2 workers, each on a list of its own")
         own: dict[Host, list[Any]] = {}
-        for seed in range(self._plan.crowds):
-            for host, value in self._each(ours, "contend", 2, "own", self._plan.contend, seed):
+        beside: dict[Host, list[float]] = {}
+        for seed in range(self._plan.rounds):
+            together = self._each(ours, "contend", 2, "random", self._plan.contend, seed)
+            alone = self._each(ours, "contend", 2, "own", self._plan.contend, seed)
+            for (host, shared), (_, value) in zip(together, alone, strict=False):
                 own.setdefault(host, []).append(value)
+                beside.setdefault(host, []).append(shared.rate / value.rate)
         self._contended(own, "own", domains, 2)
+        for host, ratios in beside.items():
+            self._add("contend random, of own", host, domains, ratios, workers=2)
 
     def _contended(
         self, runs: dict[Host, list[Any]], where: str, domains: int, workers: int

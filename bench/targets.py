@@ -94,8 +94,8 @@ def _definitions(results: Results) -> Iterator[Target]:
 
 def _contention(results: Results, domains: int) -> Iterator[Target]:
     two = results.get("contend random", OURS, domains, 2)
-    own = results.get("contend own", OURS, domains, 2)
-    yield _at_least("f", "2 workers, random: each on its own list", 0.9, _ratio(two, own))
+    beside = results.get("contend random, of own", OURS, domains, 2)
+    yield _at_least("f", "2 workers, random: each on its own list", 0.9, beside)
     rates = [results.get("contend random", peer, domains, 2) for peer in SHARED_PEERS]
     best = max((rate for rate in rates if rate is not None), default=None)
     yield _at_least("f", "2 workers, random: the best peer", 8, _ratio(two, best))
