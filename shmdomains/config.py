@@ -29,7 +29,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -818,6 +818,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._given: deque[tuple[int, list[str]]] = deque()
+        self._pipes = ExitStack()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER_CODE],
@@ -826,11 +827,11 @@ class _Worker:
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C is for the parent, which stops its workers
             )
-            assert self._process.stdin is not None and self._process.stdout is not None
-            self._requests = Connection(os.dup(self._process.stdin.fileno()), readable=False)
-            self._answers = Connection(os.dup(self._process.stdout.fileno()), writable=False)
-            self._process.stdin.close()
-            self._process.stdout.close()
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None and stdout is not None
+            with stdin, stdout:
+                self._requests = self._pipe(os.dup(stdin.fileno()), readable=False)
+                self._answers = self._pipe(os.dup(stdout.fileno()), writable=False)
             with suppress(OSError):  # who has many pipes may not have large ones
                 fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
             # Two requests that fit in are written without waiting for who may wait for us.
@@ -838,6 +839,9 @@ class _Worker:
             self._requests.send(sys.path)
         except OSError as exc:
             self._give_up(exc)
+
+    def _pipe(self, fd: int, *, readable: bool = True, writable: bool = True) -> Connection:
+        return self._pipes.enter_context(Connection(fd, readable, writable))
 
     def has(self, number: int) -> bool:
         return any(given == number for given, _ in self._given)
@@ -880,9 +884,7 @@ class _Worker:
         if process is None:
             return
         process.kill()
-        for pipe in ("_requests", "_answers"):
-            if hasattr(self, pipe):
-                getattr(self, pipe).close()
+        self._pipes.close()
         process.wait()
 
     def _give_up(self, exc: Exception) -> None:
