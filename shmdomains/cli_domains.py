@@ -25,7 +25,6 @@ from .cli_tables import (
     printable,
 )
 from .cli_types import (
-    Deadline,
     Target,
     domain_argument,
     find_domain,
@@ -37,7 +36,7 @@ from .cli_types import (
 )
 from .config import MAX_FILE_BYTES
 from .definition import DomainDef
-from .domain_list import DomainInfo, DomainList
+from .domain_list import Deadline, DomainInfo, DomainList
 from .errors import DomainNotFound, SegmentError, ShmDomainsError
 from .states import DomainState
 

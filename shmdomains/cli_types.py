@@ -12,7 +12,6 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -97,16 +96,6 @@ def seconds(value: str | float) -> float | None:
     if not number >= 0:
         raise click.BadParameter(f"{value!r} is not 0 or more seconds.")
     return None if math.isinf(number) else number
-
-
-class Deadline:
-    """One time-out over several waits."""
-
-    def __init__(self, timeout: float | None) -> None:
-        self._end = None if timeout is None else time.monotonic() + timeout
-
-    def left(self) -> float | None:
-        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
 
 _SIZE = re.compile(r"([0-9]{1,20}) ?(?:([kmgt])(i?b)?|b|bytes)?", re.IGNORECASE)

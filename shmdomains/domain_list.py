@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
-import time
 import uuid as uuid_module
 import zlib
 from collections.abc import Iterable
@@ -65,6 +64,7 @@ else:
     _Store = object
 
 DomainInfo = core.Info
+Deadline = core.Deadline
 
 DEFAULT_MAX_DOMAINS = 65_536
 DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024
@@ -108,21 +108,6 @@ class LockedDomains(core.Records):
     a ``with`` block: committed, or rolled back if the block raised."""
 
     __slots__ = ()
-
-
-class _Deadline:
-    """One time-out over several waits."""
-
-    def __init__(self, timeout: float | None) -> None:
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout is {timeout!r}; None waits for ever, 0 tries, else seconds")
-        self._end = None if timeout is None else time.monotonic() + timeout
-        self._try = timeout == 0
-
-    def left(self) -> float | None:
-        if self._end is None:
-            return None
-        return 0 if self._try else max(self._end - time.monotonic(), 0.0)
 
 
 class _Commit:
@@ -204,7 +189,7 @@ class DomainListRules(_Store):
         ...     len(locked)
         0
         """
-        deadline = _Deadline(timeout)
+        deadline = Deadline(timeout)
         wanted = list(domains)
         taken = LockedDomains()
         try:
@@ -220,7 +205,7 @@ class DomainListRules(_Store):
         return taken
 
     def _lock_one(
-        self, one: Domain | core.Info | Uuid, taken: LockedDomains, deadline: _Deadline
+        self, one: Domain | core.Info | Uuid, taken: LockedDomains, deadline: Deadline
     ) -> None:
         if isinstance(one, Domain):
             self._need_ours(one)
@@ -269,13 +254,10 @@ class DomainListRules(_Store):
         """
         self._need_list_lock("assign_def")
         known = self._known(definition)
-        if known is None and definition.uuid is not None:
-            return self._make(definition.uuid, definition, bool(persistent), timeout)
+        if known is None:
+            return self._make(definition, bool(persistent), timeout)
         if isinstance(definition, EncodedDef):
             definition = definition.decoded()
-        if known is None:
-            uuid = uuid_module.uuid4()
-            return self._make(uuid, definition.replace(uuid=uuid), bool(persistent), timeout)
         if definition.uuid is None:
             definition = definition.replace(uuid=known.uuid)
         dom = self.find_by_uuid(known.uuid, timeout)
@@ -294,12 +276,14 @@ class DomainListRules(_Store):
         return dom
 
     def _make(
-        self,
-        uuid: uuid_module.UUID | bytes,
-        definition: DomainDef | EncodedDef,
-        persistent: bool,
-        timeout: float | None,
+        self, definition: DomainDef | EncodedDef, persistent: bool, timeout: float | None
     ) -> Domain:
+        uuid = definition.uuid
+        if uuid is None:
+            uuid = uuid_module.uuid4()
+            if isinstance(definition, EncodedDef):
+                definition = definition.decoded()
+            definition = definition.replace(uuid=uuid)
         blob = definition.encode()
         try:
             return self._create(uuid, definition.name, blob, persistent, timeout)
@@ -309,17 +293,17 @@ class DomainListRules(_Store):
 
     def _known(self, definition: DomainDef | EncodedDef) -> core.Info | None:
         """The domain that a definition is of; libvirt's rules (virDomainObjListAddLocked)."""
-        if definition.uuid is not None:
-            known = self._glance(uuid=definition.uuid)
-            if known is not None and known.name != definition.name:
-                raise DomainExists(
-                    f"domain '{known.name}' is already defined with uuid {known.uuid}"
-                )
-            if known is not None:
-                return known
-        known = self._glance(name=definition.name)
-        if known is not None and definition.uuid is not None:
-            raise DomainExists(f"domain '{known.name}' already exists with uuid {known.uuid}")
+        uuid, name = definition.uuid, definition.name
+        if uuid is None:
+            return self._glance(name=name)
+        if self._is_new(uuid, name):
+            return None
+        known = self._glance(uuid=uuid)
+        if known is not None and known.name != name:
+            raise DomainExists(f"domain '{known.name}' is already defined with uuid {known.uuid}")
+        namesake = self._glance(name=name) if known is None else None
+        if namesake is not None:
+            raise DomainExists(f"domain '{namesake.name}' already exists with uuid {namesake.uuid}")
         return known
 
     def remove_inactive(self, dom: Domain, timeout: float | None = None) -> None:
@@ -335,7 +319,7 @@ class DomainListRules(_Store):
                 f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
                 "until nobody holds it"
             )
-        deadline = _Deadline(timeout)
+        deadline = Deadline(timeout)
         try:
             dom.lock(deadline.left())
             if dom.is_active:
@@ -351,7 +335,7 @@ class DomainListRules(_Store):
         removed if this thread holds one of them, `LockTimeout` (what was removed by then is gone).
         """
         self._need_list_lock("free")
-        deadline = _Deadline(timeout)
+        deadline = Deadline(timeout)
         doms = self._live_handles()
         held = next((dom for dom in doms if dom.is_locked), None)
         if held is not None:
@@ -375,7 +359,7 @@ class DomainListRules(_Store):
         """
         self._need_list_lock("rename")
         self._need_ours(dom)
-        deadline = _Deadline(timeout)
+        deadline = Deadline(timeout)
         if dom.is_active:
             raise DomainActive(f"cannot rename active domain '{dom.name}'")
         if dom.changed:
@@ -412,7 +396,7 @@ class DomainListRules(_Store):
         the info, a signal handler of yours - leaves it defined, in memory and on disk. Raises
         `DefinitionError`, `DomainExists`, `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
         """
-        deadline = _Deadline(timeout)
+        deadline = Deadline(timeout)
         definition = _as_definition(definition)
         dom, commit, existed = None, None, True
         try:
@@ -433,7 +417,7 @@ class DomainListRules(_Store):
         assert info is not None  # we held it
         return info
 
-    def _save_and_commit(self, dom: Domain, commit: _Commit, deadline: _Deadline) -> None:
+    def _save_and_commit(self, dom: Domain, commit: _Commit, deadline: Deadline) -> None:
         dirs = self._config_dirs()
         if dirs is None:  # and no file says that a new domain is there for good
             dom.commit(deadline.left())
@@ -475,7 +459,7 @@ class DomainListRules(_Store):
         `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
         `LockOrder`.
         """
-        deadline = _Deadline(timeout)
+        deadline = Deadline(timeout)
         with self._list_held(deadline.left()):
             dom = self.get(uuid=uuid, name=name, id=id, timeout=deadline.left())
             try:
@@ -483,7 +467,7 @@ class DomainListRules(_Store):
             finally:
                 dom._pass_on()
 
-    def _undefine(self, dom: Domain, deadline: _Deadline) -> None:
+    def _undefine(self, dom: Domain, deadline: Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
         dirs = self._config_dirs()
@@ -493,7 +477,7 @@ class DomainListRules(_Store):
         else:
             dirs.delete(dom.name, deadline.left(), commit)
 
-    def _forget(self, dom: Domain, deadline: _Deadline) -> None:
+    def _forget(self, dom: Domain, deadline: Deadline) -> None:
         if not dom.is_active:
             self._remove(dom, deadline.left())
             return

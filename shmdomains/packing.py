@@ -13,6 +13,11 @@ import msgspec
 
 _ENCODER = msgspec.msgpack.Encoder()
 
+# Buffers that nobody uses now: to make one takes as long as to fill it. There are never more than
+# threads that were in `pack` at once.
+_SPARE: list[bytearray] = []
+_KEPT = 1 << 16
+
 
 def pack(value: Any) -> bytes:
     """Return the value as MessagePack.
@@ -20,6 +25,12 @@ def pack(value: Any) -> bytes:
     >>> pack([1, None])
     b'\\x92\\x01\\xc0'
     """
-    buffer = bytearray(4096)  # what most definitions fit into: growing takes longer than zeros
+    try:
+        buffer = _SPARE.pop()
+    except IndexError:
+        buffer = bytearray(4096)  # what most definitions fit into: growing takes longer than zeros
     _ENCODER.encode_into(value, buffer)
-    return bytes(buffer)
+    packed = bytes(buffer)
+    if len(packed) <= _KEPT:
+        _SPARE.append(buffer)
+    return packed

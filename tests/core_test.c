@@ -108,9 +108,10 @@ static void print_header(void)
 
 static void print_slot(void)
 {
-    SLOT(mutex), SLOT(life), SLOT(cur), SLOT(died_who), SLOT(died_pid), SLOT(uuid), SLOT(copy0);
+    SLOT(mutex), SLOT(life), SLOT(cur), SLOT(died_who), SLOT(sum_and_pid), SLOT(uuid), SLOT(copy0);
     SLOT(copy1), SLOT(owner), SLOT(extent), SLOT(dirty), SLOT(next_free);
     printf("slot.size %zu\nnames.size %zu\n", sizeof(sd_slot), sizeof(sd_names));
+    printf("names.length %u\n", SD_NAME_AT);
     PLACE("fields", sd_fields, ids), PLACE("fields", sd_fields, status);
     PLACE("fields", sd_fields, version);
     PLACE("owner", sd_owner, who), PLACE("owner", sd_owner, pid);
@@ -770,7 +771,8 @@ static void find_by_id(uint32_t slot)
     int result = sd_find(shared, &key, &slot);
     MUST(result == SD_OK || result == SD_MISS || result == SD_DOUBT, "it said %d", result);
     if (result != SD_OK || sd_slot_lock(shared, slot, SD_FOREVER) != SD_OK) return;
-    if (sd_matches(shared, slot, &key)) MUST(sd_identity_sound(shared, slot));
+    result = sd_verify(shared, slot, &key, &view.values);
+    MUST(result == SD_OK || result == SD_MISS, "it said %d", result);
     sd_slot_unlock(shared, slot, true);
 }
 

@@ -344,8 +344,9 @@ class Planted:
         return self.at["slots"] + number * self.at["slot.size"] + self.at[f"slot.{field}"]
 
     def name(self, number: int, buffer: int) -> int:
+        """Where its length stands, and the name behind that."""
         size = self.at["names.size"]
-        return self.at["names"] + number * size + buffer * size // 2
+        return self.at["names"] + number * size + buffer * size // 2 + self.at["names.length"]
 
     def copy(self, number: int, field: str) -> int:
         """A field in the copy that counts."""

@@ -75,8 +75,10 @@ PLANTED = {
             "    if sd_planted != 4 and written != sd_blob_sum(",
         ),
         (
-            "if not (sd_matches(self.segment, slot, key) if key != NULL else ",
-            "if sd_planted != 2 and not (sd_matches(self.segment, slot, key) if key != NULL else ",
+            "        result = self.verify(slot, key, life, &record.values)\n",
+            "        result = self.verify(slot, key, life, &record.values)\n"
+            "        if sd_planted == 2:\n"
+            "            result = sd_values_get(self.segment, slot, &record.values)\n",
         ),
     ],
     "record.c": [

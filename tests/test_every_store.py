@@ -48,7 +48,7 @@ IMAGES = {
     "commit mid way": 89,
     "roll back": 12,
     "set autostart": 16,
-    "rename": 198,
+    "rename": 197,
     "activate": 42,
     "deactivate": 78,
     "restart": 91,

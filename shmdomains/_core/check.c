@@ -253,6 +253,9 @@ static void check_values(sd_check *check, uint32_t slot, const sd_view *view)
     if (!view->name[0])
         fault(check, "I1 identity",
               "slot %u has a name of 0 bytes, or name and uuid do not fit their checksum", slot);
+    if (!sd_uuid_sound(&check->segment->slots[slot]) &&
+        sd_view_check(check->segment, slot, view) == SD_OK)
+        fault(check, "I1 identity", "slot %u has a uuid that does not fit its checksum", slot);
     if (values->state >= check->states)
         fault(check, "I3 fields", "slot %u has the unknown state %u", slot, values->state);
     if (values->id < 0) return;

@@ -279,6 +279,31 @@ static inline sd_word *sd_extent_at(const sd_segment *segment, uint64_t extent)
     return segment->heap + SD_EXTENT_CELL(extent) * (SD_CELL / 8);
 }
 
+/* Ask for a line that will be stored to.  Of __builtin_prefetch(at, 1) gcc makes one for reading
+ * unless it is told that the processor has the other; one that has not takes this for nothing. */
+static inline void sd_ask_to_store(const void *at)
+{
+#ifdef __x86_64__
+    __asm__ volatile("prefetchw %0" : : "m"(*(const char *)at));
+#else
+    __builtin_prefetch(at, 1);
+#endif
+}
+
+/* Ask for the lines of a blob before they are used; what a long one has beyond a page comes by
+ * itself. */
+static inline void sd_ask_to_read(const sd_word *at, uint64_t bytes)
+{
+    const sd_word *end = at + (bytes < SD_PAGE ? bytes : SD_PAGE) / 8;
+    for (; at < end; at += SD_CACHE_LINE / 8) __builtin_prefetch(at, 0);
+}
+
+static inline void sd_ask_to_write(const sd_word *at, uint64_t bytes)
+{
+    const sd_word *end = at + (bytes < SD_PAGE ? bytes : SD_PAGE) / 8;
+    for (; at < end; at += SD_CACHE_LINE / 8) sd_ask_to_store(at);
+}
+
 /* The bits of [cell, cell + cells) that lie in word `w` of the map. */
 static inline uint64_t sd_map_bits(uint64_t w, uint64_t cell, uint64_t cells)
 {
@@ -320,8 +345,13 @@ typedef struct {
 /* Find without any lock; a hit must be verified under the slot lock.  SD_OK SD_MISS SD_DOUBT
  * SD_CORRUPT.  Under the index's lock a miss is never in doubt. */
 int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot);
-/* Is it that domain?  A hint without the slot lock, the truth with it. */
+/* The same, faster for who will lock what was found. */
+int sd_find_to_lock(sd_segment *segment, const sd_key *key, uint32_t *slot);
+/* Is it that domain?  A hint. */
 bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key);
+/* The same once its lock is held, and then the truth: SD_OK, and its committed values; SD_MISS;
+ * SD_CORRUPT. */
+int sd_verify(const sd_segment *segment, uint32_t slot, const sd_key *key, sd_values *values);
 
 /* The committed values; slot lock held.  SD_CORRUPT: what was read can not be what was written. */
 int sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values);
@@ -330,8 +360,8 @@ int sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *value
 /* name: 252 bytes, length first, 0: name or uuid is damaged.  The truth with the slot's or the list
  * lock held; without them a hint, or one look of sd_view_begin(). */
 void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name);
-/* Whether name and uuid belong together; the truth with the slot's or the list lock held. */
-bool sd_identity_sound(const sd_segment *segment, uint32_t slot);
+/* Whether the uuid is the one that was written; the truth with the slot's or the list lock held. */
+bool sd_uuid_sound(const sd_slot *record);
 /* What stands in front of a blob: so that no other bytes pass for it, be they another domain's, of
  * another kind or of another time. */
 uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
@@ -339,6 +369,11 @@ uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const v
 /* The extent of a blob that is present, checksum first; slot lock held.  SD_CORRUPT. */
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
                 uint64_t *extent);
+
+/* Ask for the lines that a change of the definition, or an insert, will touch; then it finds them
+ * there once the caller has made the blob.  Nothing is promised by it. */
+void sd_ask_to_replace(const sd_segment *segment, uint32_t slot);
+void sd_ask_to_insert(const sd_segment *segment); /* list lock held */
 
 /* Commit.  Slot lock held; with a new name also the list lock (and the caller has checked that
  * nobody has it).  On failure nothing has changed. */

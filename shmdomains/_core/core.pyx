@@ -16,7 +16,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strerror, strncpy
 from libc.errno cimport errno
@@ -99,7 +99,7 @@ cdef extern from "core.h" nogil:
         sd_word life
         sd_word cur
         sd_word died_who
-        sd_word died_pid
+        sd_word sum_and_pid
         sd_word uuid[2]
         sd_word dirty
         sd_owner owner
@@ -222,15 +222,17 @@ cdef extern from "core.h" nogil:
     int sd_short_locks(sd_segment *, bint, bint, uint64_t)
     void sd_tidy(sd_segment *, uint32_t)
     int sd_find(sd_segment *, const sd_key *, uint32_t *)
-    bint sd_matches(const sd_segment *, uint32_t, const sd_key *)
+    int sd_find_to_lock(sd_segment *, const sd_key *, uint32_t *)
+    int sd_verify(const sd_segment *, uint32_t, const sd_key *, sd_values *)
     int sd_values_get(const sd_segment *, uint32_t, sd_values *)
-    bint sd_identity_sound(const sd_segment *, uint32_t)
     uint64_t sd_blob_sum(const uint64_t *, int, uint64_t, const void *, uint64_t)
     void sd_name_get(const sd_segment *, uint32_t, uint64_t, unsigned char *)
     int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, uint64_t *)
     int sd_commit(sd_segment *, uint32_t, const sd_values *, const sd_blob *, const unsigned char *,
                   uint64_t)
     int sd_take_id(sd_segment *, int32_t *, uint64_t)
+    void sd_ask_to_replace(const sd_segment *, uint32_t)
+    void sd_ask_to_insert(const sd_segment *)
     int sd_free_slot(sd_segment *, sd_word **, uint32_t *)
     int sd_insert(sd_segment *, uint32_t, sd_word *, const uint64_t *, const unsigned char *,
                   const sd_values *, const sd_blob *, uint64_t)
@@ -247,6 +249,7 @@ cdef extern from "core.h" nogil:
     int sd_settings_get(const sd_segment *, void *, uint64_t *)
     uint64_t SD_EXTENT_BYTES(uint64_t)
     sd_word *sd_extent_at(const sd_segment *, uint64_t)
+    void sd_ask_to_read(const sd_word *, uint64_t)
     void sd_copy_out(void *, const sd_word *, size_t)
 
 cdef extern from "core.h":
@@ -364,6 +367,25 @@ cdef uint64_t deadline_of(timeout) except? 1:
     return sd_now() + <uint64_t>(seconds * 1e9)
 
 
+@cython.final
+@cython.freelist(4)
+cdef class Deadline:
+    """One time-out over several waits. `timeout` in seconds: None waits for ever, 0 tries. Raises
+    `ValueError` for a negative one."""
+    cdef uint64_t end
+
+    def __cinit__(self, timeout):
+        self.end = deadline_of(timeout)
+
+    def left(self):
+        """What the next wait may take: its `timeout`."""
+        cdef uint64_t now
+        if self.end == SD_FOREVER:
+            return None
+        now = sd_now()
+        return (self.end - now) / 1e9 if self.end > now else 0
+
+
 cdef int fail(int result, object what) except -1:
     """Raise what a code of the core means, but for time-outs, which name the holder, and poison,
     which says why (`Segment.fail`)."""
@@ -474,16 +496,16 @@ cdef bint set_name(unsigned char *to, object name) except -1:
 
 # --- what stands in a record ---------------------------------------------------------------------
 
-cdef object state_of(const sd_values *values):
-    if values.state >= len(STATES):
-        raise errors.SegmentCorrupt(f"a domain has the unknown state {values.state}")
-    return STATES[values.state]
+cdef object state_of(uint16_t state):
+    if state >= len(STATES):
+        raise errors.SegmentCorrupt(f"a domain has the unknown state {state}")
+    return STATES[state]
 
 
-cdef object reason_of(const sd_values *values):
-    if values.state >= len(REASONS):
-        raise errors.SegmentCorrupt(f"a domain has the unknown state {values.state}")
-    return REASONS[values.state].get(values.reason, values.reason)
+cdef object reason_of(uint16_t state, uint16_t reason):
+    if state >= len(REASONS):
+        raise errors.SegmentCorrupt(f"a domain has the unknown state {state}")
+    return REASONS[state].get(reason, reason)
 
 
 cdef bytes unsealed_blob(int which, bytes blob, const uint64_t *uuid, uint64_t version):
@@ -515,8 +537,11 @@ cdef object decode(int which, bytes blob, const uint64_t *uuid, uint64_t version
 cdef bytes copy_extent(sd_segment *segment, uint64_t extent):
     """A blob with its checksum."""
     cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
-    cdef bytes blob = PyBytes_FromStringAndSize(NULL, size)
-    sd_copy_out(PyBytes_AS_STRING(blob), sd_extent_at(segment, extent), size)
+    cdef const sd_word *at = sd_extent_at(segment, extent)
+    cdef bytes blob
+    sd_ask_to_read(at, size)
+    blob = PyBytes_FromStringAndSize(NULL, size)
+    sd_copy_out(PyBytes_AS_STRING(blob), at, size)
     return blob
 
 
@@ -554,11 +579,49 @@ cdef class Decoded:
             return self.values[at]
         return None
 
-    cdef void put(self, uint32_t slot, uint64_t life, uint64_t version, object value):
+    cdef void put(self, uint32_t slot, uint64_t life, uint64_t version, object value) noexcept:
         cdef uint32_t at = slot & (CACHE_SIZE - 1)
         cdef object _old = self.values[at]  # dropped last: that may run anything
         self.values[at] = value
         self.keys[at] = cache_key(life, version, slot)
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class Blobs:
+    """What is large of an `Info` and was copied with it, decoded when first asked for."""
+    cdef Decoded decoded
+    cdef uint32_t slot
+    cdef uint64_t life
+    cdef uint64_t uuid_raw[2]
+    cdef uint64_t version[3]
+    cdef object known  # the definition, if it was decoded before
+    cdef bytes definition, next_definition, data
+
+    cdef object live_definition(self):
+        cdef uint64_t version = self.version[SD_DEFINITION]
+        if self.known is None:
+            self.known = self.decoded.get(self.slot, self.life, version)
+        if self.known is None:
+            self.known = decode(SD_DEFINITION, self.definition, self.uuid_raw, version)
+            self.decoded.put(self.slot, self.life, version, self.known)
+        return self.known
+
+    cdef object decode_or_none(self, int which, bytes blob):
+        if blob is None:
+            return None
+        return decode(which, blob, self.uuid_raw, self.version[which])
+
+
+cdef enum:
+    MARK_PERSISTENT = 1
+    MARK_AUTOSTART = 2
+
+
+cdef inline uint8_t marks_of(uint64_t flags) noexcept:
+    return ((flags & SD_FLAG_PERSISTENT != 0) * MARK_PERSISTENT
+            | (flags & SD_FLAG_AUTOSTART != 0) * MARK_AUTOSTART)
 
 
 @cython.final
@@ -570,16 +633,14 @@ cdef class Info:
     Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
     the set that a snapshot gives is not one moment's.
     """
-    cdef Decoded decoded
-    cdef uint32_t slot
-    cdef uint64_t life
-    cdef uint64_t uuid_raw[2]
-    cdef sd_values values
+    # One cache line: somebody may list a million of them.
+    cdef Blobs blobs    # None: taken without
     cdef object name_text
-    cdef bint whole  # taken with its blobs
-    cdef int damage  # 0, IDENTITY or FIELDS: what is damaged is not handed out
-    cdef object known  # the definition, if it was decoded before
-    cdef bytes definition_blob, next_blob, data_blob
+    cdef uint64_t uuid_raw[2]
+    cdef int32_t number, process  # id and pid
+    cdef uint16_t state_number, reason_number
+    cdef uint8_t marks
+    cdef uint8_t damage  # 0, IDENTITY or FIELDS: what is damaged is not handed out
 
     def __init__(self):
         raise TypeError("DomainInfos come from a DomainList: peek(), list(), snapshot()")
@@ -593,7 +654,7 @@ cdef class Info:
     def id(self):
         """The id of the running domain, -1 when it is inactive."""
         self.sound()
-        return self.values.id
+        return self.number
 
     @property
     def name(self):
@@ -611,79 +672,67 @@ cdef class Info:
     def state(self):
         """The `DomainState`."""
         self.sound()
-        return state_of(&self.values)
+        return state_of(self.state_number)
 
     @property
     def reason(self):
         """Why it is in this state: a member of the state's reason enumeration."""
         self.sound()
-        return reason_of(&self.values)
+        return reason_of(self.state_number, self.reason_number)
 
     @property
     def persistent(self):
         """Whether the domain outlives its deactivation."""
         self.sound()
-        return self.values.flags & SD_FLAG_PERSISTENT != 0
+        return self.marks & MARK_PERSISTENT != 0
 
     @property
     def autostart(self):
         """Whether the domain is to be started with the host."""
         self.sound()
-        return self.values.flags & SD_FLAG_AUTOSTART != 0
+        return self.marks & MARK_AUTOSTART != 0
 
     @property
     def is_active(self):
         """Whether it runs (``id != -1``; libvirt's virDomainObjIsActive)."""
         self.sound()
-        return self.values.id != -1
+        return self.number != -1
 
     @property
     def pid(self):
         """Process id of the hypervisor, or None."""
         self.sound()
-        return None if self.values.pid == -1 else self.values.pid
+        return None if self.process == -1 else self.process
 
-    cdef int need_blobs(self) except -1:
+    cdef Blobs need_blobs(self):
         self.sound(IDENTITY)  # they have checksums of their own
-        if not self.whole:
+        if self.blobs is None:
             raise AttributeError(
                 "this DomainInfo was taken with definitions=False; take it with definitions=True")
-        return 0
+        return self.blobs
 
     @property
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for."""
-        cdef uint64_t version = self.values.version[SD_DEFINITION]
-        self.need_blobs()
-        if self.known is None:
-            self.known = self.decoded.get(self.slot, self.life, version)
-        if self.known is None:
-            self.known = decode(SD_DEFINITION, self.definition_blob, self.uuid_raw, version)
-            self.decoded.put(self.slot, self.life, version, self.known)
-        return self.known
+        return self.need_blobs().live_definition()
 
     @property
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
-        self.need_blobs()
-        return self.decode_or_none(SD_NEXT_DEFINITION, self.next_blob)
+        cdef Blobs blobs = self.need_blobs()
+        return blobs.decode_or_none(SD_NEXT_DEFINITION, blobs.next_definition)
 
     @property
     def data(self):
         """The driver's own data, or None."""
-        self.need_blobs()
-        return self.decode_or_none(SD_DATA, self.data_blob)
-
-    cdef object decode_or_none(self, int which, bytes blob):
-        if blob is None:
-            return None
-        return decode(which, blob, self.uuid_raw, self.values.version[which])
+        cdef Blobs blobs = self.need_blobs()
+        return blobs.decode_or_none(SD_DATA, blobs.data)
 
     def __repr__(self):
         if self.damage:
             return "<DomainInfo damaged>"
-        return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.values.id} "
-                f"state={state_of(&self.values).name}>")
+        return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.number} "
+                f"state={state_of(self.state_number).name}>")
 
 
 @cython.no_gc_clear
@@ -745,7 +794,7 @@ cdef class Segment:
                 "numbers in the locks mean nothing")
         return 0
 
-    cdef void leave(self):
+    cdef void leave(self) noexcept:
         """A wait is over; the list may have been closed meanwhile."""
         if self.segment.inside:  # 0: a handler forked, and this is the child
             self.segment.inside -= 1
@@ -1136,7 +1185,7 @@ cdef class Segment:
                 self.not_held_here(slot)
             self.may_wait(deadline)
         while True:
-            result = sd_find(self.segment, key, &slot)
+            result = sd_find_to_lock(self.segment, key, &slot)
             if result == SD_DOUBT:
                 if self.segment.list_nonce == sd_self().nonce and key.what != SD_ID_INDEX:
                     fail(SD_CORRUPT, "find")
@@ -1154,21 +1203,31 @@ cdef class Segment:
         """Lock the slot and hand out the domain if it is still the one that was meant."""
         cdef sd_slot *at = &self.segment.slots[slot]
         cdef Record record
+        cdef int result
         # Made before the lock is taken: an allocation may run the collector, which runs anything.
         record = self.new_record()
         self.not_held_here(slot)
         if self.acquire_slot(slot, deadline) == SD_TIMEOUT:
             self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
-        if not (sd_matches(self.segment, slot, key) if key != NULL else sd_load(&at.life) == life):
+        result = self.verify(slot, key, life, &record.values)
+        if result != SD_OK:
             self.release_slot(slot, False)
+            if result == SD_CORRUPT:
+                fail(SD_CORRUPT, "lock a domain")
             self.sound_life(slot)
             return None
-        if key != NULL and key.what == SD_ID_INDEX and not sd_identity_sound(self.segment, slot):
-            self.release_slot(slot, False)
-            fail(SD_CORRUPT, "find by id")
         record.lead_to(slot)
-        record.own()
+        record.enter_thread()
         return record
+
+    cdef int verify(self, uint32_t slot, const sd_key *key, uint64_t life,
+                    sd_values *values) noexcept:
+        """Under the slot's lock: is it what was meant, a key or else a life?"""
+        if key != NULL:
+            return sd_verify(self.segment, slot, key, values)
+        if sd_load(&self.segment.slots[slot].life) != life:
+            return SD_MISS
+        return sd_values_get(self.segment, slot, values)
 
     cdef Record new_record(self):
         cdef Record record = (<PyTypeObject *>self.record_class).tp_new(
@@ -1256,6 +1315,8 @@ cdef class Segment:
         cdef int damage = 0
         cdef Info info = Info.__new__(Info)
         cdef unsigned tries = 0
+        if blobs:
+            info.blobs = Blobs.__new__(Blobs)
         while True:
             result = sd_view_begin(self.segment, slot, &view)
             if result == SD_MISS:
@@ -1269,7 +1330,7 @@ cdef class Segment:
                     return None
                 if not blobs:
                     break
-                result = self.copy_blobs(slot, &view, info)
+                result = self.copy_blobs(slot, &view, info.blobs)
                 if result == SD_CORRUPT:
                     fail(result, "read")
                 if result == SD_OK:
@@ -1280,25 +1341,19 @@ cdef class Segment:
         if damage and key != NULL:
             fail(SD_CORRUPT, "read")
         info.damage = damage
-        info.whole = blobs
-        return self.fill(info, slot, &view)
+        return fill(info, &view)
 
-    cdef Info fill(self, Info info, uint32_t slot, const sd_view *view):
-        info.decoded = self.decoded
-        info.slot = slot
-        info.life = view.life
-        info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
-        info.values = view.values
-        info.name_text = name_object(view.name)
-        return info
-
-    cdef int copy_blobs(self, uint32_t slot, const sd_view *view, Info info) except? -1:
+    cdef int copy_blobs(self, uint32_t slot, const sd_view *view, Blobs blobs) except? -1:
         """SD_OK, SD_CORRUPT, or SD_DOUBT: a writer came in between."""
         cdef bytes blob
         cdef uint64_t extent
         cdef int b, result
-        info.known = self.decoded.get(slot, view.life, view.values.version[SD_DEFINITION])
-        for b in range(SD_DEFINITION if info.known is None else SD_NEXT_DEFINITION, 3):
+        blobs.decoded = self.decoded
+        blobs.slot, blobs.life = slot, view.life
+        blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
+        memcpy(blobs.version, view.values.version, sizeof(blobs.version))
+        blobs.known = self.decoded.get(slot, view.life, view.values.version[SD_DEFINITION])
+        for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, 3):
             result = sd_view_extent(self.segment, slot, view, b, &extent)
             if result == SD_OK:
                 blob = copy_extent(self.segment, extent)
@@ -1307,11 +1362,11 @@ cdef class Segment:
             else:
                 return result
             if b == SD_DEFINITION:
-                info.definition_blob = blob
+                blobs.definition = blob
             elif b == SD_NEXT_DEFINITION:
-                info.next_blob = blob
+                blobs.next_definition = blob
             else:
-                info.data_blob = blob
+                blobs.data = blob
         return sd_view_blobs_check(self.segment, slot, view)
 
     def _slots(self):
@@ -1352,7 +1407,7 @@ cdef class Segment:
                                                  view.values.version[b])
                     damaged[b] = result == SD_CORRUPT or (result == SD_OK and blobs[b] is None)
                 if sd_view_check(self.segment, slot, &view) == SD_OK:
-                    return self.fill(info, slot, &view), blobs, damaged
+                    return fill(info, &view), blobs, damaged
             tries += 1
             if tries > 100:
                 back_off(deadline)
@@ -1369,6 +1424,20 @@ cdef class Segment:
         if not self.make_key(&key, uuid, name, id):
             return None
         return self.look(&key, True, deadline)
+
+    def _is_new(self, uuid, name):
+        """Whether no domain has this uuid, and none this name. List lock held, so it stays so until
+        `_create`."""
+        cdef sd_key key
+        cdef uint32_t slot
+        self.need_list("assign_def")
+        sd_ask_to_insert(self.segment)
+        key.what = SD_UUID_INDEX
+        uuid_words(uuid, key.uuid)
+        if sd_find(self.segment, &key, &slot) != SD_MISS:
+            return False
+        key.what = SD_NAME_INDEX
+        return bool(set_name(key.name, name)) and sd_find(self.segment, &key, &slot) == SD_MISS
 
     def _glance(self, *, uuid=None, name=None, id=None):
         """`peek` without definitions and data."""
@@ -1432,31 +1501,32 @@ cdef class Segment:
         cdef Info info
         cdef list found = []
         cdef uint64_t deadline = sd_now() + 1000000000
+        cdef asked what = asked(active, persistent, autostart, states)
         cdef bint filtered = (active & persistent & autostart) >= 0 or states != 0xffffffff
         self.usable()
         for slot in range(self.slots()):
-            if filtered and not self.chosen(slot, active, persistent, autostart, states):
+            if filtered and not self.chosen(slot, &what):
                 continue
             info = self.view(slot, NULL, definitions, deadline)
             if info is None:
                 continue
-            if info.damage == FIELDS or wanted(&info.values, active, persistent, autostart, states):
+            if info.damage == FIELDS or wanted(info.number, info.marks, info.state_number, &what):
                 found.append(info)
         return found
 
-    cdef bint chosen(self, uint32_t slot, int active, int persistent, int autostart,
-                     unsigned states):
+    cdef bint chosen(self, uint32_t slot, const asked *what) noexcept:
         """A first look that spares the copy of what the filter rejects."""
         cdef sd_view view
         cdef int result = sd_view_begin(self.segment, slot, &view)
         return result == SD_DOUBT or result == SD_CORRUPT or (
-            result == SD_OK and wanted(&view.values, active, persistent, autostart, states))
+            result == SD_OK and wanted_view(&view, what))
 
     def _count(self, int active, int persistent, int autostart, unsigned states):
         cdef uint32_t slot
         cdef uint64_t total = 0
         cdef sd_view view
         cdef int result
+        cdef asked what = asked(active, persistent, autostart, states)
         self.usable()
         for slot in range(self.slots()):
             result = sd_view_begin(self.segment, slot, &view)
@@ -1464,7 +1534,7 @@ cdef class Segment:
                 result = sd_view_begin(self.segment, slot, &view)
             if result == SD_CORRUPT:
                 fail(result, "count")
-            if result == SD_OK and wanted(&view.values, active, persistent, autostart, states):
+            if result == SD_OK and wanted_view(&view, &what):
                 total += 1
         return total
 
@@ -1979,7 +2049,7 @@ cdef void drop_list(Segment doms, object what) noexcept:
                       "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
 
 
-cdef void free_orphans(sd_thread *thread):
+cdef void free_orphans(sd_thread *thread) noexcept:
     """Locks of this thread whose handles another thread dropped."""
     cdef sd_orphan *orphan
     while thread.orphans != NULL:
@@ -2009,19 +2079,37 @@ cdef bint view_matches(const sd_view *view, const sd_key *key) noexcept:
     return view.values.id == key.id
 
 
-cdef bint wanted(const sd_values *values, int active, int persistent, int autostart,
-                 unsigned states) noexcept:
-    """libvirt's virDomainObjMatchFilter: -1 does not ask."""
-    if active >= 0 and (values.id != -1) != active:
+cdef Info fill(Info info, const sd_view *view):
+    info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
+    info.number, info.process = view.values.id, view.values.pid
+    info.state_number, info.reason_number = view.values.state, view.values.reason
+    info.marks = marks_of(view.values.flags)
+    info.name_text = name_object(view.name)
+    return info
+
+
+# What a list is asked for; -1 does not ask.
+cdef struct asked:
+    int active, persistent, autostart
+    unsigned states  # a bit each
+
+
+cdef bint wanted(int32_t id, uint8_t marks, uint16_t state, const asked *what) noexcept:
+    """libvirt's virDomainObjMatchFilter."""
+    if what.active >= 0 and (id != -1) != what.active:
         return False
-    if persistent >= 0 and (values.flags & SD_FLAG_PERSISTENT != 0) != persistent:
+    if what.persistent >= 0 and (marks & MARK_PERSISTENT != 0) != what.persistent:
         return False
-    if autostart >= 0 and (values.flags & SD_FLAG_AUTOSTART != 0) != autostart:
+    if what.autostart >= 0 and (marks & MARK_AUTOSTART != 0) != what.autostart:
         return False
     # In C only: a Python number that finds no memory would make this say no.
-    if states == <unsigned>0xffffffff:
+    if what.states == <unsigned>0xffffffff:
         return True
-    return values.state < 32 and (states >> values.state & <unsigned>1) != 0
+    return state < 32 and (what.states >> state & <unsigned>1) != 0
+
+
+cdef bint wanted_view(const sd_view *view, const asked *what) noexcept:
+    return wanted(view.values.id, marks_of(view.values.flags), view.values.state, what)
 
 
 cdef int set_change(sd_blob *blob, bytes value) except -1:
@@ -2103,7 +2191,7 @@ cdef class Record:
             if self.segment.closed:
                 sd_detach(self.segment.segment)
 
-    cdef void lead_to(self, uint32_t slot):
+    cdef void lead_to(self, uint32_t slot) noexcept:
         cdef sd_slot *at = &self.segment.segment.slots[slot]
         self.leads = True
         self.segment.segment.handles += 1
@@ -2143,10 +2231,14 @@ cdef class Record:
         return mine
 
     cdef int own(self) except -1:
-        cdef sd_thread *thread = sd_self()
         if sd_values_get(self.segment.segment, self.slot, &self.values) != SD_OK:
             self.segment.release_slot(self.slot, False)
             fail(SD_CORRUPT, "lock a domain")
+        self.enter_thread()
+        return 0
+
+    cdef void enter_thread(self) noexcept:
+        cdef sd_thread *thread = sd_self()
         self.nonce = thread.nonce
         self.thread = thread
         self.nested = thread.nested
@@ -2158,9 +2250,8 @@ cdef class Record:
         self.pending = 0
         self.touched = False
         self.depth = 0
-        return 0
 
-    cdef void leave_thread(self):
+    cdef void leave_thread(self) noexcept:
         if self.before != NULL:
             (<Record>self.before).after = self.after
         else:
@@ -2175,11 +2266,11 @@ cdef class Record:
         self.leave_thread()
         return self.segment.release_slot(self.slot, given)
 
-    cdef void reload(self):
+    cdef void reload(self) noexcept:
         sd_values_get(self.segment.segment, self.slot, &self.values)
         self.touched = False
 
-    cdef void drop_changes(self):
+    cdef void drop_changes(self) noexcept:
         if self.pending:
             self.pending = 0
             self.objects = self.blobs = None
@@ -2385,7 +2476,7 @@ cdef class Record:
     @property
     def state(self):
         """The `DomainState`. Domain lock. Assigning sets the reason to 0, unknown."""
-        return state_of(&self.mine().values)
+        return state_of(self.mine().values.state)
 
     @state.setter
     def state(self, value):
@@ -2400,7 +2491,8 @@ cdef class Record:
     @property
     def reason(self):
         """Why it is in this state: a member of the state's reason enumeration. Domain lock."""
-        return reason_of(&self.mine().values)
+        cdef Record mine = self.mine()
+        return reason_of(mine.values.state, mine.values.reason)
 
     @reason.setter
     def reason(self, value):
@@ -2468,6 +2560,7 @@ cdef class Record:
     @definition.setter
     def definition(self, value):
         cdef Record mine = self.mine_to_change()
+        sd_ask_to_replace(self.segment.segment, self.slot)
         mine.set_blob(SD_DEFINITION, value, self._encode_definition(value))
 
     @property
@@ -2536,8 +2629,8 @@ cdef class Record:
         who = sd_load(&at.died_who)
         if not who:
             return None
-        return HOLDERS.dead_holder(who & 0x3fffff if who != 1 else 0, sd_load(&at.died_pid),
-                                   who >> 22)
+        return HOLDERS.dead_holder(who & 0x3fffff if who != 1 else 0,
+                                   <uint32_t>sd_load(&at.sum_and_pid), who >> 22)
 
     # --- for the rules ---
 

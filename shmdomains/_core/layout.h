@@ -59,7 +59,7 @@
 #include <string.h>
 
 #define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
-#define SD_LAYOUT 3u
+#define SD_LAYOUT 4u
 
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
@@ -99,6 +99,13 @@ typedef struct {
 #define SD_FLAG_NAME (1ull << 34)                /* which name buffer counts */
 #define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b counts */
 #define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
+/* The high half of sum_and_pid.  As in the fields: one flipped bit of the uuid is one of the sum. */
+static inline uint64_t sd_uuid_sum(const uint64_t uuid[2])
+{
+    uint64_t sum = uuid[0] ^ (uuid[1] << 23 | uuid[1] >> 41);
+    return (sum ^ sum << 32) & ~0xffffffffull;
+}
+
 #define SD_SUM_SHIFT 51
 #define SD_SUM_BITS 13
 
@@ -127,7 +134,8 @@ typedef struct {
     /* line 1 */
     sd_word uuid[2];     /* List + slot lock, while FREE (I1): a dead writer leaves a FREE slot */
     sd_fields copy0;     /* Slot lock (I3) */
-    sd_word died_pid;    /* with died_who, stored before it */
+    sd_word sum_and_pid; /* high half: checksum of uuid, written with it (I1).  Low half: pid of
+                            died_who, stored before it.  Slot lock */
     /* line 2 */
     sd_fields copy1;
     sd_owner owner;      /* Slot lock */
@@ -143,10 +151,10 @@ typedef struct {
     sd_word next_free; /* next FREE slot + 1.  List lock; rebuilt by its recovery */
 } sd_slot;
 
-/* Two buffers a slot: one byte of length, the name, and in the last four bytes a checksum of name
- * and uuid.  Changes under list + slot lock and only in the buffer that does not count (or in a FREE
- * slot); a dead writer leaves garbage there. */
-#define SD_NAME_SUM_AT 252u
+/* Two buffers a slot: in the first four bytes a checksum of name and uuid, then one byte of length
+ * and the name, so that most names are one cache line.  Changes under list + slot lock and only in
+ * the buffer that does not count (or in a FREE slot); a dead writer leaves garbage there. */
+#define SD_NAME_AT 4u
 typedef struct {
     sd_word word[2][32];
 } sd_names;
@@ -213,7 +221,7 @@ _Static_assert(sizeof(sd_slot) == 256, "a slot is four cache lines");
 _Static_assert(offsetof(sd_slot, uuid) == 64 && offsetof(sd_slot, copy1) == 128 &&
                    offsetof(sd_slot, extent) == 192,
                "lines of a slot");
-_Static_assert(sizeof(sd_names) == 512, "two name buffers");
+_Static_assert(sizeof(sd_names) == 2 * (SD_NAME_AT + 1 + SD_NAME_MAX), "two name buffers");
 _Static_assert(sizeof(sd_header) <= 2 * SD_PAGE, "the header has two pages");
 
 /* --- the only stores into a published segment ------------------------------------------------ */

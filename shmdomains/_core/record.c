@@ -89,12 +89,15 @@ void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsig
     const sd_slot *record = &segment->slots[slot];
     const sd_word *from = segment->names[slot].word[(flags & SD_FLAG_NAME) != 0];
     uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
-    uint64_t first = sd_load(from), last = sd_load(from + SD_NAME_SUM_AT / 8);
-    uint32_t sum;
-    memcpy(name, &first, 8);
-    memcpy(&sum, (unsigned char *)&last + SD_NAME_SUM_AT % 8, sizeof sum);
+    uint64_t first = sd_load(from);
+    uint32_t sum = (uint32_t)first;
+    first >>= 8 * SD_NAME_AT;
+    memcpy(name, &first, 8 - SD_NAME_AT);
     if (name[0] > SD_NAME_MAX) name[0] = 0;
-    if (name[0] > 7) sd_copy_out(name + 8, from + 1, name[0] - 7u);
+    for (unsigned at = 8 - SD_NAME_AT; at <= name[0]; at += 8) {
+        const uint64_t word = sd_load(++from);
+        memcpy(name + at, &word, 8);
+    }
     if (name[0] && sum != sum_of_identity(segment, uuid, name)) name[0] = 0;
 }
 
@@ -137,6 +140,12 @@ int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *value
     return holds_blob(segment, *extent) ? SD_OK : SD_CORRUPT;
 }
 
+bool sd_uuid_sound(const sd_slot *record)
+{
+    uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    return (sd_load(&record->sum_and_pid) & ~0xffffffffull) == sd_uuid_sum(uuid);
+}
+
 /* --- find ------------------------------------------------------------------------------------ */
 
 static bool same_name(const sd_segment *segment, uint32_t slot, const unsigned char *name)
@@ -148,6 +157,11 @@ static bool same_name(const sd_segment *segment, uint32_t slot, const unsigned c
     return other[0] == name[0] && !memcmp(other + 1, name + 1, name[0]);
 }
 
+static inline bool same_uuid(const sd_slot *record, const sd_key *key)
+{
+    return sd_load(&record->uuid[0]) == key->uuid[0] && sd_load(&record->uuid[1]) == key->uuid[1];
+}
+
 bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key)
 {
     const sd_slot *record = &segment->slots[slot];
@@ -155,9 +169,7 @@ bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key)
     uint64_t life = sd_load_acquire(&record->life);
     if (!(life & 1) || !sd_count_sound(life)) return false;
     switch (key->what) {
-    case SD_UUID_INDEX:
-        return sd_load(&record->uuid[0]) == key->uuid[0] &&
-               sd_load(&record->uuid[1]) == key->uuid[1];
+    case SD_UUID_INDEX: return same_uuid(record, key);
     case SD_NAME_INDEX: return same_name(segment, slot, key->name);
     default:
         return sd_values_settled(segment, slot, &values) == SD_OK && values.id == key->id;
@@ -173,7 +185,7 @@ static uint64_t hash_of(const sd_segment *segment, const sd_key *key)
     }
 }
 
-bool sd_identity_sound(const sd_segment *segment, uint32_t slot)
+static bool identity_sound(const sd_segment *segment, uint32_t slot)
 {
     unsigned char name[SD_NAME_MAX + 1];
     sd_values values;
@@ -182,8 +194,48 @@ bool sd_identity_sound(const sd_segment *segment, uint32_t slot)
     return name[0];
 }
 
+int sd_verify(const sd_segment *segment, uint32_t slot, const sd_key *key, sd_values *values)
+{
+    const sd_slot *record = &segment->slots[slot];
+    unsigned char name[SD_NAME_MAX + 1];
+    uint64_t life = sd_load(&record->life);
+    if (!(life & 1) || !sd_count_sound(life)) return SD_MISS;
+    if (key->what == SD_UUID_INDEX && !same_uuid(record, key)) return SD_MISS;
+    if (sd_values_get(segment, slot, values) != SD_OK) return SD_CORRUPT;
+    switch (key->what) {
+    case SD_UUID_INDEX: return SD_OK;
+    case SD_NAME_INDEX:
+        sd_name_get(segment, slot, values->flags, name);
+        if (!name[0]) return SD_CORRUPT;
+        return memcmp(name, key->name, name[0] + 1u) ? SD_MISS : SD_OK;
+    default:
+        if (values->id != key->id) return SD_MISS;
+        return sd_uuid_sound(record) ? SD_OK : SD_CORRUPT;
+    }
+}
+
+static void to_read(const sd_segment *segment, uint32_t slot, const sd_key *key)
+{
+    (void)segment, (void)slot, (void)key;
+}
+
+/* Ask for what the holder of the lock will touch, all at once and, where it stores, as a writer: one
+ * line after the other they take longer than everything else in a find, and a line that another
+ * process wrote would be fetched twice, to be read and then to be written.  Of the names it is nearly
+ * always the first. */
+static void to_hold(const sd_segment *segment, uint32_t slot, const sd_key *key)
+{
+    const sd_slot *record = &segment->slots[slot];
+    sd_ask_to_store(&record->mutex);
+    sd_ask_to_store(record->uuid);
+    sd_ask_to_store(&record->copy1);
+    if (key->what == SD_NAME_INDEX) __builtin_prefetch(&segment->names[slot], 0);
+}
+
 /* An entry that leads to a domain whose identity is damaged makes a miss an error. */
-int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
+__attribute__((always_inline)) static inline int find(
+    sd_segment *segment, const sd_key *key, uint32_t *slot,
+    void (*ask)(const sd_segment *, uint32_t, const sd_key *))
 {
     sd_probe probe;
     bool damaged = false;
@@ -193,14 +245,25 @@ int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
     while (result == SD_OK) {
         result = sd_probe_next(segment, &probe, slot);
         if (result != SD_OK) break;
+        ask(segment, *slot, key);
         if (sd_matches(segment, *slot, key)) return SD_OK;
         uint64_t life = sd_load(&segment->slots[*slot].life);
-        damaged |= !sd_count_sound(life) || (life & 1 && !sd_identity_sound(segment, *slot));
+        damaged |= !sd_count_sound(life) || (life & 1 && !identity_sound(segment, *slot));
     }
     if (result != SD_MISS) return result;
     atomic_thread_fence(memory_order_acquire);
     if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;
     return damaged ? SD_CORRUPT : SD_MISS;
+}
+
+int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot)
+{
+    return find(segment, key, slot, to_read);
+}
+
+int sd_find_to_lock(sd_segment *segment, const sd_key *key, uint32_t *slot)
+{
+    return find(segment, key, slot, to_hold);
 }
 
 /* --- garbage --------------------------------------------------------------------------------- */
@@ -232,6 +295,26 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
     if (sd_heap_lock_briefly(segment) != SD_OK) return;
     sd_self()->repair.freed += free_uncounted(segment, slot);
     sd_heap_unlock(segment);
+}
+
+/* --- ahead ----------------------------------------------------------------------------------- */
+
+void sd_ask_to_replace(const sd_segment *segment, uint32_t slot)
+{
+    __builtin_prefetch(&segment->names[slot], 0);
+    sd_ask_to_store(segment->slots[slot].extent);
+}
+
+void sd_ask_to_insert(const sd_segment *segment)
+{
+    uint64_t next = sd_load(&segment->header->free_head);
+    if (!next || next > sd_slot_count(segment)) return;
+    const sd_slot *record = &segment->slots[next - 1];
+    sd_ask_to_store(&record->mutex);
+    sd_ask_to_store(record->uuid);
+    sd_ask_to_store(&record->copy1);
+    sd_ask_to_store(record->extent);
+    sd_ask_to_store(&segment->names[next - 1]);
 }
 
 /* --- commit ---------------------------------------------------------------------------------- */
@@ -284,6 +367,7 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
         values->flags |= SD_FLAG_PRESENT(b);
         uint64_t extent = sd_load(&record->extent[b][choice_of(values->flags, b)]);
         sd_word *to = sd_extent_at(segment, extent);
+        sd_ask_to_write(to, blobs[b].size + 8); /* they come while the sum is computed */
         sd_store(to, sd_blob_sum(uuid, b, version, blobs[b].bytes, blobs[b].size));
         sd_copy_in(to + 1, blobs[b].bytes, blobs[b].size);
     }
@@ -292,15 +376,12 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
 static void write_spare_name(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
                              sd_values *values, const unsigned char *name)
 {
-    unsigned char end[8] = {0}; /* the last bytes of the longest names, and the checksum */
-    const size_t before = SD_NAME_SUM_AT & ~7u, bytes = (size_t)name[0] + 1;
+    uint64_t first = sd_bytes(name, name[0] < 3 ? name[0] + 1u : 4u);
     uint32_t sum = sum_of_identity(segment, uuid, name);
     values->flags ^= SD_FLAG_NAME;
     sd_word *to = segment->names[slot].word[(values->flags & SD_FLAG_NAME) != 0];
-    sd_copy_in(to, name, bytes < before ? bytes : before);
-    if (bytes > before) memcpy(end, name + before, bytes - before);
-    memcpy(end + SD_NAME_SUM_AT % 8, &sum, sizeof sum);
-    sd_copy_in(to + before / 8, end, sizeof end);
+    sd_store(to, sum | first << 8 * SD_NAME_AT);
+    if (name[0] > 3) sd_copy_in(to + 1, name + 4, name[0] - 3u);
 }
 
 /* Spare copy, then `cur`: the commit. */
@@ -483,9 +564,10 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     for (int b = 0; b < SD_BLOBS; b++) next.flags |= now.flags & SD_FLAG_CHOICE(b);
     fill_blobs(segment, slot, uuid, &next, blobs);
     write_spare_name(segment, slot, uuid, &next, name);
+    sd_store(&record->died_who, 0);
     sd_store(&record->uuid[0], uuid[0]);
     sd_store(&record->uuid[1], uuid[1]);
-    sd_store(&record->died_who, 0);
+    sd_store(&record->sum_and_pid, sd_uuid_sum(uuid));
     flip(record, &next);
     return SD_OK;
 }

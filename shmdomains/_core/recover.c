@@ -125,7 +125,8 @@ void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t 
 {
     sd_slot *record = &segment->slots[slot];
     if (who || !sd_load(&record->died_who)) {
-        sd_store(&record->died_pid, who ? pid : 0);
+        uint64_t sum = sd_load(&record->sum_and_pid) & ~0xffffffffull;
+        sd_store(&record->sum_and_pid, sum | (who ? (uint32_t)pid : 0));
         sd_publish(&record->died_who, who ? who : 1);
     }
     sd_tidy(segment, slot);

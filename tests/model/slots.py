@@ -9,10 +9,10 @@ Claims, in every state:
 - A recorded name is a dead one's, and its pid belongs to it.
 - While the lock is free and `dirty` is 0, there is no garbage.
 
-Lock: after a death `died_pid`, `died_who` (left alone where the owner record is empty and a death
-is recorded), `dirty` 1, garbage freed if the heap lock is to be had, owner empty, consistent; only
-then the signature: pid, then who. Unlock: `died_who` cleared by a holder who was given the domain,
-owner empty, unlock.
+Lock: after a death `died_pid` (half a word in the core), `died_who` (left alone where the owner
+record is empty and a death is recorded), `dirty` 1, garbage freed if the heap lock is to be had,
+owner empty, consistent; only then the signature: pid, then who. Unlock: `died_who` cleared by a
+holder who was given the domain, owner empty, unlock.
 """
 
 from __future__ import annotations
