@@ -7,6 +7,7 @@ can not do is left out; one that fails is dropped, and the results say so.
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
@@ -75,11 +76,14 @@ class Runner:
     # --- parts ---
 
     def _limits(self) -> None:
-        self._say("limits in C")
+        self._say("limits")
         try:
             program = limits.Limits()
         except FileNotFoundError:
-            self.results.skipped["limits in C"] = "there is no C compiler: apt install gcc"
+            self.results.skipped["limits"] = "there is no C compiler: apt install gcc"
+            return
+        except subprocess.CalledProcessError:
+            self.results.skipped["limits"] = "Python's headers are missing: apt install python3-dev"
             return
         runs = [program.measure(self._plan.limit_rounds) for _ in range(5)]
         for name, title in limits.NAMES.items():
