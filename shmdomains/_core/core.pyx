@@ -25,46 +25,66 @@ import warnings
 
 from shmdomains import errors
 
-# A handle lives as long as a look-up, and to allocate and free it was a tenth of that. What is
-# freed waits here to be the next of its type; the collector sees it as it sees all others.
+# A handle lives as long as a look-up, and to make and to free it as Python does - through `__new__`,
+# the subclass's way of deallocation, the collector's allocator - was a sixth of that. What dies of the
+# one type that lists hand out waits here, whole but for what it led to, to be the next.
 cdef extern from *:
     """
     #define SPARES 16
-    static PyTypeObject *spared; /* whose handles are kept; a subclass has other sizes */
+    static PyTypeObject *spared;       /* a heap type; it and its spares stay for good */
+    static int (*vacate)(PyObject *);  /* let go of what it led to; false: it may not be kept */
     static PyObject *spares[SPARES];
     static int spare_count;
 
-    static PyObject *alloc_handle(PyTypeObject *type, Py_ssize_t items)
+    static PyObject *new_handle(PyObject *type, PyObject *no_arguments)
     {
-        if (type != spared || !spare_count) return PyType_GenericAlloc(type, items);
+        if ((PyTypeObject *)type != spared || !spare_count)
+            return ((PyTypeObject *)type)->tp_new((PyTypeObject *)type, no_arguments, NULL);
         PyObject *handle = spares[--spare_count];
-        memset((char *)handle + sizeof(PyObject), 0, type->tp_basicsize - sizeof(PyObject));
-        PyObject_Init(handle, type);
+        _Py_NewReference(handle);
         PyObject_GC_Track(handle);
         return handle;
     }
 
-    static void free_handle(void *handle)
+    static void free_handle(PyObject *handle)
     {
-        /* That its __del__ ran, if somebody gave Domain one, is not undone by a new life. */
-        if (Py_TYPE((PyObject *)handle) == spared && spare_count < SPARES
-            && !PyObject_GC_IsFinalized((PyObject *)handle))
-            spares[spare_count++] = handle;
-        else
-            PyObject_GC_Del(handle);
+        PyTypeObject *type = Py_TYPE(handle);
+        if (type == spared) {
+            /* That its __del__ ran, if somebody gave Domain one, is not undone by a new life. */
+            PyObject *weak = *(PyObject **)((char *)handle + type->tp_weaklistoffset);
+            if (!type->tp_finalize && !weak && !PyObject_GC_IsFinalized(handle)) {
+                PyObject_GC_UnTrack(handle);
+                Py_SET_REFCNT(handle, 1); /* as Cython does for what runs in a deallocation */
+                int keeps = vacate(handle);
+                Py_SET_REFCNT(handle, 0);
+                if (keeps && spare_count < SPARES) {
+                    spares[spare_count++] = handle;
+                    return;
+                }
+            } else if (type->tp_finalize && PyObject_CallFinalizerFromDealloc(handle) < 0) {
+                return;
+            }
+        }
+        /* A subclass's own deallocation, which calls this one, leaves its type to the base. */
+        spared->tp_base->tp_dealloc(handle);
+        Py_DECREF(type);
     }
 
-    static void keep_spares(PyObject *type)
+    static void keep_spares(PyObject *type, void *vacates)
     {
     #if !defined(Py_GIL_DISABLED) && !defined(Py_TRACE_REFS) && !defined(__SANITIZE_ADDRESS__)
-        if (spared || !PyType_IS_GC((PyTypeObject *)type)) return;
+        PyTypeObject *made = (PyTypeObject *)type;
+        if (spared || !PyType_HasFeature(made, Py_TPFLAGS_HEAPTYPE) || made->tp_dictoffset
+            || made->tp_basicsize != made->tp_base->tp_basicsize || !made->tp_weaklistoffset)
+            return;
+        vacate = (int (*)(PyObject *))vacates;
         spared = (PyTypeObject *)Py_NewRef(type);
-        spared->tp_alloc = alloc_handle;
-        spared->tp_free = free_handle;
+        spared->tp_dealloc = free_handle;
     #endif
     }
     """
-    void keep_spares(object type)
+    object new_handle(object type, object no_arguments)
+    void keep_spares(object type, void *vacates)
 
 cdef extern from "endian.h":
     uint64_t htobe64(uint64_t)
@@ -81,9 +101,6 @@ cdef extern from "Python.h":
     void PyErr_Fetch(PyObject **, PyObject **, PyObject **)
     void PyErr_Restore(PyObject *, PyObject *, PyObject *)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
-    ctypedef object (*newfunc)(type, object, PyObject *)
-    ctypedef struct PyTypeObject:
-        newfunc tp_new
 
 cdef extern from "core.h" nogil:
     ctypedef struct pthread_mutex_t:
@@ -780,7 +797,7 @@ cdef class Segment:
         self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
         self.list_lock, self.slot_locks = list_lock, slot_locks
         self.record_class = record_class
-        keep_spares(record_class)
+        keep_spares(record_class, <void *>vacate)
         self.closed = False
 
     # --- state of this attachment ---
@@ -1230,8 +1247,7 @@ cdef class Segment:
         return sd_values_get(self.segment, slot, values)
 
     cdef Record new_record(self):
-        cdef Record record = (<PyTypeObject *>self.record_class).tp_new(
-            self.record_class, EMPTY, NULL)
+        cdef Record record = <Record>new_handle(self.record_class, EMPTY)
         record.segment = self
         return record
 
@@ -2701,6 +2717,17 @@ cdef class Record:
         if mine is None:
             return f"<{kind} {uuid_object(self.uuid_raw)}>"
         return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
+
+
+cdef bint vacate(Record record) noexcept:
+    """Make a handle that is going away lead nowhere, if that is all there is to do."""
+    if record.nonce or record.pending or record.segment.closed:
+        return False
+    if record.leads:
+        record.leads = False
+        record.segment.segment.handles -= 1
+    record.segment = NOWHERE
+    return True
 
 
 cdef class Records(list):
