@@ -1,7 +1,7 @@
 """What nobody can be faster than: steps that every contestant takes, in the same run.
 
-Those of the machine are timed in C (limits.c). Those of the interpreter are the statements of a find
-on objects that do nothing (bare.c): a call with a keyword, a ``with`` block, an attribute.
+Those of the machine are timed in C (limits.c). Those of the interpreter are the statements of a
+find on objects that do nothing (bare.c): a call with a keyword, a ``with`` block, an attribute.
 """
 
 from __future__ import annotations
