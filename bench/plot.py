@@ -33,6 +33,11 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+LIMITS = (
+    ("lock", "lock + unlock in C"),
+    ("statements", "the statements alone"),
+    ("memcpy", "copy of 2 KB in C"),
+)
 OPERATIONS = (
     ("read_state", "find by UUID, read state"),
     ("by_id", "find by id"),
@@ -65,7 +70,7 @@ def _operations(results: Results, plt: Any) -> Any:
             x, y = zip(*points, strict=True)
             size = 70 if contestant is ALL[0] else 34
             axes.scatter(x, y, s=size, label=contestant.name, zorder=3, **_look(contestant.name))
-    for work, title in (("lock", "lock + unlock in C"), ("memcpy", "copy of 2 KB in C")):
+    for work, title in LIMITS:
         found = [one.median for one in results.figures if one.work == work]
         if found:
             axes.axvline(found[0] * 1e6, color=LIMIT, linestyle="--", linewidth=1)
@@ -88,9 +93,10 @@ def _by_domains(results: Results, axes: Any) -> None:
         )
         if points:
             axes.plot(*zip(*points, strict=True), label=contestant.name, **_look(contestant.name))
-    found = [one.median * 1e6 for one in results.figures if one.work == "lock"]
-    if found:
-        axes.axhline(found[0], color=LIMIT, linestyle="--", linewidth=1, label="lock pair in C")
+    for (work, title), style in zip(LIMITS[:2], ("--", ":"), strict=True):
+        found = [one.median * 1e6 for one in results.figures if one.work == work]
+        if found:
+            axes.axhline(found[0], color=LIMIT, linestyle=style, linewidth=1, label=title)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("domains")

@@ -25,9 +25,9 @@ import warnings
 
 from shmdomains import errors
 
-# A handle lives as long as a look-up, and to make and to free it as Python does - through `__new__`,
-# a subclass's way of deallocation, the collector's allocator - was a sixth of that. What dies of
-# the one type that lists hand out waits here, whole but for what it led to, to be the next.
+# A handle lives as long as a look-up, and to make and to free it as Python does - `__new__`, a
+# subclass's way of deallocation, the collector's allocator - was a sixth of that. What dies of the
+# one type that lists hand out waits here, whole but for what it led to, to be the next.
 cdef extern from *:
     """
     #define SPARES 16
