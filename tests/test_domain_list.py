@@ -1253,6 +1253,10 @@ def test_infos_are_immutable(doms: DomainList, web1: DomainInfo) -> None:
     assert "web1" in repr(info) and str(WEB1) in repr(info)
 
 
+def test_an_info_is_no_larger_than_a_cache_line() -> None:
+    assert DomainInfo.__basicsize__ <= 64
+
+
 def test_snapshot_and_iteration(doms: DomainList) -> None:
     assert doms.snapshot() == [] == list(doms)
     for name in "cab":

@@ -650,7 +650,8 @@ cdef class Info:
     Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
     the set that a snapshot gives is not one moment's.
     """
-    # One cache line: somebody may list a million of them.
+    # One cache line: somebody may list a million of them. So what it needs are functions behind it
+    # and not `cdef` methods, for a table of which each of them would keep a pointer.
     cdef Blobs blobs    # None: taken without
     cdef object name_text
     cdef uint64_t uuid_raw[2]
@@ -662,87 +663,75 @@ cdef class Info:
     def __init__(self):
         raise TypeError("DomainInfos come from a DomainList: peek(), list(), snapshot()")
 
-    cdef int sound(self, int allowed=0) except -1:
-        if self.damage > allowed:
-            fail(SD_CORRUPT, "a domain")
-        return 0
-
     @property
     def id(self):
         """The id of the running domain, -1 when it is inactive."""
-        self.sound()
+        need_sound(self)
         return self.number
 
     @property
     def name(self):
         """The domain's name."""
-        self.sound()
+        need_sound(self)
         return self.name_text
 
     @property
     def uuid(self):
         """The domain's UUID (`uuid.UUID`)."""
-        self.sound()
+        need_sound(self)
         return uuid_object(self.uuid_raw)
 
     @property
     def state(self):
         """The `DomainState`."""
-        self.sound()
+        need_sound(self)
         return state_of(self.state_number)
 
     @property
     def reason(self):
         """Why it is in this state: a member of the state's reason enumeration."""
-        self.sound()
+        need_sound(self)
         return reason_of(self.state_number, self.reason_number)
 
     @property
     def persistent(self):
         """Whether the domain outlives its deactivation."""
-        self.sound()
+        need_sound(self)
         return self.marks & MARK_PERSISTENT != 0
 
     @property
     def autostart(self):
         """Whether the domain is to be started with the host."""
-        self.sound()
+        need_sound(self)
         return self.marks & MARK_AUTOSTART != 0
 
     @property
     def is_active(self):
         """Whether it runs (``id != -1``; libvirt's virDomainObjIsActive)."""
-        self.sound()
+        need_sound(self)
         return self.number != -1
 
     @property
     def pid(self):
         """Process id of the hypervisor, or None."""
-        self.sound()
+        need_sound(self)
         return None if self.process == -1 else self.process
-
-    cdef Blobs need_blobs(self):
-        self.sound(IDENTITY)  # they have checksums of their own
-        if self.blobs is None:
-            raise AttributeError(
-                "this DomainInfo was taken with definitions=False; take it with definitions=True")
-        return self.blobs
 
     @property
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for."""
-        return self.need_blobs().live_definition()
+        return blobs_of(self).live_definition()
 
     @property
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
-        cdef Blobs blobs = self.need_blobs()
+        cdef Blobs blobs = blobs_of(self)
         return blobs.decode_or_none(SD_NEXT_DEFINITION, blobs.next_definition)
 
     @property
     def data(self):
         """The driver's own data, or None."""
-        cdef Blobs blobs = self.need_blobs()
+        cdef Blobs blobs = blobs_of(self)
         return blobs.decode_or_none(SD_DATA, blobs.data)
 
     def __repr__(self):
@@ -750,6 +739,20 @@ cdef class Info:
             return "<DomainInfo damaged>"
         return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.number} "
                 f"state={state_of(self.state_number).name}>")
+
+
+cdef int need_sound(Info info, int allowed=0) except -1:
+    if info.damage > allowed:
+        fail(SD_CORRUPT, "a domain")
+    return 0
+
+
+cdef Blobs blobs_of(Info info):
+    need_sound(info, IDENTITY)  # they have checksums of their own
+    if info.blobs is None:
+        raise AttributeError(
+            "this DomainInfo was taken with definitions=False; take it with definitions=True")
+    return info.blobs
 
 
 @cython.no_gc_clear
