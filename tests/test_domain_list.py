@@ -6,6 +6,7 @@ What two parties see of each other is in test_conformance.py; here one thread us
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -1251,6 +1252,19 @@ def test_infos_are_immutable(doms: DomainList, web1: DomainInfo) -> None:
     with pytest.raises(AttributeError):
         info.anything = 1
     assert "web1" in repr(info) and str(WEB1) in repr(info)
+
+
+@pytest.mark.parametrize("definitions", [True, False], ids=["whole", "without definitions"])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_no_info_is_made_from_a_pickle(
+    doms: DomainList, web1: DomainInfo, definitions: bool, protocol: int
+) -> None:
+    """Only a list says what is in one."""
+    [info] = doms.snapshot(definitions=definitions)
+    for duplicate in (lambda: pickle.dumps(info, protocol), lambda: copy.copy(info)):
+        with pytest.raises(TypeError, match="pickle"):
+            duplicate()
+    assert not hasattr(info, "__setstate__")
 
 
 def test_an_info_is_no_larger_than_a_cache_line() -> None:

@@ -605,9 +605,14 @@ cdef class Decoded:
 
 @cython.final
 @cython.no_gc
+@cython.auto_pickle(False)
 @cython.freelist(8)
 cdef class Blobs:
-    """What is large of an `Info` and was copied with it, decoded when first asked for."""
+    """What is large of an `Info` and was copied with it, decoded when first asked for.
+
+    Filled before the `Info` is handed out, unless that is damaged; what is not filled leads nowhere,
+    so nobody may make one, or an `Info`, from a pickle.
+    """
     cdef Decoded decoded
     cdef uint32_t slot
     cdef uint64_t life
@@ -643,6 +648,7 @@ cdef inline uint8_t marks_of(uint64_t flags) noexcept:
 
 @cython.final
 @cython.no_gc
+@cython.auto_pickle(False)
 @cython.freelist(8)
 cdef class Info:
     """One domain as it was committed at one moment. Immutable; reading it takes no lock.
