@@ -169,8 +169,12 @@ class Trial:
         for name, value in key.items():
             if getattr(found, name) != value:
                 self.wrong.append(f"{what}: {name} is {getattr(found, name)!r}, not {value!r}")
-        uuid, name = found.uuid, found.name
-        versions = [one for one in self.known.get(uuid, []) if one.name == name]
+        uuid = found.uuid
+        if uuid not in self.known:  # whether or not its name can still be read
+            self.wrong.append(f"{what}: no domain ever had uuid {uuid}")
+            return
+        name = found.name
+        versions = [one for one in self.known[uuid] if one.name == name]
         if not versions:
             self.wrong.append(f"{what}: no domain was ever {name!r} with uuid {uuid}")
             return

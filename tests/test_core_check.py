@@ -133,6 +133,16 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "I5 index",
         "name index",
     ),
+    "another uuid, of which its checksum tells": (
+        slot(3, "uuid", lambda old: old ^ 1 << 40, 8),
+        "I1 identity",
+        "slot 3 has a uuid that does not fit its checksum",
+    ),
+    "the checksum of a uuid": (
+        slot(3, "sum_and_pid", lambda old: old ^ 1 << 63),
+        "I1 identity",
+        "slot 3 has a uuid that does not fit its checksum",
+    ),
     "the uuid of another": (
         lambda at: (at.slot(0, "uuid"), at.read(at.slot(1, "uuid"))),
         "I5 index",
@@ -408,6 +418,47 @@ def test_a_flipped_bit_makes_no_handle_one_of_another_domain(
     with pytest.raises(DomainRemoved):
         gone.lock()
     assert doms.check()
+
+
+@pytest.mark.parametrize(
+    ("field", "offset", "bits"),
+    [
+        ("uuid", 0, range(64)),
+        ("uuid", 8, range(64)),
+        ("sum_and_pid", 0, range(32, 64)),
+    ],
+    ids=["uuid, first half", "uuid, second half", "its checksum"],
+)
+def test_an_id_leads_to_no_handle_with_another_uuid(
+    doms: DomainList, planted: Planted, field: str, offset: int, bits: range
+) -> None:
+    """Of a key that is no part of the identity, one flipped bit could make one of anybody."""
+    where = planted.slot(1, field) + offset
+    for bit in bits:
+        with planted.changed(where, planted.read(where) ^ 1 << bit):
+            for call in (
+                lambda: doms.get(id=1, timeout=0),
+                lambda: doms.lookup(id=1, timeout=0),
+                lambda: doms.find_by_id(1, 0),
+            ):
+                with doms.locked(), pytest.raises(SegmentCorrupt):
+                    call()
+            assert not doms.is_locked
+    with doms.get(id=1, timeout=0) as dom:  # and nothing stayed locked
+        assert dom.name == "d1"
+    assert doms.check()
+
+
+def test_the_pid_of_a_dead_holder_says_nothing_of_a_uuid(
+    doms: DomainList, planted: Planted
+) -> None:
+    where = planted.slot(1, "sum_and_pid")
+    uuid = doms.peek(name="d1").uuid
+    for bit in range(32):
+        with planted.changed(where, planted.read(where) ^ 1 << bit):
+            with doms.get(id=1, timeout=0) as dom:
+                assert (dom.uuid, dom.previous_owner_died) == (uuid, None)
+            assert doms.peek(id=1).uuid == uuid and doms.check()
 
 
 def test_check_counts_what_is_there(doms: DomainList) -> None:

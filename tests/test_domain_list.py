@@ -54,6 +54,7 @@ from shmdomains import (
     UncommittedChanges,
     WrongList,
 )
+from shmdomains.definition import EncodedDef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -532,6 +533,43 @@ def test_names_are_found_whatever_they_are(doms: DomainList, name: str) -> None:
     assert names(doms) == ["other"]
 
 
+# On both sides of each word that a name in the segment begins or fills.
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 250, 251)
+
+
+def test_names_of_every_length_are_kept(doms: DomainList) -> None:
+    uuids = {}
+    for length in LENGTHS:
+        name = "abcdefghij"[length % 10] * length
+        uuids[name] = doms.define(definition("x").replace(name=name)).uuid
+    assert {info.name: info.uuid for info in doms.snapshot()} == uuids
+    assert names(doms) == names(doms.list(persistent=True)) == sorted(uuids)
+    for name, uuid in uuids.items():
+        with doms.get(name=name) as dom:
+            assert (dom.name, dom.uuid, dom.definition.name) == (name, uuid, name)
+            number = dom.activate()
+        assert doms.peek(id=number).name == doms.peek(uuid=uuid).name == name
+        assert doms.lookup(name=name[1:] + "?") is None and doms.lookup(name=name + "?") is None
+
+
+@pytest.mark.parametrize("old", LENGTHS)
+def test_a_name_of_every_length_becomes_one_of_every_other(doms: DomainList, old: int) -> None:
+    """Each is written over the one before the last: nothing of that is left in it."""
+    before = "o" * old
+    uuid = doms.define(definition("x").replace(name=before)).uuid
+    for length in LENGTHS:
+        for letter in "pq":
+            name = letter * length
+            with doms.locked(), doms.find_by_name(before) as dom:
+                doms.rename(dom, name)
+                assert dom.name == dom.definition.name == name
+            assert doms.peek(name=before) is None
+            assert doms.peek(name=name).uuid == uuid and names(doms) == [name]
+            with doms.get(uuid=uuid) as dom:
+                assert dom.name == name
+            before = name
+
+
 # --- find: the list lock is the caller's -------------------------------------------------------
 
 
@@ -887,6 +925,59 @@ def test_a_uuid_and_a_name_of_two_domains(doms: DomainList, web1: DomainInfo) ->
     with pytest.raises(DomainExists) as caught:
         doms.define(xml("web2", WEB1))
     assert str(caught.value) == f"domain 'web1' is already defined with uuid {WEB1}"
+
+
+NO_NAME = "x" * 252
+UUID_NAME_FORM = [
+    (uuid, name, form)
+    for uuid in (None, WEB1, WEB2, UUID(int=9))
+    for name in ("web1", "web2", "new", NO_NAME)
+    for form in (DomainDef, EncodedDef)
+    # The blob of an encoded one may be anything; of all others the name was looked at.
+    if name != NO_NAME or (uuid and form is EncodedDef)
+]
+
+
+@pytest.mark.parametrize(("uuid", "name", "form"), UUID_NAME_FORM)
+def test_what_becomes_of_each_uuid_and_name(
+    doms: DomainList, web1: DomainInfo, other: Party, uuid: UUID | None, name: str, form: type
+) -> None:
+    """A uuid that is known decides, then a name that is; nothing stays locked that was refused."""
+    doms.define(xml("web2", WEB2))
+    owners, words = {"web1": WEB1, "web2": WEB2}, {WEB1: "web1", WEB2: "web2"}
+    given: Any = definition("x" if name == NO_NAME else name, uuid, memory=4096)
+    if form is EncodedDef:
+        given = EncodedDef.of(given)._replace(name=name)
+
+    refused: tuple[type[ShmDomainsError], str] | None = None
+    if uuid in words and name != words[uuid]:
+        refused = DomainExists, f"domain '{words[uuid]}' is already defined with uuid {uuid}"
+    elif uuid not in words and uuid is not None and name in owners:
+        refused = DomainExists, f"domain '{name}' already exists with uuid {owners[name]}"
+    elif name == NO_NAME:
+        refused = InvalidName, f"{name!r} can not be a domain's name"
+
+    with doms.locked():
+        if refused is None:
+            with doms.assign_def(given, timeout=0) as dom:
+                assert dom.name == dom.definition.name == name
+                assert dom.uuid == dom.definition.uuid == (uuid or owners.get(name, dom.uuid))
+                assert dom.definition.memory == 4096
+        else:
+            with pytest.raises(refused[0]) as caught:
+                doms.assign_def(given, timeout=0)
+            assert str(caught.value) == refused[1]
+    assert not doms.is_locked
+    made = refused is None and name == "new"
+    assert names(doms) == (["new"] if made else []) + ["web1", "web2"]
+    for known in names(doms):
+        other.tell(f"dom = doms.get(name={known!r}, timeout=0); dom.unlock()")
+    if made:
+        doms.undefine(name="new")
+    for known, owner in owners.items():
+        replaced = refused is None and known == name
+        assert doms.peek(name=known).uuid == owner
+        assert doms.peek(uuid=owner).definition.memory == (4096 if replaced else 1024)
 
 
 # --- remove, free ------------------------------------------------------------------------------

@@ -99,6 +99,32 @@ def test_the_cores_own_locks(
     assert doms.recover() == NOTHING
 
 
+def test_names_of_every_length_are_entered_again(
+    start: Callable[..., Child], doms: DomainList, path: str
+) -> None:
+    """From both name buffers: some were renamed. And a uuid keeps its checksum through a death."""
+    uuids = {}
+    for length in (1, 3, 4, 5, 11, 12, 250, 251):
+        for letter, renamed in (("n", False), ("r", True)):
+            name = letter * length
+            made = DomainDef.from_xml(xml("first")).replace(name="first" if renamed else name)
+            uuids[name] = doms.define(made).uuid
+            if renamed:
+                with doms.locked(), doms.find_by_name("first") as dom:
+                    doms.rename(dom, name)
+    held = "r" * 4
+    with doms.get(name=held) as dom:
+        number = dom.activate()
+    pid = killed(start, path, "list", held)
+    assert whose(doms.recover().repairs) == [("list", None, pid), ("domain", held, pid)]
+    assert doms.check()
+    for name, uuid in uuids.items():
+        with doms.get(name=name, timeout=0) as dom:
+            assert (dom.name, dom.uuid) == (name, uuid)
+    with doms.get(id=number, timeout=0) as dom:
+        assert dom.uuid == uuids[held]
+
+
 def test_a_repair_that_was_put_off(doms: DomainList, planted: Planted) -> None:
     planted.write(planted.header("list_dirty"), 1)
     planted.write(planted.header("live"), 77)
