@@ -10,6 +10,7 @@ import copy
 import os
 import pickle
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from shmdomains.definition import (
     parse_memory,
 )
 from shmdomains.errors import DefinitionError, InvalidName
+from shmdomains.packing import pack
 
 SAMPLES = sorted((Path(__file__).parent / "data" / "domains").glob("*.xml"))
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
@@ -1219,3 +1221,34 @@ def test_a_fork_of_a_threaded_process_can_parse() -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+# --- packing -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Asking:
+    """To read its field takes packing something else, as it may in another thread."""
+
+    field: int
+    answer: Any
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "field":
+            pack(["y" * 5000] * 3)
+        return object.__getattribute__(self, name)
+
+
+def test_what_is_packed_in_the_middle_of_packing_has_a_buffer_of_its_own() -> None:
+    for size in (1, 100, 4096, 70_000):
+        for value in (b"x" * size, 1, None):
+            expected = {"first": "a" * size, "then": {"field": 7, "answer": value}}
+            packed = pack({"first": "a" * size, "then": _Asking(7, value)})
+            assert packed == pack(expected) == msgspec.msgpack.encode(expected)
+
+
+def test_what_can_not_be_packed_leaves_nothing_behind() -> None:
+    for bad in (object(), {"a": ["b" * 5000, object()]}, 1 << 64):
+        with pytest.raises((TypeError, OverflowError)):
+            pack(bad)
+        assert pack({"a": 1}) == msgspec.msgpack.encode({"a": 1})

@@ -55,6 +55,7 @@ from shmdomains import (
     WrongList,
 )
 from shmdomains.definition import EncodedDef
+from shmdomains.domain_list import Deadline
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -377,6 +378,62 @@ def test_a_timeout_is_a_number(doms: DomainList) -> None:
         with pytest.raises(TypeError):
             wait()
     assert not doms.is_locked
+
+
+OVER_SEVERAL_WAITS: dict[str, Callable[[DomainList, Any], Any]] = {
+    "lock_many": lambda doms, t: doms.lock_many([WEB1], timeout=t),
+    "define": lambda doms, t: doms.define(xml("new"), timeout=t),
+    "undefine": lambda doms, t: doms.undefine(name="web1", timeout=t),
+    "remove_inactive": lambda doms, t: with_list(
+        doms, lambda: doms.remove_inactive(handle(doms), timeout=t)
+    ),
+    "free": lambda doms, t: with_list(doms, lambda: doms.free(timeout=t)),
+    "rename": lambda doms, t: with_list(
+        doms, lambda: use(doms.find_by_name("web1"), lambda dom: doms.rename(dom, "new", timeout=t))
+    ),
+}
+
+
+def use(dom: Domain, what: Callable[[Domain], Any]) -> None:
+    with dom:
+        what(dom)
+
+
+@pytest.mark.parametrize(
+    "bad", [-1, math.nan, -math.inf, "1", [1], 10**400], ids=lambda bad: repr(bad)[:9]
+)
+@pytest.mark.parametrize("call", OVER_SEVERAL_WAITS)
+def test_a_bad_timeout_over_several_waits(
+    doms: DomainList, web1: DomainInfo, call: str, bad: Any
+) -> None:
+    number = isinstance(bad, float) or bad == -1
+    expected = ValueError if number else OverflowError if isinstance(bad, int) else TypeError
+    with pytest.raises(expected):
+        OVER_SEVERAL_WAITS[call](doms, bad)
+    assert names(doms) == ["web1"] and not doms.is_locked
+    handle(doms)
+
+
+@pytest.mark.parametrize("timeout", [None, 0, 0.0, False, 1e-12, 1, 1e12, math.inf], ids=repr)
+@pytest.mark.parametrize("call", OVER_SEVERAL_WAITS)
+def test_a_timeout_over_several_waits_that_need_not_wait(
+    doms: DomainList, web1: DomainInfo, call: str, timeout: Any
+) -> None:
+    """One that is over already finds what is free, as 0 does."""
+    OVER_SEVERAL_WAITS[call](doms, timeout)
+    assert not doms.is_locked
+    for name in names(doms):
+        doms.get(name=name, timeout=0).unlock()
+
+
+def test_a_deadline_is_what_is_left_of_a_timeout() -> None:
+    for forever in (None, math.inf, 1e12):
+        assert Deadline(forever).left() is None
+    for over in (0, 0.0, 1e-12):
+        assert Deadline(over).left() == 0
+    later = Deadline(1000)
+    first, second = later.left(), later.left()
+    assert first is not None and second is not None and 1000 >= first >= second > 0
 
 
 def test_a_holder_that_left_is_not_named(doms: DomainList, other: Party) -> None:
