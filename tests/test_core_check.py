@@ -420,6 +420,43 @@ def test_a_flipped_bit_makes_no_handle_one_of_another_domain(
     assert doms.check()
 
 
+ABOUT = ("id", "name", "uuid", "state", "reason", "persistent", "autostart", "is_active", "pid")
+BLOBS = ("definition", "next_definition", "data")
+
+
+@pytest.mark.parametrize(
+    ("plant", "readable"),
+    [
+        (field(1, "status", lambda old: old ^ 1), ()),
+        (slot(1, "cur", lambda old: old ^ 1), ()),
+        (slot(1, "life", lambda old: old ^ 1 << 20), ()),
+        (slot(1, "uuid", lambda old: old ^ 1), ("next_definition",)),  # there is none
+        (word(lambda at: at.name(1, 1), lambda old: old ^ 1 << 8), BLOBS),
+    ],
+    ids=["fields", "which fields", "whether it is there", "uuid", "name"],
+)
+def test_what_an_info_shows_of_a_damaged_record(
+    doms: DomainList, planted: Planted, path: str, plant: Plant, readable: tuple[str, ...]
+) -> None:
+    """Nothing but blobs, which name the uuid in a checksum of their own; and never a crash."""
+    whole = doms.peek(name="d1")
+    with planted.changed(*plant(planted)), DomainList.attach(path=path) as reader:
+        for definitions in (True, False):
+            for infos in (reader.snapshot(definitions), reader.list(definitions=definitions)):
+                [info] = [one for one in infos if "damaged" in repr(one)]
+                for what in ABOUT:
+                    with pytest.raises(SegmentCorrupt):
+                        getattr(info, what)
+                for what in BLOBS:
+                    if what in readable and definitions:
+                        assert getattr(info, what) == getattr(whole, what)
+                        continue
+                    with pytest.raises(
+                        AttributeError if readable and not definitions else SegmentCorrupt
+                    ):
+                        getattr(info, what)
+
+
 @pytest.mark.parametrize(
     ("field", "offset", "bits"),
     [
