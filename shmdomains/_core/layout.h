@@ -38,11 +38,12 @@
  *     unchanged.
  *
  * Damage.  A flipped bit must not be a wrong domain under a right name, so what says which domain
- * this is, and in which state, carries a checksum: the header's constants (`sum`), name and uuid, the
- * field copies with their `cur`, each blob with uuid, kind and version; words that stand for
- * themselves are sealed with their own complement.  They are written with what they belong to, in
- * the place that does not count yet, so they commit with it and need no repair.  What is derived
- * (indexes, counts, map, hints) carries none: it is verified against the record, and rebuilt.
+ * this is, and in which state, carries a checksum: the header's constants (`sum`), name and uuid,
+ * the uuid alone (for a find by id, which need not look at the name), the field copies with their
+ * `cur`, each blob with uuid, kind and version; words that stand for themselves are sealed with
+ * their own complement.  They are written with what they belong to, in the place that does not
+ * count yet, so they commit with it and need no repair.  What is derived (indexes, counts, map,
+ * hints) carries none: it is verified against the record, and rebuilt.
  *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
  * the end of this file, the attached table and a taken-over owner by compare-and-swap, and by
@@ -99,15 +100,16 @@ typedef struct {
 #define SD_FLAG_NAME (1ull << 34)                /* which name buffer counts */
 #define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b counts */
 #define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
+
+#define SD_SUM_SHIFT 51
+#define SD_SUM_BITS 13
+
 /* The high half of sum_and_pid.  As in the fields: one flipped bit of the uuid is one of the sum. */
 static inline uint64_t sd_uuid_sum(const uint64_t uuid[2])
 {
     uint64_t sum = uuid[0] ^ (uuid[1] << 23 | uuid[1] >> 41);
     return (sum ^ sum << 32) & ~0xffffffffull;
 }
-
-#define SD_SUM_SHIFT 51
-#define SD_SUM_BITS 13
 
 /* Who holds a lock.  Written by the holder after it has the lock, `who` last; `who` = 0 again just
  * before unlock, so empty means unknown, never an older owner.  A dead holder leaves its own name:
