@@ -1416,7 +1416,8 @@ def test_no_info_is_made_from_a_pickle(
 
 
 def test_an_info_is_no_larger_than_a_cache_line() -> None:
-    assert DomainInfo.__basicsize__ <= 64
+    """But for what an object of this Python begins with, where that is more than two words."""
+    assert DomainInfo.__basicsize__ - object.__basicsize__ <= 48
 
 
 def test_snapshot_and_iteration(doms: DomainList) -> None:
