@@ -61,8 +61,9 @@ cdef extern from *:
                     spares[spare_count++] = handle;
                     return;
                 }
-            } else if (type->tp_finalize && PyObject_CallFinalizerFromDealloc(handle) < 0) {
-                return;
+            } else if (type->tp_finalize) {
+                if (PyObject_CallFinalizerFromDealloc(handle) < 0) return;
+                type = Py_TYPE(handle); /* which that may have assigned */
             }
         }
         /* A subclass's own deallocation, which calls this one, leaves its type to the base. */
