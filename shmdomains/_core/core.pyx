@@ -76,6 +76,7 @@ cdef extern from *:
     #if !defined(Py_GIL_DISABLED) && !defined(Py_TRACE_REFS) && !defined(__SANITIZE_ADDRESS__)
         PyTypeObject *made = (PyTypeObject *)type;
         if (spared || !PyType_HasFeature(made, Py_TPFLAGS_HEAPTYPE) || made->tp_dictoffset
+            || PyType_HasFeature(made->tp_base, Py_TPFLAGS_HEAPTYPE) /* drops the type itself */
             || made->tp_basicsize != made->tp_base->tp_basicsize || !made->tp_weaklistoffset)
             return;
         vacate = (int (*)(PyObject *))vacates;
