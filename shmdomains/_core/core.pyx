@@ -2300,6 +2300,7 @@ cdef class Record:
     cdef void drop_changes(self) noexcept:
         if self.pending:
             self.pending = 0
+            _objects, _blobs = self.objects, self.blobs  # may run anything as they go: last
             self.objects = self.blobs = None
 
     cdef int do_commit(self, uint64_t deadline) except -1:
