@@ -2733,11 +2733,15 @@ cdef class Record:
 
 cdef bint vacate(Record record) noexcept:
     """Make a handle that is going away lead nowhere, if that is all there is to do."""
-    if record.nonce or record.pending or record.segment.closed:
+    # Changes of a hold that ended with its thread, or was the parent's, may be there still.
+    if record.nonce or record.objects is not None or record.segment.closed:
         return False
     if record.leads:
         record.leads = False
         record.segment.segment.handles -= 1
+    # Its next life is seen, through the collector, before it leads to anything.
+    record.slot = 0
+    record.life = 0
     record.segment = NOWHERE
     return True
 
