@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -1514,3 +1515,336 @@ def test_a_python_that_was_made_to_run_without_its_lock_is_refused() -> None:
         )
         assert (done.returncode == 0) == enabled, done.stderr
         assert enabled or "ImportError: shmdomains needs the global interpreter" in done.stderr
+
+
+# --- handles that die and come back ---------------------------------------------------------------
+
+
+def spares_of(doms: DomainList, count: int = 20) -> None:
+    """As many dead handles wait for the next look-up as are ever kept."""
+    dom = unlocked(doms)
+    handles = [pickle.loads(pickle.dumps(dom)) for _ in range(count)]
+    del dom, handles
+
+
+class Plain(Domain):
+    __slots__ = ()
+
+
+class Sized(Domain):
+    __slots__ = ("more",)
+    more: Any
+
+
+class Open(Domain):
+    more: Any  # it has a __dict__
+
+
+ended: list[str] = []
+saved: list[Domain] = []
+
+
+class Ending(Domain):
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        ended.append("Ending")
+
+
+class Returning(Domain):
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        saved.append(self)
+
+
+CLASSES = [Domain, Plain, Sized, Open, Ending, Returning]
+
+
+def references(doms: DomainList) -> list[int]:
+    spares_of(doms)
+    gc.collect()
+    return [sys.getrefcount(kind) for kind in CLASSES]
+
+
+def unlocked(doms: DomainList) -> Domain:
+    dom = doms.get(name="a", timeout=0)
+    dom.unlock()
+    return dom
+
+
+def test_each_handle_has_one_reference_to_its_class() -> None:
+    doms = filled("a")
+    before = references(doms)
+    for _ in range(2000):
+        unlocked(doms)
+    assert references(doms) == before
+    for _ in range(50):
+        for kind in CLASSES[1:]:
+            made = kind.__new__(kind)
+            if isinstance(made, Sized | Open):
+                made.more = [made, unlocked(doms)]
+            weak = weakref.ref(made)
+            del made
+            saved.clear()
+        gc.collect()
+        assert weak() is None
+    del kind
+    assert len(ended) == 50
+    ended.clear()
+    assert references(doms) == before
+
+
+def test_a_handle_that_is_given_another_class_dies_as_one_of_that() -> None:
+    doms = filled("a")
+    before = references(doms)
+    for _ in range(50):
+        for pid, kind in enumerate((Plain, Ending, Returning), 3):
+            dom = unlocked(doms)
+            dom.__class__ = kind
+            with dom:
+                dom.pid = pid
+            del dom
+        back = saved.pop()
+        assert type(back) is Returning and gc.is_tracked(back) and not back.is_locked
+        back.__class__ = Domain
+        with back:
+            assert back.pid == 5
+        del back
+    del kind
+    assert len(ended) == 50 and not saved
+    ended.clear()
+    assert references(doms) == before
+    assert doms.peek(name="a").pid == 5
+
+
+def keep_it(dom: Domain) -> None:
+    saved.append(dom)
+
+
+def change_it(dom: Domain) -> None:
+    dom.__class__ = Plain
+
+
+def look_up_again(dom: Domain) -> None:
+    if not ended:  # it runs for that handle, too
+        ended.append("looks")
+        unlocked(dom._segment)
+        ended.clear()
+
+
+@pytest.mark.parametrize(
+    "finalizer", [keep_it, change_it, look_up_again], ids=lambda one: one.__name__
+)
+def test_a_finalizer_that_is_given_to_domains_for_a_while(
+    finalizer: Callable[[Domain], None],
+) -> None:
+    doms = filled("a")
+    before = references(doms)
+    for _ in range(50):
+        dom = unlocked(doms)
+        Domain.__del__ = finalizer  # type: ignore[attr-defined]
+        try:
+            del dom
+        finally:
+            del Domain.__del__  # type: ignore[attr-defined]
+        assert finalizer is not keep_it or len(saved) == 1
+        while saved:
+            assert gc.is_tracked(saved[0])
+            with saved.pop() as dom:
+                assert dom.name == "a"
+            del dom
+    assert references(doms) == before
+
+
+def test_an_error_is_the_same_after_a_list_went_with_its_last_handle() -> None:
+    """Python code runs in the middle of it: a finalizer, and a callback, of the list."""
+
+    class Ended(DomainList):
+        def __del__(self) -> None:
+            with suppress(KeyError):
+                raise KeyError("of the list")
+            heard.extend([unlocked(doms).uuid])
+
+    doms = filled("a")
+    heard: list[Any] = []
+    for _ in range(20):
+        goes = Ended(max_domains=2)
+        goes.define(XML.format("a"))
+        handles = [unlocked(goes)]
+        weak = weakref.ref(goes, lambda _: heard.append(unlocked(doms)))
+        del goes
+        with pytest.raises(ValueError, match="of the call") as raised:
+            try:
+                raise ValueError("of the block")
+            except ValueError:
+                print(handles.pop(), exec("raise ValueError('of the call')"))
+        assert str(raised.value.__context__) == "of the block"
+        assert weak() is None and len(heard) == 2
+        heard.clear()
+
+
+def test_a_handle_takes_its_list_and_the_handles_that_it_kept_along() -> None:
+    """More than are kept for the next look-ups die in the middle of the death of one."""
+
+    class Keeping(DomainList):
+        kept: list[Domain]
+
+    doms = filled("a")
+    before = references(doms)
+    for _ in range(20):
+        goes = Keeping(max_domains=2)
+        goes.define(XML.format("a"))
+        goes.kept = [unlocked(doms) for _ in range(40)]
+        dom, weak = unlocked(goes), weakref.ref(goes)
+        del goes
+        assert weak() is not None
+        del dom
+        assert weak() is None
+        handles = [unlocked(doms) for _ in range(40)]
+        assert len({id(dom) for dom in handles}) == 40
+        del handles
+    assert references(doms) == before
+
+
+def test_a_handle_keeps_nothing_of_a_hold_that_ended_with_its_thread() -> None:
+    gone: list[str] = []
+
+    class Known(DomainDef):
+        def __del__(self) -> None:
+            gone.append(self.name)
+
+    doms = filled("a")
+    sample = doms.peek(name="a").definition
+    kept: list[Domain] = []
+
+    def hold() -> None:
+        dom = doms.get(name="a", timeout=0)
+        fields = {name: getattr(sample, name) for name in sample.__struct_fields__}
+        dom.definition = Known(**fields)
+        kept.append(dom)
+
+    spares_of(doms)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join(DEADLINE)
+    until(lambda: str(thread.native_id) not in os.listdir("/proc/self/task"), "the thread is gone")
+    dom = kept.pop()
+    with dom:
+        assert not dom.changed and dom.definition == sample
+    del dom
+    assert gone == ["a"]
+
+
+def test_a_handle_that_is_being_made_leads_nowhere() -> None:
+    """While its domain is waited for, the collector's lists show it to everybody."""
+    doms = filled("a", "b")
+    held, done = threading.Event(), threading.Event()
+    outcomes: list[object] = []
+
+    def hold() -> None:
+        with doms.get(name="a"):
+            held.set()
+            done.wait(DEADLINE)
+
+    def look(*_: object) -> None:
+        for one in gc.get_objects():
+            if type(one) is Domain and one._segment is doms and one._stamp == (0, 0):
+                with suppress(ShmDomainsError):
+                    outcomes.append(one._key[:2])
+                    outcomes.append(one.try_lock())
+                done.set()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(DEADLINE)
+    gc.collect()
+    for _ in range(3):
+        doms.get(name="b").unlock()
+    before = signal.signal(signal.SIGALRM, look)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.03, 0.03)
+        with doms.get(name="a", timeout=DEADLINE) as dom:
+            assert dom.name == "a"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        done.set()
+        holder.join(DEADLINE)
+    assert outcomes and set(outcomes) == {(0, 0)}
+    doms.get(name="b", timeout=0).unlock()
+
+
+def test_what_the_collector_calls_may_look_up_while_a_handle_is_made() -> None:
+    doms = filled("a", "b")
+    handles: list[Domain] = []
+    calls = 0
+
+    def look(phase: str, info: dict[str, int]) -> None:
+        nonlocal calls
+        calls += 1
+        with suppress(ShmDomainsError):  # what it interrupted may hold a domain
+            unlocked(doms)
+            weakref.WeakSet([unlocked(doms), unlocked(doms)])
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(look)
+    gc.set_threshold(1)
+    try:
+        for _ in range(500):
+            with doms.get(name="b", timeout=0) as dom:
+                assert dom.name == "b"
+            handles = [*handles[-30:], dom]
+            assert len({id(one) for one in handles}) == len(handles)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(look)
+    assert calls > 0 and all(gc.is_tracked(one) for one in handles)
+
+
+def test_a_definition_that_goes_with_a_rollback_may_change_the_domain() -> None:
+    last: list[Callable[[], None]] = []
+
+    class Ends(DomainDef):
+        def __del__(self) -> None:
+            if last:
+                last.pop()()
+
+    doms = filled("a")
+    sample = doms.peek(name="a").definition
+    with doms.get(name="a") as dom:
+        dom.definition = Ends(**{name: getattr(sample, name) for name in sample.__struct_fields__})
+        last.append(lambda: setattr(dom, "data", "new"))
+        dom.rollback()
+        assert not last and dom.data == "new"
+    assert doms.peek(name="a").data == "new"
+
+
+def test_a_class_of_ones_own_for_all_handles() -> None:
+    code = """
+import sys, weakref
+from shmdomains import Domain, DomainList, domain_list
+
+class Mine(Domain):
+    __slots__ = ()
+
+domain_list.Domain = Mine
+doms = DomainList(max_domains=2)
+doms.define(sys.argv[1])
+before = sys.getrefcount(Mine)
+for _ in range(100):
+    with doms.get(name="a") as dom:
+        assert type(dom) is Mine
+    weak = weakref.ref(dom)  # such a one dies as Python does it
+    del dom
+    assert weak() is None
+print(sys.getrefcount(Mine) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, XML.format("a")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
