@@ -287,6 +287,8 @@ class DomainListRules(_Store):
         blob = definition.encode()
         try:
             return self._create(uuid, definition.name, blob, persistent, timeout)
+        except DomainExists:
+            raise  # it is not ours to take back
         except BaseException:
             self._take_back_made(uuid)
             raise

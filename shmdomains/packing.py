@@ -14,7 +14,7 @@ import msgspec
 _ENCODER = msgspec.msgpack.Encoder()
 
 # Buffers that nobody uses now: to make one takes as long as to fill it. There are never more than
-# threads that were in `pack` at once.
+# there were calls of `pack` at once: by threads, and by signal handlers in the middle of one.
 _SPARE: list[bytearray] = []
 _KEPT = 1 << 16
 

@@ -11,6 +11,7 @@ import gc
 import math
 import os
 import pickle
+import signal
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Iterator
@@ -921,6 +922,31 @@ def test_assign_def_gives_a_uuid(doms: DomainList) -> None:
             assert isinstance(dom.uuid, UUID) and dom.uuid.version == 4
             assert dom.definition.uuid == dom.uuid
             assert str(dom.uuid) in dom.definition.to_xml()
+
+
+@pytest.mark.parametrize(("name", "uuid"), [("web1", WEB1), ("web1", WEB2), ("web2", WEB1)])
+def test_what_a_signal_handler_defines_in_the_middle_of_assign_def_stays(
+    doms: DomainList, monkeypatch: pytest.MonkeyPatch, name: str, uuid: UUID
+) -> None:
+    encode = DomainDef.encode
+
+    def interrupted(given: DomainDef) -> bytes:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGUSR1)
+        return encode(given)
+
+    def handler(*_: object) -> None:
+        doms.assign_def(definition(name, uuid)).unlock()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    monkeypatch.setattr(DomainDef, "encode", interrupted)
+    try:
+        with doms.locked(), pytest.raises(DomainExists, match="by a signal handler"):
+            doms.assign_def(definition("web1", WEB1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [(info.name, info.uuid) for info in doms] == [(name, uuid)]
+    assert doms.check().problems == []
 
 
 def test_assign_def_replaces_an_inactive_domains_definition(

@@ -612,8 +612,8 @@ cdef class Decoded:
 cdef class Blobs:
     """What is large of an `Info` and was copied with it, decoded when first asked for.
 
-    Filled before the `Info` is handed out, unless that is damaged; what is not filled leads nowhere,
-    so nobody may make one, or an `Info`, from a pickle.
+    Filled before the `Info` is handed out, unless that is damaged; what is not filled leads
+    nowhere, so nobody may make one, or an `Info`, from a pickle.
     """
     cdef Decoded decoded
     cdef uint32_t slot
@@ -1453,18 +1453,22 @@ cdef class Segment:
         return self.look(&key, True, deadline)
 
     def _is_new(self, uuid, name):
-        """Whether no domain has this uuid, and none this name. List lock held, so it stays so until
-        `_create`."""
+        """Whether no domain has this uuid, and none this name. List lock held, so that only a
+        signal handler of this thread can change it."""
         cdef sd_key key
-        cdef uint32_t slot
         self.need_list("assign_def")
         sd_ask_to_insert(self.segment)
-        key.what = SD_UUID_INDEX
         uuid_words(uuid, key.uuid)
-        if sd_find(self.segment, &key, &slot) != SD_MISS:
+        return bool(set_name(key.name, name)) and self.is_free(&key)
+
+    cdef bint is_free(self, sd_key *key) noexcept:
+        """Whether no domain has the uuid of this key, and none its name. List lock held."""
+        cdef uint32_t slot
+        key.what = SD_UUID_INDEX
+        if sd_find(self.segment, key, &slot) != SD_MISS:
             return False
         key.what = SD_NAME_INDEX
-        return bool(set_name(key.name, name)) and sd_find(self.segment, &key, &slot) == SD_MISS
+        return sd_find(self.segment, key, &slot) == SD_MISS
 
     def _glance(self, *, uuid=None, name=None, id=None):
         """`peek` without definitions and data."""
@@ -1581,9 +1585,8 @@ cdef class Segment:
     # --- for the rules: what a store offers ---
 
     def _create(self, uuid, name, bytes definition, bint persistent, timeout=None):
-        """A new record, committed and locked. List lock held; duplicates were looked for."""
-        cdef uint64_t words[2]
-        cdef unsigned char raw[252]
+        """A new record, committed and locked. List lock held."""
+        cdef sd_key key
         cdef sd_values values
         cdef sd_blob blobs[3]
         cdef uint32_t slot
@@ -1594,8 +1597,8 @@ cdef class Segment:
         cdef int result
         self.need_list("assign_def")
         self.may_wait(deadline)
-        uuid_words(uuid, words)
-        if not set_name(raw, name):
+        uuid_words(uuid, key.uuid)
+        if not set_name(key.name, name):
             raise errors.InvalidName(f"{name!r} can not be a domain's name")
         memset(&values, 0, sizeof(values))
         memset(blobs, 0, sizeof(blobs))
@@ -1604,8 +1607,14 @@ cdef class Segment:
         values.flags = SD_FLAG_PERSISTENT if persistent else 0
         set_change(&blobs[SD_DEFINITION], definition)
         record = self.new_record()
+        # The caller has looked, but a signal handler of this thread may have run since, and holds
+        # what we hold. From here on it is told so.
+        if not self.is_free(&key):
+            raise errors.DomainExists(
+                f"a domain with the name '{name}' or the uuid {uuid_object(key.uuid)} was defined "
+                "meanwhile by a signal handler of this thread")
         self.lock_free_slot(&slot, &link, deadline, timeout)
-        result = sd_insert(self.segment, slot, link, words, raw, &values, blobs, deadline)
+        result = sd_insert(self.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
         if result != SD_OK:
             if epoch == sd_fork_epoch:  # else it is our parent's
                 self.release_slot(slot, False)
