@@ -2,12 +2,14 @@
  *
  *   limits ROUNDS     prints a name and the nanoseconds of one, line by line:
  *     lock            an uncontended robust, process-shared mutex: lock and unlock
+ *     line            a cache line from one process that stores to it to another, and back, halved
  *     hand-over       from one process to another that sleeps on a futex, and back, halved
  *     memcpy          a definition of 2 KB, out of 64 MB of them in random order
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -49,6 +51,44 @@ static double lock_and_unlock(long rounds)
         pthread_mutex_unlock(mutex);
     }
     return (now() - begin) / (double)rounds;
+}
+
+/* The other one may be waiting for this processor. */
+static void spin_for(_Atomic uint32_t *word, uint32_t value)
+{
+    for (int spins = 0; atomic_load(word) != value;)
+        if (++spins % 10000 == 0) sched_yield();
+}
+
+/* Move to the n-th of the processors that this process may use. */
+static void move_to(int n)
+{
+    cpu_set_t allowed, one;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    CPU_ZERO(&one);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &allowed) && n-- == 0) CPU_SET(cpu, &one);
+    if (CPU_COUNT(&one)) sched_setaffinity(0, sizeof one, &one);
+}
+
+static double pass_line(long rounds)
+{
+    _Atomic uint32_t *turn = shared(4096);
+    cpu_set_t allowed;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    pid_t child = fork();
+    if (child < 0) perror("limits: fork"), exit(1);
+    move_to(child ? 0 : 1);
+    if (!child) {
+        for (long i = 0; i < rounds; i++) spin_for(turn, 1), atomic_store(turn, 0);
+        _exit(0);
+    }
+    double begin = now();
+    for (long i = 0; i < rounds; i++) atomic_store(turn, 1), spin_for(turn, 0);
+    double took = now() - begin;
+    waitpid(child, NULL, 0);
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    return took / (double)(2 * rounds);
 }
 
 static void wait_for(_Atomic uint32_t *word, uint32_t value)
@@ -98,6 +138,7 @@ int main(int count, char **arguments)
     long rounds = count > 1 ? atol(arguments[1]) : 0;
     if (rounds < 1000) return fprintf(stderr, "usage: limits ROUNDS (1000 at least)\n"), 2;
     printf("lock %.2f\n", lock_and_unlock(rounds));
+    printf("line %.2f\n", pass_line(rounds / 10));
     printf("hand-over %.2f\n", hand_over(rounds / 100));
     printf("memcpy %.2f\n", copy(rounds));
     return 0;

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 NAMES = {
     "statements": "limit: the statements of a find, on what does nothing",
     "lock": "limit: robust lock and unlock, in C",
+    "line": "limit: a cache line to another process, in C",
     "hand-over": "limit: hand-over to a sleeping process, in C",
     "memcpy": "limit: copy of a definition, in C",
 }

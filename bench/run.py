@@ -136,19 +136,21 @@ class Runner:
             self._drop(host, error)
 
     def _single(self, domains: int) -> None:
-        for work in SINGLE:
-            self._say(f"{domains:,} domains: {work}")
+        """A work's rounds lie far apart: what is slow for some seconds spoils one of each, not one
+        work's median."""
+        walls: dict[tuple[str, str], list[float]] = {}
+        cpus: dict[tuple[str, str], list[float]] = {}
+        for seed in range(self._plan.rounds):
+            self._say(f"{domains:,} domains: round {seed + 1} of {self._plan.rounds}")
             self._touch()
-            walls: dict[tuple[str, str], list[float]] = {}
-            cpus: dict[tuple[str, str], list[float]] = {}
-            for seed in range(self._plan.rounds):
+            for work in SINGLE:
                 for host, timings in self._all("measure", work, self._plan.aim, seed):
                     for timing in timings:
                         key = (timing.work, host.contestant.name)
                         walls.setdefault(key, []).append(timing.wall)
                         cpus.setdefault(key, []).append(timing.cpu)
-            for key, seconds in walls.items():
-                self.results.add(*key, domains, seconds, cpus[key])
+        for key, seconds in walls.items():
+            self.results.add(*key, domains, seconds, cpus[key])
 
     def _room(self, domains: int) -> None:
         self._say(f"{domains:,} domains: room")
