@@ -486,6 +486,18 @@ def test_an_id_leads_to_no_handle_with_another_uuid(
     assert doms.check()
 
 
+@pytest.mark.parametrize("uuid", [None, UUID(int=77)])
+@pytest.mark.parametrize("index", [0, 1], ids=["of uuids", "of names"])
+def test_nothing_is_defined_where_an_index_is_damaged(
+    doms: DomainList, planted: Planted, index: int, uuid: UUID | None
+) -> None:
+    new = DomainDef.from_xml(xml("new", uuid))
+    where = planted.header("list_level") + 8 * index
+    with planted.changed(where, 99), doms.locked(), pytest.raises(SegmentCorrupt):
+        doms.assign_def(new, timeout=0)
+    assert doms.peek(name="new") is None and doms.check()
+
+
 def test_the_pid_of_a_dead_holder_says_nothing_of_a_uuid(
     doms: DomainList, planted: Planted
 ) -> None:

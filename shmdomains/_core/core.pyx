@@ -1459,16 +1459,18 @@ cdef class Segment:
         self.need_list("assign_def")
         sd_ask_to_insert(self.segment)
         uuid_words(uuid, key.uuid)
-        return bool(set_name(key.name, name)) and self.is_free(&key)
+        return bool(set_name(key.name, name)) and self.find_either(&key) == SD_MISS
 
-    cdef bint is_free(self, sd_key *key) noexcept:
-        """Whether no domain has the uuid of this key, and none its name. List lock held."""
+    cdef int find_either(self, sd_key *key) noexcept:
+        """Whether a domain has the uuid of this key, or its name: as sd_find. List lock held."""
         cdef uint32_t slot
+        cdef int result
         key.what = SD_UUID_INDEX
-        if sd_find(self.segment, key, &slot) != SD_MISS:
-            return False
+        result = sd_find(self.segment, key, &slot)
+        if result != SD_MISS:
+            return result
         key.what = SD_NAME_INDEX
-        return sd_find(self.segment, key, &slot) == SD_MISS
+        return sd_find(self.segment, key, &slot)
 
     def _glance(self, *, uuid=None, name=None, id=None):
         """`peek` without definitions and data."""
@@ -1609,10 +1611,13 @@ cdef class Segment:
         record = self.new_record()
         # The caller has looked, but a signal handler of this thread may have run since, and holds
         # what we hold. From here on it is told so.
-        if not self.is_free(&key):
+        result = self.find_either(&key)
+        if result == SD_OK:
             raise errors.DomainExists(
                 f"a domain with the name '{name}' or the uuid {uuid_object(key.uuid)} was defined "
                 "meanwhile by a signal handler of this thread")
+        if result != SD_MISS:
+            fail(result, f"define domain {name!r}")
         self.lock_free_slot(&slot, &link, deadline, timeout)
         result = sd_insert(self.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
         if result != SD_OK:
