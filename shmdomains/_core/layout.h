@@ -136,8 +136,10 @@ typedef struct {
     /* line 1 */
     sd_word uuid[2];     /* List + slot lock, while FREE (I1): a dead writer leaves a FREE slot */
     sd_fields copy0;     /* Slot lock (I3) */
-    sd_word sum_and_pid; /* high half: checksum of uuid, written with it (I1).  Low half: pid of
-                            died_who, stored before it.  Slot lock */
+    sd_word sum_and_pid; /* high half: checksum of uuid, written with it (I1): a dead writer leaves a
+                            FREE slot, and the next insert writes it again.  Low half: pid of
+                            died_who, stored before it under the slot lock: a dead recoverer leaves
+                            a dead mutex, and the next one stores it again */
     /* line 2 */
     sd_fields copy1;
     sd_owner owner;      /* Slot lock */
