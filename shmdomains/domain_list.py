@@ -13,6 +13,7 @@ the list lock is held, so waits for domains can not form a cycle.
 from __future__ import annotations
 
 import fcntl
+import logging
 import multiprocessing
 import os
 import uuid as uuid_module
@@ -41,6 +42,7 @@ from .errors import (
     DomainRemoved,
     DomainTransient,
     InvalidName,
+    LockTimeout,
     SegmentCorrupt,
     SegmentExists,
     SegmentFull,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Uuid = str | bytes | uuid_module.UUID
+    _Stamp = tuple[int, int]
     _Store = core.Segment  # what the rules ask of a store, whichever it is
 else:
     _Store = object
@@ -66,6 +69,9 @@ else:
 DomainInfo = core.Info
 Deadline = core.Deadline
 
+logger = logging.getLogger(__name__)
+
+_SLICE = 0.05  # seconds: one lock slice
 DEFAULT_MAX_DOMAINS = 65_536
 DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024
 
@@ -111,23 +117,18 @@ class LockedDomains(core.Records):
 
 
 class _Commit:
-    """The commit of one record that a change of files belongs to; see `config.Commit`.
-
-    A new record was committed as it was made: it counts once all of `make` is done.
-    """
+    """The commit of one record that a change of files belongs to; see `config.Commit`."""
 
     def __init__(self, dom: Domain, make: Callable[[], object]) -> None:
         self._dom = dom
         self._make = make
         self._before = dom._stamp
-        self._made = False
 
     def __call__(self) -> None:
         self._make()
-        self._made = True
 
     def happened(self) -> bool:
-        return self._made or self._dom._stamp != self._before
+        return self._dom._stamp != self._before
 
 
 def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
@@ -252,28 +253,38 @@ class DomainListRules(_Store):
         ...     dom.name, dom.persistent, dom.definition.memory
         ('web1', True, 1024)
         """
+        return self._assign(definition, persistent, timeout)[0]
+
+    def _assign(
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None,
+        timeout: float | None,
+    ) -> tuple[Domain, _Stamp | None]:
+        """`assign_def`; with the stamp of a new record as it was made, for `_take_back`."""
         self._need_list_lock("assign_def")
         known = self._known(definition)
         if known is None:
-            return self._make(definition, bool(persistent), timeout)
+            dom = self._make(definition, bool(persistent), timeout)
+            return dom, dom._stamp
         if isinstance(definition, EncodedDef):
             definition = definition.decoded()
         if definition.uuid is None:
             definition = definition.replace(uuid=known.uuid)
-        dom = self.find_by_uuid(known.uuid, timeout)
-        if dom is None:  # removing needs the list lock, which is ours
-            raise SegmentCorrupt(f"domain '{known.name}' is there and can not be found by its uuid")
+        found = self.find_by_uuid(known.uuid, timeout)
+        if found is None:  # removing needs the list lock, which is ours
+            raise SegmentCorrupt(f"domain '{known.name}' is there and cannot be found by its uuid")
         try:
-            if dom.is_active:
-                dom.next_definition = definition
+            if found.is_active:
+                found.next_definition = definition
             else:
-                dom.definition = definition
+                found.definition = definition
             if persistent is not None:
-                dom.persistent = persistent
+                found.persistent = persistent
         except BaseException:
-            dom._pass_on()
+            found._pass_on()
             raise
-        return dom
+        return found, None
 
     def _make(
         self, definition: DomainDef | EncodedDef, persistent: bool, timeout: float | None
@@ -285,12 +296,14 @@ class DomainListRules(_Store):
                 definition = definition.decoded()
             definition = definition.replace(uuid=uuid)
         blob = definition.encode()
+        made: list[Domain | None] = [None]
         try:
-            return self._create(uuid, definition.name, blob, persistent, timeout)
-        except DomainExists:
-            raise  # it is not ours to take back
+            return self._create(uuid, definition.name, blob, persistent, timeout, made)
         except BaseException:
-            self._take_back_made(uuid)
+            # A signal handler may raise as `_create` returns. In a child that it forked the record
+            # is its parent's, and not locked.
+            if made[0] is not None and made[0].is_locked:
+                self._remove(made[0])
             raise
 
     def _known(self, definition: DomainDef | EncodedDef) -> core.Info | None:
@@ -394,24 +407,33 @@ class DomainListRules(_Store):
 
         `definition` may be XML. An active domain gets it as `next_definition`. No lock is needed;
         the list lock is taken. If the config file can not be saved nothing is defined: the domain
-        is as it was before (virDomainDefineXML). What is raised after that is done - no memory for
-        the info, a signal handler of yours - leaves it defined, in memory and on disk. Raises
+        is as it was before, and a new one is removed, unless somebody else changed it meanwhile
+        (virDomainDefineXML). What is raised after that is done - no memory for the info, a signal
+        handler of yours - leaves it defined, in memory and on disk. Taking back may take a lock
+        slice (50 ms) longer than `timeout`. Raises
         `DefinitionError`, `DomainExists`, `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
         """
         deadline = Deadline(timeout)
         definition = _as_definition(definition)
-        dom, commit, existed = None, None, True
+        dom, made, commit = None, None, None
         try:
             with self._list_held(deadline.left()):
-                existed = self._known(definition) is not None
-                dom = self.assign_def(definition, True, deadline.left())
+                dirs = self._config_dirs()
+                # Where there are files a new domain is persistent with its file, and not before.
+                persistent = True if dirs is None else None
+                dom, made = self._assign(definition, persistent, deadline.left())
+                if dirs is not None:
+                    dom.persistent = True
             commit = _Commit(dom, lambda: dom.commit(deadline.left()))
-            self._save_and_commit(dom, commit, deadline)
+            if dirs is None:
+                commit()
+            else:
+                dirs.save(dom.next_definition or dom.definition, deadline.left(), commit)
             info = self.peek(uuid=dom.uuid, timeout=None)
         except BaseException:
             # It is not locked in a child that a signal handler forked: there it is our parent's.
             if dom is not None and dom.is_locked and (commit is None or not commit.happened()):
-                self._take_back(dom, existed)
+                self._take_back(dom, made, deadline.left())
             raise
         finally:
             if dom is not None:
@@ -419,32 +441,33 @@ class DomainListRules(_Store):
         assert info is not None  # we held it
         return info
 
-    def _save_and_commit(self, dom: Domain, commit: _Commit, deadline: Deadline) -> None:
-        dirs = self._config_dirs()
-        if dirs is None:  # and no file says that a new domain is there for good
-            dom.commit(deadline.left())
-        else:
-            dirs.save(dom.next_definition or dom.definition, deadline.left(), commit)
+    def _take_back(self, dom: Domain, made: _Stamp | None, timeout: float | None) -> None:
+        """Undo an `_assign` after a failure. The domain is unlocked and as it was; a new one is
+        removed, unless somebody else changed it while it was not locked.
 
-    def _take_back(self, dom: Domain, existed: bool) -> None:
-        """Undo an `assign_def` after a failure: nobody holds the domain, it is as it was, and one
-        that did not exist is removed, unless somebody made use of it meanwhile."""
-        dom._pass_on()
-        if existed:
+        Without the comparison another process's `define` of the same domain, which waited for the
+        lock, saved its file and returned, would be lost with the record. Waits for a slice at
+        least, so that a moment's use of the list lock leaves no new domain behind. What cannot be
+        taken back in time stays, transient if it has no file.
+        """
+        if made is None:
+            dom._pass_on()
             return
-        with (
-            suppress(DomainActive, DomainRemoved),
-            self._list_held(None),
-        ):
-            self.remove_inactive(dom)
-
-    def _take_back_made(self, uuid: uuid_module.UUID | bytes) -> None:
-        """Undo a `_create` that failed, should a signal handler have raised as it returned. Nobody
-        else can have made a domain of this UUID: we hold the list lock, but for a child that a
-        handler forked."""
-        dom = self.find_by_uuid(uuid) if self.is_locked else None
-        if dom is not None:
-            self._take_back(dom, False)
+        deadline = Deadline(None if timeout is None else max(timeout, _SLICE))
+        if not self.is_locked:
+            dom._pass_on()  # the list lock comes first
+        try:
+            with self._list_held(deadline.left()):
+                if not dom.is_locked:
+                    dom.lock(deadline.left())
+                if dom._stamp == made:
+                    self._remove(dom, deadline.left())
+        except DomainRemoved:
+            pass
+        except LockTimeout as exc:
+            logger.warning("domain %s was not taken back, undefine it: %s", dom.uuid, exc)
+        finally:
+            dom._pass_on()
 
     def undefine(
         self,
@@ -526,8 +549,15 @@ class DomainListRules(_Store):
         self._need_ours(dom)
         dirs = self._config_dirs()
         definition = dom.next_definition or dom.definition
-        if dirs is not None:
-            dirs.save(definition, timeout)
+        if dirs is None:
+            return
+
+        def note() -> None:
+            dom.autostart = dom.autostart
+            dom.commit(timeout)
+
+        # Noted in the record, so that nobody takes a domain back whose file somebody else saved.
+        dirs.save(definition, timeout, None if dom.changed else _Commit(dom, note))
 
     def delete_config(self, dom: Domain, timeout: float | None = None) -> None:
         """Remove the domain's config file and autostart link (virDomainDeleteConfig).

@@ -362,11 +362,10 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
     successor = entry.next_definition
     next_definition = None if successor is None else _definition(entry, successor)
     data = _data(entry)
-    dom, existed = None, True
+    dom, made = None, None
     try:
         with doms.locked(timeout):
-            existed = doms._known(definition) is not None
-            dom = doms.assign_def(definition, entry.persistent, timeout)
+            dom, made = doms._assign(definition, entry.persistent, timeout)
         with dom:
             if dom.is_active:
                 dom.rollback()
@@ -374,7 +373,7 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
             _fill(dom, entry, next_definition, data)
     except BaseException:
         if dom is not None:
-            doms._take_back(dom, existed)
+            doms._take_back(dom, made, timeout)
         raise
 
 

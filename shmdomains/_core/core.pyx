@@ -1586,8 +1586,9 @@ cdef class Segment:
 
     # --- for the rules: what a store offers ---
 
-    def _create(self, uuid, name, bytes definition, bint persistent, timeout=None):
-        """A new record, committed and locked. List lock held."""
+    def _create(self, uuid, name, bytes definition, bint persistent, timeout=None, list made=None):
+        """A new record, committed and locked. List lock held. It is put into `made`, a list of one
+        place, before a signal handler can raise in the caller."""
         cdef sd_key key
         cdef sd_values values
         cdef sd_blob blobs[3]
@@ -1626,6 +1627,8 @@ cdef class Segment:
             self.fail(result, f"define domain {name!r}")
         record.lead_to(slot)
         record.own()
+        if made is not None:
+            made[0] = record
         return record
 
     cdef int lock_free_slot(self, uint32_t *slot, sd_word **link, uint64_t deadline,
