@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check
-core := shmdomains/_core
+core := shmdomains/memory/_core
 handwritten := $(filter-out $(core)/core.c,$(wildcard $(core)/*.c))
 say := @printf '==> %s\n'
 
@@ -162,6 +162,12 @@ $(VENV)/.installed-build: $(VENV)/pyvenv.cfg pyproject.toml
 	@$(pip) install --quiet 'build>=1.2'
 	@touch $@
 
+# The Python files of the package as links in another place, where a core of its own is built. What
+# leads to a file that was moved goes.
+link_package = @mkdir -p $(1) && find $(1) -xtype l -delete && cd shmdomains && \
+    find . -name '*.py' -printf '%h\n' | sort -u | (cd $(abspath $(1)) && xargs mkdir -p) && \
+    find . -name '*.py' -o -name '*.pyi' | (cd $(abspath $(1)) && xargs -I @ ln -sf '$(abspath shmdomains)/@' @)
+
 # The core once more, under the same name, with a hook in front of each store into a segment that
 # kills the process there (tests/test_crash_points.py asks for the file of the Python that runs it).
 # It stays in build/: the Python files are links, and nothing of it gets into a wheel.
@@ -169,11 +175,9 @@ crash := build/crash-points/shmdomains
 crash_hooks := tests/crash_points.c tests/every_store.c
 
 crash-links:
-	@mkdir -p $(crash)/_core
-	@ln -sf $(abspath shmdomains)/*.py $(crash)/
-	@ln -sf $(abspath $(core))/__init__.py $(crash)/_core/
+	$(call link_package,$(crash))
 
-$(crash)/_core/core%.so: $(build_inputs) $(crash_hooks) | crash-links
+$(crash)/memory/_core/core%.so: $(build_inputs) $(crash_hooks) | crash-links
 	$(say) 'building the core with crash points into $(@D)'
 	@$(py) -m cython -3 -o $(@:.so=.c) $(core)/core.pyx
 	@$(CC) -DSD_CRASH_POINTS -std=c11 -O1 -fvisibility=hidden -pthread -fPIC -shared $(CFLAGS) \
@@ -190,7 +194,7 @@ $(crash)/_core/core%.so: $(build_inputs) $(crash_hooks) | crash-links
 # - allocator_may_return_null=1: tests that ask for too much memory expect MemoryError;
 # - abort_on_error=1: a finding is the death of the process, which no test takes for its own doing.
 sanitize := build/sanitize
-sanitized_core := $(sanitize)/shmdomains/_core
+sanitized_core := $(sanitize)/shmdomains/memory/_core
 c_tests := tests/core_test.c $(handwritten) $(wildcard $(core)/*.h)
 c_flags := -std=c11 -O1 -g -fno-omit-frame-pointer -pthread -I$(core)
 
@@ -246,9 +250,7 @@ sanitize-suite: sanitizers $(VENV)/.installed-test sanitize-links
 	    $(PYTEST_ARGS)
 
 sanitize-links:
-	@mkdir -p $(sanitized_core)
-	@ln -sf $(abspath shmdomains)/*.py $(sanitize)/shmdomains/
-	@ln -sf $(abspath $(core))/__init__.py $(abspath $(core))/core.pyi $(sanitized_core)/
+	$(call link_package,$(sanitize)/shmdomains)
 	@ln -sfn $(abspath tests) $(sanitize)/tests
 	@ln -sfn $(abspath bench) $(sanitize)/bench
 	@ln -sf $(abspath pyproject.toml) $(abspath README.md) $(sanitize)/
@@ -258,7 +260,7 @@ $(say) 'building the core, installing shmdomains$(1) and what it needs into $(VE
 $(check_machine)
 @rm -f $(core)/core.c $(core)/core$$($(py) -c 'import sysconfig as s; print(s.get_config_var("EXT_SUFFIX"))')
 @$(pip) install --quiet --editable '.$(1)'
-@$(py) -c 'import shmdomains._core.core as core; print(core.__file__)' > $(VENV)/.installed.new
+@$(py) -c 'import shmdomains.memory._core.core as core; print(core.__file__)' > $(VENV)/.installed.new
 @mv $(VENV)/.installed.new $(VENV)/.installed
 endef
 

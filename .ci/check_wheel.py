@@ -24,10 +24,10 @@ def check_contents(wheel: Path) -> None:
     sources = [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd"))]
     if sources:
         sys.exit(f"{wheel.name} carries sources: {' '.join(sources)}")
-    for wanted in ("shmdomains/py.typed", "shmdomains/_core/core.pyi"):
+    for wanted in ("shmdomains/py.typed", "shmdomains/memory/_core/core.pyi"):
         if wanted not in names:
             sys.exit(f"{wheel.name} lacks {wanted}")
-    if not any(fnmatch(name, "shmdomains/_core/core.*.so") for name in names):
+    if not any(fnmatch(name, "shmdomains/memory/_core/core.*.so") for name in names):
         sys.exit(f"{wheel.name} lacks the core")
 
 

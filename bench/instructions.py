@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CORE = HERE.parent / "shmdomains" / "_core"
+CORE = HERE.parent / "shmdomains" / "memory" / "_core"
 RECORDED = HERE / "instructions.json"
 WITHIN = 0.15
 SHORT, LONG = 50, 250  # as in counted.py and counted.c

@@ -10,8 +10,6 @@ if not _sys.platform.startswith("linux"):
     raise ImportError("shmdomains runs on Linux with the GNU C library only")
 
 from .config import LoadFailure, LoadReport
-from .definition import DomainDef, OSDef
-from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 from .domain import Domain
 from .domain_list import (
     AttachedProcess,
@@ -60,8 +58,8 @@ from .errors import (
     WrongList,
 )
 from .holder import LockHolder
-from .invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
-from .segment_file import SegmentFile, segments
+from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
+from .memory.segment_file import SegmentFile, segments
 from .states import (
     BlockedReason,
     CrashedReason,
@@ -73,6 +71,8 @@ from .states import (
     ShutdownReason,
     ShutoffReason,
 )
+from .xml.definition import DomainDef, OSDef
+from .xml.devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 
 if not getattr(_sys, "_is_gil_enabled", lambda: True)():
     # Importing the core turns it on, unless it was turned off by force.

@@ -14,12 +14,12 @@ from uuid import UUID
 
 import msgpack
 
-from . import holder
-from ._core import core
-from .definition import DomainDef
 from .errors import DefinitionError, DomainActive, DomainInactive
+from .memory import callbacks as holder
+from .memory._core import core
 from .names import parse_uuid
 from .states import REASONS, DomainState, RunningReason, ShutoffReason
+from .xml.definition import DomainDef
 
 if TYPE_CHECKING:
     _Record = core.Record  # what the rules ask of a record, whoever keeps it

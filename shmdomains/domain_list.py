@@ -28,10 +28,8 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from . import config, holder, segment_file
-from ._core import core
+from . import config
 from .config import ConfigDirs, LoadReport
-from .definition import DomainDef, EncodedDef
 from .domain import Domain
 from .errors import (
     AlreadyLocked,
@@ -52,10 +50,13 @@ from .errors import (
     ShmDomainsError,
     UncommittedChanges,
 )
-from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
+from .memory import holder, segment_file
+from .memory._core import core
+from .memory.invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
 from .names import check_name, parse_uuid
 from .packing import pack
 from .states import DomainState
+from .xml.definition import DomainDef, EncodedDef
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,6 +13,7 @@ from uuid import UUID
 import msgspec
 
 from .errors import DefinitionError, InvalidName
+from .text import shortened, shown
 
 MAX_NAME_BYTES = 251
 """255, the longest file name, less four for ``.xml``."""
@@ -108,17 +109,3 @@ def parse_uuid(value: str | bytes | UUID) -> UUID:
     raise DefinitionError(
         f"malformed uuid: a uuid.UUID, str or 16 bytes, not {type(value).__name__}", "uuid"
     )
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """The text as far as an error shows it: what is refused may be megabytes long.
-
-    >>> shortened("a long text", 6)
-    'a long...'
-    """
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def shown(text: str) -> str:
-    """`shortened`, in quotes and on one line."""
-    return repr(shortened(text))

@@ -23,8 +23,6 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from .config import _discard, _sync_directory, _temporary
-from .definition import DomainDef
 from .domain import decode_data
 from .errors import (
     Busy,
@@ -36,9 +34,12 @@ from .errors import (
     SegmentFull,
     ShmDomainsError,
 )
-from .names import check_name, shortened, shown
+from .files import discard, sync_directory, temporary_name
+from .names import check_name
 from .packing import pack
 from .states import DomainState
+from .text import shortened, shown
+from .xml.definition import DomainDef
 
 if TYPE_CHECKING:
     from .domain import Domain
@@ -287,7 +288,7 @@ class _XmlFiles:
 
     def sync(self) -> int:
         if self._names:
-            _sync_directory(self._folder)
+            sync_directory(self._folder)
         return len(self._names)
 
 
@@ -298,7 +299,7 @@ def new_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
     It takes the name from whatever has it, a link or another's file, and never writes into that;
     without `overwrite` a name that is taken is `FileExistsError`.
     """
-    temporary = _temporary(path.parent)
+    temporary = temporary_name(path.parent)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o600), "wb") as stream:
@@ -311,7 +312,7 @@ def new_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
         else:
             _name_anew(temporary, path)
     finally:
-        _discard(temporary)
+        discard(temporary)
 
 
 def _name_anew(temporary: Path, path: Path) -> None:

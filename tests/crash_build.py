@@ -30,7 +30,7 @@ def build() -> Path:
     # Of the `make` that runs the tests, if one does, only the compiler and its flags matter.
     mine = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "VENV"}
     done = subprocess.run(
-        ["make", f"build/crash-points/shmdomains/_core/{core}", f"py={sys.executable}"],
+        ["make", f"build/crash-points/shmdomains/memory/_core/{core}", f"py={sys.executable}"],
         cwd=TESTS.parent,
         env={key: value for key, value in os.environ.items() if key not in mine},
         stdout=subprocess.PIPE,

@@ -46,12 +46,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shmdomains import DomainDef, DomainList, DomainState, segment_file
-from shmdomains._core import core
+from shmdomains import DomainDef, DomainList, DomainState
 from shmdomains.config import ConfigDirs
 from shmdomains.domain import encode_data
 from shmdomains.domain_list import _encode_dirs
 from shmdomains.errors import LockTimeout
+from shmdomains.memory import segment_file
+from shmdomains.memory._core import core
 
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64

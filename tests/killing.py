@@ -37,7 +37,7 @@ from typing import Any, NoReturn
 from shmdomains import Domain, DomainDef, DomainList
 
 TESTS = Path(__file__).resolve().parent
-CORE = TESTS.parent / "shmdomains" / "_core"
+CORE = TESTS.parent / "shmdomains" / "memory" / "_core"
 DEADLINE = 10.0
 WAITERS = 0x80000000  # of a robust mutex's first word, as in linux/futex.h
 OWNER_DIED = 0x40000000

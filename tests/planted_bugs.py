@@ -20,6 +20,8 @@ from pathlib import Path
 
 from killing import CORE, TESTS
 
+PACKAGE = TESTS.parent / "shmdomains"
+
 FOLDER = TESTS.parent / "build" / "planted-bugs"
 
 BUGS = {
@@ -176,7 +178,7 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
 
 def plant(bug: str) -> None:
     """Turn one on, in this process, which has the core with bugs."""
-    from shmdomains._core import core
+    from shmdomains.memory._core import core
 
     ctypes.c_long.in_dll(ctypes.CDLL(core.__file__), "sd_planted").value = BUGS[bug]
 
@@ -191,13 +193,15 @@ def build() -> Path:
 
 
 def _build(package: Path) -> None:
-    source, binary = package / "_core", package / "_core" / f"core{_SUFFIX}"
+    source = package / CORE.relative_to(PACKAGE)
+    binary = source / f"core{_SUFFIX}"
     texts = {file.name: _with_bugs(file) for file in _SOURCES}
     wanted = hashlib.sha256(repr((sorted(texts.items()), _OPTIONS)).encode()).hexdigest()
     stamp = package / "built-from"
     source.mkdir(parents=True, exist_ok=True)
-    for file in [*CORE.parent.glob("*.py"), CORE / "__init__.py"]:
-        link = package / file.relative_to(CORE.parent)
+    for file in PACKAGE.rglob("*.py"):
+        link = package / file.relative_to(PACKAGE)
+        link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(file)
     if binary.exists() and stamp.exists() and stamp.read_text() == wanted:

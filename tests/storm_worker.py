@@ -23,7 +23,7 @@ from uuid import UUID
 from killing import DEADLINE, Pipe, libc, xml
 
 from shmdomains import Domain, DomainInfo, DomainList, LockTimeout
-from shmdomains._core import core
+from shmdomains.memory._core import core
 
 QUIET_TURNS = 40
 OWN = 3  # domains that a worker defines, renames and undefines; nobody else changes them

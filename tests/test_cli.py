@@ -24,8 +24,8 @@ from click.testing import CliRunner, Result
 from helpers import thread_party, xml
 
 import shmdomains
-from shmdomains import DomainList, DomainState, cli_domains, cli_tables, cli_types
-from shmdomains.cli import cli
+from shmdomains import DomainList, DomainState
+from shmdomains.cli import cli, domains, tables, types
 
 SAMPLES = Path(__file__).parent / "data" / "domains"
 DEADLINE = 30
@@ -524,11 +524,11 @@ def test_a_domain_that_goes_between_look_and_lock(
     loaded: DomainList, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def find_domain(doms: DomainList, key: str) -> shmdomains.DomainInfo:
-        info = cli_types.find_domain(doms, key)
+        info = types.find_domain(doms, key)
         loaded.undefine(uuid=info.uuid)
         return info
 
-    monkeypatch.setattr(cli_domains, "find_domain", find_domain)
+    monkeypatch.setattr(domains, "find_domain", find_domain)
     name, *rest = command
     assert failure(name, "web1", *rest) == "failed to get domain 'web1': it was removed just now"
 
@@ -1046,9 +1046,9 @@ def test_stress_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(config_dir=config_dir, **options)
         return 1
 
-    from shmdomains import stress
+    from shmdomains.stress import storm
 
-    monkeypatch.setattr(stress, "run", run)
+    monkeypatch.setattr(storm, "run", run)
     invoke("stress", SAMPLES, status=1)
     assert seen == {
         "config_dir": SAMPLES, "workers": 4, "seconds": 5.0, "kill": False, "start": "fork",
@@ -1075,7 +1075,7 @@ def test_stress_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
      ("3m", 3 << 20), ("1GiB", 1 << 30), ("1tb", 10**12)],
 )  # fmt: skip
 def test_sizes_are_read_as_libvirt_does(text: str, number: int) -> None:
-    assert cli_types.size(text) == number
+    assert types.size(text) == number
 
 
 @pytest.mark.parametrize(
@@ -1089,16 +1089,16 @@ def test_sizes_are_read_as_libvirt_does(text: str, number: int) -> None:
     ],
 )
 def test_control_characters_are_shown_as_escapes(text: str, shown: str) -> None:
-    assert cli_tables.printable(text) == shown
+    assert tables.printable(text) == shown
 
 
 def test_errors_are_one_line(segment_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli_tables.Failure("first\nsecond").show()
+    tables.Failure("first\nsecond").show()
     assert capsys.readouterr().err == "error: first\\nsecond\n"
 
 
 def test_errors_are_described_without_numbers() -> None:
-    describe: Callable[[BaseException], str] = cli_tables.describe
+    describe: Callable[[BaseException], str] = tables.describe
     assert describe(OSError(2, "No such file", "/x")) == "/x: No such file"
     assert describe(OSError(28, "No space left")) == "No space left"
     assert describe(OSError("just text")) == "just text"

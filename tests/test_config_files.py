@@ -19,8 +19,8 @@ import sys
 import textwrap
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -28,18 +28,10 @@ from unittest.mock import Mock
 import psutil
 import pytest
 
-from shmdomains import config
-from shmdomains.config import (
-    BATCH,
-    ConfigDirs,
-    LoadFailure,
-    LoadReport,
-    load_all,
-    parse,
-    parse_all,
-    scan,
-)
-from shmdomains.definition import DomainDef
+from shmdomains import config, files
+from shmdomains.config import BATCH, ConfigDirs, LoadFailure, LoadReport, change, load_all, scan
+from shmdomains.config import parse as parsing
+from shmdomains.config.parse import ParsedFile, parse_file, parse_files
 from shmdomains.errors import (
     AlreadyLocked,
     ConfigError,
@@ -50,6 +42,23 @@ from shmdomains.errors import (
     LockTimeout,
     SegmentFull,
 )
+from shmdomains.xml.definition import DomainDef, EncodedDef
+
+
+def parse(path: Path) -> DomainDef | LoadFailure:
+    return decoded(parse_file(str(path)))
+
+
+def parse_all(
+    paths: Iterable[Path], workers: int | None = None
+) -> Iterator[tuple[Path, DomainDef | LoadFailure]]:
+    with closing(parse_files([str(path) for path in paths], workers)) as items:
+        for item in items:
+            yield Path(item.path), decoded(item)
+
+
+def decoded(item: ParsedFile) -> DomainDef | LoadFailure:
+    return item.result.decoded() if isinstance(item.result, EncodedDef) else item.result
 
 
 def domain_xml(name: str, note: str = "", number: int | None = None) -> str:
@@ -414,7 +423,7 @@ STOP_AT = """
     import os, sys
     from pathlib import Path
     from shmdomains.config import ConfigDirs
-    from shmdomains.definition import DomainDef
+    from shmdomains.xml.definition import DomainDef
 
     call, nth = sys.argv[1], int(sys.argv[2])
     real, seen = getattr(os, call), 0
@@ -497,7 +506,7 @@ def test_two_processes_save_the_same_name(dirs: ConfigDirs, tmp_path: Path) -> N
         import sys
         from pathlib import Path
         from shmdomains.config import ConfigDirs
-        from shmdomains.definition import DomainDef
+        from shmdomains.xml.definition import DomainDef
         dirs = ConfigDirs(Path(sys.argv[1]))
         definition = DomainDef.from_xml(Path(sys.argv[2]).read_text())
         print("ready", flush=True)
@@ -606,7 +615,7 @@ def test_leftovers_of_the_dead_are_swept(dirs: ConfigDirs) -> None:
 
 def test_a_leftover_of_our_own_pid_is_stepped_over(dirs: ConfigDirs) -> None:
     dirs.config_dir.mkdir()
-    following = next(config._numbers) + 1
+    following = next(files._numbers) + 1
     for number in range(following, following + 5):
         (dirs.config_dir / f".tmp-{os.getpid()}-{number}").write_text("from a former process")
     dirs.save(domain("web1"))
@@ -628,13 +637,13 @@ def test_sweeping_a_huge_directory_is_rationed(
 
     dirs = ConfigDirs(dirs.config_dir)
     dirs.config_dir.mkdir()
-    monkeypatch.setattr(config.time, "monotonic", lambda: now)
-    monkeypatch.setattr(config.os, "listdir", slow)
+    monkeypatch.setattr(change.time, "monotonic", lambda: now)
+    monkeypatch.setattr(change.os, "listdir", slow)
     for expected, later in [(1, 0.0), (1, 9.9), (2, 0.2), (2, 1.0)]:
         now += later
         with monkeypatch.context() as patch:
             # Only the sweep reads the clock that stands still.
-            patch.setattr(config, "_DirectoryLock", Mock())
+            patch.setattr(change, "_DirectoryLock", Mock())
             dirs.save(domain("web1"))
         assert len(listed) == expected
 
@@ -871,12 +880,12 @@ def test_the_whole_of_a_file_is_read_whatever_size_it_tells(
 ) -> None:
     source = Path("/proc/self/cmdline")
     assert source.stat().st_size == 0
-    assert config._read(str(source))[1] == source.read_bytes() != b""
+    assert parsing._read(str(source))[1] == source.read_bytes() != b""
     path = tmp_path / "web1.xml"
     path.write_text(domain_xml("web1") + " " * 100_000)
     real = os.read
     monkeypatch.setattr(os, "read", lambda fd, size: real(fd, min(size, 7)))
-    assert config._read(str(path))[1] == path.read_bytes()
+    assert parsing._read(str(path))[1] == path.read_bytes()
 
 
 def test_a_fault_of_the_parser_is_one_files_failure(
@@ -888,7 +897,7 @@ def test_a_fault_of_the_parser_is_one_files_failure(
     def broken(text: bytes) -> DomainDef:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(config.DomainDef, "from_xml", broken)
+    monkeypatch.setattr(parsing.DomainDef, "from_xml", broken)
     assert "RecursionError: too deep" in failure(path).reason
     assert "Traceback" in caplog.text
 
@@ -904,7 +913,7 @@ def test_file_names_of_any_bytes(tmp_path: Path) -> None:
     text.encode()
 
 
-# --- parse_all ------------------------------------------------------------------------------
+# --- parsing in other processes -------------------------------------------------------------
 
 
 def many(dirs: ConfigDirs, count: int) -> dict[Path, DomainDef | LoadFailure]:
@@ -914,33 +923,30 @@ def many(dirs: ConfigDirs, count: int) -> dict[Path, DomainDef | LoadFailure]:
 
 
 @pytest.mark.parametrize("workers", [None, 0, 1, 2, 3])
-def test_parse_all_keeps_the_order(dirs: ConfigDirs, workers: int | None) -> None:
+def test_parsing_keeps_the_order(dirs: ConfigDirs, workers: int | None) -> None:
     expected = many(dirs, 150)
-    calls: list[tuple[int, int]] = []
     shuffled = sorted(expected, key=lambda path: path.name[::-1])
-    items = list(parse_all(shuffled, workers, lambda done, total: calls.append((done, total))))
-    assert items == list(expected.items())
-    assert calls == [(n, 150) for n in range(1, 151)]
+    assert list(parse_all(shuffled, workers)) == [(path, expected[path]) for path in shuffled]
     assert list(parse_all([], workers)) == []
 
 
-def test_parse_all_refuses_negative_workers() -> None:
+def test_parsing_refuses_negative_workers() -> None:
     with pytest.raises(ValueError, match="workers"):
-        parse_all([], -1)
+        parse_files([], -1)
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are ready, or gone, before the first file is parsed: else this process may be done
     with all of them by then."""
-    start = config._Worker.__init__
+    start = parsing._Worker.__init__
 
-    def wait_too(worker: config._Worker) -> None:
+    def wait_too(worker: parsing._Worker) -> None:
         start(worker)
         if worker._process is not None:
             assert worker._answers.poll(60)
 
-    monkeypatch.setattr(config._Worker, "__init__", wait_too)
+    monkeypatch.setattr(parsing._Worker, "__init__", wait_too)
 
 
 @pytest.mark.usefixtures("started")
@@ -948,13 +954,13 @@ def test_workers_do_the_parsing(dirs: ConfigDirs, monkeypatch: pytest.MonkeyPatc
     """Each takes two lists of 64; with nothing left to give out this process waits for them."""
     expected = many(dirs, 6 * BATCH)
     parsed_here: list[str] = []
-    parse_here = config._parse
+    parse_here = parsing.parse_file
 
-    def note(path: str) -> config._Parsed:
+    def note(path: str) -> ParsedFile:
         parsed_here.append(path)
         return parse_here(path)
 
-    monkeypatch.setattr(config, "_parse", note)
+    monkeypatch.setattr(parsing, "parse_file", note)
     assert dict(parse_all(list(expected)[: 2 * BATCH + 3], 2)) | expected == expected
     assert parsed_here == [str(path) for path in list(expected)[2 * BATCH : 2 * BATCH + 3]]
     parsed_here.clear()
@@ -981,7 +987,7 @@ def test_paths_that_are_longer_than_a_pipe(dirs: ConfigDirs) -> None:
 def test_nobody_waits_for_a_worker_that_starts(
     dirs: ConfigDirs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "_WORKER_CODE", "import time; time.sleep(3600)")
+    monkeypatch.setattr(parsing, "_WORKER_CODE", "import time; time.sleep(3600)")
     expected = many(dirs, 300)
     before = children()
     assert dict(parse_all(expected, 3)) == expected
@@ -999,9 +1005,9 @@ def test_a_killed_worker_loses_nothing(
     """Killed with what it was given, before it can answer."""
     expected = many(dirs, 300)
     before = children()
-    take = config._Worker.take
+    take = parsing._Worker.take
 
-    def take_and_die(worker: config._Worker, number: int, paths: list[str]) -> None:
+    def take_and_die(worker: parsing._Worker, number: int, paths: list[str]) -> None:
         assert worker._process is not None
         if number == 2:
             process = psutil.Process(worker._process.pid)
@@ -1012,7 +1018,7 @@ def test_a_killed_worker_loses_nothing(
         if number == 2:
             worker._process.kill()
 
-    monkeypatch.setattr(config._Worker, "take", take_and_die)
+    monkeypatch.setattr(parsing._Worker, "take", take_and_die)
     assert list(parse_all(expected, 3)) == list(expected.items())
     assert caplog.text.count("is lost") == 1
     assert children() == before
@@ -1046,7 +1052,7 @@ def test_workers_that_fail(
     code: str,
 ) -> None:
     expected = many(dirs, 150)
-    monkeypatch.setattr(config, "_WORKER_CODE", code)
+    monkeypatch.setattr(parsing, "_WORKER_CODE", code)
     assert dict(parse_all(expected, 2)) == expected
     assert "parsed in this process" in caplog.text
 
@@ -1062,7 +1068,7 @@ def test_workers_that_can_not_start(
 
 def test_an_abandoned_iterator_leaves_no_process(dirs: ConfigDirs) -> None:
     before = children()
-    items = parse_all(many(dirs, 300), 3)
+    items = parse_files([str(path) for path in many(dirs, 300)], 3)
     next(items)
     assert len(children()) == len(before) + 2
     del items
@@ -1074,9 +1080,10 @@ def test_workers_from_threads_daemons_and_plain_scripts(dirs: ConfigDirs) -> Non
     # No `if __name__ == "__main__"`, and a daemonic process: both stop multiprocessing's own pools.
     code = """
         import multiprocessing, sys, threading
-        from shmdomains.config import parse_all, scan
+        from pathlib import Path
+        from shmdomains.config.parse import parse_files, scan_paths
         def work():
-            print(len(list(parse_all(scan(sys.argv[1]), 2))), flush=True)
+            print(len(list(parse_files(scan_paths(Path(sys.argv[1])), 2))), flush=True)
         print("start", flush=True)
         thread = threading.Thread(target=work); thread.start(); thread.join()
         process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
@@ -1091,8 +1098,9 @@ def test_ctrl_c_reaches_the_parent_only(dirs: ConfigDirs) -> None:
     many(dirs, 300)
     code = """
         import sys
-        from shmdomains.config import parse_all, scan
-        items = parse_all(scan(sys.argv[1]), 3)
+        from pathlib import Path
+        from shmdomains.config.parse import parse_files, scan_paths
+        items = parse_files(scan_paths(Path(sys.argv[1])), 3)
         next(items)
         try:
             print("running", flush=True)
@@ -1111,8 +1119,9 @@ def test_workers_die_with_a_killed_parent(dirs: ConfigDirs) -> None:
     many(dirs, 300)
     code = """
         import sys
-        from shmdomains.config import parse_all, scan
-        items = parse_all(scan(sys.argv[1]), 3)
+        from pathlib import Path
+        from shmdomains.config.parse import parse_files, scan_paths
+        items = parse_files(scan_paths(Path(sys.argv[1])), 3)
         next(items)
         print("running", flush=True)
         sys.stdin.read()

@@ -20,8 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree
 
-from shmdomains import document
-from shmdomains.definition import (
+from shmdomains.errors import DefinitionError, InvalidName
+from shmdomains.packing import pack
+from shmdomains.xml import document
+from shmdomains.xml.definition import (
     ConsoleDef,
     DiskDef,
     DomainDef,
@@ -31,8 +33,6 @@ from shmdomains.definition import (
     OSDef,
     parse_memory,
 )
-from shmdomains.errors import DefinitionError, InvalidName
-from shmdomains.packing import pack
 
 SAMPLES = sorted((Path(__file__).parent / "data" / "domains").glob("*.xml"))
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from lxml import etree
 
-from shmdomains.definition import DomainDef
 from shmdomains.errors import DefinitionError
+from shmdomains.xml.definition import DomainDef
 
 PLACE = os.environ.get("SHMDOMAINS_LIBVIRT_XML")
 FOLDER = (

@@ -55,8 +55,8 @@ from shmdomains import (
     UncommittedChanges,
     WrongList,
 )
-from shmdomains.definition import EncodedDef
 from shmdomains.domain_list import Deadline
+from shmdomains.xml.definition import EncodedDef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

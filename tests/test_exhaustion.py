@@ -33,7 +33,8 @@ from shmdomains import (
     SegmentFull,
     ShmDomainsError,
 )
-from shmdomains.config import ConfigDirs, parse
+from shmdomains.config import ConfigDirs
+from shmdomains.config.parse import parse_file
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 MIB = 1 << 20
@@ -1179,7 +1180,7 @@ def test_read_only_filesystem(small_filesystem: Path) -> None:
         assert info.value.errno == errno.EROFS
         assert str(small_filesystem) in str(info.value.filename)
     assert files(small_filesystem) == before
-    assert isinstance(parse(dirs.config_file("web1")), DomainDef)
+    assert isinstance(parse_file(str(dirs.config_file("web1"))).result, DomainDef)
 
 
 def refuse_to_write(config: Path) -> None:

@@ -48,11 +48,11 @@ from shmdomains import (
     SegmentError,
     ShmDomainsError,
 )
-from shmdomains.devices import KINDS
-from shmdomains.document import MAX_BYTES
 from shmdomains.domain import decode_data, encode_data
 from shmdomains.domain_list import _decode_dirs
 from shmdomains.transfer import export_domains, import_domains
+from shmdomains.xml.devices import KINDS
+from shmdomains.xml.document import MAX_BYTES
 
 SAMPLES = sorted((Path(__file__).parent / "data" / "domains").glob("*.xml"))
 MIB = 1 << 20

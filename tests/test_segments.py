@@ -41,8 +41,8 @@ from shmdomains import (
     SegmentPoisoned,
     SegmentRefused,
     ShmDomainsError,
-    segment_file,
 )
+from shmdomains.memory import segment_file
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.usefixtures("segment_dir")]
 
@@ -262,7 +262,8 @@ def test_a_killed_creator_leaves_nothing(segment_dir: Path, party: Party) -> Non
     party.start(
         "from pathlib import Path\n"
         "def die(fd): os.ftruncate(fd, 1 << 20); os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"shmdomains.segment_file.create(Path({str(segment_dir / 's.segment')!r}), 384, None, die)"
+        "from shmdomains.memory import segment_file\n"
+        f"segment_file.create(Path({str(segment_dir / 's.segment')!r}), 384, None, die)"
     )
     with pytest.raises((EOFError, ConnectionResetError)):
         party.answer()

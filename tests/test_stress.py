@@ -28,8 +28,10 @@ import pytest
 from helpers import SOAK
 from rich.console import Console
 
-from shmdomains import CheckReport, Domain, DomainDef, DomainList, stress, stress_proof
-from shmdomains.stress_journal import (
+from shmdomains import CheckReport, Domain, DomainDef, DomainList
+from shmdomains.stress import proof as stress_proof
+from shmdomains.stress import storm as stress
+from shmdomains.stress.journal import (
     Intent,
     Journal,
     Kind,
@@ -44,7 +46,7 @@ from shmdomains.stress_journal import (
     settle,
     verify,
 )
-from shmdomains.stress_worker import Worker
+from shmdomains.stress.worker import Worker
 
 SAMPLES = Path(__file__).parent / "data" / "domains"
 XML = """<domain type='kvm'><name>{}</name><uuid>{}</uuid><memory>1024</memory>
@@ -414,7 +416,7 @@ def test_an_exception_is_told_in_one_line(directory: Path, monkeypatch: pytest.M
     assert status == 1
     assert re.search(
         r"worker \d \(process \d+\): RuntimeError: the roof is on fire "
-        r"\(at test_stress.py:\d+ touch < stress_worker.py:\d+ _prepare",
+        r"\(at test_stress.py:\d+ touch < worker.py:\d+ _prepare",
         text,
     )
     assert "✓ every acknowledged change" in text  # it failed in order: nothing was lost
@@ -496,7 +498,7 @@ faulthandler.dump_traceback_later(60, exit=True)  # a hang says where
 from multiprocessing import util
 from pathlib import Path
 from rich.console import Console
-from shmdomains import stress
+from shmdomains.stress import storm as stress
 
 def interrupt(*processes):
     if processes and not interrupted:

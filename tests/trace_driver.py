@@ -49,7 +49,7 @@ from crash_driver import (
 )
 
 from shmdomains import DomainList
-from shmdomains._core import core
+from shmdomains.memory._core import core
 
 PAGE = 4096
 NEVER = 1 << 40  # a point that is not reached

@@ -20,6 +20,9 @@ from typing import Any
 
 import msgspec
 
+from ..errors import DefinitionError
+from ..names import check_text
+from ..packing import pack
 from .document import (
     Children,
     Element,
@@ -35,9 +38,6 @@ from .document import (
     set_text,
     text_of,
 )
-from .errors import DefinitionError
-from .names import check_text
-from .packing import pack
 
 
 class DiskDef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from . import stress_proof
-from .stress_journal import LIST, Journal, Kind, duration_of
+from . import proof
+from .journal import LIST, Journal, Kind, duration_of
 
 
 class View:
@@ -38,7 +38,7 @@ class View:
         self._console.print(Text(text, style))
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[stress_proof.Progress]:
+    def progress(self, label: str) -> Iterator[proof.Progress]:
         """Show a function `(done, total)` at work. Refreshed by who calls it: no thread."""
         self._label, self.note, self._state = label, "", (0, 0)
         now = time.monotonic()
@@ -108,7 +108,7 @@ class View:
         table.add_row("all", _rate(total / elapsed), "", "", "", "")
         self._console.print(table)
 
-    def finding(self, finding: stress_proof.Finding) -> None:
+    def finding(self, finding: proof.Finding) -> None:
         if not finding.complete and not finding.problems:
             self.say(f"- {finding.claim}: not looked at to the end", "yellow")
             return
@@ -128,10 +128,10 @@ class View:
         self._problems(failures, "bold red")
 
     def _problems(self, problems: list[str], style: str) -> None:
-        for problem in problems[: stress_proof.EXAMPLES]:
+        for problem in problems[: proof.EXAMPLES]:
             self.say(f"    {problem}", style)
-        if len(problems) > stress_proof.EXAMPLES:
-            self.say(f"    and {len(problems) - stress_proof.EXAMPLES:,} more", style)
+        if len(problems) > proof.EXAMPLES:
+            self.say(f"    and {len(problems) - proof.EXAMPLES:,} more", style)
 
     def explain(self, notes: list[str], journal: Journal) -> None:
         """Why a lock may stick, if one did."""

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from lxml import etree
 
-from .errors import DefinitionError
-from .names import shortened
+from ..errors import DefinitionError
+from ..text import shortened
 
 MAX_BYTES = 16 * 1024 * 1024
 """The largest document and the largest blob: what a record of the list may hold."""

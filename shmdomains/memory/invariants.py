@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from .holder import LockHolder
+from ..holder import LockHolder
 
 INVARIANTS: dict[str, str] = {
     "I1 identity": "A slot says for sure whether a domain lives in it, and each has a UUID and a "

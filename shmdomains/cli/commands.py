@@ -22,11 +22,14 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from . import __version__, cli_domains, cli_segments, segment_file
-from .cli_tables import Failure, describe, is_broken_pipe, is_terminal, print_warning
-from .cli_types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
-from .config import LoadFailure
-from .errors import ShmDomainsError
+from .. import __version__
+from ..config import LoadFailure
+from ..errors import ShmDomainsError
+from ..memory import segment_file
+from . import domains as domain_commands
+from . import segments as segment_commands
+from .tables import Failure, describe, is_broken_pipe, is_terminal, print_warning
+from .types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
 
 PROGRAM = "shmdomains"
 INTERRUPTED = 130
@@ -67,7 +70,7 @@ class _WarningsToStderr(logging.Handler):
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("shmdomains")
     handler = _WarningsToStderr(logging.WARNING)
     logger.addHandler(handler)
     try:
@@ -104,20 +107,20 @@ def cli(ctx: click.Context, segment: str) -> None:
 
 
 for _command in (
-    cli_segments.load,
-    cli_domains.list_domains,
-    cli_domains.dominfo,
-    cli_domains.dumpxml,
-    cli_domains.define,
-    cli_domains.undefine,
-    cli_domains.rename,
-    cli_domains.autostart,
-    cli_segments.segments,
-    cli_segments.check,
-    cli_segments.recover,
-    cli_segments.export_command,
-    cli_segments.import_command,
-    cli_segments.unlink_segment,
+    segment_commands.load,
+    domain_commands.list_domains,
+    domain_commands.dominfo,
+    domain_commands.dumpxml,
+    domain_commands.define,
+    domain_commands.undefine,
+    domain_commands.rename,
+    domain_commands.autostart,
+    segment_commands.segments,
+    segment_commands.check,
+    segment_commands.recover,
+    segment_commands.export_command,
+    segment_commands.import_command,
+    segment_commands.unlink_segment,
 ):
     cli.add_command(_command)
 
@@ -179,9 +182,9 @@ def stress(
         raise click.UsageError(f"--seconds is {seconds}; it has to end.")
     from rich.console import Console
 
-    from . import stress as stress_module
+    from ..stress import storm
 
-    status = stress_module.run(
+    status = storm.run(
         config_dir,
         workers=workers,
         seconds=seconds,

@@ -28,7 +28,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from .errors import (
+from ..errors import (
     SegmentExists,
     SegmentFull,
     SegmentInUse,

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
-from . import segment_file
-from .domain_list import DomainInfo, DomainList, unlink
-from .errors import DefinitionError, DomainNotFound
-from .names import parse_uuid
+from ..domain_list import DomainInfo, DomainList, unlink
+from ..errors import DefinitionError, DomainNotFound
+from ..memory import segment_file
+from ..names import parse_uuid
 
 SEGMENT_VARIABLE = "SHMDOMAINS_SEGMENT"
 COMPLETE_VARIABLE = "_SHMDOMAINS_COMPLETE"

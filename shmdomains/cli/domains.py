@@ -13,7 +13,12 @@ from typing import Any
 
 import click
 
-from .cli_tables import (
+from ..config import MAX_FILE_BYTES
+from ..domain_list import Deadline, DomainInfo, DomainList
+from ..errors import DomainNotFound, SegmentError, ShmDomainsError
+from ..states import DomainState
+from ..xml.definition import DomainDef
+from .tables import (
     Column,
     describe,
     print_error,
@@ -24,7 +29,7 @@ from .cli_tables import (
     print_table,
     printable,
 )
-from .cli_types import (
+from .types import (
     Target,
     domain_argument,
     find_domain,
@@ -34,11 +39,6 @@ from .cli_types import (
     timeout_option,
     to_read,
 )
-from .config import MAX_FILE_BYTES
-from .definition import DomainDef
-from .domain_list import Deadline, DomainInfo, DomainList
-from .errors import DomainNotFound, SegmentError, ShmDomainsError
-from .states import DomainState
 
 # --- list -----------------------------------------------------------------------------------
 

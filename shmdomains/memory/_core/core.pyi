@@ -8,10 +8,10 @@ from uuid import UUID
 
 from typing_extensions import Self
 
-from ..definition import DomainDef
-from ..domain import Domain
-from ..holder import LockHolder
-from ..states import DomainState
+from ...domain import Domain
+from ...holder import LockHolder
+from ...states import DomainState
+from ...xml.definition import DomainDef
 
 _Uuid: TypeAlias = str | bytes | UUID
 

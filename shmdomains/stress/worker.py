@@ -3,7 +3,7 @@
 It picks operations and domains at random, half of the time among a few that all workers want, and
 uses the public interface only, as a VM manager's worker would: no lock is held while it chooses,
 every wait has a time-out. Before each change it writes its intent into its page of the journal and
-after it the acknowledgement; see stress_journal.py.
+after it the acknowledgement; see journal.py.
 
 Every domain it looks at is checked as it passes: the parts of a record must agree, a domain that
 was loaded must be there, and the worker's own count of changes must be what it acknowledged. The
@@ -26,11 +26,11 @@ from typing import Any
 
 import msgspec
 
-from .domain import Domain
-from .domain_list import DomainInfo, DomainList
-from .errors import Busy, DomainRemoved, LockTimeout
-from .states import DomainState, PausedReason, RunningReason, ShutoffReason
-from .stress_journal import (
+from ..domain import Domain
+from ..domain_list import DomainInfo, DomainList
+from ..errors import Busy, DomainRemoved, LockTimeout
+from ..states import DomainState, PausedReason, RunningReason, ShutoffReason
+from .journal import (
     LIST,
     OWN,
     Intent,

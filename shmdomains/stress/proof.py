@@ -18,9 +18,9 @@ from uuid import UUID
 
 import msgspec
 
-from .domain_list import DomainList
-from .errors import Busy, LockTimeout, ShmDomainsError
-from .stress_journal import (
+from ..domain_list import DomainList
+from ..errors import Busy, LockTimeout, ShmDomainsError
+from .journal import (
     OWN,
     Intent,
     Journal,

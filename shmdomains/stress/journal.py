@@ -31,12 +31,12 @@ from uuid import UUID
 
 import msgspec
 
-from .errors import Busy, LockTimeout
+from ..errors import Busy, LockTimeout
 
 if TYPE_CHECKING:
-    from .definition import DomainDef
-    from .domain import Domain
-    from .domain_list import DomainInfo, DomainList
+    from ..domain import Domain
+    from ..domain_list import DomainInfo, DomainList
+    from ..xml.definition import DomainDef
 
 OWN = 8  # domains that each worker may have defined at a time
 LONG_WAIT_NS = 1_000_000

@@ -23,12 +23,13 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
+from ..errors import DefinitionError
+from ..names import check_name, check_text, parse_uuid
+from ..packing import pack
+from ..text import shortened, shown
 from . import devices, document
 from .devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 from .document import MAX_BYTES, Element
-from .errors import DefinitionError
-from .names import check_name, check_text, parse_uuid, shortened, shown
-from .packing import pack
 
 __all__ = [
     "ConsoleDef",

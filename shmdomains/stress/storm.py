@@ -1,8 +1,8 @@
 """`shmdomains stress`: a list of real domains, worker processes that use it hard, and the proof.
 
 `run` loads a directory of libvirt domain XML into a list in a memfd, adds clones if asked for,
-starts workers (stress_worker.py), kills and replaces them at random moments if asked for, shows
-how it goes (stress_view.py), and at the end prints what was done and proven (stress_proof.py). The
+starts workers (worker.py), kills and replaces them at random moments if asked for, shows
+how it goes (view.py), and at the end prints what was done and proven (proof.py). The
 directory is only read: the list forgets it once it is loaded, so nothing that a worker defines or
 removes reaches it. Nothing is left behind, neither files nor processes.
 
@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rich.console import Console
 
-from . import config, stress_proof, stress_worker
-from .domain_list import DomainList
-from .errors import LockTimeout, ShmDomainsError
-from .stress_journal import OWN, Journal, Page, Plan, Word, separator_for
-from .stress_view import View
+from .. import config
+from ..domain_list import DomainList
+from ..errors import LockTimeout, ShmDomainsError
+from . import proof, worker
+from .journal import OWN, Journal, Page, Plan, Word, separator_for
+from .view import View
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -103,7 +104,7 @@ def _storm_and_prove(
         storm.run(seconds)
         with view.progress("proving") as show:
             timeout = min(PROOF_TIMEOUT, plan.lock_timeout)
-            findings, cut_short = stress_proof.prove(doms, journal, plan, timeout, show)
+            findings, cut_short = proof.prove(doms, journal, plan, timeout, show)
     finally:
         journal.close()
     view.table(journal, max(storm.elapsed, 0.001))  # Ctrl-C may have come before anything began
@@ -173,7 +174,7 @@ def _load_files(doms: DomainList, config_dir: Path, view: View) -> list[tuple[by
     # The directory is the user's: what the workers define and remove must not reach it.
     with doms.locked():
         doms._set_settings(b"")
-    for failure in report.failures[: stress_proof.EXAMPLES]:
+    for failure in report.failures[: proof.EXAMPLES]:
         view.say(f"not loaded: {failure}", "yellow")
     if not report.loaded:
         raise FileNotFoundError(f"no domain of {config_dir} could be loaded")
@@ -316,7 +317,7 @@ class _Storm:
         """Start the workers, and the clock once all of them got to work."""
         start = self._context.get_start_method()
         if start == "forkserver":
-            self._context.set_forkserver_preload([stress_worker.__name__])
+            self._context.set_forkserver_preload([worker.__name__])
         if start != "fork":
             # Its own start unblocks SIGINT, which `_start` wants blocked while a child begins.
             resource_tracker.ensure_running()
@@ -327,7 +328,7 @@ class _Storm:
             self._tick(TICK)
         self._began = time.monotonic()
 
-    def _blow(self, seconds: float, show: stress_proof.Progress) -> None:
+    def _blow(self, seconds: float, show: proof.Progress) -> None:
         end = self._began + seconds
         if self._kill:
             for post in self._living:
@@ -382,7 +383,7 @@ class _Storm:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = self._context.Process(  # type: ignore[attr-defined]
-                target=stress_worker.work,
+                target=worker.work,
                 args=(self._doms, self._journal, self._plan, post.number, random.getrandbits(64)),
                 daemon=True,
             )
@@ -431,7 +432,7 @@ class _Storm:
         if code == 0:
             if not self._journal.stopped:
                 self.failures.append(f"{label} ended by itself")
-        elif code == stress_worker.STUCK and self._plan.forgiving:
+        elif code == worker.STUCK and self._plan.forgiving:
             self.notes.append(f"{label} was {post.page.text}")
         elif code < 0:
             name = signal.Signals(-code).name

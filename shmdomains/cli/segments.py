@@ -17,8 +17,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from . import segment_file
-from .cli_tables import (
+from ..config import LoadFailure, LoadReport
+from ..domain_list import AttachedProcess, DomainList, ListInfo
+from ..errors import DefinitionError, ShmDomainsError
+from ..memory import segment_file
+from ..memory.invariants import INVARIANTS, CheckReport, RecoverReport, lock_text
+from ..transfer import export_domains, export_xml, import_domains, new_file
+from .tables import (
     Column,
     Failure,
     count_text,
@@ -33,7 +38,7 @@ from .cli_tables import (
     printable,
     size_text,
 )
-from .cli_types import (
+from .types import (
     Target,
     flag,
     format_option,
@@ -42,11 +47,6 @@ from .cli_types import (
     timeout_option,
     to_read,
 )
-from .config import LoadFailure, LoadReport
-from .domain_list import AttachedProcess, DomainList, ListInfo
-from .errors import DefinitionError, ShmDomainsError
-from .invariants import INVARIANTS, CheckReport, RecoverReport, lock_text
-from .transfer import export_domains, export_xml, import_domains, new_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress

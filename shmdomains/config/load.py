@@ -1,0 +1,182 @@
+"""Loading a config directory into a list: every file becomes a persistent domain.
+
+The module knows nothing of where records live: `load_all` needs two methods of its store. Source:
+virDomainObjListLoadAllConfigs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import ContractError, SegmentError, SegmentFull, ShmDomainsError
+from ..text import shown_path
+from ..xml.definition import DomainDef, EncodedDef
+from .change import SUFFIX, ConfigDirs, check_timeout
+from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_paths
+from .report import LoadFailure, LoadReport
+
+logger = logging.getLogger(__package__)
+
+REPARSES = 3  # of a file that is replaced again and again while it is being loaded
+
+Progress = Callable[[int, int], object]
+
+
+class _LockedDomain(Protocol):
+    autostart: bool
+
+    @property
+    def changed(self) -> bool: ...
+    def commit(self, timeout: float | None = None) -> None: ...
+    def _pass_on(self) -> None: ...
+
+
+class Store(Protocol):
+    """What `load_all` needs of a list of domains; `DomainList` has it."""
+
+    def locked(self, timeout: float | None = None) -> AbstractContextManager[object]: ...
+
+    def assign_def(
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None = None,
+        timeout: float | None = None,
+    ) -> _LockedDomain: ...
+
+
+def load_all(
+    store: Store,
+    dirs: ConfigDirs,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    timeout: float | None = None,
+) -> LoadReport:
+    """Load every config file as a persistent domain (virDomainObjListLoadAllConfigs).
+
+    The caller holds no lock. Files are parsed, by this process and by others up to `workers` in
+    all, before the list lock is taken, which is held for 64 files at a time, in sorted order. A
+    file that was replaced since it was parsed is parsed again, so another process' `save` is never
+    overwritten by what stood there before. Each domain takes `autostart` from its link where there
+    is an autostart directory. `progress` is called with (done, total), without a lock, first
+    with 0.
+
+    What is wrong with one file is logged as a warning and reported; the others are loaded.
+    `timeout` in seconds is for each wait: for a domain it is that file's failure, for the list
+    lock it is `LockTimeout`. A mistake in the use of locks (`ContractError`) or a segment that is
+    closed or damaged is raised.
+
+    As in libvirt a file need not be named after its domain; but the file that is goes before
+    others of the same domain (a forgotten ``web1-backup.xml``), else the first in order, and the
+    others are failures.
+    """
+    check_timeout(timeout)
+    paths = scan_paths(dirs.config_dir)
+    with closing(parse_files(paths, workers)) as items:
+        return _Loader(store, dirs, paths, timeout).load(items, progress)
+
+
+class _Loader:
+    def __init__(
+        self, store: Store, dirs: ConfigDirs, paths: list[str], timeout: float | None
+    ) -> None:
+        self._store = store
+        self._dirs = dirs
+        self._timeout = timeout
+        self._paths = set(paths)
+        self._inside = os.path.join(dirs.config_dir, "")
+        self._loaded: dict[str, str] = {}
+        self._failures: list[LoadFailure] = []
+
+    def load(self, items: Iterator[ParsedFile], progress: Progress | None) -> LoadReport:
+        done = 0
+        if progress is not None:
+            progress(done, len(self._paths))
+        while batch := list(itertools.islice(items, BATCH)):
+            self._load_batch(batch)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(self._paths))
+        self._warn_of_other_names()
+        return LoadReport(list(self._loaded), sorted(self._failures, key=lambda f: f.path))
+
+    def _load_batch(self, batch: list[ParsedFile]) -> None:
+        for _ in range(1 + REPARSES):
+            with self._store.locked(self._timeout):
+                stale = [item.path for item in batch if not self._load_item(item)]
+            if not stale:
+                return
+            batch = [parse_file(path) for path in stale]
+        for path in stale:
+            self._fail(LoadFailure(Path(path), None, "the file is being replaced again and again"))
+
+    def _load_item(self, item: ParsedFile) -> bool:
+        """Assign one definition, list lock held; False if the file is to be parsed again."""
+        if isinstance(item.result, LoadFailure):
+            self._fail(item.result)
+            return True
+        reason = self._conflict(item.path, item.result.name)
+        if reason is not None:
+            self._fail(LoadFailure(Path(item.path), None, reason))
+            return True
+        if item.is_stale():
+            return False
+        try:
+            if not self._assign(item, item.result):
+                return False
+        except ContractError:
+            raise
+        except ShmDomainsError as exc:
+            if isinstance(exc, SegmentError) and not isinstance(exc, SegmentFull):
+                raise
+            self._fail(LoadFailure(Path(item.path), getattr(exc, "line", None), str(exc)))
+            return True
+        self._loaded[item.result.name] = item.path
+        return True
+
+    def _assign(self, item: ParsedFile, definition: DomainDef | EncodedDef) -> bool:
+        dom = self._store.assign_def(definition, persistent=True, timeout=self._timeout)
+        try:
+            # Who had the domain while we waited for it may have saved another definition.
+            if dom.changed and item.is_stale():
+                return False
+            if self._dirs.autostart_dir is not None:
+                autostart = self._dirs.points_to(Path(item.path))
+                if dom.autostart != autostart:
+                    dom.autostart = autostart
+            dom.commit()
+        finally:
+            dom._pass_on()
+        return True
+
+    def _conflict(self, path: str, name: str) -> str | None:
+        own = self._own_path(name)
+        if path != own and own in self._paths:
+            return f"domain '{name}' has a file of its own, {name + SUFFIX}"
+        if name in self._loaded:
+            return f"domain '{name}' was loaded from {shown_path(self._loaded[name])}"
+        return None
+
+    def _own_path(self, name: str) -> str:
+        return self._inside + name + SUFFIX
+
+    def _fail(self, failure: LoadFailure) -> None:
+        logger.warning("not loaded: %s", failure)
+        self._failures.append(failure)
+
+    def _warn_of_other_names(self) -> None:
+        # Saves go to NAME.xml and deletes remove that, so such a file survives its domain.
+        others = [(p, name) for name, p in self._loaded.items() if p != self._own_path(name)]
+        if others:
+            path, name = others[0]
+            logger.warning(
+                "%s not named after the domain (%s holds '%s'): undefine will not remove it",
+                "1 file is" if len(others) == 1 else f"{len(others)} files are",
+                shown_path(path),
+                name,
+            )

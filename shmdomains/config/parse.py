@@ -1,0 +1,320 @@
+"""Reading the config directory: finding the files and parsing them, here and in other processes.
+
+Whatever is wrong with one file becomes its `LoadFailure` and never stops the others. No filelock is
+taken: a rename never shows half a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Generator
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import ConfigError, DefinitionError
+from ..text import shown_path
+from ..xml.definition import DomainDef, EncodedDef
+from .change import SUFFIX, reported
+from .report import LoadFailure
+
+logger = logging.getLogger(__package__)
+
+MAX_FILE_BYTES = 16 << 20  # as a definition in the segment
+BATCH = 64  # files per hold of the list lock, and at most per message to a parsing worker
+
+
+_Stamp = tuple[int, int, int, int, int]
+"""Tells one content of a file from another: device, inode, size, times of the last changes."""
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
+class ParsedFile(NamedTuple):
+    path: str  # making a Path takes as long as reading the file
+    stamp: _Stamp | None
+    result: DomainDef | EncodedDef | LoadFailure  # encoded if another process parsed it
+
+    def is_stale(self) -> bool:
+        """Whether the file was replaced, changed or removed since it was read."""
+        try:
+            return self.stamp != _stamp(os.stat(self.path))
+        except OSError:
+            return True
+
+
+def scan(config_dir: str | os.PathLike[str]) -> list[Path]:
+    """Return every ``*.xml`` of the directory but dot-files, sorted; none if it does not exist.
+
+    `ConfigError` if it can not be read, or is no directory (virDomainObjListLoadAllConfigs).
+
+    >>> scan("/no/such/directory")
+    []
+    """
+    return [Path(path) for path in scan_paths(Path(config_dir))]
+
+
+def scan_paths(directory: Path) -> list[str]:
+    """`scan`, for whoever has no use for a `Path` of each."""
+    with reported(directory):
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
+            return []
+    inside = os.path.join(directory, "")
+    return [inside + n for n in sorted(names) if n.endswith(SUFFIX) and not n.startswith(".")]
+
+
+def parse_file(path: str) -> ParsedFile:
+    """Read one config file; whatever is wrong with it is its `LoadFailure`.
+
+    Only a regular file (or a link to one) of at most 16 MiB is read, so a FIFO, a device or a
+    directory can not hang or flood the caller.
+
+    >>> print(parse_file("/no/such/file.xml").result)
+    /no/such/file.xml: No such file or directory
+    """
+    stamp = None
+    try:
+        stamp, data = _read(path)
+        return ParsedFile(path, stamp, DomainDef.from_xml(data))
+    except DefinitionError as exc:
+        failure = LoadFailure(Path(path), exc.line, str(exc))
+    except OSError as exc:
+        failure = LoadFailure(Path(path), None, exc.strerror or str(exc))
+    except Exception as exc:  # one file never stops the others, whatever is wrong with our parser
+        logger.exception("%s: the parser failed", shown_path(path))
+        failure = LoadFailure(Path(path), None, f"the parser failed: {type(exc).__name__}: {exc}")
+    return ParsedFile(path, stamp, failure)
+
+
+_TO_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+def _read(path: str) -> tuple[_Stamp, bytes]:
+    # Opening a device can do things by itself, so look before; a FIFO may take the place of a file
+    # between look and open, so do not block, and look again.
+    _check_regular(os.stat(path))
+    fd = os.open(path, _TO_READ)
+    try:
+        status = os.fstat(fd)
+        _check_regular(status)
+        data = os.read(fd, min(status.st_size, MAX_FILE_BYTES) + 1)
+        if len(data) != status.st_size:  # it is just being written, or is of those without a size
+            with open(fd, "rb", closefd=False) as file:
+                data += file.read(MAX_FILE_BYTES + 1 - len(data))
+    finally:
+        os.close(fd)
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(errno.EFBIG, f"more than {MAX_FILE_BYTES >> 20} MiB")
+    return _stamp(status), data
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(errno.EINVAL, "not a regular file")
+
+
+# --- parsing in other processes -------------------------------------------------------------
+
+
+# Not multiprocessing's own: spawn and forkserver run the caller's main module again, daemonic
+# processes may not start others, and its workers outlive a parent that is killed. These end with
+# their input. What anything prints must not get between the answers: it goes to standard error.
+_WORKER_CODE = """\
+import os, sys
+from multiprocessing.connection import Connection
+requests = Connection(os.dup(0), writable=False)
+answers = Connection(os.dup(1), readable=False)
+os.dup2(2, 1)
+sys.path[:] = requests.recv()
+from shmdomains.config.parse import _serve
+_serve(requests, answers)
+"""
+
+# What crosses the pipe for one file: plain tuples, strings and the encoded definition, since a
+# pickled Path, UUID, named tuple or definition costs the parent more than the parsing is worth.
+_Answer = tuple[_Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
+_READY: list[_Answer] = []
+
+
+def _serve(requests: Connection, answers: Connection) -> None:
+    """Run in a worker: say that it is ready, then parse lists of paths until the parent closes the
+    pipe or is gone."""
+    with suppress(EOFError, BrokenPipeError):
+        answers.send(_READY)
+        while True:
+            paths: list[str] = requests.recv()
+            answers.send([_answer(parse_file(path)) for path in paths])
+
+
+def _answer(item: ParsedFile) -> _Answer:
+    result = item.result.decoded() if isinstance(item.result, EncodedDef) else item.result
+    if isinstance(result, LoadFailure):
+        return item.stamp, result
+    try:
+        encoded = EncodedDef.of(result)
+        return item.stamp, (encoded.name, encoded.uuid, encoded.blob)
+    except DefinitionError as exc:
+        return item.stamp, LoadFailure(Path(item.path), exc.line, str(exc))
+
+
+def _answered(path: str, answer: _Answer) -> ParsedFile:
+    stamp, result = answer
+    return ParsedFile(
+        path, stamp, result if isinstance(result, LoadFailure) else EncodedDef(*result)
+    )
+
+
+class _Worker:
+    """Another process that parses, once it has said that it is ready; until then nobody waits for
+    it. What a dead one was to parse is parsed here."""
+
+    _AHEAD = 2  # lists of paths, so that it has one while its answer to another is not read yet
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._given: deque[tuple[int, list[str]]] = deque()
+        self._pipes = ExitStack()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER_CODE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is for the parent, which stops its workers
+            )
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None and stdout is not None
+            with stdin, stdout:
+                self._requests = self._pipe(os.dup(stdin.fileno()), readable=False)
+                self._answers = self._pipe(os.dup(stdout.fileno()), writable=False)
+            with suppress(OSError):  # who has many pipes may not have large ones
+                fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
+            # Two requests that fit in are written without waiting for who may wait for us.
+            self._most = fcntl.fcntl(self._requests.fileno(), fcntl.F_GETPIPE_SZ) // 2
+            self._requests.send(sys.path)
+        except OSError as exc:
+            self._give_up(exc)
+
+    def _pipe(self, fd: int, *, readable: bool = True, writable: bool = True) -> Connection:
+        return self._pipes.enter_context(Connection(fd, readable, writable))
+
+    def has(self, number: int) -> bool:
+        return any(given == number for given, _ in self._given)
+
+    def may_take(self, paths: list[str]) -> bool:
+        if self._process is None or not self._ready or len(self._given) == self._AHEAD:
+            return False
+        return not self._given or sum(len(path) + 32 for path in paths) * 2 < self._most
+
+    def take(self, number: int, paths: list[str]) -> None:
+        self._given.append((number, paths))
+        try:
+            self._requests.send(paths)
+        except OSError as exc:
+            self._give_up(exc)
+
+    def collect(self, wait: bool) -> dict[int, list[ParsedFile]]:
+        """What it has parsed, by number; at least one answer if there is to be a `wait`."""
+        found: dict[int, list[ParsedFile]] = {}
+        try:
+            while self._process is not None and (self._answers.poll(0) or (wait and not found)):
+                answers: list[_Answer] = self._answers.recv()
+                if not self._ready:
+                    self._ready = True
+                    continue
+                number, paths = self._given[0]
+                pairs = zip(paths, answers, strict=True)
+                found[number] = [_answered(path, answer) for path, answer in pairs]
+                self._given.popleft()
+        except Exception as exc:  # whatever comes out of that pipe: no file is lost for it
+            self._give_up(exc)
+        if self._process is None:
+            for number, paths in self._given:
+                found[number] = [parse_file(path) for path in paths]
+            self._given.clear()
+        return found
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        self._pipes.close()
+        process.wait()
+
+    def _give_up(self, exc: Exception) -> None:
+        pid = None if self._process is None else self._process.pid
+        logger.warning(
+            "parsing worker %s is lost (%s): its files are parsed in this process", pid, exc
+        )
+        self.stop()
+
+
+def parse_files(paths: list[str], workers: int | None) -> Generator[ParsedFile, None, None]:
+    """Parse the files in the order of `paths`; without `workers` in this process only.
+
+    With `workers` of 2 or more that many processes parse ahead, this one among them. The others are
+    new interpreters, not forks (a fork of a process with threads may hang), and do not import
+    ``__main__``. The files of a worker that dies are parsed here instead, which is logged. Negative
+    `workers` is a `ValueError`.
+
+    >>> [str(item.result) for item in parse_files(["/no/b.xml"], None)]
+    ['/no/b.xml: No such file or directory']
+    """
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be None or at least 0, not {workers}")
+    if not workers or workers == 1 or len(paths) < 2:
+        return (parse_file(path) for path in paths)
+    return _parse_with_workers(paths, workers)
+
+
+def _parse_with_workers(paths: list[str], count: int) -> Generator[ParsedFile, None, None]:
+    """In order, by this process and as many others as `count` leaves.
+
+    Whoever is free takes the next list of paths, so nobody waits for a worker that starts or is
+    slow; but not without end, for what is parsed ahead is kept in memory.
+    """
+    size = max(1, min(BATCH, len(paths) // count))
+    chunks = [paths[at : at + size] for at in range(0, len(paths), size)]
+    parsed: dict[int, list[ParsedFile]] = {}
+    following = 0
+    pool: list[_Worker] = []
+    try:
+        while len(pool) < min(count, len(chunks)) - 1:
+            pool.append(_Worker())
+        for number in range(len(chunks)):
+            while number not in parsed:
+                for worker in pool:
+                    parsed.update(worker.collect(wait=False))
+                    while following < len(chunks) and worker.may_take(chunks[following]):
+                        worker.take(following, chunks[following])
+                        following += 1
+                if following < len(chunks) and len(parsed) < 8 * count:
+                    following += 1
+                    parsed[following - 1] = [parse_file(path) for path in chunks[following - 1]]
+                elif number not in parsed:
+                    owner = next(worker for worker in pool if worker.has(number))
+                    parsed.update(owner.collect(wait=True))
+            yield from parsed.pop(number)
+    finally:
+        for worker in pool:
+            worker.stop()

@@ -1,0 +1,44 @@
+"""What loading reports: the domains that were loaded, and why other files were not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ..text import counted, shown_path
+
+
+class LoadFailure(msgspec.Struct, frozen=True):
+    """One config file that was not loaded: its path, the line if known, and why.
+
+    >>> print(LoadFailure(Path("/etc/vm/web1.xml"), 3, "missing domain type"))
+    /etc/vm/web1.xml:3: missing domain type
+    """
+
+    path: Path
+    line: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        line = "" if self.line is None else f":{self.line}"
+        return f"{shown_path(self.path)}{line}: {self.reason}"
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """What `load_all` did: names of the domains loaded, in order, and one failure per other file.
+
+    >>> print(LoadReport(["web1"], [LoadFailure(Path("db.xml"), None, "Permission denied")]))
+    1 domain loaded, 1 file failed
+      db.xml: Permission denied
+    """
+
+    loaded: list[str]
+    failures: list[LoadFailure]
+
+    def __str__(self) -> str:
+        head = f"{counted(len(self.loaded), 'domain')} loaded"
+        if not self.failures:
+            return head
+        head += f", {counted(len(self.failures), 'file')} failed"
+        return "\n".join([head, *(f"  {failure}" for failure in self.failures)])

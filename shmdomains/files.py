@@ -1,0 +1,46 @@
+"""The small steps of writing a file so that it is whole, old or new, whenever the writer is killed.
+
+Temporary names are ``.tmp-PID-N``: short, because a domain's name may fill a file name by itself,
+and telling whose they are, so that those of a dead process can be removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+TEMPORARY = re.compile(r"\.tmp-([1-9][0-9]*)-[0-9]+")
+"""A temporary name; its group is the pid of the process that made it."""
+
+_numbers = itertools.count()
+
+
+def temporary_name(directory: Path) -> Path:
+    """Return a name in the directory that is free and that nobody else uses."""
+    while True:
+        path = directory / f".tmp-{os.getpid()}-{next(_numbers)}"
+        # A dead process that had our pid may have left one.
+        if not os.path.lexists(path):
+            return path
+
+
+def discard(path: Path) -> None:
+    """Remove the file if that can be done."""
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries last through a power failure."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # a filesystem that can not sync directories says this
+            raise
+    finally:
+        os.close(fd)

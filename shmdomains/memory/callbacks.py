@@ -1,0 +1,18 @@
+"""What the core calls in Python: `configure` hands it this module.
+
+The core comes here when a wait timed out, when it reports a death or a failed repair, and when a
+lock-free read has to be tried again; never on a path that succeeds.
+"""
+
+from __future__ import annotations
+
+import time
+
+from .holder import dead_holder, failed_repair, lock_timeout
+
+__all__ = ["dead_holder", "failed_repair", "lock_timeout", "pause"]
+
+
+def pause() -> None:
+    """Let writers get on before a lock-free read is tried again."""
+    time.sleep(0.0002)

@@ -1,0 +1,95 @@
+"""Looks up who holds a lock: process, thread, command line, since when, alive or not.
+
+The segment records thread numbers and start times; what people want to know about them is looked up
+here, when a wait timed out or a death is reported, and never on a path that succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+import psutil
+
+from ..errors import LockTimeout
+from ..holder import LockHolder
+from ._core import core
+
+_TICKS = float(os.sysconf("SC_CLK_TCK"))
+
+
+def process_started(start_ticks: int) -> float | None:
+    """Return the epoch seconds of a start that is given in clock ticks since boot; 0 is unknown."""
+    if not start_ticks:
+        return None
+    try:
+        return psutil.boot_time() + start_ticks / _TICKS
+    except OSError:  # reading the time of boot takes a descriptor
+        return None
+
+
+def is_running(pid: int, start_ticks: int) -> bool:
+    """Whether the process that started then still runs; numbers are used again, starts are not.
+
+    Yes if that can not be found out, for lack of descriptors: nobody is called dead by mistake.
+    """
+    return core.process_runs(pid, start_ticks)
+
+
+def command_of(pid: int) -> str | None:
+    """Return the process's command line, its name if that is empty, or ``None`` if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        command = " ".join(process.cmdline()) or process.name()
+    except (psutil.Error, OSError, ValueError, OverflowError):
+        return None
+    return command if len(command) <= 120 else command[:117] + "..."
+
+
+def lock_timeout(
+    what: str,
+    timeout: float | None,
+    tid: int,
+    pid: int,
+    start_ticks: int,
+    held_for: float | None,
+) -> LockTimeout:
+    """Make the error for a wait that was too long. `tid` 0: it was free again by then."""
+    waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
+    if not tid:
+        return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
+    start = start_ticks or (core.process_start(pid) if pid else 0)
+    holder = LockHolder(
+        pid=pid or None,
+        tid=tid,
+        started=process_started(start),
+        held_for=None if held_for is None else max(held_for, 0.0),
+        alive=is_running(pid, start),
+        command=command_of(pid) if pid else None,
+    )
+    return LockTimeout(f"{what} {waited}; held by {holder}", holder)
+
+
+def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
+    """Describe a holder that died. Its command line went with it."""
+    return LockHolder(
+        pid=pid or None,
+        tid=tid or None,
+        started=process_started(start_ticks if tid else 0),
+        held_for=None,
+        alive=False,
+        command=None,
+    )
+
+
+def failed_repair(
+    what: str | None, slot: int | None, tid: int, pid: int, start_ticks: int, when: float
+) -> str:
+    """Say which repair of a segment failed, where, and who found it. `when` 0: nobody knows."""
+    text = f"a repair failed: {what or 'an unknown one'}"
+    text += "" if slot is None else f", at slot {slot}"
+    with suppress(ValueError, OverflowError, OSError):  # no time at all, if it was damaged
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+        text += f", found by {dead_holder(tid, pid, start_ticks).who} at {at}" if when else ""
+    return text

@@ -1,0 +1,42 @@
+"""Words for people: how errors, logs and reports show what came from outside.
+
+Promises. What is shown is short, and a path or a quoted text can not break a line or speak to a
+terminal.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The text as far as an error shows it: what is refused may be megabytes long.
+
+    >>> shortened("a long text", 6)
+    'a long...'
+    """
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def shown(text: str) -> str:
+    """`shortened`, in quotes and on one line."""
+    return repr(shortened(text))
+
+
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "file"), counted(2, "file")
+    ('1 file', '2 files')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shown_path(path: str | Path) -> str:
+    """A path on one line; a file name may hold any byte but two.
+
+    >>> print(shown_path("web\\n1.xml"))
+    web\\n1.xml
+    """
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
