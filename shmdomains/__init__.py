@@ -10,15 +10,6 @@ if not _sys.platform.startswith("linux"):
     raise ImportError("shmdomains runs on Linux with the GNU C library only")
 
 from .config import LoadFailure, LoadReport
-from .domain import Domain
-from .domain_list import (
-    AttachedProcess,
-    DomainInfo,
-    DomainList,
-    ListInfo,
-    LockedDomains,
-    unlink,
-)
 from .errors import (
     AlreadyLocked,
     Busy,
@@ -58,8 +49,17 @@ from .errors import (
     WrongList,
 )
 from .holder import LockHolder
+from .memory.domain import Domain
+from .memory.domain_list import (
+    AttachedProcess,
+    DomainList,
+    ListInfo,
+    LockedDomains,
+    unlink,
+)
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
+from .rules.info import DomainInfo
 from .states import (
     BlockedReason,
     CrashedReason,

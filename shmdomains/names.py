@@ -15,6 +15,9 @@ import msgspec
 from .errors import DefinitionError, InvalidName
 from .text import shortened, shown
 
+Uuid = str | bytes | UUID
+"""What a caller may give for a UUID; see `parse_uuid`."""
+
 MAX_NAME_BYTES = 251
 """255, the longest file name, less four for ``.xml``."""
 

@@ -23,7 +23,6 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from .domain import decode_data
 from .errors import (
     Busy,
     ContractError,
@@ -37,13 +36,15 @@ from .errors import (
 from .files import discard, sync_directory, temporary_name
 from .names import check_name
 from .packing import pack
+from .rules.values import decode_data
 from .states import DomainState
 from .text import shortened, shown
 from .xml.definition import DomainDef
 
 if TYPE_CHECKING:
-    from .domain import Domain
-    from .domain_list import DomainInfo, DomainList
+    from .memory.domain import Domain
+    from .memory.domain_list import DomainList
+    from .rules.info import DomainInfo
 
 FORMAT = "shmdomains-export"
 VERSION = 1

@@ -48,11 +48,11 @@ from typing import Any
 
 from shmdomains import DomainDef, DomainList, DomainState
 from shmdomains.config import ConfigDirs
-from shmdomains.domain import encode_data
-from shmdomains.domain_list import _encode_dirs
 from shmdomains.errors import LockTimeout
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
+from shmdomains.memory.domain_list import _encode_dirs
+from shmdomains.rules.values import encode_data
 
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
@@ -440,7 +440,7 @@ def undefine_active(doms: DomainList) -> Iterator[None]:
 
 
 def remove_one_by_one(doms: DomainList) -> Iterator[None]:
-    for dom in doms._live_handles():
+    for dom in doms._handles():
         with doms.locked(), dom:
             doms._remove(dom)
         yield
@@ -763,7 +763,7 @@ class Trial:
             self.place.locks[0].release()
             unsigned += 1
             assert take(doms)
-        for dom in doms._live_handles():
+        for dom in doms._handles():
             if not take(dom):
                 self.place.locks[1 + dom._key[0]].release()
                 unsigned += 1
@@ -812,7 +812,7 @@ class Trial:
     def work(self, doms: DomainList, state: State) -> None:
         """Every kind of work goes on. The next commit to a slot, or insert into it, leaves no
         garbage; then the heap holds what the domains need, to the cell."""
-        handles = doms._live_handles()
+        handles = doms._handles()
         for dom in dict.fromkeys(handles[:4] + handles[-4:]):
             with dom:
                 dom.data = dom.data

@@ -31,6 +31,8 @@ from types import CodeType
 from typing import Any
 from xml.sax.saxutils import escape
 
+from dict_store import DictDomainList
+
 import shmdomains
 from shmdomains import DomainDef, DomainList
 
@@ -98,20 +100,25 @@ class Store:
     `create` is an expression for a new, empty list, in which `room` is the number of domains,
     `size` the bytes or ``None``, `context` the multiprocessing context of the parties to come.
     `publish` is one for a list with the name `name`, and `attach` what a stranger does with that
-    name; both ``None`` if strangers may not write.
+    name; both ``None`` if strangers may not write. `processes` is false for a store that threads of
+    one process share and nobody else, so that nobody can be killed in it.
     """
 
     name: str
     create: str
     publish: str | None
     attach: str | None
+    processes: bool = True
 
     def make(self, *, room: int = 64, size: int | None = None, context: Any = None) -> Any:
-        names = {"DomainList": DomainList, "room": room, "size": size, "context": context}
+        names = {"room": room, "size": size, "context": context}
+        names |= {"DomainList": DomainList, "DictDomainList": DictDomainList}
         return eval(self.create, names)
 
     @property
     def starts(self) -> list[str]:
+        if not self.processes:
+            return ["thread"]
         ways = ["fork", "spawn", "forkserver", "thread"]
         return ways if self.publish is None else [*ways, "stranger"]
 
@@ -132,6 +139,11 @@ STORES = [
         attach=None,
     ),
 ]
+"""What has every property that is promised; most tests run on each."""
+
+DICT = Store("dict", "DictDomainList(room)", None, None, processes=False)
+EVERY_STORE = [*STORES, DICT]
+"""With one of another kind, behind the same rules: for the tests of the rules and of their seam."""
 
 
 # --- the party's side --------------------------------------------------------------------------
@@ -154,6 +166,7 @@ def _run(source: str, names: dict[str, Any]) -> Any:
 
 def _vocabulary() -> dict[str, Any]:
     names: dict[str, Any] = {"xml": xml, "definition": definition, "begin": begin, "reap": reap}
+    names["DictDomainList"] = DictDomainList
     exec(
         "import gc, multiprocessing, os, pickle, signal, sys, threading, time, uuid\n"
         "from uuid import UUID\n"

@@ -219,7 +219,7 @@ class Round:
         if domains > 3 or self.chance.random() < 0.3:
             return self.doms
         wanted = shared_uuid(self.chance.randrange(domains))
-        return next(dom for dom in self.doms._live_handles() if dom.uuid == wanted)
+        return next(dom for dom in self.doms._handles() if dom.uuid == wanted)
 
     def can_be_had(self, wanted: DomainList | Domain) -> bool:
         """Lock it; no, if it stays locked for good, which is then waited for once only."""

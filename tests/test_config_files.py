@@ -1154,7 +1154,7 @@ class FakeDomain:
         if self.changed or self.definition.name not in self.store.domains:
             self.store.domains[self.definition.name] = self
 
-    def _pass_on(self) -> None:
+    def _release_unseen(self) -> None:
         pass
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import EVERY_STORE
 
 from shmdomains import DomainDef, DomainList, DomainState
 from shmdomains.config import BATCH, ConfigDirs
@@ -48,9 +49,9 @@ def dirs(tmp_path: Path) -> ConfigDirs:
     return ConfigDirs(tmp_path / "vm", tmp_path / "vm" / "autostart")
 
 
-@pytest.fixture(params=["robust", "multiprocessing"])
+@pytest.fixture(params=EVERY_STORE, ids=lambda store: store.name)
 def doms(request: pytest.FixtureRequest) -> Iterator[DomainList]:
-    with DomainList(max_domains=1000, lock=request.param) as doms:
+    with request.param.make(room=1000) as doms:
         yield doms
         assert doms.check().problems == []
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import STORES, Home, Party, Store, definition, xml
+from helpers import EVERY_STORE, Home, Party, Store, definition, xml
 
 from shmdomains import (
     DomainExists,
@@ -26,7 +26,12 @@ from shmdomains import (
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-WAYS = [(store, start) for store in STORES for start in store.starts]
+WAYS = [(store, start) for store in EVERY_STORE for start in store.starts]
+BETWEEN_PROCESSES = [(store, start) for store, start in WAYS if store.processes]
+
+
+def way_name(way: tuple[Store, str]) -> str:
+    return f"{way[0].name}-{way[1]}"
 
 
 class Pair:
@@ -68,7 +73,7 @@ class Pair:
         assert problems == []
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0].name}-{way[1]}")
+@pytest.fixture(params=WAYS, ids=way_name)
 def pair(
     request: pytest.FixtureRequest, home: Home, stranger: Party, segment_name: str
 ) -> Iterator[Pair]:
@@ -578,9 +583,10 @@ def test_the_end_of_a_party_does_not_free_what_others_hold(pair: Pair) -> None:
     assert pair.two.tell("doms.peek(name='web1').pid") == 1
 
 
+@pytest.mark.parametrize(
+    "pair", [way for way in WAYS if way[1] != "thread"], ids=way_name, indirect=True
+)
 def test_closing_is_each_partys_own(pair: Pair) -> None:
-    if pair.start == "thread":
-        pytest.skip("threads share one attachment")
     define(pair.one, "web1")
     late = pair.join()
     late.tell("doms.close()")
@@ -590,6 +596,7 @@ def test_closing_is_each_partys_own(pair: Pair) -> None:
         pair.join()
 
 
+@pytest.mark.parametrize("pair", BETWEEN_PROCESSES, ids=way_name, indirect=True)
 def test_info_knows_who_is_attached(one: Party, two: Party) -> None:
     two.tell("len(doms)")  # a forked child is entered at its first use
     info = (

@@ -715,7 +715,9 @@ def test_a_million_domains_are_checked_while_writers_are_at_work(
         for first in range(0, million, 1000):
             with doms.locked():
                 for number in range(first, first + 1000):
-                    doms._create(UUID(int=number + 1), f"d{number}", blob, True).unlock()
+                    doms._insert(
+                        UUID(int=number + 1), f"d{number}", blob, 5, True, None, [None]
+                    ).unlock()
         workers = [start(churn, path, seed) for seed in range(2)]
         for worker in workers:
             worker.hear()

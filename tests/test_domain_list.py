@@ -55,7 +55,7 @@ from shmdomains import (
     UncommittedChanges,
     WrongList,
 )
-from shmdomains.domain_list import Deadline
+from shmdomains.memory._core.core import Deadline
 from shmdomains.xml.definition import EncodedDef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -529,7 +529,6 @@ def test_what_is_no_uuid(doms: DomainList, bad: Any) -> None:
         lambda: doms.undefine(uuid=bad),
         lambda: bad in doms,
         lambda: with_list(doms, lambda: doms.find_by_uuid(bad)),
-        lambda: doms.lock_many([bad]),
     ):
         with pytest.raises(DefinitionError) as caught:
             find()

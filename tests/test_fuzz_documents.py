@@ -48,8 +48,8 @@ from shmdomains import (
     SegmentError,
     ShmDomainsError,
 )
-from shmdomains.domain import decode_data, encode_data
-from shmdomains.domain_list import _decode_dirs
+from shmdomains.memory.domain_list import _decode_dirs
+from shmdomains.rules.values import decode_data, encode_data
 from shmdomains.transfer import export_domains, import_domains
 from shmdomains.xml.devices import KINDS
 from shmdomains.xml.document import MAX_BYTES
@@ -938,7 +938,7 @@ def judge_stored(first: int, count: int) -> int:
             dice = random.Random(seed)
             blob = change_blob(dice, dice.choice(bases)) or b"\0"
             with doms.locked():
-                dom = doms._create(uuid.UUID(int=seed), f"vm{seed}", blob, True)
+                dom = doms._insert(uuid.UUID(int=seed), f"vm{seed}", blob, 5, True, None, [None])
             info = doms.peek(name=f"vm{seed}")
             for one in (dom, info):
                 try:

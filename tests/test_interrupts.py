@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 PACKAGE = os.path.dirname(shmdomains.__file__)
 A, B, C = (f"00000000-0000-0000-0000-00000000000{digit}" for digit in "abc")
-DEEDS = {"_create", "_remove", "_rename", "commit", "rename", "link", "symlink", "get", "__exit__"}
+DEEDS = {"_insert", "_remove", "_rename", "commit", "rename", "link", "symlink", "get", "__exit__"}
 """C functions after which more is done than before; these points are tried in every run."""
 
 

@@ -1749,7 +1749,7 @@ def test_a_handle_that_is_being_made_leads_nowhere() -> None:
 
     def look(*_: object) -> None:
         for one in gc.get_objects():
-            if type(one) is Domain and one._segment is doms and one._stamp == (0, 0):
+            if type(one) is Domain and one._segment is doms and one._receipt == (0, 0):
                 with suppress(ShmDomainsError):
                     outcomes.append(one._key[:2])
                     outcomes.append(one.try_lock())
@@ -1823,7 +1823,8 @@ def test_a_definition_that_goes_with_a_rollback_may_change_the_domain() -> None:
 def test_a_class_of_ones_own_for_all_handles() -> None:
     code = """
 import sys, weakref
-from shmdomains import Domain, DomainList, domain_list
+from shmdomains import Domain, DomainList
+from shmdomains.memory import domain_list
 
 class Mine(Domain):
     __slots__ = ()

@@ -1179,7 +1179,7 @@ def get_a(doms: DomainList) -> None:
 
 
 def lock_a(doms: DomainList) -> None:
-    dom = doms._live_handles()[0]
+    dom = doms._handles()[0]
     dom.lock()
 
 
@@ -1190,7 +1190,7 @@ def find_a(doms: DomainList) -> None:
 
 def remove_a(doms: DomainList) -> None:
     with doms.locked():
-        doms.remove_inactive(doms._live_handles()[0])
+        doms.remove_inactive(doms._handles()[0])
 
 
 def assign_a(doms: DomainList) -> None:

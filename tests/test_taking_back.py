@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from helpers import DEADLINE, SOAK, Home, Party, thread_party, xml
 
-from shmdomains import DomainList, config, transfer
+from shmdomains import DomainList, transfer
+from shmdomains.config import change
 from shmdomains.errors import ConfigError, LockTimeout
 
 UUID = "00000000-0000-0000-0000-00000000000a"
@@ -50,15 +51,15 @@ def third(doms: DomainList) -> Iterator[Party]:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Make the next write of a config file, and no later one, do something and fail."""
-    write = config._write_file
+    write = change._write_file
 
     def arrange(meanwhile: Callable[[], object]) -> None:
         def fail(path: Path, data: bytes) -> None:
-            monkeypatch.setattr(config, "_write_file", write)
+            monkeypatch.setattr(change, "_write_file", write)
             meanwhile()
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
-        monkeypatch.setattr(config, "_write_file", fail)
+        monkeypatch.setattr(change, "_write_file", fail)
 
     return arrange
 
@@ -130,7 +131,7 @@ def test_a_domain_that_somebody_used_meanwhile_stays(
     taking_back = doms._take_back
 
     def after_the_other(*args: Any) -> None:
-        args[0]._pass_on()
+        args[0]._release_unseen()
         assert other.answer() is False
         taking_back(*args)
 

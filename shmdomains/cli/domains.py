@@ -14,8 +14,10 @@ from typing import Any
 import click
 
 from ..config import MAX_FILE_BYTES
-from ..domain_list import Deadline, DomainInfo, DomainList
+from ..deadline import Deadline
 from ..errors import DomainNotFound, SegmentError, ShmDomainsError
+from ..memory.domain_list import DomainList
+from ..rules.info import DomainInfo
 from ..states import DomainState
 from ..xml.definition import DomainDef
 from .tables import (

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ..config import LoadFailure, LoadReport
-from ..domain_list import AttachedProcess, DomainList, ListInfo
 from ..errors import DefinitionError, ShmDomainsError
 from ..memory import segment_file
+from ..memory.domain_list import AttachedProcess, DomainList, ListInfo
 from ..memory.invariants import INVARIANTS, CheckReport, RecoverReport, lock_text
 from ..transfer import export_domains, export_xml, import_domains, new_file
 from .tables import (

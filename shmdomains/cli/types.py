@@ -19,10 +19,11 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
-from ..domain_list import DomainInfo, DomainList, unlink
 from ..errors import DefinitionError, DomainNotFound
 from ..memory import segment_file
+from ..memory.domain_list import DomainList, unlink
 from ..names import parse_uuid
+from ..rules.info import DomainInfo
 
 SEGMENT_VARIABLE = "SHMDOMAINS_SEGMENT"
 COMPLETE_VARIABLE = "_SHMDOMAINS_COMPLETE"

@@ -34,7 +34,7 @@ class _LockedDomain(Protocol):
     @property
     def changed(self) -> bool: ...
     def commit(self, timeout: float | None = None) -> None: ...
-    def _pass_on(self) -> None: ...
+    def _release_unseen(self) -> None: ...
 
 
 class Store(Protocol):
@@ -151,7 +151,7 @@ class _Loader:
                     dom.autostart = autostart
             dom.commit()
         finally:
-            dom._pass_on()
+            dom._release_unseen()
         return True
 
     def _conflict(self, path: str, name: str) -> str | None:

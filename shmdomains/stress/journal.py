@@ -34,8 +34,9 @@ import msgspec
 from ..errors import Busy, LockTimeout
 
 if TYPE_CHECKING:
-    from ..domain import Domain
-    from ..domain_list import DomainInfo, DomainList
+    from ..memory.domain import Domain
+    from ..memory.domain_list import DomainList
+    from ..rules.info import DomainInfo
     from ..xml.definition import DomainDef
 
 OWN = 8  # domains that each worker may have defined at a time

@@ -18,8 +18,8 @@ from uuid import UUID
 
 import msgspec
 
-from ..domain_list import DomainList
 from ..errors import Busy, LockTimeout, ShmDomainsError
+from ..memory.domain_list import DomainList
 from .journal import (
     OWN,
     Intent,

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from rich.console import Console
 
 from .. import config
-from ..domain_list import DomainList
 from ..errors import LockTimeout, ShmDomainsError
+from ..memory.domain_list import DomainList
 from . import proof, worker
 from .journal import OWN, Journal, Page, Plan, Word, separator_for
 from .view import View

@@ -26,9 +26,10 @@ from typing import Any
 
 import msgspec
 
-from ..domain import Domain
-from ..domain_list import DomainInfo, DomainList
 from ..errors import Busy, DomainRemoved, LockTimeout
+from ..memory.domain import Domain
+from ..memory.domain_list import DomainList
+from ..rules.info import DomainInfo
 from ..states import DomainState, PausedReason, RunningReason, ShutoffReason
 from .journal import (
     LIST,

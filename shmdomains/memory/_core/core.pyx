@@ -297,6 +297,9 @@ cdef object REPAIRS = {
 cdef tuple STATES = None       # tuple: number -> DomainState
 cdef tuple REASONS = None      # tuple: state -> {number: reason}
 cdef tuple DECODE = None       # three callables: blob -> value
+cdef object ENCODE_DEFINITION = None
+cdef object ENCODE_DATA = None
+cdef object NOT_FOUND = None
 cdef object PARSE_UUID = None
 cdef object UUID = None
 cdef object SAFE_UNKNOWN = None
@@ -312,10 +315,17 @@ cdef enum:
     FIELDS = 2
 
 
-def configure(*, states, reasons, decode, parse_uuid, uuid_class, holders):
-    """Tell the core the types that it hands out. Called once, by the modules that define them."""
-    global STATES, REASONS, DECODE, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
+def configure(*, states, reasons, decode, encode_definition, encode_data, not_found, parse_uuid,
+              uuid_class, holders):
+    """Hand the core what it needs of Python: the types that it makes, how values become bytes and
+    back, words for errors. Called once.
+
+    `encode_definition(record, definition)` checks that the definition is of this record.
+    """
+    global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND
+    global PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
+    ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND = encode_definition, encode_data, not_found
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
 
@@ -811,6 +821,11 @@ cdef class Segment:
         keep_spares(record_class, <void *>vacate)
         self.closed = False
 
+    @classmethod
+    def __class_getitem__(cls, handle_type):
+        """For annotations, which name the class of the handles."""
+        return cls
+
     # --- state of this attachment ---
 
     cdef int usable(self) except -1:
@@ -1275,16 +1290,6 @@ cdef class Segment:
             return f"domain {name_object(view.name)!r}"
         return "a domain"
 
-    cdef object missing(self, object uuid, object name, object id):
-        # libvirt's words (virDomainObjListFindBy*).
-        if uuid is not None:
-            if not isinstance(uuid, str):
-                uuid = UUID(bytes=uuid) if isinstance(uuid, bytes) else uuid
-            return errors.DomainNotFound(f"no domain with matching uuid '{uuid}'")
-        if name is not None:
-            return errors.DomainNotFound(f"no domain with matching name '{name}'")
-        return errors.DomainNotFound(f"no domain with matching id {id}")
-
     def get(self, *, uuid=None, name=None, id=None, timeout=None):
         """The domain with this uuid, name or id, locked. No list lock needed.
 
@@ -1298,7 +1303,7 @@ cdef class Segment:
         if self.make_key(&key, uuid, name, id):
             record = self.look_up(&key, deadline, timeout)
         if record is None:
-            raise self.missing(uuid, name, id)
+            raise NOT_FOUND(uuid, name, id)
         return record
 
     def lookup(self, *, uuid=None, name=None, id=None, timeout=None):
@@ -1452,14 +1457,22 @@ cdef class Segment:
             return None
         return self.look(&key, True, deadline)
 
-    def _is_new(self, uuid, name):
-        """Whether no domain has this uuid, and none this name. List lock held, so that only a
-        signal handler of this thread can change it."""
+    def _who_has(self, uuid, name):
+        """The domain that has this uuid or, if none has, this name: a `DomainInfo` without
+        definitions, or None. List lock held, so that the answer stands."""
         cdef sd_key key
+        cdef Info info = None
+        cdef uint64_t deadline = sd_now() + 1000000000
         self.need_list("assign_def")
         sd_ask_to_insert(self.segment)
-        uuid_words(uuid, key.uuid)
-        return bool(set_name(key.name, name)) and self.find_either(&key) == SD_MISS
+        if uuid is not None:
+            key.what = SD_UUID_INDEX
+            uuid_words(uuid, key.uuid)
+            info = self.look(&key, False, deadline)
+        if info is None and set_name(key.name, name):
+            key.what = SD_NAME_INDEX
+            info = self.look(&key, False, deadline)
+        return info
 
     cdef int find_either(self, sd_key *key) noexcept:
         """Whether a domain has the uuid of this key, or its name: as sd_find. List lock held."""
@@ -1471,14 +1484,6 @@ cdef class Segment:
             return result
         key.what = SD_NAME_INDEX
         return sd_find(self.segment, key, &slot)
-
-    def _glance(self, *, uuid=None, name=None, id=None):
-        """`peek` without definitions and data."""
-        cdef sd_key key
-        self.usable()
-        if not self.make_key(&key, uuid, name, id):
-            return None
-        return self.look(&key, False, sd_now() + 1000000000)
 
     cdef Info look(self, const sd_key *key, bint blobs, uint64_t deadline):
         cdef uint32_t slot
@@ -1554,7 +1559,7 @@ cdef class Segment:
         return result == SD_DOUBT or result == SD_CORRUPT or (
             result == SD_OK and wanted_view(&view, what))
 
-    def _count(self, int active, int persistent, int autostart, unsigned states):
+    def _count_all(self, int active, int persistent, int autostart, unsigned states):
         cdef uint32_t slot
         cdef uint64_t total = 0
         cdef sd_view view
@@ -1579,14 +1584,17 @@ cdef class Segment:
         return live
 
     def __contains__(self, uuid):
-        return self._glance(uuid=uuid) is not None
+        cdef sd_key key
+        self.usable()
+        self.make_key(&key, uuid, None, None)
+        return self.look(&key, False, sd_now() + 1000000000) is not None
 
     def __iter__(self):
         return iter(self.snapshot())
 
     # --- for the rules: what a store offers ---
 
-    def _create(self, uuid, name, bytes definition, bint persistent, timeout=None, list made=None):
+    def _insert(self, uuid, name, bytes definition, int state, bint persistent, timeout, list made):
         """A new record, committed and locked. List lock held. It is put into `made`, a list of one
         place, before a signal handler can raise in the caller."""
         cdef sd_key key
@@ -1606,7 +1614,7 @@ cdef class Segment:
         memset(&values, 0, sizeof(values))
         memset(blobs, 0, sizeof(blobs))
         values.id = values.pid = -1
-        values.state = 5
+        values.state = state
         values.flags = SD_FLAG_PERSISTENT if persistent else 0
         set_change(&blobs[SD_DEFINITION], definition)
         record = self.new_record()
@@ -1627,8 +1635,7 @@ cdef class Segment:
             self.fail(result, f"define domain {name!r}")
         record.lead_to(slot)
         record.own()
-        if made is not None:
-            made[0] = record
+        made[0] = record
         return record
 
     cdef int lock_free_slot(self, uint32_t *slot, sd_word **link, uint64_t deadline,
@@ -1706,7 +1713,7 @@ cdef class Segment:
         uuid_words(uuid, record.uuid_raw)
         return record
 
-    def _live_handles(self):
+    def _handles(self):
         """Unlocked handles to every live record, in slot order."""
         cdef uint32_t slot
         cdef Record record
@@ -2409,7 +2416,7 @@ cdef class Record:
         """
         self.give_back(timeout)
 
-    def _pass_on(self):
+    def _release_unseen(self):
         """Unlock, if this thread holds it, by who was not given the domain: the next one still
         learns of the death of an earlier holder. What was not committed is rolled back.
 
@@ -2606,7 +2613,7 @@ cdef class Record:
     def definition(self, value):
         cdef Record mine = self.mine_to_change()
         sd_ask_to_replace(self.segment.segment, self.slot)
-        mine.set_blob(SD_DEFINITION, value, self._encode_definition(value))
+        mine.set_blob(SD_DEFINITION, value, ENCODE_DEFINITION(self, value))
 
     @property
     def next_definition(self):
@@ -2620,7 +2627,7 @@ cdef class Record:
         if value is None:
             mine.set_blob(SD_NEXT_DEFINITION, None, None)
         else:
-            mine.set_blob(SD_NEXT_DEFINITION, value, self._encode_definition(value))
+            mine.set_blob(SD_NEXT_DEFINITION, value, ENCODE_DEFINITION(self, value))
 
     @property
     def data(self):
@@ -2638,7 +2645,7 @@ cdef class Record:
         if value is None:
             mine.set_blob(SD_DATA, None, None)
             return
-        encoded = self._encode_data(value)
+        encoded = ENCODE_DATA(value)
         mine.set_blob(SD_DATA, DECODE[SD_DATA](encoded), encoded)
 
     cdef int set_blob(self, int which, object value, bytes encoded) except -1:
@@ -2708,7 +2715,7 @@ cdef class Record:
         return id
 
     @property
-    def _stamp(self):
+    def _receipt(self):
         """Life and commits of the record: other than before if the holder's commit, or its remove,
         came about. Needs no lock."""
         cdef sd_slot *at

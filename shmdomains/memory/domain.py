@@ -1,0 +1,57 @@
+"""`Domain`: libvirt's rules about one domain, on a record in shared memory.
+
+`core.Record` is the record: its lock, its fields, the changes that were not committed. Here it
+meets the rules, and the core is handed what it needs of Python.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from ..names import parse_uuid
+from ..rules.domain import DomainRules
+from ..rules.values import checked_definition, decode_data, encode_data, not_found
+from ..states import REASONS, DomainState
+from ..xml.definition import DomainDef
+from . import callbacks
+from ._core import core
+
+
+class Domain(core.Record, DomainRules):
+    """A handle to a domain in shared memory (virDomainObj).
+
+    Comes locked from `DomainList.get`, `lookup`, `find_by_*` and `assign_def`. Changes made under
+    the lock are one transaction: `unlock` (or the end of the ``with`` block) commits them with one
+    store, an exception in the block or the death of the worker rolls them back. A handle may be
+    kept, pickled and locked again later; it is `DomainRemoved` then if its domain is gone.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._segment, *self._key)
+
+
+def _restore(doms: Any, slot: int, life: int, uuid: bytes) -> Any:
+    return doms._handle(slot, life, uuid)
+
+
+def _encode_definition(dom: Domain, definition: DomainDef) -> bytes:
+    # The core compares without making a name and a UUID of Python's; the words are the rules'.
+    if not isinstance(definition, DomainDef) or not dom._is(definition.uuid, definition.name):
+        checked_definition(definition, dom.uuid, dom.name)
+    return definition.encode()
+
+
+core.configure(
+    states=list(DomainState),
+    reasons=[{int(member): member for member in reasons} for reasons in REASONS],
+    decode=[DomainDef.decode, DomainDef.decode, decode_data],
+    encode_definition=_encode_definition,
+    encode_data=encode_data,
+    not_found=not_found,
+    parse_uuid=parse_uuid,
+    uuid_class=UUID,
+    holders=callbacks,
+)

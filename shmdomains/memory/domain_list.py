@@ -1,0 +1,483 @@
+"""`DomainList`: the list of domains in shared memory, on a segment with or without a name.
+
+`core.Segment` is the mapped segment: locks, finding, reading, records. Here it meets libvirt's
+rules, files and processes: creating, attaching, pickling, who is attached, `check`, `recover`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import zlib
+from contextlib import suppress
+from multiprocessing import context as mp_context
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from ..config import ConfigDirs
+from ..errors import (
+    SegmentCorrupt,
+    SegmentExists,
+    SegmentFull,
+    SegmentInUse,
+    SegmentMismatch,
+    SegmentNotFound,
+    ShmDomainsError,
+)
+from ..packing import pack
+from ..rules.domain_list import DomainListRules
+from ..rules.info import DomainInfo
+from ..rules.store import Filter
+from . import holder, segment_file
+from ._core import core
+from .domain import Domain
+from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
+
+DomainInfo.register(core.Info)
+
+DEFAULT_MAX_DOMAINS = 65_536
+DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024
+
+
+class AttachedProcess(msgspec.Struct, frozen=True):
+    """A process that is attached to a segment; `started` in seconds since the epoch."""
+
+    pid: int
+    started: float | None
+    alive: bool
+    command: str | None
+
+
+class ListInfo(msgspec.Struct, frozen=True):
+    """What `DomainList.info` says; sizes in bytes, times in seconds since the epoch.
+
+    `poisoned` says which repair failed, where, and who found it when; ``None``: none did.
+    """
+
+    name: str | None
+    path: str | None
+    lock: str
+    domains: int
+    active: int
+    max_domains: int
+    bytes_max: int
+    bytes_committed: int
+    heap_used: int
+    heap_free: int
+    created: float
+    creator: AttachedProcess
+    attached: list[AttachedProcess]
+    config_dir: str | None
+    autostart_dir: str | None
+    poisoned: str | None
+
+
+class LockedDomains(core.Records[Domain]):
+    """Domains locked by `DomainList.lock_many`, in the order asked for; unlocks them at the end of
+    a ``with`` block: committed, or rolled back if the block raised."""
+
+    __slots__ = ()
+
+
+def _as_numbers(wanted: Filter) -> tuple[int, int, int, int]:
+    """The filter as the core takes it: -1 does not ask, the states are a bit each."""
+    flags = (wanted.active, wanted.persistent, wanted.autostart)
+    active, persistent, autostart = (-1 if flag is None else int(bool(flag)) for flag in flags)
+    if wanted.states is None:
+        return active, persistent, autostart, 0xFFFFFFFF
+    return active, persistent, autostart, sum(1 << state for state in wanted.states)
+
+
+def _encode_dirs(dirs: ConfigDirs) -> bytes:
+    paths = (dirs.config_dir, dirs.autostart_dir)
+    blob = pack([None if path is None else os.fsencode(path) for path in paths])
+    # A flipped bit would be another path, and files would be made there.
+    return zlib.crc32(blob).to_bytes(4, "big") + blob
+
+
+def _decode_dirs(blob: bytes) -> ConfigDirs:
+    if zlib.crc32(blob[4:]).to_bytes(4, "big") != blob[:4]:
+        raise SegmentCorrupt("the config directory that the segment remembers is damaged")
+    try:
+        paths = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
+    except msgspec.MsgspecError as exc:
+        raise SegmentCorrupt(f"the segment remembers no config directory: {exc}") from None
+    config_dir, autostart_dir = paths
+    return ConfigDirs(
+        Path(os.fsdecode(config_dir)),
+        None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
+    )
+
+
+class DomainList(core.Segment[Domain], DomainListRules[Domain]):
+    """The list of domains in shared memory (virDomainObjList).
+
+    ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
+    ones, gone with the last process. `create`, `attach` and `open` use a segment with a name.
+
+    `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
+    about 16 KiB a domain); memory is committed only as used. `lock` is ``"robust"`` or
+    ``"multiprocessing"``; `context` is the multiprocessing context that makes the locks of the
+    latter, by default the default one.
+
+    >>> doms = DomainList(max_domains=100)
+    >>> len(doms)
+    0
+    >>> doms.close()
+    """
+
+    _name: str | None = None
+    _path: Path | None = None
+    _handle_type = Domain
+    _deadline = core.Deadline
+    _empty = LockedDomains
+
+    def __init__(
+        self,
+        *,
+        max_domains: int | None = None,
+        max_bytes: int | None = None,
+        lock: Literal["robust", "multiprocessing"] = "robust",
+        context: mp_context.BaseContext | None = None,
+    ) -> None:
+        max_domains = _checked_limit(max_domains, lock)
+        fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            core.format_segment(fd, lock, max_domains, max_bytes)
+            # Nobody can truncate it under our feet.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            self._begin(fd, *_make_locks(lock, max_domains, context))
+        finally:
+            os.close(fd)
+
+    def _begin(self, fd: int, list_lock: Any = None, slot_locks: Any = None) -> None:
+        self._attach(fd, Domain, list_lock, slot_locks)
+        _lists[self._identity] = self
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        max_domains: int | None = None,
+        max_bytes: int | None = None,
+        lock: Literal["robust", "multiprocessing"] = "robust",
+        context: mp_context.BaseContext | None = None,
+        mode: int = 0o600,
+        group: int | str | None = None,
+    ) -> DomainList:
+        """Create a segment with a name (default ``default``) or in a file of your choice.
+
+        `mode` 0o660 with a `group` shares it with that group. Raises `SegmentExists`,
+        `SegmentRefused`, `SegmentFull` (no memory for it), and `OSError` when this process has no
+        descriptor left, or no address space for the largest size.
+        """
+        file = segment_file.path_of(name, path)
+        max_domains = _checked_limit(max_domains, lock)
+        doms = cls.__new__(cls)
+        locks = _make_locks(lock, max_domains, context)
+        limit = max_domains
+
+        def fill(fd: int) -> None:
+            # Attached before it has a name: what fails here leaves none.
+            core.format_segment(fd, lock, limit, max_bytes)
+            doms._begin_file(fd, file, name, path, *locks)
+
+        try:
+            os.close(segment_file.create(file, mode, group, fill))
+        except BaseException:
+            doms.close()
+            raise
+        return doms
+
+    @classmethod
+    def attach(
+        cls, name: str | None = None, *, path: str | os.PathLike[str] | None = None
+    ) -> DomainList:
+        """Attach to a segment by name or file.
+
+        Raises `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode), `SegmentMismatch`
+        (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError` when this process
+        has no descriptor left, or no address space for the largest size. A list with
+        multiprocessing locks can only be read by those who did not inherit it.
+        """
+        file = segment_file.path_of(name, path)
+        doms = cls.__new__(cls)
+        fd = segment_file.attach(file)
+        try:
+            doms._begin_file(fd, file, name, path)
+        finally:
+            os.close(fd)
+        return doms
+
+    @classmethod
+    def open(
+        cls,
+        name: str | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        **create: Any,
+    ) -> DomainList:
+        """Attach, or create with the options of `create` if there is none. Whoever comes first
+        creates it; nobody sees it half made."""
+        while True:
+            with suppress(SegmentNotFound):
+                return cls.attach(name, path=path)
+            with suppress(SegmentExists):
+                return cls.create(name, path=path, **create)
+
+    def _begin_file(
+        self,
+        fd: int,
+        file: Path,
+        name: str | None,
+        path: str | os.PathLike[str] | None,
+        list_lock: Any = None,
+        slot_locks: Any = None,
+    ) -> None:
+        try:
+            self._begin(fd, list_lock, slot_locks)
+        except ShmDomainsError as exc:
+            raise type(exc)(f"segment {file}: {exc}") from None
+        except OSError as exc:
+            # An attachment takes a descriptor, and address space for the largest size.
+            raise OSError(exc.errno, f"not attached: {exc.strerror}", str(file)) from None
+        self._path = file
+        self._name = None if path is not None else name or segment_file.DEFAULT_NAME
+
+    def unlink(self, force: bool = False) -> None:
+        """Remove the segment's name; who is attached keeps it, like this list.
+
+        Raises `SegmentInUse` while other processes are attached, unless `force`, and
+        `SegmentNotFound` if the name is gone or another segment's.
+        """
+        if self._path is None:
+            return
+        others = [one for one in self.info.attached if one.alive and one.pid != os.getpid()]
+        if others and not force:
+            raise SegmentInUse(
+                f"segment {self._path} is in use by process "
+                f"{', '.join(str(one.pid) for one in others)}; force unlinks it all the same"
+            )
+        segment_file.unlink_attached(self._path, self._fd, force)
+
+    def close(self) -> None:
+        """Detach. The list lock is released if this thread holds it; locked domains stay locked
+        until they are unlocked. Everything else raises `ListClosed` from now on."""
+        self._close()
+
+    def __enter__(self) -> DomainList:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def info(self) -> ListInfo:
+        """Counts, bytes, creator and who is attached. Takes no lock."""
+        numbers = self._statistics()
+        dirs = self._remembered()
+        return ListInfo(
+            name=self._name,
+            path=None if self._path is None else str(self._path),
+            lock=self._kind,
+            domains=numbers["domains"],
+            active=numbers["active"],
+            max_domains=numbers["max_domains"],
+            bytes_max=numbers["bytes_max"],
+            bytes_committed=os.fstat(self._fd).st_blocks * 512,
+            heap_used=numbers["heap_used"],
+            heap_free=numbers["heap_max"] - numbers["heap_used"],
+            created=numbers["created"],
+            creator=_process(*numbers["creator"]),
+            attached=[
+                process for word in numbers["attached"] if (process := _process(*word)).alive
+            ],
+            config_dir=None if dirs is None else str(dirs.config_dir),
+            autostart_dir=None
+            if dirs is None or dirs.autostart_dir is None
+            else str(dirs.autostart_dir),
+            poisoned=numbers["poisoned"],
+        )
+
+    def check(self, timeout: float | None = 10.0) -> CheckReport:
+        """Look at every invariant of the segment; nobody waits for it longer than a lock slice.
+
+        Most of it takes no lock. What only looks wrong because writers are at work is looked at
+        again under the list, id or heap lock, for 40 ms at most each time; `timeout` seconds are
+        waited for these in all, and what they were not free for stands in `CheckReport.unsettled`.
+        Whoever takes the lock of a dead holder repairs what it protects, and so does this.
+
+        ==============  ================================================  ========================
+        invariant       what it means                                     repaired, after a death,
+                                                                          by the next holder of
+        ==============  ================================================  ========================
+        I1 identity     every domain has a UUID and a name                 nobody: export
+        I2 extents      what a record names in the heap is there, once    nobody: export
+        I2 map          the map of used space is what records name        the heap lock
+        I3 fields       a record is whole, its state exists               nobody: export
+        I4 ids          no id is in use that was not given out            nobody: export
+        I5 index        UUID, name, id lead to their domain, no more      the list lock, the id lock
+        I5 sequence     no index is being changed without its lock        the list lock, the id lock
+        free list       every slot without a domain is on it, once        the list lock
+        counts          domains, active domains, slots are counted right  the list lock, the id lock
+        locks           every lock is of the kind that it was made as     nobody: export
+        heap            its committed end lies within it                  nobody: export
+        settings        the remembered config directories can be read     load_all_configs()
+        poisoned        no repair has ever failed                         nobody: export
+        ==============  ================================================  ========================
+
+        `shmdomains.INVARIANTS` has the same for programs.
+
+        >>> bool(DomainList(max_domains=10).check())
+        True
+        """
+        problems, counts, open, longest = self._check(timeout)
+        poisoned = self._statistics()["poisoned"]
+        problems = [(name, poisoned if name == "poisoned" else text) for name, text in problems]
+        try:
+            self._remembered()
+        except SegmentCorrupt as exc:
+            problems.append(("settings", str(exc)))
+        return CheckReport(problems, counts, unsettled(open), longest)
+
+    def recover(self, timeout: float | None = 10.0) -> RecoverReport:
+        """Take each lock once, as its next holder would, so that all repairs are done now.
+
+        Nothing needs this: who takes a lock repairs what its dead holder left. It is for people who
+        want to see it done, and what. The list, id and heap lock are waited for, `timeout` seconds
+        in all; a domain that somebody holds is left alone. Who next locks a domain still learns
+        from `Domain.previous_owner_died` what was told here.
+
+        Raises `SegmentPoisoned` when a repair fails, or one did; `LockOrder` if this thread holds a
+        domain; `LockKindMismatch` for who did not inherit a list of multiprocessing locks.
+
+        >>> doms = DomainList(max_domains=10)
+        >>> doms.recover()
+        RecoverReport(repairs=[], held=[], freed=0)
+        """
+        repairs, held, freed = self._recover(timeout)
+        return RecoverReport(
+            [Repair(*repair) for repair in repairs], [HeldLock(*lock) for lock in held], freed
+        )
+
+    # --- for the rules: what the core calls otherwise ---
+
+    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+        return self._list(*_as_numbers(wanted), definitions)
+
+    def _count(self, wanted: Filter) -> int:
+        return self._count_all(*_as_numbers(wanted))
+
+    def _remembered(self) -> ConfigDirs | None:
+        blob = self._settings()
+        return _decode_dirs(blob) if blob else None
+
+    def _remember(self, dirs: ConfigDirs | None) -> None:
+        self._set_settings(b"" if dirs is None else _encode_dirs(dirs))
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<DomainList closed>"
+        where = "memfd" if self._path is None else str(self._path)
+        return f"<DomainList {where} domains={len(self)} lock={self._kind}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To a child that is being spawned goes the descriptor itself; to one that has the segment
+        # already, or can find it by name, which one it is.
+        fd = locks = None
+        if mp_context.get_spawning_popen() is not None:
+            fd = reduction.DupFd(self._fd)
+            locks = self._locks
+        return _restore, (type(self), self._identity, self._name, self._path, fd, locks)
+
+
+_lists: WeakValueDictionary[bytes, DomainList] = WeakValueDictionary()
+
+
+def _restore(
+    cls: type[DomainList],
+    identity: bytes,
+    name: str | None,
+    path: Path | None,
+    fd: Any,
+    locks: Any,
+) -> DomainList:
+    known = _lists.get(identity)
+    number = None if fd is None else fd.detach()
+    if known is not None and not known.closed:
+        if number is not None:
+            os.close(number)
+        return known
+    doms = cls.__new__(cls)
+    if number is None:
+        if path is None:
+            raise SegmentNotFound(
+                "this list has no name and is not attached in this process; pass the DomainList "
+                "itself to the process, as an argument of Process or initargs of a pool"
+            )
+        number = segment_file.attach(path)
+    try:
+        doms._begin(number, *(locks or ()))
+    finally:
+        os.close(number)
+    doms._name, doms._path = name, path
+    if doms._identity != identity:
+        raise SegmentMismatch(f"segment {path} was created anew since this was pickled")
+    return doms
+
+
+def _process(pid: int, start_ticks: int) -> AttachedProcess:
+    alive = holder.is_running(pid, start_ticks)
+    return AttachedProcess(
+        pid=pid,
+        started=holder.process_started(start_ticks),
+        alive=alive,
+        command=holder.command_of(pid) if alive else None,
+    )
+
+
+def _checked_limit(max_domains: int | None, lock: str) -> int:
+    if lock not in ("robust", "multiprocessing"):
+        raise ValueError(f"lock is 'robust' or 'multiprocessing', not {lock!r}")
+    if max_domains is None:
+        robust = lock == "robust"
+        return DEFAULT_MAX_DOMAINS if robust else DEFAULT_MAX_DOMAINS_MULTIPROCESSING
+    if not 1 <= max_domains <= core.MAX_DOMAINS:
+        raise ValueError(f"max_domains is 1 to {core.MAX_DOMAINS}, not {max_domains}")
+    return max_domains
+
+
+def _make_locks(lock: str, count: int, context: mp_context.BaseContext | None) -> tuple[Any, Any]:
+    if lock == "robust":
+        return None, None
+    room = _room_for_locks()
+    if count + 1 > room:
+        raise SegmentFull(
+            f"max_domains={count} with lock='multiprocessing' needs {count + 1} locks, each of "
+            f"which maps a page, and this process can map {room} more (vm.max_map_count); use "
+            "fewer domains or lock='robust'"
+        )
+    make = (context or multiprocessing.get_context()).Lock
+    return make(), [make() for _ in range(count)]
+
+
+def _room_for_locks() -> int:
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    with open("/proc/self/maps") as maps:
+        used = sum(1 for _ in maps)
+    return max(limit - used - 1000, 0)  # the program needs some for itself
+
+
+def unlink(
+    name: str | None = None, *, path: str | os.PathLike[str] | None = None, force: bool = False
+) -> None:
+    """Remove a segment's name. Raises `SegmentNotFound`, and `SegmentInUse` unless `force`."""
+    segment_file.unlink(segment_file.path_of(name, path), force)

@@ -1,0 +1,574 @@
+"""The list of domains: assign, remove, define, load - libvirt's rules, over any store.
+
+These are the rules of the patch "Locking on virDomainObjPtr objects" and of what libvirt learnt
+after it: who must hold which lock, duplicates, live against next definition, persistence, config
+directories. They call what `store.ListBase` names and know nothing of where records live.
+
+How a rule undoes what it did when a later step fails:
+
+- A change of a record that was there is not committed before the files that belong to it are in
+  place; `_release_unseen` rolls it back.
+- A change of files is made by `config`, which undoes it unless its `_Commit` happened.
+- A new record is committed as it is made. `_take_back` removes it, if nobody changed it since.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid as uuid_module
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..config.change import ConfigDirs
+from ..config.load import load_all
+from ..config.report import LoadReport
+from ..errors import (
+    AlreadyLocked,
+    DomainActive,
+    DomainExists,
+    DomainLocked,
+    DomainRemoved,
+    DomainTransient,
+    InvalidName,
+    LockTimeout,
+    UncommittedChanges,
+)
+from ..names import Uuid, check_name, parse_uuid
+from ..states import DomainState
+from ..xml.definition import DomainDef, EncodedDef
+from .info import DomainInfo
+from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
+from .values import key_of
+
+logger = logging.getLogger(__name__)
+
+_SLICE = 0.05  # seconds: one lock slice
+
+
+class _Commit:
+    """The commit of one record that a change of files belongs to; see `config.change.Commit`."""
+
+    def __init__(self, dom: Any, make: Callable[[], object]) -> None:
+        self._dom = dom
+        self._make = make
+        self._before = dom._receipt
+
+    def __call__(self) -> None:
+        self._make()
+
+    def happened(self) -> bool:
+        return bool(self._dom._receipt != self._before)
+
+
+def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
+    return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
+
+
+def _filter(
+    active: bool | None,
+    persistent: bool | None,
+    autostart: bool | None,
+    state: int | Iterable[int] | None,
+) -> Filter:
+    if state is None:
+        return Filter(active, persistent, autostart)
+    states = [state] if isinstance(state, int) else state
+    return Filter(active, persistent, autostart, frozenset(DomainState(one) for one in states))
+
+
+class DomainListRules(ListBase[D]):
+    """The rules, over whatever store the class is combined with."""
+
+    # --- locks ---
+
+    def _list_held(self, timeout: float | None) -> AbstractContextManager[object]:
+        """Hold the list lock, unless this owner does already."""
+        return nullcontext() if self.is_locked else self.locked(timeout)
+
+    def lock_many(
+        self, domains: Iterable[D | DomainInfo | Uuid | int], timeout: float | None = None
+    ) -> LockedDomains[D]:
+        """Lock several domains at once; the list lock is held while they are collected.
+
+        `domains`: handles, `DomainInfo`s or keys, as `get` takes them. All or nothing: on an error
+        (`LockTimeout`, `DomainNotFound`, `DomainRemoved`, `TooManyLocks`, `WrongList`) what was
+        locked is unlocked again.
+
+        >>> from shmdomains import DomainList
+        >>> with DomainList().lock_many([]) as locked:
+        ...     len(locked)
+        0
+        """
+        deadline = self._deadline(timeout)
+        wanted = list(domains)
+        taken = self._empty()
+        try:
+            with self._list_held(deadline.left()):
+                for one in wanted:
+                    self._lock_one(one, taken, deadline)
+        except BaseException:
+            at = len(taken)
+            while at:  # as at the end of the block: this allocates nothing
+                at -= 1
+                taken[at]._release_unseen()
+            raise
+        return taken
+
+    def _lock_one(
+        self, one: D | DomainInfo | Uuid | int, taken: LockedDomains[D], deadline: Deadline
+    ) -> None:
+        if isinstance(one, self._handle_type):
+            self._need_ours(one)
+            if one.is_locked:
+                raise AlreadyLocked(f"domain {one.uuid} is asked for twice, or locked already")
+            taken.append(one)
+            one.lock(deadline.left())
+            return
+        dom = self.get(**key_of(one), timeout=deadline.left())
+        try:
+            taken.append(dom)
+        except MemoryError:
+            dom._release_unseen()
+            raise
+
+    @contextmanager
+    def _held(self, domain: D | DomainInfo | Uuid | int, deadline: Deadline) -> Iterator[D]:
+        """The handle, locked by its caller; or the domain with this key, locked meanwhile."""
+        if isinstance(domain, self._handle_type):
+            self._need_ours(domain)
+            yield domain
+            return
+        dom = self.get(**key_of(domain), timeout=deadline.left())
+        try:
+            yield dom
+        finally:
+            dom._release_unseen()
+
+    # --- assign, remove, rename: the list lock is the caller's ---
+
+    def assign_def(
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None = None,
+        timeout: float | None = None,
+    ) -> D:
+        """Enter a definition; returns its domain, locked (virDomainAssignDef). List lock held.
+
+        A new domain is committed before it is returned, state SHUTOFF, with `persistent` as given
+        (default: no); without a UUID in the definition it gets a random one. Of a domain with this
+        name and UUID, an inactive one has its definition replaced and an active one its
+        `next_definition`; that, and `persistent` unless ``None``, belongs to the transaction.
+
+        Raises `DomainExists` (same name with another UUID, or same UUID with another name),
+        `ListNotLocked`, `LockTimeout`, `AlreadyLocked`, `SegmentFull`.
+
+        >>> from shmdomains import DomainDef, DomainList
+        >>> doms = DomainList()
+        >>> web1 = DomainDef.from_xml("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...                           "<os><type>hvm</type></os></domain>")
+        >>> with doms.locked():
+        ...     dom = doms.assign_def(web1, persistent=True)
+        >>> with dom:
+        ...     dom.name, dom.persistent, dom.definition.memory
+        ('web1', True, 1024)
+        """
+        return self._assign(definition, persistent, timeout)[0]
+
+    def _assign(
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None,
+        timeout: float | None,
+    ) -> tuple[D, object]:
+        """`assign_def`; with the receipt of a new record, for `_take_back`, else ``None``."""
+        self._need_list_lock("assign_def")
+        known = self._known(definition)
+        found = None if known is None else self.find_by_uuid(known.uuid, timeout)
+        if known is None or found is None:  # or a signal handler of this thread removed it
+            dom = self._make(definition, bool(persistent), timeout)
+            return dom, dom._receipt
+        try:
+            if isinstance(definition, EncodedDef):
+                definition = definition.decoded()
+            if definition.uuid is None:
+                definition = definition.replace(uuid=known.uuid)
+            if found.is_active:
+                found.next_definition = definition
+            else:
+                found.definition = definition
+            if persistent is not None:
+                found.persistent = persistent
+        except BaseException:
+            found._release_unseen()
+            raise
+        return found, None
+
+    def _known(self, definition: DomainDef | EncodedDef) -> Identity | None:
+        """The domain that a definition is of; libvirt's rules (virDomainObjListAddLocked)."""
+        uuid, name = definition.uuid, definition.name
+        known = self._who_has(uuid, name)
+        if known is None or uuid is None:
+            return known
+        if known.uuid != parse_uuid(uuid):
+            raise DomainExists(f"domain '{known.name}' already exists with uuid {known.uuid}")
+        if known.name != name:
+            raise DomainExists(f"domain '{known.name}' is already defined with uuid {known.uuid}")
+        return known
+
+    def _make(
+        self, definition: DomainDef | EncodedDef, persistent: bool, timeout: float | None
+    ) -> D:
+        uuid = definition.uuid
+        if uuid is None:
+            uuid = uuid_module.uuid4()
+            if isinstance(definition, EncodedDef):
+                definition = definition.decoded()
+            definition = definition.replace(uuid=uuid)
+        blob = definition.encode()
+        made: list[D | None] = [None]
+        try:
+            return self._insert(
+                uuid, definition.name, blob, DomainState.SHUTOFF, persistent, timeout, made
+            )
+        except BaseException:
+            # A signal handler may raise as `_insert` returns. In a child that it forked the record
+            # is its parent's, and not locked.
+            if made[0] is not None and made[0].is_locked:
+                self._remove(made[0])
+            raise
+
+    def _take_back(self, dom: D, made: object, timeout: float | None) -> None:
+        """Undo an `_assign` after a failure. The domain is unlocked and as it was; a new one is
+        removed, unless somebody else changed it while it was not locked.
+
+        Without the comparison another process's `define` of the same domain, which waited for the
+        lock, saved its file and returned, would be lost with the record. Waits for a slice at
+        least, so that a moment's use of the list lock leaves no new domain behind. What cannot be
+        taken back in time stays, transient if it has no file.
+        """
+        if made is None:
+            dom._release_unseen()
+            return
+        deadline = self._deadline(None if timeout is None else max(timeout, _SLICE))
+        if not self.is_locked:
+            dom._release_unseen()  # the list lock comes first
+        try:
+            with self._list_held(deadline.left()):
+                if not dom.is_locked:
+                    dom.lock(deadline.left())
+                if dom._receipt == made:
+                    self._remove(dom, deadline.left())
+        except DomainRemoved:
+            pass
+        except LockTimeout as exc:
+            logger.warning("domain %s was not taken back, undefine it: %s", dom.uuid, exc)
+        finally:
+            dom._release_unseen()
+
+    def remove_inactive(
+        self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None
+    ) -> None:
+        """Remove an inactive domain (virDomainRemoveInactive). List lock held, `dom` unlocked.
+
+        `dom` may be a key, as `get` takes it. Waits until nobody holds the domain. Raises
+        `DomainLocked` (this owner holds it: it would wait for itself), `DomainActive`,
+        `DomainRemoved`, `DomainNotFound`, `ListNotLocked`, `LockTimeout`.
+        """
+        self._need_list_lock("remove_inactive")
+        deadline = self._deadline(timeout)
+        if not isinstance(dom, self._handle_type):
+            with self._held(dom, deadline) as found:
+                return self._remove_if_inactive(found, deadline)
+        self._need_ours(dom)
+        if dom.is_locked:
+            raise DomainLocked(
+                f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
+                "until nobody holds it"
+            )
+        try:
+            dom.lock(deadline.left())
+            self._remove_if_inactive(dom, deadline)
+        finally:
+            dom._release_unseen()
+
+    def _remove_if_inactive(self, dom: D, deadline: Deadline) -> None:
+        if dom.is_active:
+            raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
+        self._remove(dom, deadline.left())
+
+    def free(self, timeout: float | None = None) -> None:
+        """Remove every domain, active ones too (virDomainObjListFree). List lock held.
+
+        Takes and drops each domain's lock before it goes. Raises `DomainLocked` before anything is
+        removed if this owner holds one of them, `LockTimeout` (what was removed by then is gone).
+        """
+        self._need_list_lock("free")
+        deadline = self._deadline(timeout)
+        doms = self._handles()
+        held = next((dom for dom in doms if dom.is_locked), None)
+        if held is not None:
+            raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
+        for dom in doms:
+            try:
+                dom.lock(deadline.left())
+                self._remove(dom, deadline.left())
+            finally:
+                dom._release_unseen()
+
+    def rename(
+        self, dom: D | DomainInfo | Uuid | int, new_name: str, timeout: float | None = None
+    ) -> None:
+        """Rename an inactive domain (virDomainRename). Of a handle: list lock held, `dom` locked,
+        nothing uncommitted. Of a key, as `get` takes it: both locks are taken here.
+
+        Name and definitions change in one commit; if the list was loaded from a config directory
+        and the domain is persistent, its file and autostart link follow, and a failure there leaves
+        all as it was. Raises `InvalidName` (also for the name that it has), `DomainExists`,
+        `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`,
+        `DomainNotFound`, and `LockTimeout`.
+        """
+        deadline = self._deadline(timeout)
+        if isinstance(dom, self._handle_type):
+            self._need_list_lock("rename")
+            self._need_ours(dom)
+            return self._rename_held(dom, new_name, deadline)
+        with self._list_held(deadline.left()), self._held(dom, deadline) as found:
+            self._rename_held(found, new_name, deadline)
+
+    def _rename_held(self, dom: D, new_name: str, deadline: Deadline) -> None:
+        if dom.is_active:
+            raise DomainActive(f"cannot rename active domain '{dom.name}'")
+        if dom.changed:
+            raise UncommittedChanges(f"commit or roll back domain '{dom.name}' before renaming it")
+        old_name = dom.name
+        check_name(new_name)
+        if new_name == old_name:
+            raise InvalidName(f"Can't rename domain '{old_name}' to itself")
+        if self._who_has(None, new_name) is not None:
+            raise DomainExists(f"domain with name '{new_name}' already exists")
+        definition = dom.definition.replace(name=new_name)
+        successor = dom.next_definition
+        renamed = None if successor is None else successor.replace(name=new_name).encode()
+        dirs = self._remembered()
+        encoded = definition.encode()
+        commit = _Commit(
+            dom, lambda: self._rename(dom, new_name, encoded, renamed, deadline.left())
+        )
+        if dirs is None or not dom.persistent:
+            commit()
+        else:
+            dirs.rename(old_name, definition, deadline.left(), commit)
+
+    # --- the whole of it: the list lock is taken here ---
+
+    def define(
+        self, definition: DomainDef | str | bytes, timeout: float | None = None
+    ) -> DomainInfo:
+        """Define a persistent domain, or redefine one, and save its config; returns its info.
+
+        `definition` may be XML. An active domain gets it as `next_definition`. No lock is needed;
+        the list lock is taken. If the config file cannot be saved nothing is defined: the domain
+        is as it was before, and a new one is removed, unless somebody else changed it meanwhile
+        (virDomainDefineXML). What is raised after that is done - no memory for the info, a signal
+        handler of yours - leaves it defined, in memory and on disk. Taking back may take a lock
+        slice (50 ms) longer than `timeout`. Raises `DefinitionError`, `DomainExists`,
+        `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
+        """
+        deadline = self._deadline(timeout)
+        definition = _as_definition(definition)
+        dom, made, commit = None, None, None
+        try:
+            with self._list_held(deadline.left()):
+                dirs = self._remembered()
+                # Where there are files a new domain is persistent with its file, and not before.
+                persistent = True if dirs is None else None
+                dom, made = self._assign(definition, persistent, deadline.left())
+                if dirs is not None:
+                    dom.persistent = True
+            commit = _Commit(dom, lambda: dom.commit(deadline.left()))
+            if dirs is None:
+                commit()
+            else:
+                dirs.save(dom.next_definition or dom.definition, deadline.left(), commit)
+            info = self.peek(uuid=dom.uuid, timeout=None)
+        except BaseException:
+            # It is not locked in a child that a signal handler forked: there it is our parent's.
+            if dom is not None and dom.is_locked and (commit is None or not commit.happened()):
+                self._take_back(dom, made, deadline.left())
+            raise
+        finally:
+            if dom is not None:
+                dom._release_unseen()
+        assert info is not None  # we held it
+        return info
+
+    def undefine(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Undefine a domain: its config file and autostart link go, and so does an inactive domain;
+        an active one becomes transient (virDomainUndefine).
+
+        Exactly one key. No lock is needed; the list lock is taken. Raises `DomainNotFound`,
+        `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
+        `LockOrder`.
+        """
+        deadline = self._deadline(timeout)
+        with self._list_held(deadline.left()):
+            dom = self.get(uuid=uuid, name=name, id=id, timeout=deadline.left())
+            try:
+                self._undefine(dom, deadline)
+            finally:
+                dom._release_unseen()
+
+    def _undefine(self, dom: D, deadline: Deadline) -> None:
+        if dom.is_active and not dom.persistent:
+            raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
+        dirs = self._remembered()
+        commit = _Commit(dom, lambda: self._forget(dom, deadline))
+        if dirs is None:
+            commit()
+        else:
+            dirs.delete(dom.name, deadline.left(), commit)
+
+    def _forget(self, dom: D, deadline: Deadline) -> None:
+        if not dom.is_active:
+            self._remove(dom, deadline.left())
+            return
+        dom.persistent = False
+        dom.autostart = False
+        dom.commit(deadline.left())
+
+    # --- config directories ---
+
+    def load_all_configs(
+        self,
+        config_dir: str | os.PathLike[str],
+        autostart_dir: str | os.PathLike[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        workers: int | None = None,
+        timeout: float | None = None,
+    ) -> LoadReport:
+        """Load every ``*.xml`` of a directory as a persistent domain (virDomainLoadAllConfigs).
+
+        No lock is needed; the list lock is taken per batch. A file that is wrong is skipped, logged
+        and reported; a missing directory is no error. A domain whose ``NAME.xml`` in
+        `autostart_dir` is a link to its file is set to autostart. The directories are remembered in
+        the list: what any process defines, renames or undefines later reaches them.
+        `progress(done, total)` is called as it goes on; `workers` processes parse, this one among
+        them. `timeout` in seconds is for each wait: for a domain it is that file's failure, for the
+        list lock it is `LockTimeout`.
+        """
+        dirs = ConfigDirs(Path(config_dir), None if autostart_dir is None else Path(autostart_dir))
+        with self.locked(timeout):
+            self._remember(dirs)
+        return load_all(self, dirs, progress, workers, timeout)
+
+    def save_config(self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None) -> None:
+        """Write what the domain will be after its next start to the config directory
+        (virDomainSaveConfig): its `next_definition`, else its definition. A handle's domain is
+        locked by the caller; that of a key, as `get` takes it, here.
+
+        Does nothing if the list was not loaded from a directory. Raises `ConfigError`; the file is
+        then as it was before.
+        """
+        deadline = self._deadline(timeout)
+        with self._held(dom, deadline) as held:
+            self._save(held, deadline)
+
+    def _save(self, dom: D, deadline: Deadline) -> None:
+        dirs = self._remembered()
+        definition = dom.next_definition or dom.definition
+        if dirs is None:
+            return
+
+        def note() -> None:
+            dom.autostart = dom.autostart
+            dom.commit(deadline.left())
+
+        # Noted in the record, so that nobody takes a domain back whose file somebody else saved.
+        dirs.save(definition, deadline.left(), None if dom.changed else _Commit(dom, note))
+
+    def delete_config(self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None) -> None:
+        """Remove the domain's config file and autostart link (virDomainDeleteConfig). A handle's
+        domain is locked by the caller; that of a key, as `get` takes it, here.
+
+        Raises `ConfigError`.
+        """
+        deadline = self._deadline(timeout)
+        with self._held(dom, deadline) as held:
+            dirs = self._remembered()
+            name = held.name
+            if dirs is not None:
+                dirs.delete(name, deadline.left())
+
+    def set_autostart(
+        self, dom: D | DomainInfo | Uuid | int, enabled: bool, timeout: float | None = None
+    ) -> None:
+        """Start the domain with the host, or not: the record and the link on disk together
+        (virDomainSetAutostart), committed. A handle's domain is locked by the caller; that of a
+        key, as `get` takes it, here.
+
+        Raises `DomainTransient`, `ConfigError`, `UncommittedChanges`.
+        """
+        deadline = self._deadline(timeout)
+        with self._held(dom, deadline) as held:
+            self._set_autostart(held, enabled, deadline)
+
+    def _set_autostart(self, dom: D, enabled: bool, deadline: Deadline) -> None:
+        if not dom.persistent:
+            raise DomainTransient("cannot set autostart for transient domain " + repr(dom.name))
+        if dom.changed:
+            raise UncommittedChanges(f"commit or roll back domain '{dom.name}' first")
+        dirs = self._remembered()
+
+        def change() -> None:
+            dom.autostart = enabled
+            dom.commit(deadline.left())
+
+        commit = _Commit(dom, change)
+        try:
+            if dirs is not None and (dirs.autostart_dir is not None or enabled):
+                dirs.set_autostart(dom.name, enabled, deadline.left(), commit)
+            else:
+                commit()
+        except BaseException:
+            dom.rollback()
+            raise
+
+    # --- listing ---
+
+    def list(
+        self,
+        active: bool | None = None,
+        persistent: bool | None = None,
+        autostart: bool | None = None,
+        state: int | Iterable[int] | None = None,
+        definitions: bool = True,
+    ) -> list[DomainInfo]:
+        """The domains that fit, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
+
+        Filters are combined with AND; `state` is one `DomainState` or several, any of which do.
+
+        >>> from shmdomains import DomainList
+        >>> DomainList().list(active=True)
+        []
+        """
+        return self._scan(_filter(active, persistent, autostart, state), definitions)
+
+    def count(
+        self,
+        active: bool | None = None,
+        persistent: bool | None = None,
+        autostart: bool | None = None,
+        state: int | Iterable[int] | None = None,
+    ) -> int:
+        """How many domains fit; filters as in `list` (virDomainObjListNumOfDomains)."""
+        return self._count(_filter(active, persistent, autostart, state))

@@ -1,0 +1,238 @@
+"""`DomainInfo`: one domain as it was committed at one moment, a value.
+
+Shared memory makes its own, natively, for somebody may list a million of them; every other store
+makes this class, and a pickle gives it. Both are equal, hashed and shown alike, and
+``isinstance(info, DomainInfo)`` holds for both.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABCMeta
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from ..errors import DefinitionError
+from ..states import REASONS, DomainState
+from ..xml.definition import DomainDef
+from .values import decode_data, encode_data
+
+_FIELDS = ("id", "name", "uuid", "state", "reason", "persistent", "autostart", "pid")
+
+
+class DomainInfo(metaclass=ABCMeta):
+    """One domain as it was committed at one moment. Immutable; reading it takes no lock.
+
+    Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
+    the set that a list gives is not one moment's. Equal to another one of the same content, and
+    picklable.
+    """
+
+    __slots__ = ("_blobs", *_FIELDS)
+
+    id: int
+    """The id of the running domain, -1 when it is inactive."""
+    name: str
+    uuid: UUID
+    state: DomainState
+    reason: int
+    """Why it is in this state: a member of the state's reason enumeration, or a driver's own."""
+    persistent: bool
+    """Whether the domain outlives its deactivation."""
+    autostart: bool
+    """Whether the domain is to be started with the host."""
+    pid: int | None
+    """Process id of the hypervisor."""
+    _blobs: tuple[DomainDef, DomainDef | None, Any] | None
+
+    def __init__(
+        self,
+        *,
+        id: int,
+        name: str,
+        uuid: UUID,
+        state: DomainState,
+        reason: int,
+        persistent: bool,
+        autostart: bool,
+        pid: int | None,
+        blobs: tuple[DomainDef, DomainDef | None, Any] | None,
+    ) -> None:
+        """`blobs`: definition, next definition and data; ``None``: taken without them."""
+        values = (id, name, uuid, state, reason_of(state, reason), persistent, autostart, pid)
+        for field, value in zip(_FIELDS, values, strict=True):
+            object.__setattr__(self, field, value)
+        object.__setattr__(self, "_blobs", blobs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a DomainInfo cannot be changed: it is what was committed then")
+
+    __delattr__ = None  # type: ignore[assignment]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it runs (``id != -1``; libvirt's virDomainObjIsActive)."""
+        return self.id != -1
+
+    @property
+    def definition(self) -> DomainDef:
+        """The live definition."""
+        return self._taken()[0]
+
+    @property
+    def next_definition(self) -> DomainDef | None:
+        """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
+        return self._taken()[1]
+
+    @property
+    def data(self) -> Any:
+        """The driver's own data, or None."""
+        return self._taken()[2]
+
+    def _taken(self) -> tuple[DomainDef, DomainDef | None, Any]:
+        if self._blobs is None:
+            raise AttributeError(TAKEN_WITHOUT)
+        return self._blobs
+
+    def _without_blobs(self) -> DomainInfo:
+        values = {field: getattr(self, field) for field in _FIELDS}
+        return DomainInfo(**values, blobs=None)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DomainInfo):
+            return NotImplemented
+        return content(self) == content(other)
+
+    def __hash__(self) -> int:
+        return hash_of(self)
+
+    def __reduce__(self) -> tuple[Callable[..., DomainInfo], tuple[Any, ...]]:
+        return reduced(self)
+
+    def __repr__(self) -> str:
+        return shown(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `to_dict`."""
+        return to_dict(self)
+
+
+TAKEN_WITHOUT = "this DomainInfo was taken with definitions=False; take it with definitions=True"
+
+
+def reason_of(state: DomainState, reason: int) -> int:
+    """Return the member of the state's reasons, or the number if it is a driver's own.
+
+    >>> reason_of(DomainState.RUNNING, 1), reason_of(DomainState.RUNNING, 900)
+    (<RunningReason.BOOTED: 1>, 900)
+    """
+    try:
+        return REASONS[state](reason)
+    except ValueError:
+        return reason
+
+
+# --- what both classes say ------------------------------------------------------------------
+
+
+def content(info: DomainInfo) -> tuple[Any, ...]:
+    """All of an info's values: two infos are equal if these are."""
+    return (*_plain(info), _blobs(info))
+
+
+def _plain(info: DomainInfo) -> tuple[Any, ...]:
+    return tuple(getattr(info, field) for field in _FIELDS)
+
+
+def _blobs(info: DomainInfo) -> tuple[DomainDef, DomainDef | None, Any] | None:
+    try:
+        return info.definition, info.next_definition, info.data
+    except AttributeError:
+        return None
+
+
+def hash_of(info: DomainInfo) -> int:
+    """Definitions and data do not count: data may hold what has no hash."""
+    return hash(_plain(info))
+
+
+def shown(info: DomainInfo) -> str:
+    """The info's `repr`."""
+    return f"<DomainInfo {info.name!r} uuid={info.uuid} id={info.id} state={info.state.name}>"
+
+
+def to_dict(info: DomainInfo) -> dict[str, Any]:
+    """Return what ``json.dumps`` takes: words for state and reason, `id` None for an inactive one.
+
+    Definitions are XML; they and `data` are there if the info was taken with them. `data` must be
+    JSON's own kind of value to get through ``json.dumps``: MessagePack knows bytes, JSON does not.
+    """
+    reason = info.reason
+    why = reason.name.lower().replace("_", " ") if isinstance(reason, enum.Enum) else reason
+    found = {
+        "id": info.id if info.is_active else None,
+        "name": info.name,
+        "uuid": str(info.uuid),
+        "state": info.state.words,
+        "reason": why,
+        "persistent": info.persistent,
+        "autostart": info.autostart,
+        "pid": info.pid,
+    }
+    blobs = _blobs(info)
+    if blobs is not None:
+        definition, successor, data = blobs
+        found["definition"] = definition.to_xml()
+        found["next_definition"] = None if successor is None else successor.to_xml()
+        found["data"] = _json_value(data)
+    return found
+
+
+def _json_value(value: Any) -> Any:
+    if hasattr(value, "items"):
+        return {key: _json_value(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_json_value(one) for one in value]
+    return value
+
+
+def reduced(info: DomainInfo) -> tuple[Callable[..., DomainInfo], tuple[Any, ...]]:
+    """The info as a pickle has it: plain values, each checked when it is read."""
+    blobs = _blobs(info)
+    if blobs is not None:
+        definition, successor, data = blobs
+        packed = (
+            definition.encode(),
+            None if successor is None else successor.encode(),
+            None if data is None else encode_data(data),
+        )
+    id, name, uuid, state, reason, *rest = _plain(info)
+    plain = (id, name, uuid.bytes, int(state), int(reason), *rest)
+    return _restored, (plain, None if blobs is None else packed)
+
+
+def _restored(plain: tuple[Any, ...], blobs: tuple[Any, ...] | None) -> DomainInfo:
+    try:
+        id, name, uuid, state, reason, persistent, autostart, pid = plain
+        taken = None
+        if blobs is not None:
+            definition, successor, data = blobs
+            taken = (
+                DomainDef.decode(definition),
+                None if successor is None else DomainDef.decode(successor),
+                None if data is None else decode_data(data),
+            )
+        return DomainInfo(
+            id=int(id),
+            name=str(name),
+            uuid=UUID(bytes=uuid),
+            state=DomainState(state),
+            reason=int(reason),
+            persistent=bool(persistent),
+            autostart=bool(autostart),
+            pid=None if pid is None else int(pid),
+            blobs=taken,
+        )
+    except (TypeError, ValueError) as exc:
+        raise DefinitionError(f"this is no pickled DomainInfo: {exc}") from None

@@ -1,0 +1,667 @@
+"""The rules over any `Store`, in Python: for stores without a native core.
+
+What stands here once is what every such store would need: who holds what (per thread), lock order,
+nested ``with`` blocks, the changes that were not committed, reading one's own writes. Shared memory
+has the same natively; the conformance suite holds both to it.
+
+A thread's holds are its own: `_Mine` is thread-local. A hold is what one lock of one domain leads
+to; every handle of that domain in that thread shares it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from typing_extensions import Self
+
+from ..config.change import ConfigDirs
+from ..deadline import Deadline
+from ..errors import (
+    AlreadyLocked,
+    DomainExists,
+    DomainNotLocked,
+    DomainRemoved,
+    ListClosed,
+    ListNotLocked,
+    LockOrder,
+    LockTimeout,
+    NotOwner,
+    WrongList,
+)
+from ..holder import LockHolder
+from ..names import Uuid, check_name, parse_uuid
+from ..states import DomainState
+from ..xml.definition import DomainDef
+from .domain import DomainRules
+from .domain_list import DomainListRules
+from .info import DomainInfo, reason_of
+from .store import Changes, Filter, Identity, Key, NewDomain, Store
+from .values import (
+    checked_definition,
+    checked_pid,
+    checked_reason,
+    checked_state,
+    decode_data,
+    encode_data,
+    not_found,
+)
+
+R = TypeVar("R")
+
+
+class _Hold(Generic[R]):
+    """One lock of one domain: what was committed, and what was changed since."""
+
+    __slots__ = ("changes", "depth", "info", "record")
+
+    def __init__(self, record: R, info: DomainInfo) -> None:
+        self.record = record
+        self.info = info
+        self.changes: Changes = {}
+        self.depth = 0  # of ``with`` blocks
+
+
+class _Mine(threading.local):
+    """What this thread holds of one list."""
+
+    def __init__(self) -> None:
+        self.list_held = False
+        self.holds: dict[Any, _Hold[Any]] = {}
+
+
+class PlainDomain(DomainRules, Generic[R]):
+    """A handle to a domain of a `PlainDomainList`; see `DomainBase`."""
+
+    __slots__ = ("__weakref__", "_list", "_locker", "_record", "_uuid")
+
+    def __init__(self, doms: PlainDomainList[R], record: R, uuid: UUID) -> None:
+        self._list = doms
+        self._record = record
+        self._uuid = uuid
+        self._locker: _Hold[R] | None = None  # the hold that was taken through this handle
+
+    def __del__(self) -> None:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None or hold is not self._locker:
+            return
+        self._list._give_back(hold, seen=False)
+        warnings.warn(
+            "a Domain that was still locked was dropped; its changes are rolled back and the lock "
+            "is freed: use 'with'",
+            ResourceWarning,
+            stacklevel=1,
+        )
+
+    # --- the lock ---
+
+    def _held(self) -> _Hold[R]:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None:
+            raise DomainNotLocked(
+                f"domain {self._uuid} is not locked by this thread: with dom: ..."
+            )
+        return hold
+
+    @property
+    def is_locked(self) -> bool:
+        return self._record in self._list._mine.holds
+
+    def lock(self, timeout: float | None = None) -> None:
+        """Lock the domain; see `DomainBase.lock`."""
+        self._locker = self._list._take(self._record, timeout)
+        if self._locker is None:
+            raise DomainRemoved(f"domain {self._uuid} was removed; this handle outlived it")
+
+    def try_lock(self) -> bool:
+        """Lock the domain if it is free. Always allowed, whatever is held."""
+        return self.acquire(block=False)
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """`lock` in the manner of `multiprocessing.Lock`."""
+        try:
+            self.lock(_as_timeout(block, timeout))
+        except LockTimeout:
+            return False
+        return True
+
+    def release(self) -> None:
+        """`unlock` in the manner of `multiprocessing.Lock`."""
+        self.unlock()
+
+    def unlock(self, timeout: float | None = None) -> None:
+        """Commit what was changed and release the lock, also when the commit fails.
+
+        Raises `DomainNotLocked`, or `NotOwner` in another thread.
+        """
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None:
+            if self._record in self._list._held_by:
+                raise NotOwner(f"another thread of this process holds domain {self._uuid}")
+            raise DomainNotLocked(f"domain {self._uuid} is not locked by this thread")
+        try:
+            self._list._commit(hold, timeout)
+        finally:
+            self._list._give_back(hold, seen=True)
+
+    def _release_unseen(self) -> None:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is not None:
+            self._list._give_back(hold, seen=False)
+
+    def __enter__(self) -> Self:
+        if not self.is_locked:
+            self.lock()
+        self._held().depth += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None:
+            return
+        if kind is not None:
+            hold.changes = {}
+        if hold.depth > 1:
+            hold.depth -= 1  # an inner block; the outer one goes on
+            return
+        self.unlock()
+
+    def commit(self, timeout: float | None = None) -> None:
+        """Commit what was changed so far and keep the lock."""
+        self._list._commit(self._held(), timeout)
+
+    def rollback(self) -> None:
+        """Forget all changes since the last commit."""
+        self._held().changes = {}
+
+    @property
+    def changed(self) -> bool:
+        return bool(self._held().changes)
+
+    @property
+    def previous_owner_died(self) -> LockHolder | None:
+        """Who died holding the domain since it was last handed back in order, or None."""
+        return self._list._store.died(self._held().record)
+
+    # --- fields: as changed, else as committed ---
+
+    @property
+    def uuid(self) -> UUID:
+        return self._uuid
+
+    @property
+    def name(self) -> str:
+        return self._held().info.name
+
+    def _value(self, field: str) -> Any:
+        hold = self._held()
+        return hold.changes[field] if field in hold.changes else getattr(hold.info, field)  # type: ignore[literal-required]
+
+    @property
+    def id(self) -> int:
+        return int(self._value("id"))
+
+    @property
+    def is_active(self) -> bool:
+        return self.id != -1
+
+    @property
+    def state(self) -> DomainState:
+        return DomainState(self._value("state"))
+
+    @state.setter
+    def state(self, value: int) -> None:
+        self._held().changes.update({"state": checked_state(value), "reason": 0})
+
+    @property
+    def reason(self) -> int:
+        return reason_of(self.state, self._value("reason"))
+
+    @reason.setter
+    def reason(self, value: int) -> None:
+        self._held().changes["reason"] = checked_reason(value)
+
+    @property
+    def pid(self) -> int | None:
+        pid: int | None = self._value("pid")
+        return pid
+
+    @pid.setter
+    def pid(self, value: int | None) -> None:
+        self._held().changes["pid"] = checked_pid(value)
+
+    @property
+    def persistent(self) -> bool:
+        return bool(self._value("persistent"))
+
+    @persistent.setter
+    def persistent(self, value: bool) -> None:
+        self._held().changes["persistent"] = bool(value)
+
+    @property
+    def autostart(self) -> bool:
+        return bool(self._value("autostart"))
+
+    @autostart.setter
+    def autostart(self, value: bool) -> None:
+        self._held().changes["autostart"] = bool(value)
+
+    @property
+    def definition(self) -> DomainDef:
+        definition: DomainDef = self._value("definition")
+        return definition
+
+    @definition.setter
+    def definition(self, value: DomainDef) -> None:
+        self._held().changes["definition"] = checked_definition(value, self._uuid, self.name)
+
+    @property
+    def next_definition(self) -> DomainDef | None:
+        definition: DomainDef | None = self._value("next_definition")
+        return definition
+
+    @next_definition.setter
+    def next_definition(self, value: DomainDef | None) -> None:
+        if value is not None:
+            value = checked_definition(value, self._uuid, self.name)
+        self._held().changes["next_definition"] = value
+
+    @property
+    def data(self) -> Any:
+        hold = self._held()
+        if "data" not in hold.changes:
+            return hold.info.data
+        packed = hold.changes["data"]
+        return None if packed is None else decode_data(packed)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        hold = self._held()
+        hold.changes["data"] = None if value is None else encode_data(value)
+
+    # --- for the rules ---
+
+    @property
+    def _receipt(self) -> object:
+        return self._list._store.receipt(self._record)
+
+    def _take_id(self, timeout: float | None = None) -> int:
+        hold = self._held()
+        hold.changes["id"] = self._list._store.next_id(timeout)
+        return hold.changes["id"]
+
+    def _drop_id(self) -> None:
+        self._held().changes["id"] = -1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PlainDomain):
+            return NotImplemented
+        return self._list is other._list and bool(self._record == other._record)
+
+    def __hash__(self) -> int:
+        return hash(self._record)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlainDomain, (self._list, self._record, self._uuid)
+
+    def __repr__(self) -> str:
+        if not self.is_locked:
+            return f"<Domain {self._uuid}>"
+        return f"<Domain {self.name!r} {self._uuid} locked>"
+
+
+class PlainLockedDomains(list[PlainDomain[R]]):
+    """What `lock_many` gives: a ``with`` block commits and unlocks each, or rolls each back."""
+
+    def __enter__(self) -> Self:
+        for dom in self:
+            dom.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        failure: BaseException | None = None
+        for dom in reversed(self):
+            try:
+                dom.__exit__(kind, value, traceback)
+            except BaseException as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
+
+class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
+    """A list of domains over a `Store`; the public methods are `shmdomains.DomainList`'s."""
+
+    _handle_type: type[PlainDomain[R]] = PlainDomain
+
+    def __init__(self, store: Store[R]) -> None:
+        self._store = store
+        self._mine = _Mine()
+        self._held_by: dict[R, int] = {}  # which thread holds what, for `NotOwner`
+        self._list_held_by: int | None = None
+        self.closed = False
+
+    def close(self) -> None:
+        """Give up the list; everything else raises `ListClosed` from now on."""
+        if self.is_locked:
+            self.unlock()
+        self.closed = True
+
+    def _usable(self) -> None:
+        if self.closed:
+            raise ListClosed("this DomainList is closed")
+
+    # --- the list lock ---
+
+    @property
+    def is_locked(self) -> bool:
+        return self._mine.list_held
+
+    def lock(self, timeout: float | None = None) -> None:
+        """Take the list lock; see `ListBase.locked`."""
+        deadline = Deadline(timeout)
+        self._usable()
+        if self.is_locked:
+            raise AlreadyLocked("this thread holds the list lock already")
+        if self._mine.holds:
+            raise LockOrder(
+                "this thread holds a domain; the list lock comes first: unlock the domain, or take "
+                "the list lock before it"
+            )
+        self._store.lock_list(deadline.left())
+        self._mine.list_held, self._list_held_by = True, threading.get_ident()
+
+    def unlock(self) -> None:
+        """Release the list lock. Raises `ListNotLocked`, or `NotOwner` in another thread."""
+        if not self.is_locked:
+            self._usable()
+            if self._list_held_by is not None:
+                raise NotOwner("another thread of this process holds the list lock")
+            raise ListNotLocked("this thread does not hold the list lock")
+        self._mine.list_held, self._list_held_by = False, None
+        self._store.unlock_list()
+
+    @contextmanager
+    def locked(self, timeout: float | None = None) -> Iterator[Self]:
+        """Hold the list lock for a ``with`` block."""
+        self.lock(timeout)
+        try:
+            yield self
+        finally:
+            if self.is_locked:
+                self.unlock()
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """`lock` in the manner of `multiprocessing.Lock`."""
+        try:
+            self.lock(_as_timeout(block, timeout))
+        except LockTimeout:
+            return False
+        return True
+
+    def release(self) -> None:
+        """`unlock` in the manner of `multiprocessing.Lock`."""
+        self.unlock()
+
+    def _need_list_lock(self, what: str) -> None:
+        self._usable()
+        if not self.is_locked:
+            raise ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
+
+    def _need_ours(self, dom: PlainDomain[R]) -> None:
+        self._usable()
+        if dom._list is not self:
+            raise WrongList(
+                f"domain {dom.uuid} is of another list; call the list that it came from"
+            )
+
+    # --- finding ---
+
+    def _key(self, uuid: Uuid | None, name: str | None, id: int | None) -> Key:
+        if (uuid is not None) + (name is not None) + (id is not None) != 1:
+            raise TypeError("give exactly one of uuid=, name=, id=")
+        if uuid is not None:
+            return Key("uuid", parse_uuid(uuid))
+        if name is not None:
+            if not isinstance(name, str):
+                raise TypeError(f"a name is a str, not {type(name).__name__}")
+            return Key("name", name)
+        if not isinstance(id, int):
+            raise TypeError(f"an id is an int, not {type(id).__name__}")
+        return Key("id", id)
+
+    def lookup(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+    ) -> PlainDomain[R] | None:
+        """Like `get`, but None when there is no such domain."""
+        deadline = Deadline(timeout)
+        self._usable()
+        return self._find(self._key(uuid, name, id), deadline)
+
+    def get(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+    ) -> PlainDomain[R]:
+        """The domain with this uuid, name or id, locked; see `ListBase.get`."""
+        dom = self.lookup(uuid=uuid, name=name, id=id, timeout=timeout)
+        if dom is None:
+            raise not_found(uuid, name, id)
+        return dom
+
+    def find_by_uuid(self, uuid: Uuid, timeout: float | None = None) -> PlainDomain[R] | None:
+        """The domain with this UUID, locked, or None. List lock held."""
+        self._need_list_lock("find_by_uuid")
+        return self.lookup(uuid=uuid, timeout=timeout)
+
+    def find_by_name(self, name: str, timeout: float | None = None) -> PlainDomain[R] | None:
+        """The domain with this name, locked, or None. List lock held."""
+        self._need_list_lock("find_by_name")
+        return self.lookup(name=name, timeout=timeout)
+
+    def find_by_id(self, id: int, timeout: float | None = None) -> PlainDomain[R] | None:
+        """The active domain with this id, locked, or None. List lock held."""
+        self._need_list_lock("find_by_id")
+        return self.lookup(id=id, timeout=timeout)
+
+    def _find(self, key: Key, deadline: Deadline) -> PlainDomain[R] | None:
+        while True:
+            record = self._store.find(key)
+            if record is None:
+                return None
+            hold = self._take(record, deadline.left())
+            if hold is None:
+                continue  # removed meanwhile; its key may have come back
+            if getattr(hold.info, key.kind) == key.value:
+                return self._handle(record, hold)
+            self._give_back(hold, seen=False)
+
+    def _handle(self, record: R, hold: _Hold[R]) -> PlainDomain[R]:
+        dom = PlainDomain(self, record, hold.info.uuid)
+        dom._locker = hold
+        return dom
+
+    def _take(self, record: R, timeout: float | None) -> _Hold[R] | None:
+        """Lock a record; ``None`` when it is gone."""
+        deadline = Deadline(timeout)
+        self._usable()
+        holds = self._mine.holds
+        if record in holds:
+            raise AlreadyLocked(f"this thread holds domain {holds[record].info.name!r} already")
+        if holds and not self.is_locked and timeout != 0:
+            raise LockOrder(
+                "this thread holds a domain and would wait for another; take both with "
+                "lock_many(), or hold the list lock, or use timeout=0"
+            )
+        info = self._store.lock(record, deadline.left())
+        return None if info is None else self._hold(record, info)
+
+    def _hold(self, record: R, info: DomainInfo) -> _Hold[R]:
+        hold = self._mine.holds[record] = _Hold(record, info)
+        self._held_by[record] = threading.get_ident()
+        return hold
+
+    def _give_back(self, hold: _Hold[R], seen: bool) -> None:
+        self._drop(hold)
+        self._store.unlock(hold.record, seen)
+
+    def _drop(self, hold: _Hold[R]) -> None:
+        del self._mine.holds[hold.record]
+        self._held_by.pop(hold.record, None)
+
+    def _commit(self, hold: _Hold[R], timeout: float | None) -> None:
+        deadline = Deadline(timeout)
+        changes, hold.changes = hold.changes, {}
+        if not changes:
+            return
+        self._store.commit(hold.record, changes, deadline.left())
+        info = self._store.read(hold.record)
+        assert info is not None  # we hold it
+        hold.info = info
+
+    # --- reading ---
+
+    def peek(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = 1.0,
+    ) -> DomainInfo | None:
+        """The committed state of one domain, or None. Takes no lock."""
+        Deadline(timeout)
+        self._usable()
+        key = self._key(uuid, name, id)
+        record = self._store.find(key)
+        info = None if record is None else self._store.read(record)
+        return info if info is not None and getattr(info, key.kind) == key.value else None
+
+    def snapshot(self, definitions: bool = True) -> list[DomainInfo]:
+        """All domains, each as it was committed."""
+        return self._scan(Filter(), definitions)
+
+    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+        self._usable()
+        infos = (self._store.read(record) for record in self._store.records())
+        return [
+            info if definitions else info._without_blobs()
+            for info in infos
+            if info is not None and wanted.fits(info)
+        ]
+
+    def _count(self, wanted: Filter) -> int:
+        return len(self._scan(wanted, True))
+
+    def __len__(self) -> int:
+        return self._count(Filter())
+
+    def __contains__(self, uuid: Uuid) -> bool:
+        return self.peek(uuid=uuid) is not None
+
+    def __iter__(self) -> Iterator[DomainInfo]:
+        return iter(self.snapshot())
+
+    # --- for the rules ---
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline(timeout)
+
+    def _who_has(self, uuid: Uuid | None, name: str) -> Identity | None:
+        found = None if uuid is None else self.peek(uuid=uuid)
+        return found or self.peek(name=name)
+
+    def _insert(
+        self,
+        uuid: Uuid,
+        name: str,
+        definition: bytes,
+        state: DomainState,
+        persistent: bool,
+        timeout: float | None,
+        made: list[PlainDomain[R] | None],
+    ) -> PlainDomain[R]:
+        deadline = Deadline(timeout)
+        self._need_list_lock("assign_def")
+        uuid, name = parse_uuid(uuid), check_name(name)
+        known = self._who_has(uuid, name)
+        if known is not None:
+            raise DomainExists(
+                f"domain '{known.name}' was defined meanwhile with uuid {known.uuid}"
+            )
+        new = NewDomain(uuid, name, DomainDef.decode(definition), persistent, state)
+        record = self._store.insert(new, deadline.left())
+        info = self._store.read(record)
+        assert info is not None  # we hold it
+        made[0] = dom = self._handle(record, self._hold(record, info))
+        return dom
+
+    def _remove(self, dom: PlainDomain[R], timeout: float | None = None) -> None:
+        self._need_list_lock("remove")
+        self._need_ours(dom)
+        hold = dom._held()
+        self._store.remove(hold.record, timeout)
+        self._drop(hold)
+
+    def _rename(
+        self,
+        dom: PlainDomain[R],
+        name: str,
+        definition: bytes,
+        next_definition: bytes | None,
+        timeout: float | None = None,
+    ) -> None:
+        self._need_list_lock("rename")
+        hold = dom._held()
+        hold.changes = {"name": name, "definition": DomainDef.decode(definition)}
+        if next_definition is not None:
+            hold.changes["next_definition"] = DomainDef.decode(next_definition)
+        self._commit(hold, timeout)
+
+    def _handles(self) -> list[PlainDomain[R]]:
+        found = []
+        for record in self._store.records():
+            info = self._store.read(record)
+            if info is not None:
+                found.append(PlainDomain(self, record, info.uuid))
+        return found
+
+    def _empty(self) -> PlainLockedDomains[R]:
+        return PlainLockedDomains()
+
+    def _remembered(self) -> ConfigDirs | None:
+        self._usable()
+        return self._store.remembered()
+
+    def _remember(self, dirs: ConfigDirs | None) -> None:
+        self._need_list_lock("settings")
+        self._store.remember(dirs)
+
+
+def _as_timeout(block: bool, timeout: float | None) -> float | None:
+    return 0 if not block or (timeout is not None and timeout < 0) else timeout

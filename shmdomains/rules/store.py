@@ -1,0 +1,413 @@
+"""The seam: what the rules stand on, and what a store of another kind has to bring.
+
+Two layers, each a `typing.Protocol`:
+
+- `ListBase` and `DomainBase` are what the rules call: locks, finding, reading, a handle with its
+  uncommitted changes. Shared memory fulfils them natively, for speed.
+- `Store` is what a store without a native core brings: a dozen methods about records. `plain`
+  fulfils the first layer in Python over any of them.
+
+Names that begin with ``_`` are for the rules, not for users: they stand on the classes that users
+have. Every `timeout` is in seconds: ``None`` waits for ever, 0 tries, negative is a `ValueError`;
+what was not free in time is a `LockTimeout` that names the holder.
+
+Lock order: list, domain, the config directory's filelock. A second domain is waited for only while
+the list lock is held, so waits for domains cannot form a cycle.
+
+A caller may die at any instruction. What it had committed stays, what it had not never happened,
+its locks are free, and whoever next gets the domain sees `previous_owner_died`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar
+from uuid import UUID
+
+from typing_extensions import Self
+
+from ..config.change import ConfigDirs
+from ..holder import LockHolder
+from ..names import Uuid
+from ..states import DomainState
+from ..xml.definition import DomainDef
+from .info import DomainInfo
+
+
+class Deadline(Protocol):
+    """One time-out over the several waits of one call."""
+
+    def left(self) -> float | None:
+        """What the next wait may take: its `timeout`."""
+        ...
+
+
+class Identity(Protocol):
+    """Which domain it is; a `DomainInfo` says so."""
+
+    @property
+    def uuid(self) -> UUID: ...
+    @property
+    def name(self) -> str: ...
+
+
+class NewDomain(NamedTuple):
+    """A domain to be entered: inactive, in this state, of this identity, with this definition."""
+
+    uuid: UUID
+    name: str
+    definition: DomainDef
+    persistent: bool
+    state: DomainState
+
+
+class Filter(NamedTuple):
+    """libvirt's virDomainObjMatchFilter: AND between the fields, OR within `states`; ``None`` does
+    not ask."""
+
+    active: bool | None = None
+    persistent: bool | None = None
+    autostart: bool | None = None
+    states: frozenset[DomainState] | None = None
+
+    def fits(self, info: DomainInfo) -> bool:
+        """Whether the domain is one of those that are asked for."""
+        return (
+            self.active in (None, info.is_active)
+            and self.persistent in (None, info.persistent)
+            and self.autostart in (None, info.autostart)
+            and (self.states is None or info.state in self.states)
+        )
+
+
+# --- the first layer: what the rules call --------------------------------------------------------
+
+
+class DomainBase(Protocol):
+    """A handle to one domain's record.
+
+    Any handle to a domain may be used by whoever holds it: they share its uncommitted changes.
+    Reads under the lock see these changes, nobody else does before the commit. A commit is all or
+    nothing, also when its caller dies in it. Each method and field but `uuid`, `is_locked`, `lock`
+    and `_receipt` needs the domain's lock, else `DomainNotLocked`.
+
+    A store checks what is assigned (`values`), before it changes anything.
+    """
+
+    __slots__ = ()
+
+    @property
+    def uuid(self) -> UUID: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def is_active(self) -> bool: ...
+    @property
+    def state(self) -> DomainState:
+        """Assigning sets `reason` to 0, unknown."""
+
+    @state.setter
+    def state(self, value: int, /) -> None: ...
+    @property
+    def reason(self) -> int: ...
+    @reason.setter
+    def reason(self, value: int, /) -> None: ...
+    @property
+    def pid(self) -> int | None: ...
+    @pid.setter
+    def pid(self, value: int | None, /) -> None: ...
+    @property
+    def persistent(self) -> bool: ...
+    @persistent.setter
+    def persistent(self, value: bool, /) -> None: ...
+    @property
+    def autostart(self) -> bool: ...
+    @autostart.setter
+    def autostart(self, value: bool, /) -> None: ...
+    @property
+    def definition(self) -> DomainDef:
+        """Assigning: `values.checked_definition`."""
+
+    @definition.setter
+    def definition(self, value: DomainDef, /) -> None: ...
+    @property
+    def next_definition(self) -> DomainDef | None: ...
+    @next_definition.setter
+    def next_definition(self, value: DomainDef | None, /) -> None: ...
+    @property
+    def data(self) -> Any: ...
+    @data.setter
+    def data(self, value: Any, /) -> None: ...
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the caller holds the domain."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether there are changes that were not committed."""
+
+    @property
+    def previous_owner_died(self) -> LockHolder | None: ...
+
+    def lock(self, timeout: float | None = None) -> None:
+        """Lock the domain, then look whether it is still there: `DomainRemoved`. `AlreadyLocked`
+        for its holder; `LockOrder` for whoever holds another domain, not the list, and would wait.
+        """
+
+    def commit(self, timeout: float | None = None) -> None:
+        """Commit all changes, or on an error roll all of them back."""
+
+    def rollback(self) -> None: ...
+    def unlock(self, timeout: float | None = None) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+    def _release_unseen(self) -> None:
+        """Roll back and unlock without consuming the notice of a death; nothing if the caller does
+        not hold it. For the ``finally`` of a rule."""
+
+    @property
+    def _receipt(self) -> object:
+        """Differs from an earlier one if and only if a commit or the remove of this record took
+        effect since. Needs no lock; only under it does it stand still."""
+
+    def _take_id(self, timeout: float | None = None) -> int:
+        """Enter an id into the transaction. Unique while the list lives; gaps are allowed."""
+
+    def _drop_id(self) -> None:
+        """The domain has no id any more: part of the transaction."""
+
+
+D = TypeVar("D", bound=DomainBase)
+
+
+class LockedDomains(Protocol[D]):
+    """Domains for a ``with`` block, which commits and unlocks each, or rolls each back."""
+
+    def append(self, dom: D, /) -> None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, at: int, /) -> D: ...
+    def __iter__(self) -> Iterator[D]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+
+class ListBase(Protocol[D]):
+    """A list of domains as the rules see it: its lock, finding, reading, and records."""
+
+    _handle_type: type[D]
+    """The class of its handles."""
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the caller holds the list lock."""
+        ...
+
+    def locked(self, timeout: float | None = None) -> AbstractContextManager[object]:
+        """Hold the list lock for a ``with`` block. `AlreadyLocked`; `LockOrder` for whoever holds a
+        domain of this list."""
+        ...
+
+    def get(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+    ) -> D:
+        """The domain, locked; else `DomainNotFound` (`values.not_found`). Never waits for a domain
+        that was not asked for. A hit that is gone or has another key once it is locked is looked
+        for again."""
+        ...
+
+    def find_by_uuid(self, uuid: Uuid, timeout: float | None = None) -> D | None:
+        """The domain, locked, or ``None``. List lock held."""
+        ...
+
+    def peek(
+        self,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = 1.0,
+    ) -> DomainInfo | None:
+        """The committed state, or ``None``. Takes no lock, blocks nobody."""
+        ...
+
+    def _deadline(self, timeout: float | None) -> Deadline: ...
+
+    def _need_list_lock(self, what: str) -> None:
+        """`ListNotLocked` unless the caller holds the list lock; `what` is what needs it."""
+        ...
+
+    def _need_ours(self, dom: D) -> None:
+        """`WrongList` for a handle that another list made."""
+        ...
+
+    def _who_has(self, uuid: Uuid | None, name: str) -> Identity | None:
+        """The domain that has this uuid or, if none has, this name. List lock held, so that the
+        answer stands. Waits for no domain."""
+        ...
+
+    def _insert(
+        self,
+        uuid: Uuid,
+        name: str,
+        definition: bytes,
+        state: DomainState,
+        persistent: bool,
+        timeout: float | None,
+        made: list[D | None],
+    ) -> D:
+        """Enter a new, inactive domain, committed and locked. List lock held. `definition` is
+        encoded, since whoever loads a directory has it so. The handle is put into `made`, a list of
+        one place, before a signal handler can raise in the caller.
+
+        `DomainExists` if uuid or name is taken. A dead caller leaves the domain or nothing of it.
+        """
+        ...
+
+    def _remove(self, dom: D, timeout: float | None = None) -> None:
+        """Remove a domain that the caller has locked; its lock is free then. List lock held."""
+        ...
+
+    def _rename(
+        self,
+        dom: D,
+        name: str,
+        definition: bytes,
+        next_definition: bytes | None,
+        timeout: float | None = None,
+    ) -> None:
+        """Name and definitions in one commit. List lock and domain held; the name is free."""
+        ...
+
+    def _handles(self) -> Sequence[D]:
+        """Unlocked handles to all domains."""
+        ...
+
+    def _empty(self) -> LockedDomains[D]:
+        """For `lock_many`."""
+        ...
+
+    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+        """The domains that fit, each as it was committed; no lock."""
+        ...
+
+    def _count(self, wanted: Filter) -> int: ...
+
+    def _remembered(self) -> ConfigDirs | None:
+        """The directories that `_remember` was last called with, by any process."""
+        ...
+
+    def _remember(self, dirs: ConfigDirs | None) -> None:
+        """List lock held. A dead caller leaves the old ones or the new ones."""
+        ...
+
+
+# --- the second layer: what a store without a native core brings ---------------------------------
+
+R = TypeVar("R")
+
+
+class Key(NamedTuple):
+    """One of the three keys of a domain."""
+
+    kind: str
+    """``"uuid"``, ``"name"`` or ``"id"``."""
+    value: UUID | str | int
+
+
+class Changes(TypedDict, total=False):
+    """What a commit changes: the fields that are there."""
+
+    id: int
+    pid: int | None
+    state: DomainState
+    reason: int
+    name: str
+    persistent: bool
+    autostart: bool
+    definition: DomainDef
+    next_definition: DomainDef | None
+    data: bytes | None
+    """MessagePack (`values.encode_data`)."""
+
+
+class Store(Protocol[R]):
+    """Records and their locks. `R` names a record: hashable, and never used for another domain.
+
+    `plain` checks who holds what before it calls: a store is asked for no lock that the caller has,
+    and for no change without the locks that its contract names.
+    """
+
+    def lock_list(self, timeout: float | None) -> None: ...
+    def unlock_list(self) -> None: ...
+
+    def find(self, key: Key) -> R | None:
+        """The record with this committed key. No lock, no wait."""
+        ...
+
+    def read(self, record: R) -> DomainInfo | None:
+        """As it is committed, ``None`` once it is removed. No lock, no wait."""
+        ...
+
+    def records(self) -> Iterable[R]:
+        """All that are there. No lock, no wait."""
+        ...
+
+    def lock(self, record: R, timeout: float | None) -> DomainInfo | None:
+        """Lock, then read; ``None``, and no lock, for a record that is gone."""
+        ...
+
+    def unlock(self, record: R, seen: bool) -> None:
+        """`seen` false keeps the notice of a death for the next holder. Nothing if it is gone."""
+        ...
+
+    def insert(self, new: NewDomain, timeout: float | None) -> R:
+        """List held, uuid and name free. Committed and locked."""
+        ...
+
+    def commit(self, record: R, changes: Changes, timeout: float | None) -> None:
+        """Record locked; with a new name the list held as well. All or none of it."""
+        ...
+
+    def remove(self, record: R, timeout: float | None) -> None:
+        """List held, record locked; nobody holds it then."""
+        ...
+
+    def next_id(self, timeout: float | None) -> int:
+        """Unique while the list lives; gaps are allowed."""
+        ...
+
+    def receipt(self, record: R) -> object:
+        """See `DomainBase._receipt`."""
+        ...
+
+    def died(self, record: R) -> LockHolder | None:
+        """Who died holding the record since it was last unlocked as seen. Record locked."""
+        ...
+
+    def remembered(self) -> ConfigDirs | None: ...
+    def remember(self, dirs: ConfigDirs | None) -> None:
+        """List held."""
+        ...

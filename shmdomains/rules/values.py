@@ -1,0 +1,166 @@
+"""What may stand in a domain's record, checked once for every store.
+
+Pure functions: they take no lock and change nothing. A store calls them before it changes a
+record, so a value that is refused leaves the record as it was. A native store may check numbers
+itself, with the same limits and words.
+"""
+
+from __future__ import annotations
+
+import operator
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+import msgpack
+
+from ..errors import DefinitionError, DomainNotFound
+from ..names import Uuid, parse_uuid
+from ..states import DomainState
+from ..xml.definition import DomainDef
+
+MAX_PID = (1 << 31) - 1
+MAX_REASON = 0xFFFF
+
+
+def checked_state(state: int) -> DomainState:
+    """Return the `DomainState`. Raises `ValueError` for a number that is none.
+
+    >>> checked_state(1)
+    <DomainState.RUNNING: 1>
+    """
+    return DomainState(operator.index(state))
+
+
+def checked_reason(reason: int) -> int:
+    """Return a reason's number, 0 to 65,535: drivers may have reasons that libvirt has not.
+
+    >>> checked_reason(70000)
+    Traceback (most recent call last):
+    ...
+    ValueError: a reason is a number from 0 to 65535, not 70000
+    """
+    number = operator.index(reason)
+    if not 0 <= number <= MAX_REASON:
+        raise ValueError(f"a reason is a number from 0 to {MAX_REASON}, not {reason!r}")
+    return number
+
+
+def checked_pid(pid: int | None) -> int | None:
+    """Return a process id, or ``None``. Raises `ValueError` for a number that can be none.
+
+    >>> checked_pid(0)
+    Traceback (most recent call last):
+    ...
+    ValueError: 0 is no process id
+    """
+    if pid is not None and not 0 < operator.index(pid) <= MAX_PID:
+        raise ValueError(f"{pid!r} is no process id")
+    return pid
+
+
+def checked_definition(definition: DomainDef, uuid: UUID, name: str) -> DomainDef:
+    """Return the definition if the domain with this uuid and name may have it.
+
+    A record keeps its identity: without this check domain ``a`` could take the definition of
+    ``zzz`` and be found under a name that its own document does not have. Raises `TypeError`, and
+    `DefinitionError` for a definition of another domain.
+    """
+    if not isinstance(definition, DomainDef):
+        raise TypeError(f"a definition is a DomainDef, not {type(definition).__name__}")
+    if definition.uuid != uuid or definition.name != name:
+        raise DefinitionError(
+            f"the definition is of domain '{definition.name}' with uuid {definition.uuid}, the "
+            f"record of domain '{name}' with uuid {uuid}; a name is changed by "
+            "DomainList.rename(), a uuid never"
+        )
+    return definition
+
+
+def encode_data(value: Any) -> bytes:
+    """Return the MessagePack of a driver's data; a mapping proxy counts as the mapping.
+
+    Raises `TypeError` for what MessagePack cannot carry, `ValueError` for a text with a lone
+    surrogate and for nesting that is deeper than 500 levels or so.
+
+    >>> encode_data({"vnc": 5901})
+    b'\\x81\\xa3vnc\\xcd\\x17\\r'
+    """
+    return bytes(msgpack.packb(value, default=_plain))
+
+
+def decode_data(blob: bytes) -> Any:
+    """Return a read-only view of a driver's data: mappings are proxies, sequences tuples.
+
+    Raises `ValueError` or `TypeError` for what `encode_data` never made.
+
+    >>> decode_data(encode_data([1, [2, 3]]))
+    (1, (2, 3))
+    """
+    if len(blob) > _HARMLESS:
+        unpacker = msgpack.Unpacker(max_buffer_size=len(blob))
+        unpacker.feed(blob)
+        try:
+            unpacker.skip()
+        except msgpack.UnpackException as exc:
+            raise ValueError(f"not MessagePack: {exc}") from None
+    return msgpack.unpackb(blob, use_list=False, object_hook=MappingProxyType, strict_map_key=False)
+
+
+# Before version 1.2.3 msgpack allocates whatever length an array claims to have, at each level.
+# Skipping over a value allocates nothing, and finds that claim out; where it would take longer than
+# it helps, all levels together claim a few MiB.
+_HARMLESS = 1024
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MappingProxyType):
+        return dict(value)
+    if isinstance(value, int):
+        raise TypeError("data can hold integers from -2^63 to 2^64 - 1, not this one")
+    raise TypeError(f"data can hold what MessagePack can, not {type(value).__name__}")
+
+
+def key_of(key: Any) -> dict[str, Any]:
+    """Return the keyword that a key by position stands for, in virsh's order.
+
+    An ``int`` is an id; a `uuid.UUID`, 16 bytes, or a string in a UUID's form is a uuid; any other
+    string is a name. A handle or an info stands for its domain's uuid.
+
+    >>> key_of(3), key_of("web1")
+    ({'id': 3}, {'name': 'web1'})
+    >>> key_of("c7a5fdbdedaf9455926ad65c16db1809")
+    {'uuid': UUID('c7a5fdbd-edaf-9455-926a-d65c16db1809')}
+    """
+    if isinstance(key, int):
+        return {"id": key}
+    if isinstance(key, str):
+        try:
+            return {"uuid": parse_uuid(key)}
+        except DefinitionError:
+            return {"name": key}
+    if isinstance(key, (UUID, bytes)):
+        return {"uuid": parse_uuid(key)}
+    uuid = getattr(key, "uuid", None)
+    if uuid is None:
+        raise TypeError(
+            "a domain is named by its id (int), uuid (UUID, 16 bytes, str) or name (str), a handle "
+            f"or a DomainInfo, not {type(key).__name__}"
+        )
+    return {"uuid": uuid}
+
+
+def not_found(
+    uuid: Uuid | None = None, name: str | None = None, id: int | None = None
+) -> DomainNotFound:
+    """Return the error for a key that no domain has, in the words of virDomainObjListFindBy*.
+
+    >>> not_found(name="web1")
+    DomainNotFound("no domain with matching name 'web1'")
+    """
+    if uuid is not None:
+        shown = UUID(bytes=uuid) if isinstance(uuid, bytes) else uuid
+        return DomainNotFound(f"no domain with matching uuid '{shown}'")
+    if name is not None:
+        return DomainNotFound(f"no domain with matching name '{name}'")
+    return DomainNotFound(f"no domain with matching id {id}")
