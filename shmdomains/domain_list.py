@@ -761,8 +761,8 @@ class DomainList(DomainListRules, core.Segment):
         """The segment's descriptor, for whoever closes those that nobody asked to keep, as a
         process that becomes a daemon does: ``DaemonContext(files_preserve=[doms])``.
 
-        Without it the list works, but `unlink` by others does not see this process, and the list
-        can not be given to a child that is spawned. Raises `DescriptorLost` then; `attach` gets a
+        Without it the list works, but `shmdomains.unlink` of others does not see this process, and
+        the list can not be given to a child that is spawned. Raises `DescriptorLost` then; `attach` gets a
         named segment's back.
 
         >>> doms = DomainList(max_domains=10)

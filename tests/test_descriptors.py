@@ -203,6 +203,45 @@ def test_attaching_anew_gives_one_back(party: Party, file: Path | None, segment_
     shmdomains.unlink("s")
 
 
+def test_attaching_through_the_lost_number(party: Party, segment_dir: Path) -> None:
+    """The caller closes it again: it is no descriptor for the segment to keep."""
+    lose_named(party, None)
+    party.do(
+        f"file = os.open({str(segment_dir / 's.segment')!r}, os.O_RDWR)\n"
+        "if file != number: os.dup2(file, number); os.close(file)\n"
+        "again = DomainList.__new__(DomainList)\n"
+        "again._begin(number)\n"
+        "os.close(number)"
+    )
+    assert party.tell("os.fstat(doms.fileno()).st_size == doms.info.bytes_max")
+
+
+def test_the_same_inode_number_elsewhere(tmp_path: Path) -> None:
+    """Each file system counts from one."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    with mounted(here, "size=8m"), mounted(there, "size=8m"):
+        process = Process(SHMDOMAINS_DIR=str(here))
+        party = process.party
+        try:
+            party.do("import test_descriptors as own\ndoms = DomainList.create(max_domains=5000)")
+            inode = party.tell("os.fstat(doms.fileno()).st_ino")
+            for number in range(inode):
+                path = there / str(number)
+                path.touch()
+                if path.stat().st_ino == inode:
+                    break
+            else:
+                pytest.skip("this kernel does not count inodes by file system")
+            party.do(f"own.lose(doms, {str(path)!r})\nown.grow(doms, 300)")
+            with pytest.raises(DescriptorLost):
+                party.tell("doms.fileno()")
+            assert path.read_bytes() == BYTES
+        finally:
+            process.kill()
+            party.conn.close()
+
+
 def test_unlink_without_it(party: Party, file: Path | None, segment_dir: Path) -> None:
     lose_named(party, file)
     with DomainList.attach("s"), pytest.raises(SegmentInUse):
@@ -231,36 +270,33 @@ def test_others_do_not_see_who_lost_it(party: Party, file: Path | None, segment_
     party.do("own.grow(doms, 300)")
 
 
-@pytest.mark.parametrize("loses", [True, False])
-def test_a_full_file_system(segment_dir: Path, tmp_path: Path, loses: bool) -> None:
+@pytest.mark.parametrize("how", ["kept", "closed", "reused"])
+def test_a_full_file_system(tmp_path: Path, how: str) -> None:
     """`SegmentFull`, never SIGBUS, and on it goes when there is room."""
-    folder = tmp_path / "small"
+    folder, log = tmp_path / "small", tmp_path / "log"
     folder.mkdir()
     with mounted(folder, "size=3m"):
         process = Process(SHMDOMAINS_DIR=str(folder))
         party = process.party
         try:
-            party.do("import test_descriptors as own\nfrom test_exhaustion import fill")
-            for path in (None, str(tmp_path / "log")):
-                name = "s" if path is None else "t"
-                party.do(f"doms = DomainList.create({name!r}, max_domains=5000)")
-                if loses:
-                    party.do(f"own.lose(doms, {path!r})")
-                fill(folder / "filler")
+            party.do("import test_descriptors as own\ndoms = DomainList.create(max_domains=5000)")
+            if how != "kept":
+                party.do(f"own.lose(doms, {str(log) if how == 'reused' else None!r})")
+            fill(folder / "filler")
+            for room in (0, 1):
                 with pytest.raises(SegmentFull, match="No space left on device"):
-                    party.tell("own.grow(doms, 300)")
-                known = party.tell("[info.name for info in doms]")
+                    party.tell("own.grow(doms, 5000)")
+                names = party.tell("[info.name for info in doms]")
+                assert len(names) > 100 if room else names == []
                 assert party.tell("doms.check().problems") == []
-                os.unlink(folder / "filler")
-                with pytest.raises(SegmentFull, match="No space left on device"):
-                    party.tell("own.grow(doms, 3000)")
-                assert party.tell("len(list(doms)), doms.check().problems")[1] == []
-                assert known == []
-                party.do("doms.unlink(); doms.close(); del doms; gc.collect()")
+                if not room:
+                    os.unlink(folder / "filler")
+            party.do("doms.undefine(name='vm0'); doms.define(xml('new'))")
             assert process.is_well
         finally:
             process.kill()
             party.conn.close()
+    assert not log.exists() or log.read_bytes() == BYTES
 
 
 # --- python-daemon -------------------------------------------------------------------------------
