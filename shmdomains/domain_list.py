@@ -762,8 +762,8 @@ class DomainList(DomainListRules, core.Segment):
         process that becomes a daemon does: ``DaemonContext(files_preserve=[doms])``.
 
         Without it the list works, but `shmdomains.unlink` of others does not see this process, and
-        the list can not be given to a child that is spawned. Raises `DescriptorLost` then; `attach` gets a
-        named segment's back.
+        the list can not be given to a child that is spawned. This raises `DescriptorLost` then;
+        `attach` gets a named segment's back.
 
         >>> doms = DomainList(max_domains=10)
         >>> kept = doms.fileno()
