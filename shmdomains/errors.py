@@ -166,6 +166,10 @@ class SegmentFull(SegmentError, MemoryError):
     """No room for another domain, or no memory for its definition."""
 
 
+class DescriptorLost(SegmentError):
+    """The call needs the segment's descriptor, which this process closed."""
+
+
 class LockKindMismatch(SegmentError):
     """The call needs locks that this process did not inherit (``lock="multiprocessing"``)."""
 

@@ -27,6 +27,7 @@ import filelock
 import msgspec
 import psutil
 
+from ..deadline import check_timeout
 from ..errors import AlreadyLocked, ConfigError, LockTimeout, ShmDomainsError
 from ..files import TEMPORARY, discard, sync_directory, temporary_name
 from ..names import check_name
@@ -282,11 +283,6 @@ def _lock_holder(path: Path) -> str:
     except (OSError, ValueError, IndexError, psutil.Error):
         pass
     return "its holder is not known"
-
-
-def check_timeout(timeout: float | None) -> None:
-    if timeout is not None and not timeout >= 0:
-        raise ValueError(f"timeout must be None or at least 0 seconds, not {timeout!r}")
 
 
 # --- writing --------------------------------------------------------------------------------

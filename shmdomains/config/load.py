@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Protocol
 
+from ..deadline import check_timeout
 from ..errors import ContractError, SegmentError, SegmentFull, ShmDomainsError
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
-from .change import SUFFIX, ConfigDirs, check_timeout
+from .change import SUFFIX, ConfigDirs
 from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_paths
 from .report import LoadFailure, LoadReport
 

@@ -21,6 +21,7 @@ import msgspec
 
 from ..config import ConfigDirs
 from ..errors import (
+    DescriptorLost,
     SegmentCorrupt,
     SegmentExists,
     SegmentFull,
@@ -266,7 +267,30 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
                 f"segment {self._path} is in use by process "
                 f"{', '.join(str(one.pid) for one in others)}; force unlinks it all the same"
             )
-        segment_file.unlink_attached(self._path, self._fd, force)
+        try:
+            fd = self.fileno()
+        except DescriptorLost:
+            segment_file.unlink(self._path, force, self._inode)
+        else:
+            segment_file.unlink_attached(self._path, fd, force)
+
+    def fileno(self) -> int:
+        """The segment's descriptor, for whoever closes those that nobody asked to keep, as a
+        process that becomes a daemon does: ``DaemonContext(files_preserve=[doms])``.
+
+        Without it the list works, but `shmdomains.unlink` of others does not see this process, and
+        the list can not be given to a child that is spawned. This raises `DescriptorLost` then;
+        `attach` gets a named segment's back.
+
+        >>> doms = DomainList(max_domains=10)
+        >>> kept = doms.fileno()
+        >>> os.close(kept)
+        >>> doms.fileno()
+        Traceback (most recent call last):
+            ...
+        shmdomains.errors.DescriptorLost: this process closed the descriptor of this segment...
+        """
+        return self._fd
 
     def close(self) -> None:
         """Detach. The list lock is released if this thread holds it; locked domains stay locked
@@ -292,7 +316,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             active=numbers["active"],
             max_domains=numbers["max_domains"],
             bytes_max=numbers["bytes_max"],
-            bytes_committed=os.fstat(self._fd).st_blocks * 512,
+            bytes_committed=self._bytes_committed(numbers["bytes_committed"]),
             heap_used=numbers["heap_used"],
             heap_free=numbers["heap_max"] - numbers["heap_used"],
             created=numbers["created"],
@@ -306,6 +330,13 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             else str(dirs.autostart_dir),
             poisoned=numbers["poisoned"],
         )
+
+    def _bytes_committed(self, by_watermarks: int) -> int:
+        """What the kernel counts: a little more, after a grower died."""
+        try:
+            return os.fstat(self.fileno()).st_blocks * 512
+        except DescriptorLost:
+            return by_watermarks
 
     def check(self, timeout: float | None = 10.0) -> CheckReport:
         """Look at every invariant of the segment; nobody waits for it longer than a lock slice.
@@ -394,7 +425,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         # already, or can find it by name, which one it is.
         fd = locks = None
         if mp_context.get_spawning_popen() is not None:
-            fd = reduction.DupFd(self._fd)
+            fd = reduction.DupFd(self.fileno())
             locks = self._locks
         return _restore, (type(self), self._identity, self._name, self._path, fd, locks)
 

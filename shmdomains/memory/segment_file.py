@@ -324,11 +324,17 @@ def _is_named(name: str | Path, fd: int, place: int | None) -> bool:
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-def unlink(path: Path, force: bool = False) -> None:
-    """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`."""
+def unlink(path: Path, force: bool = False, inode: tuple[int, int] | None = None) -> None:
+    """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`.
+
+    `inode`: device and number of the one that is meant; `SegmentNotFound` if it is another.
+    """
     with _existing(path) as place, _names_locked(place, path.parent):
         fd = _open_checked(place, path)
         try:
+            status = os.fstat(fd)
+            if inode is not None and inode != (status.st_dev, status.st_ino):
+                raise _another(path)
             if not force:
                 _lock_exclusively(path, fd)
             os.unlink(path.name, dir_fd=place)
@@ -343,7 +349,7 @@ def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
     """
     with _existing(path) as place, _names_locked(place, path.parent):
         if not is_same_file(path, fd):
-            raise SegmentNotFound(errno.ENOENT, "the name is not this segment's", str(path))
+            raise _another(path)
         try:
             if not force:
                 _lock_exclusively(path, fd)
@@ -351,6 +357,10 @@ def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
         finally:
             # Asking for the exclusive lock gave up the shared one, whatever the answer was.
             fcntl.flock(fd, fcntl.LOCK_SH)
+
+
+def _another(path: Path) -> SegmentNotFound:
+    return SegmentNotFound(errno.ENOENT, "the name is not this segment's", str(path))
 
 
 @contextmanager

@@ -35,7 +35,8 @@ enum {
     SD_CORRUPT,     /* a value in the segment can not be right */
     SD_POISONED,    /* the segment says that a repair failed */
     SD_MISMATCH,    /* another layout, machine, boot, PID namespace: see sd_map() */
-    SD_ERRNO        /* a system call failed; errno */
+    SD_ERRNO,       /* a system call failed; errno */
+    SD_DESCRIPTOR   /* the segment's descriptor is needed, and it is not ours any more */
 };
 
 enum { SD_POISON_LIST = 1, SD_POISON_IDS = 2, SD_POISON_HEAP = 3 };
@@ -63,7 +64,7 @@ uint64_t sd_geometry_fixed(uint64_t max_slots);
 
 typedef struct sd_segment {
     unsigned char *base;
-    int fd;
+    int fd;                /* never used but through sd_descriptor(); -1: detached */
     dev_t device;
     ino_t inode;
     sd_geometry at;
@@ -106,9 +107,14 @@ void sd_unmap(sd_segment *segment);
 /* The segment of this process with this identity, or NULL. */
 sd_segment *sd_mapped(const uint64_t id[2]);
 
-/* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno. */
+/* The segment's descriptor, or -1 when this process closed it, whoever has its number now. */
+int sd_descriptor(const sd_segment *segment);
+/* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno.  SD_DESCRIPTOR: it was lost, and this kernel
+ * needs it. */
 int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes);
 /* The first reason stays.  Called by who holds the lock whose repair failed. */
+/* As the watermarks have it. */
+uint64_t sd_committed_bytes(const sd_segment *segment);
 void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at);
 void sd_enter_attached(sd_segment *segment);
 /* First use in a forked child: nothing of its parent's is held.  SD_MISMATCH: the child lives in

@@ -135,6 +135,7 @@ cdef extern from "core.h" nogil:
         uint64_t max_slots, heap_cells, total_bytes
     ctypedef struct sd_segment:
         int fd
+        uint64_t device, inode
         unsigned open
         unsigned handles
         unsigned inside
@@ -189,7 +190,7 @@ cdef extern from "core.h" nogil:
 
     enum:
         SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_FORKED, SD_MISS, SD_DOUBT
-        SD_FULL, SD_NO_MEMORY, SD_CORRUPT, SD_POISONED, SD_MISMATCH, SD_ERRNO
+        SD_FULL, SD_NO_MEMORY, SD_CORRUPT, SD_POISONED, SD_MISMATCH, SD_ERRNO, SD_DESCRIPTOR
         SD_KIND_ROBUST, SD_KIND_MULTIPROCESSING
         SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
         SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA
@@ -219,6 +220,8 @@ cdef extern from "core.h" nogil:
     void sd_detach(sd_segment *)
     void sd_unmap(sd_segment *)
     sd_segment *sd_mapped(const uint64_t *)
+    int sd_descriptor(const sd_segment *)
+    uint64_t sd_committed_bytes(const sd_segment *)
     int sd_begin_in_child(sd_segment *)
     int sd_mutex_slice(pthread_mutex_t *, uint64_t)
     uint32_t sd_mutex_owner(const pthread_mutex_t *)
@@ -442,6 +445,11 @@ cdef int fail(int result, object what) except -1:
         raise errors.SegmentFull(
             f"{what}: no memory for the segment ({strerror(errno).decode()}); free some in its "
             "file system or memory cgroup and try again")
+    if result == SD_DESCRIPTOR:
+        raise errors.DescriptorLost(
+            f"{what}: no memory for the segment: this process closed its descriptor, and before "
+            "Linux 5.14 memory is not committed without it; have it kept (files_preserve=[doms] "
+            "for python-daemon), or attach anew by name")
     if result == SD_ERRNO:
         raise OSError(errno, strerror(errno).decode(), what)
     raise errors.SegmentCorrupt(
@@ -1755,8 +1763,20 @@ cdef class Segment:
 
     @property
     def _fd(self):
+        """`DescriptorLost` when it is not the segment's any more."""
         self.usable()
-        return self.segment.fd
+        cdef int fd = sd_descriptor(self.segment)
+        if fd < 0:
+            raise errors.DescriptorLost(
+                f"this process closed the descriptor of this segment (number {self.segment.fd}); "
+                "whatever has the number now is left alone. Have it kept by whoever closes "
+                "descriptors (files_preserve=[doms] for python-daemon), or attach anew by name")
+        return fd
+
+    @property
+    def _inode(self):
+        self.usable()
+        return self.segment.device, self.segment.inode
 
     @property
     def _kind(self):
@@ -1779,6 +1799,7 @@ cdef class Segment:
             "max_domains": self.segment.at.max_slots,
             "slots": sd_slot_count(self.segment),
             "bytes_max": self.segment.at.total_bytes,
+            "bytes_committed": sd_committed_bytes(self.segment),
             "heap_max": self.segment.at.heap_cells * SD_CELL,
             "heap_used": sd_load(&header.heap_used) * SD_CELL,
             "creator": (header.creator_pid & 0x3fffff, header.creator_who >> 22),

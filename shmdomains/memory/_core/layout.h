@@ -196,7 +196,7 @@ typedef struct {
     sd_word live;             /* domains; derived: rebuilt by recovery */
     _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init; sealed:
                                                    too few would hide domains */
-    sd_word slots_committed;  /* slots and names with memory; stored after fallocate; sealed */
+    sd_word slots_committed;  /* slots and names with memory; stored once they have it; sealed */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* which settings buffer counts, sealed; the commit store of a change.
                                  A dead writer leaves garbage in the other */

@@ -8,6 +8,10 @@
  * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there.  The
  * raw call, not glibc's posix_fallocate(): its emulation writes into bytes that may be in use.
  *
+ * A process that daemonises closes all descriptors, ours too, and what it opens next gets their
+ * numbers.  So a number is compared with the segment's file before each use (sd_descriptor()), and
+ * who has lost it commits memory through the mapping.
+ *
  * A process maps a segment once, however often it attaches: two mappings of one robust mutex in
  * one thread's list would be two locks to the kernel.
  */
@@ -24,6 +28,10 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* the C library may be older than the kernel */
+#endif
 
 static sd_segment *mapped; /* of this process; the binding serialises who comes here */
 
@@ -184,16 +192,68 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
 
 /* --- memory ---------------------------------------------------------------------------------- */
 
+/* The mapping keeps the inode, so nothing else can get its number.
+ *
+ * Another thread may close the descriptor, and open a file in its place, between this look and the
+ * use.  The kernel offers nothing against it, and who closes what it does not know beside running
+ * threads breaks every library.  What is left to do in that moment is small: commit_file() changes
+ * neither bytes nor size of a file, the rest is a close or a flock. */
+int sd_descriptor(const sd_segment *segment)
+{
+    struct stat status;
+    if (segment->fd < 0 || fstat(segment->fd, &status)) return -1;
+    bool is_ours = status.st_dev == segment->device && status.st_ino == segment->inode;
+    return is_ours ? segment->fd : -1;
+}
+
+/* The file has its full size: KEEP_SIZE makes no difference to it, only to one that is not ours. */
 static int commit_file(int fd, uint64_t offset, uint64_t bytes)
 {
-    while (fallocate(fd, 0, (off_t)offset, (off_t)bytes))
+    while (fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes))
         if (errno != EINTR) return SD_NO_MEMORY;
+    return SD_OK;
+}
+
+/* For who has lost the descriptor.  Not for everybody: unlike fallocate it keeps what it got before
+ * the room was out, and so the rest of the file system.  That does no harm to the segment: the
+ * watermark is raised after success only, and who tries again commits the same pages. */
+static int commit_mapped(sd_segment *segment, uint64_t offset, uint64_t bytes)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE); /* may be more than SD_PAGE */
+    uint64_t from = offset & ~(page - 1), to = (offset + bytes + page - 1) & ~(page - 1);
+    while (madvise(segment->base + from, to - from, MADV_POPULATE_WRITE)) {
+        if (errno == EINTR) continue;
+        if (errno == EINVAL) return SD_DESCRIPTOR; /* before Linux 5.14 */
+        if (errno == EFAULT) errno = ENOSPC;       /* to touch it would be SIGBUS */
+        return SD_NO_MEMORY;
+    }
     return SD_OK;
 }
 
 int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes)
 {
-    return commit_file(segment->fd, offset, bytes);
+    int fd = sd_descriptor(segment);
+    return fd < 0 ? commit_mapped(segment, offset, bytes) : commit_file(fd, offset, bytes);
+}
+
+uint64_t sd_committed_bytes(const sd_segment *segment)
+{
+    const sd_geometry *at = &segment->at;
+    const sd_header *header = segment->header;
+    const sd_word *levels[SD_INDEXES] = {&header->list_level[0], &header->list_level[1],
+                                         &header->id_level};
+    uint64_t slots = sd_unsealed(sd_load(&header->slots_committed));
+    uint64_t cells = sd_unsealed(sd_load(&header->heap_committed));
+    uint64_t bytes = at->table[0][0];
+    for (int index = 0; index < SD_INDEXES; index++) {
+        uint64_t level = sd_unsealed(sd_load(levels[index]));
+        for (uint64_t i = 0; i <= level && i < at->levels; i++) bytes += 8ull << (SD_INDEX_BITS + i);
+    }
+    if (slots <= at->max_slots)
+        bytes += whole_pages(slots * sizeof(sd_slot)) + whole_pages(slots * sizeof(sd_names));
+    if (cells <= at->heap_cells)
+        bytes += whole_pages((cells + 7) / 8) + whole_pages(cells * SD_CELL);
+    return bytes;
 }
 
 static void set_pointers(sd_segment *segment)
@@ -311,6 +371,12 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     if (fstat(fd, &status)) return SD_ERRNO;
     sd_segment *segment = find_mapped(&status);
     if (segment) {
+        /* Who lost the descriptor gets it back, and the flock.  `fd` may have its number by now. */
+        if (fd == segment->fd || sd_descriptor(segment) < 0) {
+            int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+            if (own < 0) return SD_ERRNO;
+            segment->fd = own;
+        }
         segment->users++;
         segment->open++;
         *out = segment;
@@ -402,7 +468,7 @@ void sd_detach(sd_segment *segment)
         break;
     }
     sd_leave_attached(segment);
-    close(segment->fd);
+    if (sd_descriptor(segment) >= 0) close(segment->fd);
     segment->fd = -1;
 }
 
