@@ -18,7 +18,8 @@
  *              more with the heap lock held.
  *   sums       Numbers that must be equal: entries and domains, free slots, used cells.  They are
  *              taken without a lock first, between two looks at the sequence (the turn of the
- *              heap); if nothing moved, that is the verdict, else they are taken with the lock held.
+ *              heap); if nothing moved, that is the verdict, else they are taken with the lock
+ *              held.
  *
  * A lock is held for SD_CHECK_HOLD_NS at most.  What can not be done in that time - a free list of
  * half a million slots, walking the descriptors of several million domains that do have a fault,
@@ -26,7 +27,10 @@
  *
  * Nothing here stores into the segment; a checker that dies leaves nothing but the lock it held.
  */
-#include "core.h"
+#include "check.h"
+
+#include "find.h"
+#include "mutex.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -685,7 +689,8 @@ static uint64_t turn_of(const sd_check *check, int sum)
     }
 }
 
-/* 0, of which nothing is walked, when that is damaged: it may be since the records were looked at. */
+/* 0, of which nothing is walked, when that is damaged: it may be since the records were looked
+ * at. */
 static uint64_t cells_committed(const sd_check *check)
 {
     uint64_t cells = sd_unsealed(sd_load_acquire(&check->segment->header->heap_committed));

@@ -218,7 +218,6 @@ cdef extern from "core.h" nogil:
     int sd_map(int, sd_segment **, char *, size_t)
     void sd_detach(sd_segment *)
     void sd_unmap(sd_segment *)
-    sd_segment *sd_mapped(const uint64_t *)
     int sd_begin_in_child(sd_segment *)
     int sd_mutex_slice(pthread_mutex_t *, uint64_t)
     uint32_t sd_mutex_owner(const pthread_mutex_t *)
