@@ -1,8 +1,9 @@
-/* check.h - every invariant, from outside. */
+/* check.h - a check under way: what it has seen so far, and how it reports. */
 #ifndef SHMDOMAINS_CHECK_H
 #define SHMDOMAINS_CHECK_H
 
 #include "segment.h"
+#include "thread.h"
 
 typedef void (*sd_report)(void *context, const char *invariant, const char *what);
 typedef struct {
@@ -23,32 +24,70 @@ enum {
 };
 
 #define SD_CHECK_HOLD_NS 30000000ull /* a checker's longest hold: less than a slice */
+#define SD_SUSPECTS_MAX 10000u
+#define SD_CHECK_STEPS 256 /* between two looks at the clock */
 
-typedef struct sd_check sd_check;
+typedef struct {
+    int kind;
+    uint32_t where;
+} sd_suspect;
+
+/* How far one sum has got, and what it is. */
+typedef struct {
+    int stage; /* -1: not begun */
+    uint64_t at, turn;
+    uint32_t slots;
+    bool broken; /* it cannot be taken, which was reported */
+    unsigned doubts;
+    uint64_t entries[SD_INDEXES], free_slots, cells, ownerless, twice;
+} sd_sum;
+
+typedef struct sd_check {
+    sd_segment *segment;
+    unsigned states;
+    sd_report report; /* what is proved */
+    void *context;
+    sd_report emit; /* `report`, or one that only counts what may be no fault */
+    void *emit_context;
+    unsigned doubts;
+    unsigned proved[SD_PARTS]; /* faults of suspects */
+    sd_tally tally;
+    bool begun;
+    uint32_t slots, next; /* of the records, and the one to look at next */
+    int index;            /* whose entries are looked at, from `entry` down, in a table of `mask` */
+    uint64_t entry, mask;
+    sd_suspect *suspects[SD_PARTS];
+    uint32_t suspected[SD_PARTS];
+    uint64_t overlooked;
+    sd_sum sum[SD_SUMS];
+    /* One bit a cell: named in this walk, and named again; marked and nobody's in every walk, and
+     * named twice in every walk. */
+    uint64_t *named, *again, *ownerless, *twice;
+    uint64_t room, committed; /* cells that these have bits for, and that there are */
+} sd_check;
 
 /* NULL: no memory.  `states`: how many there are, which only the caller knows.  Only what is proved
  * is reported. */
 sd_check *sd_check_begin(sd_segment *segment, unsigned states, sd_report report, void *context);
 void sd_check_end(sd_check *check);
 
-/* Without a lock: all that a record says of itself, and which records are suspect.  SD_TIMEOUT: not
- * all by `until`; call again to go on.  SD_CORRUPT: nothing more can be looked at. */
-int sd_check_records(sd_check *check, uint64_t until);
 const sd_tally *sd_check_tally(const sd_check *check);
 uint32_t sd_check_suspects(const sd_check *check, int part);
 uint64_t sd_check_overlooked(const sd_check *check); /* suspects that were too many to remember */
+int sd_check_part(int sum);                          /* to which a sum belongs */
 
-int sd_check_part(int sum); /* to which a sum belongs */
+/* For the two kinds of checks. */
+extern const char *const SD_INDEX_NAMES[SD_INDEXES];
+__attribute__((format(printf, 3, 4))) void
+sd_fault(const sd_check *check, const char *invariant, const char *format, ...);
+/* From here on a fault is only counted, in `doubts`. */
+void sd_check_listen(sd_check *check);
+/* From here on a fault is reported. */
+void sd_check_speak(sd_check *check);
 
-/* Without a lock.  SD_OK: it is right.  SD_DOUBT: it seems wrong, or writers were at work: try
- * again, or under the lock.  SD_TIMEOUT: call again to go on.  SD_ERRNO: no memory. */
-int sd_check_sum(sd_check *check, int sum, uint64_t until);
-
-/* With the part's lock held, or in a poisoned segment, where nobody gets it.  judge: look at the
- * suspects again; SD_TIMEOUT: some are left.  sum_held: SD_OK: what is wrong was reported;
- * SD_TIMEOUT: there is too much of it; SD_DOUBT: it has grown since prepare(). */
-int sd_check_prepare(sd_check *check, int sum); /* before the lock is taken; SD_ERRNO */
-int sd_check_judge(sd_check *check, int part, uint64_t until);
-int sd_check_sum_held(sd_check *check, int sum, uint64_t until);
+static inline bool sd_check_late(uint64_t step, uint64_t until)
+{
+    return step % SD_CHECK_STEPS == SD_CHECK_STEPS - 1 && sd_now() >= until;
+}
 
 #endif

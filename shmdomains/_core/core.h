@@ -10,20 +10,22 @@
 #ifndef SHMDOMAINS_CORE_H
 #define SHMDOMAINS_CORE_H
 
-#include "layout.h"   /* the segment, byte by byte */
-#include "codes.h"    /* what functions answer */
-#include "prefetch.h" /* cache lines ahead of their use */
-#include "thread.h"   /* this process's threads, who else runs, the time */
-#include "mutex.h"    /* one robust mutex */
-#include "segment.h"  /* create, attach, grow, unmap */
-#include "settings.h" /* what the list remembers for its users */
-#include "index.h"    /* UUID, name, id -> slot */
-#include "heap.h"     /* variable-size blobs */
-#include "fields.h"   /* what a record says: values, name, blobs, views */
-#include "rebuild.h"  /* what is derived, from what is committed */
-#include "locks.h"    /* short locks, slot lock, list lock, and what they repair */
-#include "find.h"     /* from a key to a slot */
-#include "record.h"   /* commit, insert, remove */
-#include "check.h"    /* every invariant, from outside */
+#include "layout.h"         /* the segment, byte by byte */
+#include "codes.h"          /* what functions answer */
+#include "prefetch.h"       /* cache lines ahead of their use */
+#include "thread.h"         /* this process's threads, who else runs, the time */
+#include "mutex.h"          /* one robust mutex */
+#include "segment.h"        /* create, attach, grow, unmap */
+#include "settings.h"       /* what the list remembers for its users */
+#include "index.h"          /* UUID, name, id -> slot */
+#include "heap.h"           /* variable-size blobs */
+#include "fields.h"         /* what a record says: values, name, blobs, views */
+#include "rebuild.h"        /* what is derived, from what is committed */
+#include "locks.h"          /* short locks, slot lock, list lock, and their repairs */
+#include "find.h"           /* from a key to a slot */
+#include "record.h"         /* commit, insert, remove */
+#include "check.h"          /* every invariant, from outside: what was seen so far */
+#include "check_records.h"  /* record by record */
+#include "check_sums.h"     /* numbers that must be equal */
 
 #endif

@@ -12,7 +12,7 @@
  */
 #include "fields.h"
 
-/* --- values ----------------------------------------------------------------------------------- */
+/* --- values ---------------------------------------------------------------------------------- */
 
 /* One flipped bit of the input flips one bit of the sum, so it never goes unseen. */
 static uint64_t sum_of_fields(uint64_t cur, uint64_t ids, uint64_t status, const uint64_t *version)
@@ -81,7 +81,7 @@ void sd_values_flip(sd_slot *record, const sd_values *values)
     sd_publish(&record->cur, next);
 }
 
-/* --- name and uuid ---------------------------------------------------------------------------- */
+/* --- name and uuid --------------------------------------------------------------------------- */
 
 static uint32_t sum_of_identity(const sd_segment *segment, const uint64_t uuid[2],
                                 const unsigned char *name)
@@ -123,7 +123,7 @@ bool sd_uuid_sound(const sd_slot *record)
     return (sd_load(&record->sum_and_pid) & ~0xffffffffull) == sd_uuid_sum(uuid);
 }
 
-/* --- blobs ------------------------------------------------------------------------------------ */
+/* --- blobs ----------------------------------------------------------------------------------- */
 
 static inline uint64_t stir(uint64_t h, uint64_t word)
 {
@@ -164,7 +164,7 @@ int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *value
     return holds_blob(segment, *extent) ? SD_OK : SD_CORRUPT;
 }
 
-/* --- views ------------------------------------------------------------------------------------ */
+/* --- views ----------------------------------------------------------------------------------- */
 
 int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
 {

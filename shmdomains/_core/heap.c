@@ -9,8 +9,7 @@
  * if there are holes, a few words of the map from the rover on, which goes round; above the last
  * cell ever used; behind the watermark, which is raised.  Only a heap that cannot be extended is
  * searched from end to end.  Looking at all holes each time, or giving up where the rover stands
- * still, were both slow where definitions grow a little, for the places they leave are all a little
- * too small.
+ * still, were both slow: definitions that grow a little leave holes that are a little too small.
  */
 #include "heap.h"
 

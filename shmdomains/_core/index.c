@@ -145,8 +145,7 @@ int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot
 }
 
 /* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind the
- * hole.  Each is copied before the original is overwritten, so no entry is ever out of the
- * table. */
+ * hole.  Each is copied before it is overwritten, so no entry is ever out of the table. */
 static void shift_back(sd_word *table, uint64_t mask, uint64_t hole)
 {
     uint64_t at = hole;

@@ -20,9 +20,8 @@
  *
  * Why it survives SIGKILL.  SIGKILL leaves a prefix of the stores that the victim executed.  The
  * kernel marks the robust mutexes it held, and the next holder repairs what the lock protects.  So
- * each rule below needs only compiler order, and every commit word is stored by sd_publish(): a
- * release store *and* a release fence, because a release store alone lets later stores move above
- * it.
+ * each rule below needs only compiler order.  Every commit word is stored by sd_publish(), a
+ * release store *and* a release fence: a release store alone lets later stores move above it.
  *
  * I1  life, uuid and names change only under list lock + slot lock; the store of `life` commits an
  *     insert or a remove.
@@ -89,8 +88,7 @@ enum { SD_UUID_INDEX = 0, SD_NAME_INDEX = 1, SD_ID_INDEX = 2 };
 enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
 
 /* The changeable fields of a domain; two copies a slot, `cur & 1` says which one is current.
- * Slot lock (I3).  A dead writer leaves garbage in the spare copy, which the next commit
- * overwrites.
+ * Slot lock (I3).  A dead writer leaves garbage in the spare copy; the next commit overwrites it.
  *
  * Each copy carries a checksum of itself and of the `cur` that it was written for, and `cur` one of
  * its own (sd_count_seal), so that no flipped bit makes another state of the domain. */
@@ -207,9 +205,8 @@ typedef struct {
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
     sd_owner list_owner;
-    /* Sequence, then level.  The UUID and the name index share one sequence.  A level is stored
-     * once its table is committed and filled: a dead grower leaves the old level and an odd
-     * sequence. */
+    /* Sequence, then level.  UUID and name index share one sequence.  A level is stored once its
+     * table is committed and filled: a dead grower leaves the old level and an odd sequence. */
     _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: the next holder rebuilds */
     sd_word list_level[2];    /* of the UUID and the name index; sealed */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
@@ -226,8 +223,8 @@ typedef struct {
     _Alignas(SD_CACHE_LINE) sd_word id_seq; /* as list_seq */
     sd_word id_level; /* as list_level; sealed */
     sd_word id_dirty; /* as list_dirty */
-    sd_word next_id;  /* stored before the id is used: a death wastes one, never repeats one.
-                         Sealed */
+    sd_word next_id;  /* stored before the id is used: a death wastes one, never repeats one;
+                         sealed */
     sd_word active;   /* entries of the id index; derived: rebuilt by recovery */
 
     /* The heap lock and what it protects. */
@@ -296,8 +293,7 @@ static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */
     return sd_seal(value) == word ? value : UINT64_MAX;
 }
 
-/* `cur` and `life` have 48 bits of value and 16 of check; the 0 of memory that was never used is a
- * sound 0. */
+/* `cur` and `life` have 48 bits of value and 16 of check; the 0 of fresh memory is a sound 0. */
 #define SD_COUNT_BITS 48
 static inline uint64_t sd_count_value(uint64_t word)
 {

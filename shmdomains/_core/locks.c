@@ -25,7 +25,7 @@
 #include "mutex.h"
 #include "rebuild.h"
 
-/* --- owner records ---------------------------------------------------------------------------- */
+/* --- owner records --------------------------------------------------------------------------- */
 
 static void sign(sd_owner *owner)
 {
@@ -57,7 +57,7 @@ static void note_death(uint64_t who, uint64_t pid)
     repair->pid = pid;
 }
 
-/* --- the core's own short locks --------------------------------------------------------------- */
+/* --- the core's own short locks -------------------------------------------------------------- */
 
 /* Enter a short lock: rebuild if its holder died or a repair was put off.  If that fails, unlock;
  * the mutex is made consistent all the same. */
@@ -129,7 +129,7 @@ int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
     }
 }
 
-/* --- garbage ---------------------------------------------------------------------------------- */
+/* --- garbage --------------------------------------------------------------------------------- */
 
 /* Nothing is freed if the fields, which say what is current, are damaged.  If `life` is damaged, a
  * domain is taken to live here: what is current is kept. */
@@ -159,7 +159,7 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
     sd_heap_unlock(segment);
 }
 
-/* --- a slot's lock ---------------------------------------------------------------------------- */
+/* --- a slot's lock --------------------------------------------------------------------------- */
 
 /* The record itself is sound: the old one or the new one.  If the owner record is empty, either the
  * holder died before it signed, or a recoverer got this far before it died itself: then what
@@ -220,7 +220,7 @@ void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered)
     sd_mutex_unlock(&segment->slots[slot].mutex);
 }
 
-/* --- the list lock ---------------------------------------------------------------------------- */
+/* --- the list lock --------------------------------------------------------------------------- */
 
 /* A process that dies between a remove's commit and its end, or while it fills a slot for an
  * insert, leaves blobs in a FREE slot, which nobody locks until it is used again.  It dies with the

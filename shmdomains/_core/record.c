@@ -5,8 +5,8 @@
  * What was current before is garbage from then on, and is freed afterwards (locks.c).  So a holder
  * that dies leaves the old record or the new one, with some garbage.
  *
- * Insert and remove commit with one store of `life`.  A new domain is written whole into a FREE
- * slot before.
+ * Insert and remove commit with one store of `life`.  A new domain is complete in its FREE slot
+ * before that store.
  *
  * An index changes together with the commit, while its sequence is odd (I4, I5).  If it contradicts
  * itself there, it is rebuilt from what is committed.
@@ -20,7 +20,7 @@
 
 #include <errno.h>
 
-/* --- prefetch --------------------------------------------------------------------------------- */
+/* --- prefetch -------------------------------------------------------------------------------- */
 
 void sd_ask_to_replace(const sd_segment *segment, uint32_t slot)
 {
@@ -40,7 +40,7 @@ void sd_ask_to_insert(const sd_segment *segment)
     sd_ask_to_store(&segment->names[next - 1]);
 }
 
-/* --- commit ----------------------------------------------------------------------------------- */
+/* --- commit ---------------------------------------------------------------------------------- */
 
 /* Allocate the new blobs into the spare descriptors, all or nothing.  Heap lock held. */
 static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *values,
@@ -286,8 +286,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
     uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (!sd_count_sound(sd_load(&record->life))) return SD_CORRUPT;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
-    sd_name_get(segment, slot, now.flags, name); /* damaged: not in the index, which is then
-                                                    rebuilt */
+    sd_name_get(segment, slot, now.flags, name); /* a damaged one makes the index be rebuilt */
     bool ids = now.id >= 0;
     int result = sd_short_locks(segment, ids, false, deadline);
     if (result != SD_OK) return result;

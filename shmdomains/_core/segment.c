@@ -5,9 +5,8 @@
  * leaves nothing.  Naming, modes and flock are the caller's (segment_file.py).
  *
  * The mapping has its full size from the start; address space is free.  Memory is committed by
- * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there.  It
- * is the raw call, because glibc's emulation in posix_fallocate() writes into bytes that may be in
- * use.
+ * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there; not
+ * by glibc's posix_fallocate(), whose emulation writes into bytes that may be in use.
  *
  * A process maps a segment once, however often it attaches: two mappings of one robust mutex in one
  * thread's list would be two locks to the kernel.
@@ -27,7 +26,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static sd_segment *mapped; /* of this process; the binding serialises who comes here */
+static sd_segment *mapped; /* of this process; the binding serialises calls */
 
 /* --- geometry -------------------------------------------------------------------------------- */
 
@@ -376,8 +375,7 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     return SD_OK;
 }
 
-/* In a forked child, before its first use: what the parent's threads hold or wait for is not
- * ours. */
+/* In a forked child, before its first use: what the parent's threads hold is not ours. */
 static void forget_parent(sd_segment *segment)
 {
     if (segment->epoch == sd_fork_epoch) return;
@@ -391,8 +389,7 @@ static bool runs_here(uint32_t tid)
     return tid && (!tgkill(getpid(), (pid_t)tid, 0) || errno != ESRCH);
 }
 
-/* The thread that has the lock.  The kernel believes the mutex when a thread dies, so we do,
- * too. */
+/* The thread that has the lock.  The kernel goes by the mutex when a thread dies, so do we. */
 static uint32_t holder_of(const sd_segment *segment, const pthread_mutex_t *mutex,
                           const sd_owner *owner)
 {

@@ -2,8 +2,7 @@
  *
  * A writer holds the list lock.  It fills the spare buffer, then stores `settings_choice`, which
  * makes it current: a dead writer leaves the old settings, and garbage in the spare buffer.  A
- * reader takes no lock: it copies the current buffer, and again if the choice has changed
- * meanwhile.
+ * reader takes no lock: it copies the current buffer, and again if the choice has changed.
  */
 #include "settings.h"
 

@@ -2,9 +2,9 @@
  *
  * Each thread has a node, found through a thread-local pointer.  Its nonce names the thread for
  * good: it is never used again in this process or its children, so a handle that remembers a nonce
- * knows its owner from every later thread.  A node belongs to one fork epoch: a forked child sees
- * its thread's node as foreign and begins it anew, owning nothing.  Nodes of ended threads go to a
- * lock-free list and are reused, never freed.
+ * can tell its owner from every later thread.  A node belongs to one fork epoch: a forked child
+ * sees its thread's node as foreign and begins it anew, owning nothing.  Nodes of ended threads go
+ * to a lock-free list and are reused, never freed.
  *
  * Other processes are known by /proc.  A number alone proves nothing, since it is reused: an
  * identity adds when its process started.  If /proc cannot be read the answer is "it runs", and
@@ -150,7 +150,7 @@ sd_thread *sd_thread_begin(void)
     if (!self) {
         self = pop_idle();
         if (!self) self = calloc(1, sizeof *self);
-        if (!self) abort(); /* 80 bytes: nothing else in this process could go on either */
+        if (!self) abort(); /* a hundred bytes: nothing in this process could go on */
         sd_this_thread = self;
         pthread_setspecific(thread_key, self);
     }
