@@ -42,8 +42,8 @@ void sd_undo_state(struct sd_segment *segment, uint32_t slot);
 
 """
 _DECLARED = {
-    "core.h": [("enum {\n    SD_OK = 0,", _EXTERN + "enum {\n    SD_OK = 0,")],
-    "lock.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
+    "codes.h": [("enum {\n    SD_OK = 0,", _EXTERN + "enum {\n    SD_OK = 0,")],
+    "thread.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
     "core.pyx": [
         (
             'cdef extern from "core.h" nogil:\n',
@@ -84,14 +84,14 @@ PLANTED = {
         ),
     ],
     "record.c": [
-        ('#include "core.h"\n', '#include "core.h"\n\n#include <sched.h>\n#include <unistd.h>\n'),
+        ("#include <errno.h>\n", "#include <errno.h>\n#include <sched.h>\n#include <unistd.h>\n"),
         (
             """
     if (result == SD_OK)
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_recover_list(segment);
+    else sd_rebuild_list(segment);
 }
 
 int sd_commit(""",
@@ -101,16 +101,41 @@ int sd_commit(""",
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_recover_list(segment);
+    else sd_rebuild_list(segment);
 }
 
 int sd_commit(""",
         ),
         (
+            """
+    } else {
+        sd_values_flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+""",
+            """
+    } else {
+        if (sd_planted == 5) {
+            sd_values half = next;
+            half.state = now.state;
+            sd_values_flip(record, &half);
+            sched_yield();
+        }
+        sd_values_flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+""",
+        ),
+    ],
+    "find.c": [
+        (
             "    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;",
             "    if (sd_planted == 6) return SD_MISS;\n"
             "    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;",
         ),
+    ],
+    "fields.c": [
+        ('#include "fields.h"\n', '#include "fields.h"\n\n#include <sched.h>\n'),
         (
             """
     atomic_thread_fence(memory_order_acquire);
@@ -128,7 +153,7 @@ int sd_commit(""",
             "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_extent(",
         ),
         (
-            "/* The flip together with what the id index says (I4)",
+            "/* --- name and uuid ",
             """
 void sd_undo_state(sd_segment *segment, uint32_t slot)
 {
@@ -139,33 +164,13 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
     read_fields(record, sd_count_seal(sd_count_value(cur) - 1), &before);
     sd_values_get(segment, slot, &now);
     now.state = before.state;
-    flip(record, &now);
+    sd_values_flip(record, &now);
 }
 
-/* The flip together with what the id index says (I4)""",
-        ),
-        (
-            """
-    } else {
-        flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-""",
-            """
-    } else {
-        if (sd_planted == 5) {
-            sd_values half = next;
-            half.state = now.state;
-            flip(record, &half);
-            sched_yield();
-        }
-        flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-""",
+/* --- name and uuid """,
         ),
     ],
-    "recover.c": [
+    "locks.c": [
         (
             "        sd_publish(&record->died_who, who ? who : 1);\n    }\n    sd_tidy(",
             "        sd_publish(&record->died_who, who ? who : 1);\n    }\n"

@@ -219,7 +219,6 @@ cdef extern from "core.h" nogil:
     int sd_map(int, sd_segment **, char *, size_t)
     void sd_detach(sd_segment *)
     void sd_unmap(sd_segment *)
-    sd_segment *sd_mapped(const uint64_t *)
     int sd_descriptor(const sd_segment *)
     uint64_t sd_committed_bytes(const sd_segment *)
     int sd_begin_in_child(sd_segment *)
