@@ -323,7 +323,7 @@ def configure(*, states, reasons, decode, parse_uuid, uuid_class, holders):
 # --- waiting -------------------------------------------------------------------------------------
 
 # An exception raised by a signal handler inside a wait travels past C code that knows nothing of
-# Python; it is kept here until `fail` raises it. The GIL is held from one to the other.
+# Python; it is kept here until `raise_code` raises it. The GIL is held from one to the other.
 cdef PyObject *kept_type = NULL
 cdef PyObject *kept_value = NULL
 cdef PyObject *kept_traceback = NULL
@@ -405,9 +405,9 @@ cdef class Deadline:
         return (self.end - now) / 1e9 if self.end > now else 0
 
 
-cdef int fail(int result, object what) except -1:
+cdef int raise_code(int result, object what) except -1:
     """Raise what a code of the core means, but for time-outs, which name the holder, and poison,
-    which says why (`Segment.fail`)."""
+    which says why (`raise_poison_or_code`)."""
     global kept_type, kept_value, kept_traceback
     if result == SD_INTERRUPTED:
         PyErr_Restore(kept_type, kept_value, kept_traceback)
@@ -591,18 +591,21 @@ cdef class Decoded:
     def __dealloc__(self):
         PyMem_Free(self.keys)
 
-    cdef object get(self, uint32_t slot, uint64_t life, uint64_t version):
-        cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        cdef const cache_key *key = &self.keys[at]
-        if key.slot == slot and key.life == life and key.version == version:
-            return self.values[at]
-        return None
 
-    cdef void put(self, uint32_t slot, uint64_t life, uint64_t version, object value) noexcept:
-        cdef uint32_t at = slot & (CACHE_SIZE - 1)
-        cdef object _old = self.values[at]  # dropped last: that may run anything
-        self.values[at] = value
-        self.keys[at] = cache_key(life, version, slot)
+cdef object cached(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version):
+    cdef uint32_t at = slot & (CACHE_SIZE - 1)
+    cdef const cache_key *key = &decoded.keys[at]
+    if key.slot == slot and key.life == life and key.version == version:
+        return decoded.values[at]
+    return None
+
+
+cdef void cache(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version,
+                object value) noexcept:
+    cdef uint32_t at = slot & (CACHE_SIZE - 1)
+    cdef object _old = decoded.values[at]  # dropped last: that may run anything
+    decoded.values[at] = value
+    decoded.keys[at] = cache_key(life, version, slot)
 
 
 @cython.final
@@ -623,19 +626,21 @@ cdef class Blobs:
     cdef object known  # the definition, if it was decoded before
     cdef bytes definition, next_definition, data
 
-    cdef object live_definition(self):
-        cdef uint64_t version = self.version[SD_DEFINITION]
-        if self.known is None:
-            self.known = self.decoded.get(self.slot, self.life, version)
-        if self.known is None:
-            self.known = decode(SD_DEFINITION, self.definition, self.uuid_raw, version)
-            self.decoded.put(self.slot, self.life, version, self.known)
-        return self.known
 
-    cdef object decode_or_none(self, int which, bytes blob):
-        if blob is None:
-            return None
-        return decode(which, blob, self.uuid_raw, self.version[which])
+cdef object live_definition(Blobs blobs):
+    cdef uint64_t version = blobs.version[SD_DEFINITION]
+    if blobs.known is None:
+        blobs.known = cached(blobs.decoded, blobs.slot, blobs.life, version)
+    if blobs.known is None:
+        blobs.known = decode(SD_DEFINITION, blobs.definition, blobs.uuid_raw, version)
+        cache(blobs.decoded, blobs.slot, blobs.life, version, blobs.known)
+    return blobs.known
+
+
+cdef object decode_or_none(Blobs blobs, int which, bytes blob):
+    if blob is None:
+        return None
+    return decode(which, blob, blobs.uuid_raw, blobs.version[which])
 
 
 cdef enum:
@@ -728,19 +733,19 @@ cdef class Info:
     @property
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for."""
-        return blobs_of(self).live_definition()
+        return live_definition(blobs_of(self))
 
     @property
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
         cdef Blobs blobs = blobs_of(self)
-        return blobs.decode_or_none(SD_NEXT_DEFINITION, blobs.next_definition)
+        return decode_or_none(blobs, SD_NEXT_DEFINITION, blobs.next_definition)
 
     @property
     def data(self):
         """The driver's own data, or None."""
         cdef Blobs blobs = blobs_of(self)
-        return blobs.decode_or_none(SD_DATA, blobs.data)
+        return decode_or_none(blobs, SD_DATA, blobs.data)
 
     def __repr__(self):
         if self.damage:
@@ -751,7 +756,7 @@ cdef class Info:
 
 cdef int need_sound(Info info, int allowed=0) except -1:
     if info.damage > allowed:
-        fail(SD_CORRUPT, "a domain")
+        raise_code(SD_CORRUPT, "a domain")
     return 0
 
 
@@ -803,7 +808,7 @@ cdef class Segment:
         if result == SD_CORRUPT:
             raise errors.SegmentCorrupt(why.decode())
         if result != SD_OK:
-            fail(result, "attach")
+            raise_code(result, "attach")
         self.segment = segment
         self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
         self.list_lock, self.slot_locks = list_lock, slot_locks
@@ -812,34 +817,6 @@ cdef class Segment:
         self.closed = False
 
     # --- state of this attachment ---
-
-    cdef int usable(self) except -1:
-        if self.closed:
-            raise errors.ListClosed("this DomainList is closed")
-        if self.segment.epoch != sd_fork_epoch and sd_begin_in_child(self.segment) != SD_OK:
-            raise errors.SegmentMismatch(
-                "this process lives in another PID namespace than its parent, where the thread "
-                "numbers in the locks mean nothing")
-        return 0
-
-    cdef void leave(self) noexcept:
-        """A wait is over; the list may have been closed meanwhile."""
-        if self.segment.inside:  # 0: a handler forked, and this is the child
-            self.segment.inside -= 1
-        if self.closed:
-            sd_detach(self.segment)
-
-    cdef uint32_t slots(self) except? 0:
-        """How many there are; an error when that is damaged, and never an empty list for it."""
-        cdef uint32_t slots
-        if sd_slots(self.segment, &slots) != SD_OK:
-            raise errors.SegmentCorrupt("the number of slots is damaged")
-        return slots
-
-    cdef int still_open(self) except -1:
-        if self.closed:
-            raise errors.ListClosed("this DomainList was closed during the wait")
-        return 0
 
     def _close(self):
         """Give up this attachment; the mapping stays while handles refer to it."""
@@ -850,245 +827,20 @@ cdef class Segment:
         if (self.segment.list_nonce == thread.nonce
                 and self.segment.list_taker == <void *>self
                 and thread.nested <= self.segment.list_nested):
-            self.release_list()
+            release_list(self)
         self.closed = True
         self.segment.open -= 1
         sd_detach(self.segment)
 
-    cdef object definition_of(self, uint32_t slot, uint64_t life, const sd_values *values):
-        cdef uint64_t extent
-        cdef uint64_t uuid[2]
-        cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
-        value = self.decoded.get(slot, life, version)
-        if value is not None:
-            return value
-        if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
-            decode(SD_DEFINITION, None, NULL, 0)
-        uuid[0], uuid[1] = sd_load(&self.segment.slots[slot].uuid[0]), sd_load(
-            &self.segment.slots[slot].uuid[1])
-        if sd_blob_get(self.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
-            fail(SD_CORRUPT, "definition")
-        value = decode(SD_DEFINITION, copy_extent(self.segment, extent), uuid, version)
-        self.decoded.put(slot, life, version, value)
-        return value
-
     # --- locks ---
-
-    cdef int timed_out(self, sd_owner *owner, pthread_mutex_t *mutex, object what,
-                       object timeout) except -1:
-        raise self.too_late(owner, mutex, what, timeout)
-
-    cdef object too_late(self, sd_owner *owner, pthread_mutex_t *mutex, object what,
-                         object timeout):
-        """The error that names the holder. `owner` NULL: only the mutex knows."""
-        cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
-        cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
-        cdef uint32_t tid = <uint32_t>(who & 0x3fffff) if who else sd_mutex_owner(mutex)
-        # Finding out takes a descriptor; the owner wrote it down as well.
-        cdef uint32_t pid = sd_process_of(tid) if tid else 0
-        if not pid and who:
-            pid = <uint32_t>sd_load(&owner.pid)
-        return HOLDERS.lock_timeout(what, timeout, tid, pid,
-                                    who >> 22 if who else 0,
-                                    (sd_now() - since) / 1e9 if who and since else None)
-
-    cdef object poison(self):
-        """Why the segment is poisoned, or None."""
-        cdef sd_header *header = self.segment.header
-        cdef uint64_t who, at
-        cdef uint64_t reason = sd_load_acquire(&header.poisoned)
-        if not reason:
-            return None
-        who, at = sd_load(&header.poisoned_who), sd_load(&header.poisoned_at)
-        return HOLDERS.failed_repair(
-            REPAIRS.get(reason), at - 1 if at else None, who & 0x3fffff,
-            sd_load(&header.poisoned_pid), who >> 22, sd_load(&header.poisoned_when) / 1e9)
-
-    cdef int fail(self, int result, object what) except -1:
-        if result != SD_POISONED:
-            return fail(result, what)
-        raise errors.SegmentPoisoned(
-            f"{what}: {self.poison()}; its domains can still be read (list, dumpxml): export "
-            "them, unlink the segment and create a new one")
-
-    cdef int take_mp(self, object lock, sd_owner *owner, uint64_t deadline,
-                     uint64_t *died_who, uint64_t *died_pid) except -1:
-        """A multiprocessing.Lock; SD_DIED: its holder was dead and we stand in its place."""
-        cdef uint64_t who
-        cdef int result
-        cdef sem_t *semaphore
-        cdef sd_thread *thread = sd_self()
-        if lock is None:
-            raise errors.LockKindMismatch(
-                "this list uses multiprocessing locks, which only processes can have that "
-                "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
-        if lock.acquire(False):
-            return SD_OK
-        semaphore = <sem_t *><size_t>lock._semlock.handle
-        while True:
-            who = sd_load_acquire(&owner.who)
-            if who == thread.who:
-                return SD_NESTED  # a signal handler, or the collector, took it and kept it
-            if who and not sd_alive(who) and sd_take_over(owner, who):
-                died_who[0], died_pid[0] = who, sd_load(&owner.pid)
-                return SD_DIED
-            if deadline != SD_FOREVER and sd_now() >= deadline:
-                return SD_TIMEOUT
-            with nogil:
-                result = sd_semaphore_slice(semaphore, owner, deadline)
-            if result == SD_OK:
-                return SD_OK
-            result = after_slice(result)
-            if result != SD_TIMEOUT:
-                return result
-
-    cdef int acquire_list(self, uint64_t deadline, object timeout) except -1:
-        cdef int result
-        cdef bint died
-        cdef uint64_t who, pid
-        cdef sd_segment *segment = self.segment
-        segment.inside += 1
-        try:
-            if not self.multiprocessing:
-                result = sd_list_lock(segment, deadline)
-            else:
-                result = self.take_mp(self.list_lock, &segment.header.list_owner, deadline,
-                                      &who, &pid)
-                if result == SD_OK or result == SD_DIED:
-                    died = result == SD_DIED
-                    result = sd_list_entered(segment, died)
-                    if died:
-                        sd_self().repair.who, sd_self().repair.pid = who, pid
-                    if result != SD_OK:
-                        sd_store(&segment.header.list_owner.who, 0)
-                        self.list_lock.release()
-            if result == SD_OK:
-                segment.list_taker = <void *>self
-                if self.closed:
-                    self.release_list()
-        finally:
-            self.leave()
-        if result == SD_OK:
-            return self.still_open()
-        if result == SD_TIMEOUT:
-            self.timed_out(&segment.header.list_owner, &segment.header.list_mutex,
-                           "the list lock", timeout)
-        return self.fail(result, "lock the list")
-
-    cdef int release_list(self) except -1:
-        if not self.multiprocessing:
-            sd_list_unlock(self.segment)
-            return 0
-        if self.list_lock is None:
-            raise errors.LockKindMismatch("unlock through the DomainList that locked")
-        sd_list_leaving(self.segment)
-        self.list_lock.release()
-        return 0
-
-    cdef int acquire_slot(self, uint32_t slot, uint64_t deadline) except -1:
-        """SD_OK or SD_TIMEOUT."""
-        cdef int result
-        cdef uint64_t who, pid
-        cdef sd_slot *record = &self.segment.slots[slot]
-        self.segment.inside += 1
-        try:
-            if not self.multiprocessing:
-                result = sd_slot_lock(self.segment, slot, deadline)
-            else:
-                result = self.take_mp(None if self.slot_locks is None else self.slot_locks[slot],
-                                      &record.owner, deadline, &who, &pid)
-                if result == SD_DIED:
-                    sd_self().repair.died = True
-                    sd_self().repair.who, sd_self().repair.pid = who, pid
-                    sd_recover_slot(self.segment, slot, who, pid)
-                    result = SD_OK
-                if result == SD_OK:
-                    result = sd_slot_entered(self.segment, slot)
-                    if result != SD_OK:
-                        sd_store(&record.owner.who, 0)
-                        self.slot_locks[slot].release()
-            if result == SD_OK and self.closed:
-                self.release_slot(slot, False)
-        finally:
-            self.leave()
-        if result == SD_OK or result == SD_TIMEOUT:
-            self.still_open()
-            return result
-        return self.fail(result, "lock a domain")
-
-    cdef int release_slot(self, uint32_t slot, bint given) except -1:
-        if not self.multiprocessing:
-            sd_slot_unlock(self.segment, slot, given)
-            return 0
-        sd_slot_leaving(self.segment, slot, given)
-        self.slot_locks[slot].release()
-        return 0
-
-    cdef void *hold_here(self, uint32_t slot, uint64_t life):
-        """This thread's locked handle to the slot, or NULL. `life` 0: whichever life."""
-        cdef void *at = sd_self().records
-        while at != NULL:
-            if ((<Record>at).slot == slot and (<Record>at).segment.segment == self.segment
-                    and (life == 0 or (<Record>at).life == life)):
-                return at
-            at = (<Record>at).after
-        return NULL
-
-    cdef Record held_here(self, uint32_t slot, uint64_t life):
-        """That handle, or None. One that is going away still holds the slot, but must not get a
-        reference again: callbacks of weak references run then, and so may this thread, while
-        another one drops its handle."""
-        cdef void *at = self.hold_here(slot, life)
-        if at == NULL or Py_REFCNT(at) == 0:
-            return None
-        return <Record>at
-
-    cdef int not_held_here(self, uint32_t slot) except -1:
-        if sd_self().records != NULL and self.hold_here(slot, 0) != NULL:
-            raise errors.AlreadyLocked(f"this thread holds {self.describe(slot)} already")
-        return 0
-
-    cdef bint holds_any(self):
-        cdef void *at = sd_self().records
-        while at != NULL:
-            if (<Record>at).segment.segment == self.segment:
-                return True
-            at = (<Record>at).after
-        return False
-
-    cdef int may_wait(self, uint64_t deadline) except -1:
-        """Before a wait for a domain: a second one is waited for only under the list lock."""
-        cdef sd_thread *thread = sd_self()
-        if thread.orphans != NULL:
-            free_orphans(thread)
-        if thread.records == NULL:
-            return 0
-        if thread.held >= SD_HELD_MAX:
-            raise errors.TooManyLocks(
-                f"this thread holds {thread.held} domains; unlock some: the kernel frees a limited "
-                "number of locks when a thread dies")
-        if deadline == SD_TRY or self.segment.list_nonce == thread.nonce or not self.holds_any():
-            return 0
-        raise errors.LockOrder(
-            "this thread holds a domain and would wait for another; take both with lock_many(), "
-            "or hold the list lock, or use timeout=0")
-
-    cdef int need_list(self, object what) except -1:
-        cdef sd_thread *thread = sd_self()
-        self.usable()
-        if self.segment.list_nonce != thread.nonce:
-            raise errors.ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
-        if thread.nested > self.segment.list_nested:
-            fail(SD_NESTED, what)
-        return 0
 
     def _need_list_lock(self, what):
         """Raises `ListNotLocked`, or `ListClosed`, unless this thread holds the list lock."""
-        self.need_list(what)
+        need_list(self, what)
 
     def _need_ours(self, Record record not None):
         """A slot of another segment is just a number here, and somebody else's domain."""
-        self.usable()
+        need_open(self)
         if record.segment.segment != self.segment:
             raise errors.WrongList(
                 f"domain {uuid_object(record.uuid_raw)} is of another list; call the list that it "
@@ -1106,28 +858,28 @@ cdef class Segment:
         (this thread holds a domain of this list), `LockTimeout`, `ListClosed`.
         """
         cdef uint64_t deadline = deadline_of(timeout)
-        self.usable()
+        need_open(self)
         if sd_self().orphans != NULL:
             free_orphans(sd_self())
         if self.segment.list_nonce == sd_self().nonce:
             raise errors.AlreadyLocked("this thread holds the list lock already")
-        if sd_self().records != NULL and self.holds_any():
+        if sd_self().records != NULL and holds_any(self):
             raise errors.LockOrder(
                 "this thread holds a domain; the list lock comes first: unlock the domain, or take "
                 "the list lock before it")
-        self.acquire_list(deadline, timeout)
+        acquire_list(self, deadline, timeout)
 
     def unlock(self):
         """Release the list lock. Raises `ListNotLocked`, or `NotOwner` in another thread."""
         cdef sd_thread *thread = sd_self()
         if self.segment != NULL and self.segment.list_nonce == thread.nonce:
             if thread.nested > self.segment.list_nested:
-                fail(SD_NESTED, "unlock the list")
-            self.release_list()
+                raise_code(SD_NESTED, "unlock the list")
+            release_list(self)
             if self.closed:
                 sd_detach(self.segment)
             return
-        self.usable()
+        need_open(self)
         if self.segment.list_nonce and sd_load(&self.segment.header.list_owner.pid) == thread.pid:
             raise errors.NotOwner("another thread of this process holds the list lock")
         raise errors.ListNotLocked("this thread does not hold the list lock")
@@ -1154,137 +906,6 @@ cdef class Segment:
 
     # --- finding ---
 
-    cdef bint make_key(self, sd_key *key, object uuid, object name, object id) except -1:
-        """False: no domain can have this key."""
-        if (uuid is not None) + (name is not None) + (id is not None) != 1:
-            raise TypeError("give exactly one of uuid=, name=, id=")
-        if uuid is not None:
-            key.what = SD_UUID_INDEX
-            uuid_words(uuid, key.uuid)
-            return True
-        if name is not None:
-            key.what = SD_NAME_INDEX
-            return set_name(key.name, name)
-        if not isinstance(id, int):
-            raise TypeError(f"an id is an int, not {type(id).__name__}")
-        key.what = SD_ID_INDEX
-        if id < 0 or id > 0x7fffffff:
-            return False
-        key.id = id
-        return True
-
-    cdef int find_for_sure(self, const sd_key *key, uint32_t *slot, uint64_t deadline,
-                           object timeout) except -1:
-        """Once more, under the lock of the index. SD_OK or SD_MISS."""
-        cdef int result
-        if key.what == SD_ID_INDEX:
-            self.segment.inside += 1
-            result = sd_ids_lock(self.segment, deadline)
-            if result != SD_OK:
-                self.leave()
-                return self.fail(result, "find by id")
-            result = sd_find(self.segment, key, slot)
-            sd_ids_unlock(self.segment)
-            self.leave()
-            self.still_open()
-        else:
-            # While a domain is held the list lock may only be tried (its holder may want that one).
-            self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
-            result = sd_find(self.segment, key, slot)
-            self.release_list()
-        if result == SD_OK or result == SD_MISS:
-            return result
-        return fail(result, "find")
-
-    cdef Record look_up(self, const sd_key *key, uint64_t deadline, object timeout):
-        """Probe, lock that one slot, verify; None: not there.
-
-        A hit that turns out to be another domain once it is locked was removed or renamed
-        meanwhile; the look-up begins again, for its key may have come back in another slot.
-        """
-        cdef uint32_t slot
-        cdef int result
-        cdef Record record
-        cdef sd_thread *thread = sd_self()
-        if thread.orphans != NULL:
-            free_orphans(thread)
-        if thread.records != NULL:
-            if sd_find(self.segment, key, &slot) == SD_OK:
-                self.not_held_here(slot)
-            self.may_wait(deadline)
-        while True:
-            result = sd_find_to_lock(self.segment, key, &slot)
-            if result == SD_DOUBT:
-                if self.segment.list_nonce == sd_self().nonce and key.what != SD_ID_INDEX:
-                    fail(SD_CORRUPT, "find")
-                result = self.find_for_sure(key, &slot, deadline, timeout)
-            if result == SD_MISS:
-                return None
-            if result != SD_OK:
-                fail(result, "find")
-            record = self.take(slot, key, 0, deadline, timeout)
-            if record is not None:
-                return record
-
-    cdef Record take(self, uint32_t slot, const sd_key *key, uint64_t life, uint64_t deadline,
-                     object timeout):
-        """Lock the slot and hand out the domain if it is still the one that was meant."""
-        cdef sd_slot *at = &self.segment.slots[slot]
-        cdef Record record
-        cdef int result
-        # Made before the lock is taken: an allocation may run the collector, which runs anything.
-        record = self.new_record()
-        self.not_held_here(slot)
-        if self.acquire_slot(slot, deadline) == SD_TIMEOUT:
-            self.timed_out(&at.owner, &at.mutex, self.describe(slot), timeout)
-        result = self.verify(slot, key, life, &record.values)
-        if result != SD_OK:
-            self.release_slot(slot, False)
-            if result == SD_CORRUPT:
-                fail(SD_CORRUPT, "lock a domain")
-            self.sound_life(slot)
-            return None
-        record.lead_to(slot)
-        record.enter_thread()
-        return record
-
-    cdef int verify(self, uint32_t slot, const sd_key *key, uint64_t life,
-                    sd_values *values) noexcept:
-        """Under the slot's lock: is it what was meant, a key or else a life?"""
-        if key != NULL:
-            return sd_verify(self.segment, slot, key, values)
-        if sd_load(&self.segment.slots[slot].life) != life:
-            return SD_MISS
-        return sd_values_get(self.segment, slot, values)
-
-    cdef Record new_record(self):
-        cdef Record record = <Record>new_handle(self.record_class, EMPTY)
-        record.segment = self
-        return record
-
-    cdef int sound_life(self, uint32_t slot) except -1:
-        """What is damaged is neither there nor gone."""
-        if not sd_count_sound(sd_load(&self.segment.slots[slot].life)):
-            raise errors.SegmentCorrupt(
-                f"whether a domain lives in slot {slot}, and which, is damaged")
-        return 0
-
-    cdef object describe(self, uint32_t slot):
-        cdef sd_view view
-        if sd_view_begin(self.segment, slot, &view) == SD_OK:
-            return f"domain {name_object(view.name)!r}"
-        return "a domain"
-
-    cdef object missing(self, object uuid, object name, object id):
-        # libvirt's words (virDomainObjListFindBy*).
-        if uuid is not None:
-            if not isinstance(uuid, str):
-                uuid = UUID(bytes=uuid) if isinstance(uuid, bytes) else uuid
-            return errors.DomainNotFound(f"no domain with matching uuid '{uuid}'")
-        if name is not None:
-            return errors.DomainNotFound(f"no domain with matching name '{name}'")
-        return errors.DomainNotFound(f"no domain with matching id {id}")
-
     def get(self, *, uuid=None, name=None, id=None, timeout=None):
         """The domain with this uuid, name or id, locked. No list lock needed.
 
@@ -1294,107 +915,38 @@ cdef class Segment:
         cdef sd_key key
         cdef uint64_t deadline = deadline_of(timeout)
         cdef Record record = None
-        self.usable()
-        if self.make_key(&key, uuid, name, id):
-            record = self.look_up(&key, deadline, timeout)
+        need_open(self)
+        if make_key(&key, uuid, name, id):
+            record = find_record(self, &key, deadline, timeout)
         if record is None:
-            raise self.missing(uuid, name, id)
+            raise not_found(uuid, name, id)
         return record
 
     def lookup(self, *, uuid=None, name=None, id=None, timeout=None):
         """Like `get`, but None when there is no such domain."""
         cdef sd_key key
         cdef uint64_t deadline = deadline_of(timeout)
-        self.usable()
-        if not self.make_key(&key, uuid, name, id):
+        need_open(self)
+        if not make_key(&key, uuid, name, id):
             return None
-        return self.look_up(&key, deadline, timeout)
+        return find_record(self, &key, deadline, timeout)
 
     def find_by_id(self, id, timeout=None):
         """The active domain with this id, locked, or None. List lock held by the caller
         (virDomainFindByID)."""
-        return self.find("find_by_id", None, None, id, timeout)
+        return find_with_list(self, "find_by_id", None, None, id, timeout)
 
     def find_by_uuid(self, uuid, timeout=None):
         """The domain with this UUID, locked, or None. List lock held by the caller
         (virDomainFindByUUID)."""
-        return self.find("find_by_uuid", uuid, None, None, timeout)
+        return find_with_list(self, "find_by_uuid", uuid, None, None, timeout)
 
     def find_by_name(self, name, timeout=None):
         """The domain with this name, locked, or None. List lock held by the caller
         (virDomainFindByName)."""
-        return self.find("find_by_name", None, name, None, timeout)
-
-    cdef Record find(self, object what, object uuid, object name, object id, object timeout):
-        cdef sd_key key
-        cdef uint64_t deadline = deadline_of(timeout)
-        self.need_list(what)
-        if not self.make_key(&key, uuid, name, id):
-            return None
-        return self.look_up(&key, deadline, timeout)
+        return find_with_list(self, "find_by_name", None, name, None, timeout)
 
     # --- reading without any lock ---
-
-    cdef Info view(self, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
-        """A consistent view of the slot, or None when nothing lives there (or not `key`)."""
-        cdef sd_view view
-        cdef int result
-        cdef int damage = 0
-        cdef Info info = Info.__new__(Info)
-        cdef unsigned tries = 0
-        if blobs:
-            info.blobs = Blobs.__new__(Blobs)
-        while True:
-            result = sd_view_begin(self.segment, slot, &view)
-            if result == SD_MISS:
-                return None
-            damage = FIELDS if result == SD_CORRUPT else 0
-            if damage:
-                break
-            if result == SD_OK:
-                damage = 0 if view.name[0] else IDENTITY
-                if key != NULL and not view_matches(&view, key):
-                    return None
-                if not blobs:
-                    break
-                result = self.copy_blobs(slot, &view, info.blobs)
-                if result == SD_CORRUPT:
-                    fail(result, "read")
-                if result == SD_OK:
-                    break
-            tries += 1
-            if tries > 100:
-                back_off(deadline)
-        if damage and key != NULL:
-            fail(SD_CORRUPT, "read")
-        info.damage = damage
-        return fill(info, &view)
-
-    cdef int copy_blobs(self, uint32_t slot, const sd_view *view, Blobs blobs) except? -1:
-        """SD_OK, SD_CORRUPT, or SD_DOUBT: a writer came in between."""
-        cdef bytes blob
-        cdef uint64_t extent
-        cdef int b, result
-        blobs.decoded = self.decoded
-        blobs.slot, blobs.life = slot, view.life
-        blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
-        memcpy(blobs.version, view.values.version, sizeof(blobs.version))
-        blobs.known = self.decoded.get(slot, view.life, view.values.version[SD_DEFINITION])
-        for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, 3):
-            result = sd_view_extent(self.segment, slot, view, b, &extent)
-            if result == SD_OK:
-                blob = copy_extent(self.segment, extent)
-            elif result == SD_MISS:
-                blob = None
-            else:
-                return result
-            if b == SD_DEFINITION:
-                blobs.definition = blob
-            elif b == SD_NEXT_DEFINITION:
-                blobs.next_definition = blob
-            else:
-                blobs.data = blob
-        return sd_view_blobs_check(self.segment, slot, view)
 
     def _slots(self):
         """How many slots there are to `_salvage`; where their number is damaged, all that have
@@ -1402,7 +954,7 @@ cdef class Segment:
         cdef uint32_t slots = 0
         cdef uint64_t committed = sd_unsealed(sd_load_acquire(
             &self.segment.header.slots_committed))
-        self.usable()
+        need_open(self)
         if sd_slots(self.segment, &slots) == SD_OK:
             return slots
         return committed if committed <= self.segment.at.max_slots else 0
@@ -1417,7 +969,7 @@ cdef class Segment:
         cdef unsigned tries = 0
         cdef list blobs, damaged
         cdef Info info = Info.__new__(Info)
-        self.usable()
+        need_open(self)
         if slot >= self._slots():
             return None
         while True:
@@ -1447,81 +999,27 @@ cdef class Segment:
         """
         cdef sd_key key
         cdef uint64_t deadline = deadline_of(timeout)
-        self.usable()
-        if not self.make_key(&key, uuid, name, id):
+        need_open(self)
+        if not make_key(&key, uuid, name, id):
             return None
-        return self.look(&key, True, deadline)
+        return read_by_key(self, &key, True, deadline)
 
     def _is_new(self, uuid, name):
         """Whether no domain has this uuid, and none this name. List lock held, so that only a
         signal handler of this thread can change it."""
         cdef sd_key key
-        self.need_list("assign_def")
+        need_list(self, "assign_def")
         sd_ask_to_insert(self.segment)
         uuid_words(uuid, key.uuid)
-        return bool(set_name(key.name, name)) and self.find_either(&key) == SD_MISS
-
-    cdef int find_either(self, sd_key *key) noexcept:
-        """Whether a domain has the uuid of this key, or its name: as sd_find. List lock held."""
-        cdef uint32_t slot
-        cdef int result
-        key.what = SD_UUID_INDEX
-        result = sd_find(self.segment, key, &slot)
-        if result != SD_MISS:
-            return result
-        key.what = SD_NAME_INDEX
-        return sd_find(self.segment, key, &slot)
+        return bool(set_name(key.name, name)) and read_either(self, &key) == SD_MISS
 
     def _glance(self, *, uuid=None, name=None, id=None):
         """`peek` without definitions and data."""
         cdef sd_key key
-        self.usable()
-        if not self.make_key(&key, uuid, name, id):
+        need_open(self)
+        if not make_key(&key, uuid, name, id):
             return None
-        return self.look(&key, False, sd_now() + 1000000000)
-
-    cdef Info look(self, const sd_key *key, bint blobs, uint64_t deadline):
-        cdef uint32_t slot
-        cdef int result
-        cdef unsigned tries = 0
-        cdef Info info
-        while True:
-            result = sd_find(self.segment, key, &slot)
-            if result == SD_MISS:
-                return None
-            if result == SD_OK:
-                info = self.view(slot, key, blobs, deadline)
-                if info is not None:
-                    return info
-            elif result != SD_DOUBT:
-                fail(result, "peek")
-            tries += 1
-            if tries > 100:
-                self.wake_recovery()
-                back_off(deadline)
-
-    cdef int wake_recovery(self) except -1:
-        """An index that stays odd has a dead holder: repair it, if that takes no waiting. If that
-        failed, nobody does it any more, and nobody need wait for it."""
-        cdef sd_segment *segment = self.segment
-        if sd_load(&segment.header.poisoned):
-            self.fail(SD_POISONED, "find")
-        if segment.list_nonce == sd_self().nonce:
-            return 0
-        if sd_ids_lock(segment, SD_TRY) == SD_OK:
-            sd_ids_unlock(segment)
-        if not sd_load(&segment.header.list_seq) & 1:
-            return 0
-        if not self.multiprocessing:
-            if sd_list_lock(segment, SD_TRY) == SD_OK:
-                sd_list_unlock(segment)
-        elif self.list_lock is not None:
-            try:
-                self.acquire_list(SD_TRY, 0)
-            except errors.LockTimeout:
-                return 0
-            self.release_list()
-        return 0
+        return read_by_key(self, &key, False, sd_now() + 1000000000)
 
     def snapshot(self, definitions=True):
         """All domains as `DomainInfo`s of committed state. Takes no lock; each record is
@@ -1536,23 +1034,16 @@ cdef class Segment:
         cdef uint64_t deadline = sd_now() + 1000000000
         cdef asked what = asked(active, persistent, autostart, states)
         cdef bint filtered = (active & persistent & autostart) >= 0 or states != 0xffffffff
-        self.usable()
-        for slot in range(self.slots()):
-            if filtered and not self.chosen(slot, &what):
+        need_open(self)
+        for slot in range(slot_count(self)):
+            if filtered and not may_match(self, slot, &what):
                 continue
-            info = self.view(slot, NULL, definitions, deadline)
+            info = read_slot(self, slot, NULL, definitions, deadline)
             if info is None:
                 continue
             if info.damage == FIELDS or wanted(info.number, info.marks, info.state_number, &what):
                 found.append(info)
         return found
-
-    cdef bint chosen(self, uint32_t slot, const asked *what) noexcept:
-        """A first look that spares the copy of what the filter rejects."""
-        cdef sd_view view
-        cdef int result = sd_view_begin(self.segment, slot, &view)
-        return result == SD_DOUBT or result == SD_CORRUPT or (
-            result == SD_OK and wanted_view(&view, what))
 
     def _count(self, int active, int persistent, int autostart, unsigned states):
         cdef uint32_t slot
@@ -1560,22 +1051,22 @@ cdef class Segment:
         cdef sd_view view
         cdef int result
         cdef asked what = asked(active, persistent, autostart, states)
-        self.usable()
-        for slot in range(self.slots()):
+        need_open(self)
+        for slot in range(slot_count(self)):
             result = sd_view_begin(self.segment, slot, &view)
             while result == SD_DOUBT:
                 result = sd_view_begin(self.segment, slot, &view)
             if result == SD_CORRUPT:
-                fail(result, "count")
+                raise_code(result, "count")
             if result == SD_OK and wanted_view(&view, &what):
                 total += 1
         return total
 
     def __len__(self):
-        self.usable()
+        need_open(self)
         cdef uint64_t live = sd_load(&self.segment.header.live)
         if live > self.segment.at.max_slots:
-            fail(SD_CORRUPT, "count")
+            raise_code(SD_CORRUPT, "count")
         return live
 
     def __contains__(self, uuid):
@@ -1597,8 +1088,8 @@ cdef class Segment:
         cdef uint64_t epoch = sd_fork_epoch
         cdef Record record
         cdef int result
-        self.need_list("assign_def")
-        self.may_wait(deadline)
+        need_list(self, "assign_def")
+        may_wait(self, deadline)
         uuid_words(uuid, key.uuid)
         if not set_name(key.name, name):
             raise errors.InvalidName(f"{name!r} can not be a domain's name")
@@ -1608,69 +1099,46 @@ cdef class Segment:
         values.state = 5
         values.flags = SD_FLAG_PERSISTENT if persistent else 0
         set_change(&blobs[SD_DEFINITION], definition)
-        record = self.new_record()
+        record = new_record(self)
         # The caller has looked, but a signal handler of this thread may have run since, and holds
         # what we hold. From here on it is told so.
-        result = self.find_either(&key)
+        result = read_either(self, &key)
         if result == SD_OK:
             raise errors.DomainExists(
                 f"a domain with the name '{name}' or the uuid {uuid_object(key.uuid)} was defined "
                 "meanwhile by a signal handler of this thread")
         if result != SD_MISS:
-            fail(result, f"define domain {name!r}")
-        self.lock_free_slot(&slot, &link, deadline, timeout)
+            raise_code(result, f"define domain {name!r}")
+        lock_free_slot(self, &slot, &link, deadline, timeout)
         result = sd_insert(self.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
         if result != SD_OK:
             if epoch == sd_fork_epoch:  # else it is our parent's
-                self.release_slot(slot, False)
-            self.fail(result, f"define domain {name!r}")
-        record.lead_to(slot)
-        record.own()
+                release_slot(self, slot, False)
+            raise_poison_or_code(self, result, f"define domain {name!r}")
+        lead_to(record, slot)
+        begin_hold(record)
         return record
-
-    cdef int lock_free_slot(self, uint32_t *slot, sd_word **link, uint64_t deadline,
-                            object timeout) except -1:
-        cdef int result, passed = 0
-        cdef uint64_t patience = SD_TRY
-        link[0] = NULL
-        while True:
-            result = sd_free_slot(self.segment, link, slot)
-            if result == SD_FULL and passed and patience == SD_TRY:
-                # All that is left is held by somebody: now there is nothing but to wait for one.
-                link[0] = NULL
-                patience = deadline
-                continue
-            if result != SD_OK:
-                return fail(result, "define a domain")
-            if self.acquire_slot(slot[0], patience) == SD_OK:
-                return 0
-            if patience != SD_TRY or deadline == SD_TRY:
-                self.timed_out(&self.segment.slots[slot[0]].owner,
-                               &self.segment.slots[slot[0]].mutex, "a free slot", timeout)
-            passed += 1
-            if passed > 64:
-                patience = deadline
 
     def _remove(self, Record record, timeout=None):
         """Remove a record that this thread has locked; its lock is released. List lock held."""
         self._need_ours(record)
-        cdef Record mine = record.mine_to_change()
+        cdef Record mine = need_changeable(record)
         cdef uint64_t deadline = deadline_of(timeout)
-        self.need_list("remove")
+        need_list(self, "remove")
         cdef int result = sd_remove(self.segment, mine.slot, deadline)
         if result != SD_OK:
-            self.fail(result, "remove a domain")
-        mine.drop_changes()
-        mine.disown(True)
+            raise_poison_or_code(self, result, "remove a domain")
+        drop_changes(mine)
+        end_hold(mine, True)
 
     def _rename(self, Record record, name, bytes definition, bytes next_definition, timeout=None):
         """Name and definitions in one commit. List lock held; duplicates were looked for."""
         self._need_ours(record)
-        cdef Record mine = record.mine_to_change()
+        cdef Record mine = need_changeable(record)
         cdef uint64_t deadline = deadline_of(timeout)
         cdef unsigned char raw[252]
         cdef sd_blob blobs[3]
-        self.need_list("rename")
+        need_list(self, "rename")
         if not set_name(raw, name):
             raise errors.InvalidName(f"{name!r} can not be a domain's name")
         memset(blobs, 0, sizeof(blobs))
@@ -1679,26 +1147,26 @@ cdef class Segment:
             set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
         cdef int result = sd_commit(self.segment, mine.slot, &mine.values, blobs, raw, deadline)
         if result != SD_OK:
-            self.fail(result, f"rename to {name!r}")
-        mine.reload()
+            raise_poison_or_code(self, result, f"rename to {name!r}")
+        reload_values(mine)
 
     def _lock_record(self, uint32_t slot, uint64_t life, timeout=None):
         """The record in this slot, locked, if it still lives this life; else None."""
         cdef uint64_t deadline = deadline_of(timeout)
-        self.usable()
-        self.may_wait(deadline)
-        if slot >= self.slots():
+        need_open(self)
+        may_wait(self, deadline)
+        if slot >= slot_count(self):
             return None
-        return self.take(slot, NULL, life, deadline, timeout)
+        return find_in_slot(self, slot, NULL, life, deadline, timeout)
 
     def _handle(self, uint32_t slot, uint64_t life, bytes uuid):
         """An unlocked handle, for unpickling. It may be stale; locking it says so."""
         cdef Record record
-        self.usable()
-        if slot >= self.slots() or len(uuid) != 16:
+        need_open(self)
+        if slot >= slot_count(self) or len(uuid) != 16:
             raise errors.DomainRemoved("this handle's domain does not exist in this list")
-        record = self.new_record()
-        record.lead_to(slot)
+        record = new_record(self)
+        lead_to(record, slot)
         record.life = life
         uuid_words(uuid, record.uuid_raw)
         return record
@@ -1708,20 +1176,20 @@ cdef class Segment:
         cdef uint32_t slot
         cdef Record record
         cdef list found = []
-        self.usable()
-        for slot in range(self.slots()):
-            self.sound_life(slot)
+        need_open(self)
+        for slot in range(slot_count(self)):
+            need_sound_life(self, slot)
             if sd_load(&self.segment.slots[slot].life) & 1:
-                record = self.new_record()
-                record.lead_to(slot)
+                record = new_record(self)
+                lead_to(record, slot)
                 found.append(record)
         return found
 
     def _set_settings(self, bytes settings):
-        self.need_list("settings")
+        need_list(self, "settings")
         cdef int result = sd_settings_set(self.segment, PyBytes_AS_STRING(settings), len(settings))
         if result != SD_OK:
-            fail(result, "settings")
+            raise_code(result, "settings")
 
     def _settings(self):
         cdef unsigned char *room = <unsigned char *>malloc(SD_SETTINGS_BYTES)
@@ -1729,9 +1197,9 @@ cdef class Segment:
         if room == NULL:
             raise MemoryError
         try:
-            self.usable()
+            need_open(self)
             if sd_settings_get(self.segment, room, &size) != SD_OK:
-                fail(SD_CORRUPT, "settings")
+                raise_code(SD_CORRUPT, "settings")
             return PyBytes_FromStringAndSize(<char *>room, size)
         finally:
             free(room)
@@ -1745,7 +1213,7 @@ cdef class Segment:
 
     @property
     def _fd(self):
-        self.usable()
+        need_open(self)
         return self.segment.fd
 
     @property
@@ -1759,23 +1227,18 @@ cdef class Segment:
     def _statistics(self):
         cdef sd_header *header
         cdef unsigned i
-        self.usable()
+        need_open(self)
         header = self.segment.header
         attached = [sd_load(&self.segment.attached[i]) for i in range(SD_ATTACHED_MAX)
                     if sd_load(&self.segment.attached[i])]
-        return {
-            "domains": sd_load(&header.live),
-            "active": sd_load(&header.active),
-            "max_domains": self.segment.at.max_slots,
-            "slots": sd_slot_count(self.segment),
-            "bytes_max": self.segment.at.total_bytes,
-            "heap_max": self.segment.at.heap_cells * SD_CELL,
-            "heap_used": sd_load(&header.heap_used) * SD_CELL,
-            "creator": (header.creator_pid & 0x3fffff, header.creator_who >> 22),
-            "created": header.created / 1e9,
-            "poisoned": self.poison(),
-            "attached": [(word & 0x3fffff, word >> 22) for word in attached],
-        }
+        return { "domains": sd_load(&header.live), "active": sd_load(&header.active),
+                "max_domains": self.segment.at.max_slots, "slots": sd_slot_count(self.segment),
+                "bytes_max": self.segment.at.total_bytes,
+                "heap_max": self.segment.at.heap_cells * SD_CELL,
+                "heap_used": sd_load(&header.heap_used) * SD_CELL,
+                "creator": (header.creator_pid & 0x3fffff, header.creator_who >> 22),
+                "created": header.created / 1e9, "poisoned": why_poisoned(self),
+                "attached": [(word & 0x3fffff, word >> 22) for word in attached], }
 
     # --- check ---
 
@@ -1791,19 +1254,19 @@ cdef class Segment:
         cdef sd_tally tally
         cdef int part, sum
         cdef list open = []
-        self.usable()
+        need_open(self)
         check = sd_check_begin(self.segment, len(STATES), report, &found)
         if check == NULL:
             raise MemoryError
         self.segment.inside += 1
         try:
-            if self.check_records(check):
+            if check_records(self, check):
                 for part in range(SD_PARTS):
-                    why = self.judge(check, part, deadline, timeout, &longest)
+                    why = judge_part(self, check, part, deadline, timeout, &longest)
                     if why is not None:
                         open.append((SD_SUMS + part, why))
                 for sum in range(SD_SUMS):
-                    why = self.sum_up(check, sum, deadline, timeout, &longest)
+                    why = judge_sum(self, check, sum, deadline, timeout, &longest)
                     if why is not None:
                         open.append((sum, why))
             if sd_check_overlooked(check):
@@ -1813,110 +1276,8 @@ cdef class Segment:
         finally:
             sd_check_end(check)
             problems = list_faults(found.first)
-            self.leave()
+            end_wait(self)
         return problems, tally, open, longest / 1e9
-
-    cdef int between(self) except -1:
-        """Between two parts of a long look: other threads and signal handlers run."""
-        if PyErr_CheckSignals():
-            return -1
-        HOLDERS.pause()
-        return self.still_open()
-
-    cdef bint check_records(self, sd_check *check) except -1:
-        cdef int result
-        while True:
-            result = sd_check_records(check, sd_now() + LOOK_NS)
-            if result != SD_TIMEOUT:
-                return result == SD_OK
-            self.between()
-
-    cdef object judge(self, sd_check *check, int part, uint64_t deadline, object timeout,
-                      uint64_t *longest):
-        """Look at a part's suspects under its lock: None, or why not at all of them."""
-        cdef bint taken
-        cdef uint64_t began
-        while sd_check_suspects(check, part):
-            try:
-                taken = self.hold_part(part, deadline, timeout)
-            except OUT_OF_REACH as exc:
-                return f"{sd_check_suspects(check, part)} records or entries look wrong, but {exc}"
-            began = sd_now()
-            sd_check_judge(check, part, began + SD_CHECK_HOLD_NS)
-            if taken:
-                self.drop_part(part)
-                longest[0] = max(longest[0], sd_now() - began)
-            self.between()
-        return None
-
-    cdef object sum_up(self, sd_check *check, int sum, uint64_t deadline, object timeout,
-                       uint64_t *longest):
-        """Come to a verdict on a sum: None, or why there is none."""
-        cdef int result, _tries, holds = 0, part = sd_check_part(sum)
-        cdef bint taken
-        cdef uint64_t began
-        for _tries in range(WALKS if sum == SD_SUM_CELLS else LOOKS):
-            if self.sum_freely(check, sum) == SD_OK:
-                return None
-        result = SD_DOUBT
-        while result == SD_DOUBT or result == SD_TIMEOUT and holds < LOOKS:
-            if sd_check_prepare(check, sum) == SD_ERRNO:
-                raise MemoryError
-            try:
-                taken = self.hold_part(part, deadline, timeout)
-            except OUT_OF_REACH as exc:
-                return str(exc)
-            holds += 1
-            began = sd_now()
-            result = sd_check_sum_held(check, sum,
-                                       began + SD_CHECK_HOLD_NS if taken else SD_FOREVER)
-            if taken:
-                self.drop_part(part)
-                longest[0] = max(longest[0], sd_now() - began)
-            self.between()
-        if result == SD_OK:
-            return None
-        return ("writers are at work, and to be sure they would have to be stopped for more than "
-                f"{SD_CHECK_HOLD_NS // 1000000} ms; check again when they rest")
-
-    cdef int sum_freely(self, sd_check *check, int sum) except -1:
-        cdef int result
-        while True:
-            result = sd_check_sum(check, sum, sd_now() + LOOK_NS)
-            if result == SD_ERRNO:
-                raise MemoryError
-            if result != SD_TIMEOUT:
-                return result
-            self.between()
-
-    cdef bint hold_part(self, int part, uint64_t deadline, object timeout) except -1:
-        """Take the lock of a part. False: there is nothing to give back: this thread has it, or the
-        segment is poisoned, so that nobody gets it and what it protects stands still."""
-        cdef int result
-        if part == SD_PART_LIST and self.segment.list_nonce == sd_self().nonce:
-            self.need_list("check")
-            return False
-        try:
-            if part == SD_PART_LIST:
-                # While a domain is held the list lock may only be tried.
-                self.acquire_list(SD_TRY if self.holds_any() else deadline, timeout)
-                return True
-            result = sd_short_locks(self.segment, part == SD_PART_IDS, part == SD_PART_HEAP,
-                                    deadline)
-            if result != SD_OK:
-                self.fail(result, "check")
-        except errors.SegmentPoisoned:
-            return False
-        return True
-
-    cdef int drop_part(self, int part) except -1:
-        if part == SD_PART_LIST:
-            return self.release_list()
-        if part == SD_PART_IDS:
-            sd_ids_unlock(self.segment)
-        else:
-            sd_heap_unlock(self.segment)
-        return 0
 
     # --- recover ---
 
@@ -1928,101 +1289,789 @@ cdef class Segment:
         """
         cdef uint64_t freed, deadline = deadline_of(timeout)
         cdef list repairs = [], held = []
-        self.usable()
+        need_open(self)
         if self.multiprocessing and self.list_lock is None:
             raise errors.LockKindMismatch(
                 "this list uses multiprocessing locks, which only processes can have that "
                 "inherited the DomainList: recover through one of them")
         if sd_load_acquire(&self.segment.header.poisoned):
-            self.fail(SD_POISONED, "recover")
+            raise_poison_or_code(self, SD_POISONED, "recover")
         if self.segment.list_nonce != sd_self().nonce:
-            self.recover_list(deadline, timeout, repairs, held)
-        self.recover_short("id", &self.segment.header.id_mutex, deadline, timeout, repairs, held)
-        self.recover_short("heap", &self.segment.header.heap_mutex, deadline, timeout, repairs,
-                           held)
+            recover_list(self, deadline, timeout, repairs, held)
+        recover_short(self, "id", &self.segment.header.id_mutex, deadline, timeout, repairs, held)
+        recover_short(self, "heap", &self.segment.header.heap_mutex, deadline, timeout, repairs,
+                      held)
         self.segment.inside += 1
         try:
-            freed = self.recover_slots(repairs, held)
+            freed = recover_slots(self, repairs, held)
         finally:
-            self.leave()
+            end_wait(self)
         return repairs, held, freed * SD_CELL
 
-    cdef int recover_list(self, uint64_t deadline, object timeout, list repairs,
-                          list held) except -1:
-        cdef sd_repair repair
-        if self.holds_any():
-            raise errors.LockOrder(
-                "this thread holds a domain; the list lock comes first: unlock the domain")
-        memset(&sd_self().repair, 0, sizeof(repair))
-        try:
-            self.acquire_list(deadline, timeout)
-        except errors.LockTimeout as exc:
-            held.append(("list", None, exc.holder))
-            return 0
-        repair = sd_self().repair
-        self.release_list()
-        note_repair(repairs, "list", None, &repair)
-        return 0
 
-    cdef int recover_short(self, object which, pthread_mutex_t *mutex, uint64_t deadline,
-                           object timeout, list repairs, list held) except -1:
-        cdef sd_repair repair
-        cdef bint ids = mutex == &self.segment.header.id_mutex
-        cdef uint32_t victim = sd_mutex_victim(mutex)
-        cdef int result
-        memset(&sd_self().repair, 0, sizeof(repair))
-        self.segment.inside += 1
-        result = sd_short_locks(self.segment, ids, not ids, deadline)
-        repair = sd_self().repair
+cdef int need_open(Segment doms) except -1:
+    if doms.closed:
+        raise errors.ListClosed("this DomainList is closed")
+    if doms.segment.epoch != sd_fork_epoch and sd_begin_in_child(doms.segment) != SD_OK:
+        raise errors.SegmentMismatch(
+            "this process lives in another PID namespace than its parent, where the thread "
+            "numbers in the locks mean nothing")
+    return 0
+
+
+cdef void end_wait(Segment doms) noexcept:
+    """A wait is over; the list may have been closed meanwhile."""
+    if doms.segment.inside:  # 0: a handler forked, and this is the child
+        doms.segment.inside -= 1
+    if doms.closed:
+        sd_detach(doms.segment)
+
+
+cdef uint32_t slot_count(Segment doms) except? 0:
+    """How many there are; an error when that is damaged, and never an empty list for it."""
+    cdef uint32_t slots
+    if sd_slots(doms.segment, &slots) != SD_OK:
+        raise errors.SegmentCorrupt("the number of slots is damaged")
+    return slots
+
+
+cdef int still_open(Segment doms) except -1:
+    if doms.closed:
+        raise errors.ListClosed("this DomainList was closed during the wait")
+    return 0
+
+
+cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd_values *values):
+    cdef uint64_t extent
+    cdef uint64_t uuid[2]
+    cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
+    value = cached(doms.decoded, slot, life, version)
+    if value is not None:
+        return value
+    if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
+        decode(SD_DEFINITION, None, NULL, 0)
+    uuid[0], uuid[1] = sd_load(&doms.segment.slots[slot].uuid[0]), sd_load(
+        &doms.segment.slots[slot].uuid[1])
+    if sd_blob_get(doms.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
+        raise_code(SD_CORRUPT, "definition")
+    value = decode(SD_DEFINITION, copy_extent(doms.segment, extent), uuid, version)
+    cache(doms.decoded, slot, life, version, value)
+    return value
+
+
+cdef int raise_timed_out(Segment doms, sd_owner *owner, pthread_mutex_t *mutex, object what,
+                         object timeout) except -1:
+    raise timeout_error(doms, owner, mutex, what, timeout)
+
+
+cdef object timeout_error(Segment doms, sd_owner *owner, pthread_mutex_t *mutex, object what,
+                          object timeout):
+    """The error that names the holder. `owner` NULL: only the mutex knows."""
+    cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
+    cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
+    cdef uint32_t tid = <uint32_t>(who & 0x3fffff) if who else sd_mutex_owner(mutex)
+    # Finding out takes a descriptor; the owner wrote it down as well.
+    cdef uint32_t pid = sd_process_of(tid) if tid else 0
+    if not pid and who:
+        pid = <uint32_t>sd_load(&owner.pid)
+    return HOLDERS.lock_timeout(what, timeout, tid, pid,
+                                who >> 22 if who else 0,
+                                (sd_now() - since) / 1e9 if who and since else None)
+
+
+cdef object why_poisoned(Segment doms):
+    """Why the segment is poisoned, or None."""
+    cdef sd_header *header = doms.segment.header
+    cdef uint64_t who, at
+    cdef uint64_t reason = sd_load_acquire(&header.poisoned)
+    if not reason:
+        return None
+    who, at = sd_load(&header.poisoned_who), sd_load(&header.poisoned_at)
+    return HOLDERS.failed_repair(
+        REPAIRS.get(reason), at - 1 if at else None, who & 0x3fffff,
+        sd_load(&header.poisoned_pid), who >> 22, sd_load(&header.poisoned_when) / 1e9)
+
+
+cdef int raise_poison_or_code(Segment doms, int result, object what) except -1:
+    if result != SD_POISONED:
+        return raise_code(result, what)
+    raise errors.SegmentPoisoned(
+        f"{what}: {why_poisoned(doms)}; its domains can still be read (list, dumpxml): export "
+        "them, unlink the segment and create a new one")
+
+
+cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline,
+                 uint64_t *died_who, uint64_t *died_pid) except -1:
+    """A multiprocessing.Lock; SD_DIED: its holder was dead and we stand in its place."""
+    cdef uint64_t who
+    cdef int result
+    cdef sem_t *semaphore
+    cdef sd_thread *thread = sd_self()
+    if lock is None:
+        raise errors.LockKindMismatch(
+            "this list uses multiprocessing locks, which only processes can have that "
+            "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
+    if lock.acquire(False):
+        return SD_OK
+    semaphore = <sem_t *><size_t>lock._semlock.handle
+    while True:
+        who = sd_load_acquire(&owner.who)
+        if who == thread.who:
+            return SD_NESTED  # a signal handler, or the collector, took it and kept it
+        if who and not sd_alive(who) and sd_take_over(owner, who):
+            died_who[0], died_pid[0] = who, sd_load(&owner.pid)
+            return SD_DIED
+        if deadline != SD_FOREVER and sd_now() >= deadline:
+            return SD_TIMEOUT
+        with nogil:
+            result = sd_semaphore_slice(semaphore, owner, deadline)
         if result == SD_OK:
-            self.drop_part(SD_PART_IDS if ids else SD_PART_HEAP)
-        self.leave()
-        if result == SD_TIMEOUT:
-            held.append((which, None, self.too_late(NULL, mutex, which, timeout).holder))
-            return 0
+            return SD_OK
+        result = after_slice(result)
+        if result != SD_TIMEOUT:
+            return result
+
+
+cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1:
+    cdef int result
+    cdef bint died
+    cdef uint64_t who, pid
+    cdef sd_segment *segment = doms.segment
+    segment.inside += 1
+    try:
+        if not doms.multiprocessing:
+            result = sd_list_lock(segment, deadline)
+        else:
+            result = lock_semaphore(doms.list_lock, &segment.header.list_owner, deadline, &who,
+                                    &pid)
+            if result == SD_OK or result == SD_DIED:
+                died = result == SD_DIED
+                result = sd_list_entered(segment, died)
+                if died:
+                    sd_self().repair.who, sd_self().repair.pid = who, pid
+                if result != SD_OK:
+                    sd_store(&segment.header.list_owner.who, 0)
+                    doms.list_lock.release()
+        if result == SD_OK:
+            segment.list_taker = <void *>doms
+            if doms.closed:
+                release_list(doms)
+    finally:
+        end_wait(doms)
+    if result == SD_OK:
+        return still_open(doms)
+    if result == SD_TIMEOUT:
+        raise_timed_out(doms, &segment.header.list_owner, &segment.header.list_mutex,
+                        "the list lock", timeout)
+    return raise_poison_or_code(doms, result, "lock the list")
+
+
+cdef int release_list(Segment doms) except -1:
+    if not doms.multiprocessing:
+        sd_list_unlock(doms.segment)
+        return 0
+    if doms.list_lock is None:
+        raise errors.LockKindMismatch("unlock through the DomainList that locked")
+    sd_list_leaving(doms.segment)
+    doms.list_lock.release()
+    return 0
+
+
+cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
+    """SD_OK or SD_TIMEOUT."""
+    cdef int result
+    cdef uint64_t who, pid
+    cdef sd_slot *record = &doms.segment.slots[slot]
+    doms.segment.inside += 1
+    try:
+        if not doms.multiprocessing:
+            result = sd_slot_lock(doms.segment, slot, deadline)
+        else:
+            result = lock_semaphore(None if doms.slot_locks is None else doms.slot_locks[slot],
+                                    &record.owner, deadline, &who, &pid)
+            if result == SD_DIED:
+                sd_self().repair.died = True
+                sd_self().repair.who, sd_self().repair.pid = who, pid
+                sd_recover_slot(doms.segment, slot, who, pid)
+                result = SD_OK
+            if result == SD_OK:
+                result = sd_slot_entered(doms.segment, slot)
+                if result != SD_OK:
+                    sd_store(&record.owner.who, 0)
+                    doms.slot_locks[slot].release()
+        if result == SD_OK and doms.closed:
+            release_slot(doms, slot, False)
+    finally:
+        end_wait(doms)
+    if result == SD_OK or result == SD_TIMEOUT:
+        still_open(doms)
+        return result
+    return raise_poison_or_code(doms, result, "lock a domain")
+
+
+cdef int release_slot(Segment doms, uint32_t slot, bint given) except -1:
+    if not doms.multiprocessing:
+        sd_slot_unlock(doms.segment, slot, given)
+        return 0
+    sd_slot_leaving(doms.segment, slot, given)
+    doms.slot_locks[slot].release()
+    return 0
+
+
+cdef void *held_pointer(Segment doms, uint32_t slot, uint64_t life):
+    """This thread's locked handle to the slot, or NULL. `life` 0: whichever life."""
+    cdef void *at = sd_self().records
+    while at != NULL:
+        if ((<Record>at).slot == slot and (<Record>at).segment.segment == doms.segment
+                and (life == 0 or (<Record>at).life == life)):
+            return at
+        at = (<Record>at).after
+    return NULL
+
+
+cdef Record held_here(Segment doms, uint32_t slot, uint64_t life):
+    """That handle, or None. One that is going away still holds the slot, but must not get a
+    reference again: callbacks of weak references run then, and so may this thread, while
+    another one drops its handle."""
+    cdef void *at = held_pointer(doms, slot, life)
+    if at == NULL or Py_REFCNT(at) == 0:
+        return None
+    return <Record>at
+
+
+cdef int need_not_held(Segment doms, uint32_t slot) except -1:
+    if sd_self().records != NULL and held_pointer(doms, slot, 0) != NULL:
+        raise errors.AlreadyLocked(f"this thread holds {describe(doms, slot)} already")
+    return 0
+
+
+cdef bint holds_any(Segment doms):
+    cdef void *at = sd_self().records
+    while at != NULL:
+        if (<Record>at).segment.segment == doms.segment:
+            return True
+        at = (<Record>at).after
+    return False
+
+
+cdef int may_wait(Segment doms, uint64_t deadline) except -1:
+    """Before a wait for a domain: a second one is waited for only under the list lock."""
+    cdef sd_thread *thread = sd_self()
+    if thread.orphans != NULL:
+        free_orphans(thread)
+    if thread.records == NULL:
+        return 0
+    if thread.held >= SD_HELD_MAX:
+        raise errors.TooManyLocks(
+            f"this thread holds {thread.held} domains; unlock some: the kernel frees a limited "
+            "number of locks when a thread dies")
+    if deadline == SD_TRY or doms.segment.list_nonce == thread.nonce or not holds_any(doms):
+        return 0
+    raise errors.LockOrder(
+        "this thread holds a domain and would wait for another; take both with lock_many(), "
+        "or hold the list lock, or use timeout=0")
+
+
+cdef int need_list(Segment doms, object what) except -1:
+    cdef sd_thread *thread = sd_self()
+    need_open(doms)
+    if doms.segment.list_nonce != thread.nonce:
+        raise errors.ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
+    if thread.nested > doms.segment.list_nested:
+        raise_code(SD_NESTED, what)
+    return 0
+
+
+cdef bint make_key(sd_key *key, object uuid, object name, object id) except -1:
+    """False: no domain can have this key."""
+    if (uuid is not None) + (name is not None) + (id is not None) != 1:
+        raise TypeError("give exactly one of uuid=, name=, id=")
+    if uuid is not None:
+        key.what = SD_UUID_INDEX
+        uuid_words(uuid, key.uuid)
+        return True
+    if name is not None:
+        key.what = SD_NAME_INDEX
+        return set_name(key.name, name)
+    if not isinstance(id, int):
+        raise TypeError(f"an id is an int, not {type(id).__name__}")
+    key.what = SD_ID_INDEX
+    if id < 0 or id > 0x7fffffff:
+        return False
+    key.id = id
+    return True
+
+
+cdef int find_under_lock(Segment doms, const sd_key *key, uint32_t *slot, uint64_t deadline,
+                         object timeout) except -1:
+    """Once more, under the lock of the index. SD_OK or SD_MISS."""
+    cdef int result
+    if key.what == SD_ID_INDEX:
+        doms.segment.inside += 1
+        result = sd_ids_lock(doms.segment, deadline)
         if result != SD_OK:
-            return self.fail(result, "recover")
-        repair.who = victim
-        note_repair(repairs, which, None, &repair)
-        return self.still_open()
+            end_wait(doms)
+            return raise_poison_or_code(doms, result, "find by id")
+        result = sd_find(doms.segment, key, slot)
+        sd_ids_unlock(doms.segment)
+        end_wait(doms)
+        still_open(doms)
+    else:
+        # While a domain is held the list lock may only be tried (its holder may want that one).
+        acquire_list(doms, SD_TRY if holds_any(doms) else deadline, timeout)
+        result = sd_find(doms.segment, key, slot)
+        release_list(doms)
+    if result == SD_OK or result == SD_MISS:
+        return result
+    return raise_code(result, "find")
 
-    cdef uint64_t recover_slots(self, list repairs, list held) except? 1:
-        """Each slot that is locked, was left locked, or has garbage that was put off."""
-        cdef uint32_t slot
-        cdef uint64_t freed = 0
-        cdef sd_slot *at
-        cdef sd_repair repair
-        cdef bint busy
-        for slot in range(self.slots()):
-            if slot % 4096 == 4095:
-                self.between()
-            at = &self.segment.slots[slot]
-            busy = sd_load(&at.owner.who) != 0 if self.multiprocessing else sd_mutex_busy(&at.mutex)
-            if not busy and not sd_load(&at.dirty) or self.hold_here(slot, 0) != NULL:
-                continue
-            name = self.name_in(slot)
-            memset(&sd_self().repair, 0, sizeof(repair))
-            if self.acquire_slot(slot, SD_TRY) == SD_TIMEOUT:
-                error = self.too_late(&at.owner, &at.mutex, name, 0)
-                if error.holder is not None:
-                    held.append(("domain", name, error.holder))
-                continue
-            if sd_load(&at.dirty):
-                sd_tidy(self.segment, slot)
-            repair = sd_self().repair
-            self.release_slot(slot, False)
-            freed += repair.freed
-            note_repair(repairs, "domain", name, &repair)
-        return freed
 
-    cdef object name_in(self, uint32_t slot):
-        """The name of the domain in a slot; None: none lives there."""
-        cdef sd_view view
-        cdef int result
-        while True:
-            result = sd_view_begin(self.segment, slot, &view)
-            if result != SD_DOUBT:
-                return name_object(view.name) if result == SD_OK else None
+cdef Record find_record(Segment doms, const sd_key *key, uint64_t deadline, object timeout):
+    """Probe, lock that one slot, verify; None: not there.
+
+    A hit that turns out to be another domain once it is locked was removed or renamed
+    meanwhile; the look-up begins again, for its key may have come back in another slot.
+    """
+    cdef uint32_t slot
+    cdef int result
+    cdef Record record
+    cdef sd_thread *thread = sd_self()
+    if thread.orphans != NULL:
+        free_orphans(thread)
+    if thread.records != NULL:
+        if sd_find(doms.segment, key, &slot) == SD_OK:
+            need_not_held(doms, slot)
+        may_wait(doms, deadline)
+    while True:
+        result = sd_find_to_lock(doms.segment, key, &slot)
+        if result == SD_DOUBT:
+            if doms.segment.list_nonce == sd_self().nonce and key.what != SD_ID_INDEX:
+                raise_code(SD_CORRUPT, "find")
+            result = find_under_lock(doms, key, &slot, deadline, timeout)
+        if result == SD_MISS:
+            return None
+        if result != SD_OK:
+            raise_code(result, "find")
+        record = find_in_slot(doms, slot, key, 0, deadline, timeout)
+        if record is not None:
+            return record
+
+
+cdef Record find_in_slot(Segment doms, uint32_t slot, const sd_key *key, uint64_t life,
+                         uint64_t deadline, object timeout):
+    """Lock the slot and hand out the domain if it is still the one that was meant."""
+    cdef sd_slot *at = &doms.segment.slots[slot]
+    cdef Record record
+    cdef int result
+    # Made before the lock is taken: an allocation may run the collector, which runs anything.
+    record = new_record(doms)
+    need_not_held(doms, slot)
+    if acquire_slot(doms, slot, deadline) == SD_TIMEOUT:
+        raise_timed_out(doms, &at.owner, &at.mutex, describe(doms, slot), timeout)
+    result = verify(doms, slot, key, life, &record.values)
+    if result != SD_OK:
+        release_slot(doms, slot, False)
+        if result == SD_CORRUPT:
+            raise_code(SD_CORRUPT, "lock a domain")
+        need_sound_life(doms, slot)
+        return None
+    lead_to(record, slot)
+    enter_thread(record)
+    return record
+
+
+cdef int verify(Segment doms, uint32_t slot, const sd_key *key, uint64_t life,
+                sd_values *values) noexcept:
+    """Under the slot's lock: is it what was meant, a key or else a life?"""
+    if key != NULL:
+        return sd_verify(doms.segment, slot, key, values)
+    if sd_load(&doms.segment.slots[slot].life) != life:
+        return SD_MISS
+    return sd_values_get(doms.segment, slot, values)
+
+
+cdef Record new_record(Segment doms):
+    cdef Record record = <Record>new_handle(doms.record_class, EMPTY)
+    record.segment = doms
+    return record
+
+
+cdef int need_sound_life(Segment doms, uint32_t slot) except -1:
+    """What is damaged is neither there nor gone."""
+    if not sd_count_sound(sd_load(&doms.segment.slots[slot].life)):
+        raise errors.SegmentCorrupt(
+            f"whether a domain lives in slot {slot}, and which, is damaged")
+    return 0
+
+
+cdef object describe(Segment doms, uint32_t slot):
+    cdef sd_view view
+    if sd_view_begin(doms.segment, slot, &view) == SD_OK:
+        return f"domain {name_object(view.name)!r}"
+    return "a domain"
+
+
+cdef object not_found(object uuid, object name, object id):
+    # libvirt's words (virDomainObjListFindBy*).
+    if uuid is not None:
+        if not isinstance(uuid, str):
+            uuid = UUID(bytes=uuid) if isinstance(uuid, bytes) else uuid
+        return errors.DomainNotFound(f"no domain with matching uuid '{uuid}'")
+    if name is not None:
+        return errors.DomainNotFound(f"no domain with matching name '{name}'")
+    return errors.DomainNotFound(f"no domain with matching id {id}")
+
+
+cdef Record find_with_list(Segment doms, object what, object uuid, object name, object id,
+                           object timeout):
+    cdef sd_key key
+    cdef uint64_t deadline = deadline_of(timeout)
+    need_list(doms, what)
+    if not make_key(&key, uuid, name, id):
+        return None
+    return find_record(doms, &key, deadline, timeout)
+
+
+cdef Info read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
+    """A consistent view of the slot, or None when nothing lives there (or not `key`)."""
+    cdef sd_view view
+    cdef int result
+    cdef int damage = 0
+    cdef Info info = Info.__new__(Info)
+    cdef unsigned tries = 0
+    if blobs:
+        info.blobs = Blobs.__new__(Blobs)
+    while True:
+        result = sd_view_begin(doms.segment, slot, &view)
+        if result == SD_MISS:
+            return None
+        damage = FIELDS if result == SD_CORRUPT else 0
+        if damage:
+            break
+        if result == SD_OK:
+            damage = 0 if view.name[0] else IDENTITY
+            if key != NULL and not view_matches(&view, key):
+                return None
+            if not blobs:
+                break
+            result = read_blobs(doms, slot, &view, info.blobs)
+            if result == SD_CORRUPT:
+                raise_code(result, "read")
+            if result == SD_OK:
+                break
+        tries += 1
+        if tries > 100:
+            back_off(deadline)
+    if damage and key != NULL:
+        raise_code(SD_CORRUPT, "read")
+    info.damage = damage
+    return fill(info, &view)
+
+
+cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs) except? -1:
+    """SD_OK, SD_CORRUPT, or SD_DOUBT: a writer came in between."""
+    cdef bytes blob
+    cdef uint64_t extent
+    cdef int b, result
+    blobs.decoded = doms.decoded
+    blobs.slot, blobs.life = slot, view.life
+    blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
+    memcpy(blobs.version, view.values.version, sizeof(blobs.version))
+    blobs.known = cached(doms.decoded, slot, view.life, view.values.version[SD_DEFINITION])
+    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, 3):
+        result = sd_view_extent(doms.segment, slot, view, b, &extent)
+        if result == SD_OK:
+            blob = copy_extent(doms.segment, extent)
+        elif result == SD_MISS:
+            blob = None
+        else:
+            return result
+        if b == SD_DEFINITION:
+            blobs.definition = blob
+        elif b == SD_NEXT_DEFINITION:
+            blobs.next_definition = blob
+        else:
+            blobs.data = blob
+    return sd_view_blobs_check(doms.segment, slot, view)
+
+
+cdef int read_either(Segment doms, sd_key *key) noexcept:
+    """Whether a domain has the uuid of this key, or its name: as sd_find. List lock held."""
+    cdef uint32_t slot
+    cdef int result
+    key.what = SD_UUID_INDEX
+    result = sd_find(doms.segment, key, &slot)
+    if result != SD_MISS:
+        return result
+    key.what = SD_NAME_INDEX
+    return sd_find(doms.segment, key, &slot)
+
+
+cdef Info read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
+    cdef uint32_t slot
+    cdef int result
+    cdef unsigned tries = 0
+    cdef Info info
+    while True:
+        result = sd_find(doms.segment, key, &slot)
+        if result == SD_MISS:
+            return None
+        if result == SD_OK:
+            info = read_slot(doms, slot, key, blobs, deadline)
+            if info is not None:
+                return info
+        elif result != SD_DOUBT:
+            raise_code(result, "peek")
+        tries += 1
+        if tries > 100:
+            wake_recovery(doms)
+            back_off(deadline)
+
+
+cdef int wake_recovery(Segment doms) except -1:
+    """An index that stays odd has a dead holder: repair it, if that takes no waiting. If that
+    failed, nobody does it any more, and nobody need wait for it."""
+    cdef sd_segment *segment = doms.segment
+    if sd_load(&segment.header.poisoned):
+        raise_poison_or_code(doms, SD_POISONED, "find")
+    if segment.list_nonce == sd_self().nonce:
+        return 0
+    if sd_ids_lock(segment, SD_TRY) == SD_OK:
+        sd_ids_unlock(segment)
+    if not sd_load(&segment.header.list_seq) & 1:
+        return 0
+    if not doms.multiprocessing:
+        if sd_list_lock(segment, SD_TRY) == SD_OK:
+            sd_list_unlock(segment)
+    elif doms.list_lock is not None:
+        try:
+            acquire_list(doms, SD_TRY, 0)
+        except errors.LockTimeout:
+            return 0
+        release_list(doms)
+    return 0
+
+
+cdef bint may_match(Segment doms, uint32_t slot, const asked *what) noexcept:
+    """A first look that spares the copy of what the filter rejects."""
+    cdef sd_view view
+    cdef int result = sd_view_begin(doms.segment, slot, &view)
+    return result == SD_DOUBT or result == SD_CORRUPT or (
+        result == SD_OK and wanted_view(&view, what))
+
+
+cdef int lock_free_slot(Segment doms, uint32_t *slot, sd_word **link, uint64_t deadline,
+                        object timeout) except -1:
+    cdef int result, passed = 0
+    cdef uint64_t patience = SD_TRY
+    link[0] = NULL
+    while True:
+        result = sd_free_slot(doms.segment, link, slot)
+        if result == SD_FULL and passed and patience == SD_TRY:
+            # All that is left is held by somebody: now there is nothing but to wait for one.
+            link[0] = NULL
+            patience = deadline
+            continue
+        if result != SD_OK:
+            return raise_code(result, "define a domain")
+        if acquire_slot(doms, slot[0], patience) == SD_OK:
+            return 0
+        if patience != SD_TRY or deadline == SD_TRY:
+            raise_timed_out(doms, &doms.segment.slots[slot[0]].owner,
+                            &doms.segment.slots[slot[0]].mutex, "a free slot", timeout)
+        passed += 1
+        if passed > 64:
+            patience = deadline
+
+
+cdef int between_parts(Segment doms) except -1:
+    """Between two parts of a long look: other threads and signal handlers run."""
+    if PyErr_CheckSignals():
+        return -1
+    HOLDERS.pause()
+    return still_open(doms)
+
+
+cdef bint check_records(Segment doms, sd_check *check) except -1:
+    cdef int result
+    while True:
+        result = sd_check_records(check, sd_now() + LOOK_NS)
+        if result != SD_TIMEOUT:
+            return result == SD_OK
+        between_parts(doms)
+
+
+cdef object judge_part(Segment doms, sd_check *check, int part, uint64_t deadline, object timeout,
+                       uint64_t *longest):
+    """Look at a part's suspects under its lock: None, or why not at all of them."""
+    cdef bint taken
+    cdef uint64_t began
+    while sd_check_suspects(check, part):
+        try:
+            taken = hold_part(doms, part, deadline, timeout)
+        except OUT_OF_REACH as exc:
+            return f"{sd_check_suspects(check, part)} records or entries look wrong, but {exc}"
+        began = sd_now()
+        sd_check_judge(check, part, began + SD_CHECK_HOLD_NS)
+        if taken:
+            drop_part(doms, part)
+            longest[0] = max(longest[0], sd_now() - began)
+        between_parts(doms)
+    return None
+
+
+cdef object judge_sum(Segment doms, sd_check *check, int sum, uint64_t deadline, object timeout,
+                      uint64_t *longest):
+    """Come to a verdict on a sum: None, or why there is none."""
+    cdef int result, _tries, holds = 0, part = sd_check_part(sum)
+    cdef bint taken
+    cdef uint64_t began
+    for _tries in range(WALKS if sum == SD_SUM_CELLS else LOOKS):
+        if sum_freely(doms, check, sum) == SD_OK:
+            return None
+    result = SD_DOUBT
+    while result == SD_DOUBT or result == SD_TIMEOUT and holds < LOOKS:
+        if sd_check_prepare(check, sum) == SD_ERRNO:
+            raise MemoryError
+        try:
+            taken = hold_part(doms, part, deadline, timeout)
+        except OUT_OF_REACH as exc:
+            return str(exc)
+        holds += 1
+        began = sd_now()
+        result = sd_check_sum_held(check, sum,
+                                   began + SD_CHECK_HOLD_NS if taken else SD_FOREVER)
+        if taken:
+            drop_part(doms, part)
+            longest[0] = max(longest[0], sd_now() - began)
+        between_parts(doms)
+    if result == SD_OK:
+        return None
+    return ("writers are at work, and to be sure they would have to be stopped for more than "
+            f"{SD_CHECK_HOLD_NS // 1000000} ms; check again when they rest")
+
+
+cdef int sum_freely(Segment doms, sd_check *check, int sum) except -1:
+    cdef int result
+    while True:
+        result = sd_check_sum(check, sum, sd_now() + LOOK_NS)
+        if result == SD_ERRNO:
+            raise MemoryError
+        if result != SD_TIMEOUT:
+            return result
+        between_parts(doms)
+
+
+cdef bint hold_part(Segment doms, int part, uint64_t deadline, object timeout) except -1:
+    """Take the lock of a part. False: there is nothing to give back: this thread has it, or the
+    segment is poisoned, so that nobody gets it and what it protects stands still."""
+    cdef int result
+    if part == SD_PART_LIST and doms.segment.list_nonce == sd_self().nonce:
+        need_list(doms, "check")
+        return False
+    try:
+        if part == SD_PART_LIST:
+            # While a domain is held the list lock may only be tried.
+            acquire_list(doms, SD_TRY if holds_any(doms) else deadline, timeout)
+            return True
+        result = sd_short_locks(doms.segment, part == SD_PART_IDS, part == SD_PART_HEAP,
+                                deadline)
+        if result != SD_OK:
+            raise_poison_or_code(doms, result, "check")
+    except errors.SegmentPoisoned:
+        return False
+    return True
+
+
+cdef int drop_part(Segment doms, int part) except -1:
+    if part == SD_PART_LIST:
+        return release_list(doms)
+    if part == SD_PART_IDS:
+        sd_ids_unlock(doms.segment)
+    else:
+        sd_heap_unlock(doms.segment)
+    return 0
+
+
+cdef int recover_list(Segment doms, uint64_t deadline, object timeout, list repairs,
+                      list held) except -1:
+    cdef sd_repair repair
+    if holds_any(doms):
+        raise errors.LockOrder(
+            "this thread holds a domain; the list lock comes first: unlock the domain")
+    memset(&sd_self().repair, 0, sizeof(repair))
+    try:
+        acquire_list(doms, deadline, timeout)
+    except errors.LockTimeout as exc:
+        held.append(("list", None, exc.holder))
+        return 0
+    repair = sd_self().repair
+    release_list(doms)
+    note_repair(repairs, "list", None, &repair)
+    return 0
+
+
+cdef int recover_short(Segment doms, object which, pthread_mutex_t *mutex, uint64_t deadline,
+                       object timeout, list repairs, list held) except -1:
+    cdef sd_repair repair
+    cdef bint ids = mutex == &doms.segment.header.id_mutex
+    cdef uint32_t victim = sd_mutex_victim(mutex)
+    cdef int result
+    memset(&sd_self().repair, 0, sizeof(repair))
+    doms.segment.inside += 1
+    result = sd_short_locks(doms.segment, ids, not ids, deadline)
+    repair = sd_self().repair
+    if result == SD_OK:
+        drop_part(doms, SD_PART_IDS if ids else SD_PART_HEAP)
+    end_wait(doms)
+    if result == SD_TIMEOUT:
+        held.append((which, None, timeout_error(doms, NULL, mutex, which, timeout).holder))
+        return 0
+    if result != SD_OK:
+        return raise_poison_or_code(doms, result, "recover")
+    repair.who = victim
+    note_repair(repairs, which, None, &repair)
+    return still_open(doms)
+
+
+cdef uint64_t recover_slots(Segment doms, list repairs, list held) except? 1:
+    """Each slot that is locked, was left locked, or has garbage that was put off."""
+    cdef uint32_t slot
+    cdef uint64_t freed = 0
+    cdef sd_slot *at
+    cdef sd_repair repair
+    cdef bint busy
+    for slot in range(slot_count(doms)):
+        if slot % 4096 == 4095:
+            between_parts(doms)
+        at = &doms.segment.slots[slot]
+        busy = sd_load(&at.owner.who) != 0 if doms.multiprocessing else sd_mutex_busy(&at.mutex)
+        if not busy and not sd_load(&at.dirty) or held_pointer(doms, slot, 0) != NULL:
+            continue
+        name = read_name(doms, slot)
+        memset(&sd_self().repair, 0, sizeof(repair))
+        if acquire_slot(doms, slot, SD_TRY) == SD_TIMEOUT:
+            error = timeout_error(doms, &at.owner, &at.mutex, name, 0)
+            if error.holder is not None:
+                held.append(("domain", name, error.holder))
+            continue
+        if sd_load(&at.dirty):
+            sd_tidy(doms.segment, slot)
+        repair = sd_self().repair
+        release_slot(doms, slot, False)
+        freed += repair.freed
+        note_repair(repairs, "domain", name, &repair)
+    return freed
+
+
+cdef object read_name(Segment doms, uint32_t slot):
+    """The name of the domain in a slot; None: none lives there."""
+    cdef sd_view view
+    cdef int result
+    while True:
+        result = sd_view_begin(doms.segment, slot, &view)
+        if result != SD_DOUBT:
+            return name_object(view.name) if result == SD_OK else None
 
 
 cdef int note_repair(list repairs, object lock, object name, const sd_repair *repair) except -1:
@@ -2082,7 +2131,7 @@ cdef list list_faults(fault *one):
 
 cdef void drop_list(Segment doms, object what) noexcept:
     """A list, or the hold of its lock, is going away while this thread holds that."""
-    doms.release_list()
+    release_list(doms)
     if doms.closed:
         sd_detach(doms.segment)
     if warnings is not None:
@@ -2225,132 +2274,24 @@ cdef class Record:
         raise TypeError("Domains come from a DomainList: get(), find_by_name(), assign_def(), ...")
 
     def __dealloc__(self):
-        if self.held_somewhere():
+        if held_somewhere(self):
             abandon(self)
         if self.leads:
             self.segment.segment.handles -= 1
             if self.segment.closed:
                 sd_detach(self.segment.segment)
 
-    cdef void lead_to(self, uint32_t slot) noexcept:
-        cdef sd_slot *at = &self.segment.segment.slots[slot]
-        self.leads = True
-        self.segment.segment.handles += 1
-        self.slot = slot
-        self.life = sd_load(&at.life)
-        self.uuid_raw[0] = sd_load(&at.uuid[0])
-        self.uuid_raw[1] = sd_load(&at.uuid[1])
-
     # --- who holds it ---
-
-    cdef bint held_somewhere(self):
-        """By a thread of this process that still runs. After a fork the nodes of the parent's
-        threads are still there, with the epoch of before."""
-        return (self.nonce != 0 and self.thread.epoch == sd_fork_epoch
-                and self.thread.nonce == self.nonce)
-
-    cdef Record mine_or_none(self):
-        cdef sd_thread *thread = sd_self()
-        if self.nonce == thread.nonce:
-            return self
-        if thread.records == NULL:
-            return None
-        return self.segment.held_here(self.slot, self.life)
-
-    cdef Record mine(self):
-        cdef Record mine = self.mine_or_none()
-        if mine is None:
-            raise errors.DomainNotLocked(
-                f"domain {uuid_object(self.uuid_raw)} is not locked by this thread: with dom: ...")
-        return mine
-
-    cdef Record mine_to_change(self):
-        """A signal handler may not change what the code that it interrupted is committing."""
-        cdef Record mine = self.mine()
-        if sd_self().nested > mine.nested:
-            fail(SD_NESTED, "change a domain")
-        return mine
-
-    cdef int own(self) except -1:
-        if sd_values_get(self.segment.segment, self.slot, &self.values) != SD_OK:
-            self.segment.release_slot(self.slot, False)
-            fail(SD_CORRUPT, "lock a domain")
-        self.enter_thread()
-        return 0
-
-    cdef void enter_thread(self) noexcept:
-        cdef sd_thread *thread = sd_self()
-        self.nonce = thread.nonce
-        self.thread = thread
-        self.nested = thread.nested
-        self.before = NULL
-        self.after = thread.records
-        if thread.records != NULL:
-            (<Record>thread.records).before = <void *>self
-        thread.records = <void *>self
-        self.pending = 0
-        self.touched = False
-        self.depth = 0
-
-    cdef void leave_thread(self) noexcept:
-        if self.before != NULL:
-            (<Record>self.before).after = self.after
-        else:
-            self.thread.records = self.after
-        if self.after != NULL:
-            (<Record>self.after).before = self.before
-        self.nonce = 0
-
-    cdef int disown(self, bint given) except -1:
-        if self.nonce != sd_self().nonce:
-            return 0  # a signal handler forked in a wait: it is our parent's
-        self.leave_thread()
-        return self.segment.release_slot(self.slot, given)
-
-    cdef void reload(self) noexcept:
-        sd_values_get(self.segment.segment, self.slot, &self.values)
-        self.touched = False
-
-    cdef void drop_changes(self) noexcept:
-        if self.pending:
-            self.pending = 0
-            _objects, _blobs = self.objects, self.blobs  # may run anything as they go: last
-            self.objects = self.blobs = None
-
-    cdef int do_commit(self, uint64_t deadline) except -1:
-        cdef sd_blob changes[3]
-        cdef int b, result
-        if not self.touched and not self.pending:
-            return 0
-        memset(changes, 0, sizeof(changes))
-        for b in range(3):
-            if self.pending >> b & 1:
-                changes[b].change = True
-                if self.blobs[b] is not None:
-                    set_change(&changes[b], self.blobs[b])
-        result = sd_commit(self.segment.segment, self.slot, &self.values, changes, NULL, deadline)
-        if result != SD_OK:
-            _objects, _blobs = self.objects, self.blobs  # may run anything as they go: later
-            self.drop_changes()
-            self.reload()
-            return self.segment.fail(
-                result, f"commit domain {uuid_object(self.uuid_raw)}; rolled back")
-        self.reload()
-        if self.pending & 1 and self.objects[SD_DEFINITION] is not None:
-            self.segment.decoded.put(self.slot, self.life, self.values.version[SD_DEFINITION],
-                                     self.objects[SD_DEFINITION])
-        self.drop_changes()
-        return 0
 
     @property
     def is_locked(self):
         """Whether this thread holds the domain. Needs no lock."""
-        return self.mine_or_none() is not None
+        return locked_or_none(self) is not None
 
     @property
     def changed(self):
         """Whether there are changes that were not committed. Domain lock."""
-        cdef Record mine = self.mine()
+        cdef Record mine = need_locked(self)
         return bool(mine.touched or mine.pending)
 
     def lock(self, timeout=None):
@@ -2360,39 +2301,12 @@ cdef class Record:
         holder), `DomainRemoved`, `AlreadyLocked`, `LockOrder` (this thread holds another domain of
         the list, not the list lock, and would wait), `TooManyLocks`.
         """
-        self.take(deadline_of(timeout), timeout)
-
-    cdef int take(self, uint64_t deadline, object timeout) except -1:
-        cdef sd_slot *at
-        cdef void *held
-        self.segment.usable()
-        at = &self.segment.segment.slots[self.slot]
-        held = self.segment.hold_here(self.slot, 0)
-        if held != NULL:
-            # The slot's mutex is ours: it may not be asked again, whichever domain lives there now.
-            if (<Record>held).life == self.life:
-                self.segment.not_held_here(self.slot)
-            self.outlived()
-        if sd_load(&at.life) != self.life:
-            self.outlived()  # a life that ended does not come back: no need to wait for the slot
-        self.segment.may_wait(deadline)
-        if self.segment.acquire_slot(self.slot, deadline) == SD_TIMEOUT:
-            self.segment.timed_out(&at.owner, &at.mutex, self.segment.describe(self.slot), timeout)
-        if sd_load(&at.life) != self.life:
-            self.segment.release_slot(self.slot, False)
-            self.outlived()
-        self.own()
-        return 0
-
-    cdef int outlived(self) except -1:
-        self.segment.sound_life(self.slot)
-        raise errors.DomainRemoved(
-            f"domain {uuid_object(self.uuid_raw)} was removed; this handle outlived it")
+        lock_record(self, deadline_of(timeout), timeout)
 
     def try_lock(self):
         """Lock the domain if it is free: True, else False. Always allowed, whatever is held."""
         try:
-            self.take(SD_TRY, 0)
+            lock_record(self, SD_TRY, 0)
         except errors.LockTimeout:
             return False
         return True
@@ -2404,47 +2318,25 @@ cdef class Record:
         seconds, Ctrl-C) everything is rolled back, the domain is unlocked all the same, and the
         error is raised. Raises `DomainNotLocked`, or `NotOwner` in another thread.
         """
-        self.give_back(timeout)
+        unlock_record(self, timeout)
 
     def _pass_on(self):
         """Unlock, if this thread holds it, by who was not given the domain: the next one still
         learns of the death of an earlier holder. What was not committed is rolled back.
 
         For the ``finally`` of a rule: in one call, so that no signal handler runs in between."""
-        cdef Record mine = self.mine_or_none()
+        cdef Record mine = locked_or_none(self)
         if mine is None:
             return
-        mine = mine.mine_to_change()
-        mine.drop_changes()
-        mine.disown(False)
-
-    cdef int give_back(self, object timeout) except -1:
-        cdef Record mine = self.mine_or_none()
-        cdef uint64_t deadline = deadline_of(timeout)
-        if mine is None:
-            self.not_mine()
-        if sd_self().nested > mine.nested:
-            fail(SD_NESTED, "unlock a domain")
-        if mine.touched or mine.pending:
-            try:
-                mine.do_commit(deadline)
-            finally:
-                mine.disown(True)
-            return 0
-        return mine.disown(True)
-
-    cdef int not_mine(self) except -1:
-        if self.held_somewhere():
-            raise errors.NotOwner(
-                f"another thread of this process holds domain {uuid_object(self.uuid_raw)}")
-        raise errors.DomainNotLocked(
-            f"domain {uuid_object(self.uuid_raw)} is not locked by this thread")
+        mine = need_changeable(mine)
+        drop_changes(mine)
+        end_hold(mine, False)
 
     def acquire(self, block=True, timeout=None):
         """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
         timeout = 0 if not block or (timeout is not None and timeout < 0) else timeout
         try:
-            self.take(deadline_of(timeout), timeout)
+            lock_record(self, deadline_of(timeout), timeout)
         except errors.LockTimeout:
             return False
         return True
@@ -2458,35 +2350,35 @@ cdef class Record:
 
         On failure everything since the last commit is rolled back and the error raised.
         """
-        self.mine_to_change().do_commit(deadline_of(timeout))
+        commit_changes(need_changeable(self), deadline_of(timeout))
 
     def rollback(self):
         """Forget all changes since the last commit. Domain lock."""
-        cdef Record mine = self.mine_to_change()
-        mine.drop_changes()
-        mine.reload()
+        cdef Record mine = need_changeable(self)
+        drop_changes(mine)
+        reload_values(mine)
 
     def __enter__(self):
-        cdef Record mine = self.mine_or_none()
+        cdef Record mine = locked_or_none(self)
         if mine is None:
-            self.take(SD_FOREVER, None)
+            lock_record(self, SD_FOREVER, None)
             mine = self
-        mine = mine.mine_to_change()
+        mine = need_changeable(mine)
         mine.depth += 1
         return self
 
     def __exit__(self, kind, value, traceback):
-        cdef Record mine = self.mine_or_none()
+        cdef Record mine = locked_or_none(self)
         if mine is None:
             return
         if kind is not None:
-            mine = mine.mine_to_change()
-            mine.drop_changes()
-            mine.reload()
+            mine = need_changeable(mine)
+            drop_changes(mine)
+            reload_values(mine)
         if mine.depth > 1:
             mine.depth -= 1  # an inner block; the outer one goes on
             return
-        mine.give_back(None)
+        unlock_record(mine, None)
 
     # --- fields ---
 
@@ -2498,31 +2390,31 @@ cdef class Record:
     @property
     def id(self):
         """The id of the running domain, -1 when it is inactive. Domain lock."""
-        return self.mine().values.id
+        return need_locked(self).values.id
 
     @property
     def is_active(self):
         """Whether it runs: ``id != -1`` (virDomainIsActive). Domain lock."""
-        return self.mine().values.id != -1
+        return need_locked(self).values.id != -1
 
     @property
     def name(self):
         """The name. Domain lock; changed by `DomainList.rename`."""
         cdef unsigned char raw[252]
-        cdef Record mine = self.mine()
+        cdef Record mine = need_locked(self)
         sd_name_get(self.segment.segment, self.slot, mine.values.flags, raw)
         if not raw[0]:
-            fail(SD_CORRUPT, "name")
+            raise_code(SD_CORRUPT, "name")
         return name_object(raw)
 
     @property
     def state(self):
         """The `DomainState`. Domain lock. Assigning sets the reason to 0, unknown."""
-        return state_of(self.mine().values.state)
+        return state_of(need_locked(self).values.state)
 
     @state.setter
     def state(self, value):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         cdef long number = PyNumber_Index(value)
         if number < 0 or number >= len(STATES):
             raise ValueError(f"{value!r} is no DomainState")
@@ -2533,12 +2425,12 @@ cdef class Record:
     @property
     def reason(self):
         """Why it is in this state: a member of the state's reason enumeration. Domain lock."""
-        cdef Record mine = self.mine()
+        cdef Record mine = need_locked(self)
         return reason_of(mine.values.state, mine.values.reason)
 
     @reason.setter
     def reason(self, value):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         cdef long number = PyNumber_Index(value)
         if number < 0 or number > 0xffff:
             raise ValueError(f"a reason is a number from 0 to 65535, not {value!r}")
@@ -2548,39 +2440,31 @@ cdef class Record:
     @property
     def persistent(self):
         """Whether the domain outlives its deactivation. Domain lock."""
-        return self.mine().values.flags & SD_FLAG_PERSISTENT != 0
+        return need_locked(self).values.flags & SD_FLAG_PERSISTENT != 0
 
     @persistent.setter
     def persistent(self, bint value):
-        self.mine_to_change().set_flag(SD_FLAG_PERSISTENT, value)
+        set_flag(need_changeable(self), SD_FLAG_PERSISTENT, value)
 
     @property
     def autostart(self):
         """Whether the domain is to be started with the host. Domain lock. Assigning changes the
         record only; `DomainList.set_autostart` makes the link on disk too."""
-        return self.mine().values.flags & SD_FLAG_AUTOSTART != 0
+        return need_locked(self).values.flags & SD_FLAG_AUTOSTART != 0
 
     @autostart.setter
     def autostart(self, bint value):
-        self.mine_to_change().set_flag(SD_FLAG_AUTOSTART, value)
-
-    cdef int set_flag(self, uint64_t flag, bint value) except -1:
-        if value:
-            self.values.flags |= flag
-        else:
-            self.values.flags &= ~flag
-        self.touched = True
-        return 0
+        set_flag(need_changeable(self), SD_FLAG_AUTOSTART, value)
 
     @property
     def pid(self):
         """Process id of the hypervisor, or None. Domain lock."""
-        cdef int32_t pid = self.mine().values.pid
+        cdef int32_t pid = need_locked(self).values.pid
         return None if pid == -1 else pid
 
     @pid.setter
     def pid(self, value):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         cdef long number = -1 if value is None else PyNumber_Index(value)
         if value is not None and not 0 < number <= 0x7fffffff:
             raise ValueError(f"{value!r} is no process id")
@@ -2594,30 +2478,30 @@ cdef class Record:
         The same object each time while it does not change. Assigning replaces it with the next
         commit; its uuid and name must be the record's.
         """
-        cdef Record mine = self.mine()
+        cdef Record mine = need_locked(self)
         if mine.pending & 1:
             return mine.objects[SD_DEFINITION]
-        return self.segment.definition_of(self.slot, self.life, &mine.values)
+        return read_definition(self.segment, self.slot, self.life, &mine.values)
 
     @definition.setter
     def definition(self, value):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         sd_ask_to_replace(self.segment.segment, self.slot)
-        mine.set_blob(SD_DEFINITION, value, self._encode_definition(value))
+        set_blob(mine, SD_DEFINITION, value, self._encode_definition(value))
 
     @property
     def next_definition(self):
         """What becomes the definition once the domain is inactive (libvirt's newDef), or None.
         Domain lock."""
-        return self.mine().blob_value(SD_NEXT_DEFINITION)
+        return read_blob(need_locked(self), SD_NEXT_DEFINITION)
 
     @next_definition.setter
     def next_definition(self, value):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         if value is None:
-            mine.set_blob(SD_NEXT_DEFINITION, None, None)
+            set_blob(mine, SD_NEXT_DEFINITION, None, None)
         else:
-            mine.set_blob(SD_NEXT_DEFINITION, value, self._encode_definition(value))
+            set_blob(mine, SD_NEXT_DEFINITION, value, self._encode_definition(value))
 
     @property
     def data(self):
@@ -2627,38 +2511,16 @@ cdef class Record:
         Raises `TypeError` or `ValueError` for what MessagePack can not carry, and leaves it as it
         was.
         """
-        return self.mine().blob_value(SD_DATA)
+        return read_blob(need_locked(self), SD_DATA)
 
     @data.setter
     def data(self, value):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         if value is None:
-            mine.set_blob(SD_DATA, None, None)
+            set_blob(mine, SD_DATA, None, None)
             return
         encoded = self._encode_data(value)
-        mine.set_blob(SD_DATA, DECODE[SD_DATA](encoded), encoded)
-
-    cdef int set_blob(self, int which, object value, bytes encoded) except -1:
-        if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
-            raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
-        if not self.pending:
-            self.objects = [None, None, None]
-            self.blobs = [None, None, None]
-        self.objects[which] = value
-        self.blobs[which] = encoded
-        self.pending |= 1 << which
-        return 0
-
-    cdef object blob_value(self, int which):
-        cdef uint64_t extent
-        if self.pending >> which & 1:
-            return self.objects[which]
-        if not self.values.flags & SD_FLAG_PRESENT(which):
-            return None
-        if sd_blob_get(self.segment.segment, self.slot, &self.values, which, &extent) != SD_OK:
-            fail(SD_CORRUPT, "read")
-        return decode(which, copy_extent(self.segment.segment, extent), self.uuid_raw,
-                      self.values.version[which])
+        set_blob(mine, SD_DATA, DECODE[SD_DATA](encoded), encoded)
 
     @property
     def previous_owner_died(self):
@@ -2666,7 +2528,7 @@ cdef class Record:
         None. What it had not committed was rolled back. Domain lock."""
         cdef sd_slot *at
         cdef uint64_t who
-        self.mine()
+        need_locked(self)
         at = &self.segment.segment.slots[self.slot]
         who = sd_load(&at.died_who)
         if not who:
@@ -2681,9 +2543,9 @@ cdef class Record:
         cdef uint64_t words[2]
         cdef unsigned char mine[252]
         cdef unsigned char other[252]
-        sd_name_get(self.segment.segment, self.slot, self.mine().values.flags, mine)
+        sd_name_get(self.segment.segment, self.slot, need_locked(self).values.flags, mine)
         if not mine[0]:
-            fail(SD_CORRUPT, "name")
+            raise_code(SD_CORRUPT, "name")
         if uuid is None or not set_name(other, name):
             return False
         uuid_words(uuid, words)
@@ -2692,14 +2554,14 @@ cdef class Record:
 
     def _take_id(self, timeout=None):
         """The next id, entered into this transaction; never given out again."""
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         cdef int32_t id
         cdef int result = sd_take_id(self.segment.segment, &id, deadline_of(timeout))
         if result == SD_FULL:
             raise errors.SegmentFull(
                 "every id up to 2147483647 was given out; create a new segment")
         if result != SD_OK:
-            self.segment.fail(result, "next id")
+            raise_poison_or_code(self.segment, result, "next id")
         mine.values.id = id
         mine.touched = True
         return id
@@ -2715,7 +2577,7 @@ cdef class Record:
         return sd_load(&at.life), sd_load(&at.cur)
 
     def _drop_id(self):
-        cdef Record mine = self.mine_to_change()
+        cdef Record mine = need_changeable(self)
         mine.values.id = -1
         mine.touched = True
 
@@ -2738,11 +2600,218 @@ cdef class Record:
         return hash((self.slot, self.life))
 
     def __repr__(self):
-        cdef Record mine = self.mine_or_none()
+        cdef Record mine = locked_or_none(self)
         kind = type(self).__name__
         if mine is None:
             return f"<{kind} {uuid_object(self.uuid_raw)}>"
         return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
+
+
+cdef void lead_to(Record record, uint32_t slot) noexcept:
+    cdef sd_slot *at = &record.segment.segment.slots[slot]
+    record.leads = True
+    record.segment.segment.handles += 1
+    record.slot = slot
+    record.life = sd_load(&at.life)
+    record.uuid_raw[0] = sd_load(&at.uuid[0])
+    record.uuid_raw[1] = sd_load(&at.uuid[1])
+
+
+cdef bint held_somewhere(Record record):
+    """By a thread of this process that still runs. After a fork the nodes of the parent's
+    threads are still there, with the epoch of before."""
+    return (record.nonce != 0 and record.thread.epoch == sd_fork_epoch
+            and record.thread.nonce == record.nonce)
+
+
+cdef Record locked_or_none(Record record):
+    cdef sd_thread *thread = sd_self()
+    if record.nonce == thread.nonce:
+        return record
+    if thread.records == NULL:
+        return None
+    return held_here(record.segment, record.slot, record.life)
+
+
+cdef Record need_locked(Record record):
+    cdef Record mine = locked_or_none(record)
+    if mine is None:
+        raise errors.DomainNotLocked(
+            f"domain {uuid_object(record.uuid_raw)} is not locked by this thread: with dom: ...")
+    return mine
+
+
+cdef Record need_changeable(Record record):
+    """A signal handler may not change what the code that it interrupted is committing."""
+    cdef Record mine = need_locked(record)
+    if sd_self().nested > mine.nested:
+        raise_code(SD_NESTED, "change a domain")
+    return mine
+
+
+cdef int begin_hold(Record record) except -1:
+    if sd_values_get(record.segment.segment, record.slot, &record.values) != SD_OK:
+        release_slot(record.segment, record.slot, False)
+        raise_code(SD_CORRUPT, "lock a domain")
+    enter_thread(record)
+    return 0
+
+
+cdef void enter_thread(Record record) noexcept:
+    cdef sd_thread *thread = sd_self()
+    record.nonce = thread.nonce
+    record.thread = thread
+    record.nested = thread.nested
+    record.before = NULL
+    record.after = thread.records
+    if thread.records != NULL:
+        (<Record>thread.records).before = <void *>record
+    thread.records = <void *>record
+    record.pending = 0
+    record.touched = False
+    record.depth = 0
+
+
+cdef void leave_thread(Record record) noexcept:
+    if record.before != NULL:
+        (<Record>record.before).after = record.after
+    else:
+        record.thread.records = record.after
+    if record.after != NULL:
+        (<Record>record.after).before = record.before
+    record.nonce = 0
+
+
+cdef int end_hold(Record record, bint given) except -1:
+    if record.nonce != sd_self().nonce:
+        return 0  # a signal handler forked in a wait: it is our parent's
+    leave_thread(record)
+    return release_slot(record.segment, record.slot, given)
+
+
+cdef void reload_values(Record record) noexcept:
+    sd_values_get(record.segment.segment, record.slot, &record.values)
+    record.touched = False
+
+
+cdef void drop_changes(Record record) noexcept:
+    if record.pending:
+        record.pending = 0
+        _objects, _blobs = record.objects, record.blobs  # may run anything as they go: last
+        record.objects = record.blobs = None
+
+
+cdef int commit_changes(Record record, uint64_t deadline) except -1:
+    cdef sd_blob changes[3]
+    cdef int b, result
+    if not record.touched and not record.pending:
+        return 0
+    memset(changes, 0, sizeof(changes))
+    for b in range(3):
+        if record.pending >> b & 1:
+            changes[b].change = True
+            if record.blobs[b] is not None:
+                set_change(&changes[b], record.blobs[b])
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, deadline)
+    if result != SD_OK:
+        _objects, _blobs = record.objects, record.blobs  # may run anything as they go: later
+        drop_changes(record)
+        reload_values(record)
+        return raise_poison_or_code(record.segment, result,
+                                    f"commit domain {uuid_object(record.uuid_raw)}; rolled back")
+    reload_values(record)
+    if record.pending & 1 and record.objects[SD_DEFINITION] is not None:
+        cache(record.segment.decoded, record.slot, record.life,
+              record.values.version[SD_DEFINITION], record.objects[SD_DEFINITION])
+    drop_changes(record)
+    return 0
+
+
+cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1:
+    cdef sd_slot *at
+    cdef void *held
+    need_open(record.segment)
+    at = &record.segment.segment.slots[record.slot]
+    held = held_pointer(record.segment, record.slot, 0)
+    if held != NULL:
+        # The slot's mutex is ours: it may not be asked again, whichever domain lives there now.
+        if (<Record>held).life == record.life:
+            need_not_held(record.segment, record.slot)
+        raise_outlived(record)
+    if sd_load(&at.life) != record.life:
+        raise_outlived(record)  # a life that ended does not come back: no need to wait for the slot
+    may_wait(record.segment, deadline)
+    if acquire_slot(record.segment, record.slot, deadline) == SD_TIMEOUT:
+        raise_timed_out(record.segment, &at.owner, &at.mutex, describe(record.segment, record.slot),
+                        timeout)
+    if sd_load(&at.life) != record.life:
+        release_slot(record.segment, record.slot, False)
+        raise_outlived(record)
+    begin_hold(record)
+    return 0
+
+
+cdef int raise_outlived(Record record) except -1:
+    need_sound_life(record.segment, record.slot)
+    raise errors.DomainRemoved(
+        f"domain {uuid_object(record.uuid_raw)} was removed; this handle outlived it")
+
+
+cdef int unlock_record(Record record, object timeout) except -1:
+    cdef Record mine = locked_or_none(record)
+    cdef uint64_t deadline = deadline_of(timeout)
+    if mine is None:
+        raise_not_locked(record)
+    if sd_self().nested > mine.nested:
+        raise_code(SD_NESTED, "unlock a domain")
+    if mine.touched or mine.pending:
+        try:
+            commit_changes(mine, deadline)
+        finally:
+            end_hold(mine, True)
+        return 0
+    return end_hold(mine, True)
+
+
+cdef int raise_not_locked(Record record) except -1:
+    if held_somewhere(record):
+        raise errors.NotOwner(
+            f"another thread of this process holds domain {uuid_object(record.uuid_raw)}")
+    raise errors.DomainNotLocked(
+        f"domain {uuid_object(record.uuid_raw)} is not locked by this thread")
+
+
+cdef int set_flag(Record record, uint64_t flag, bint value) except -1:
+    if value:
+        record.values.flags |= flag
+    else:
+        record.values.flags &= ~flag
+    record.touched = True
+    return 0
+
+
+cdef int set_blob(Record record, int which, object value, bytes encoded) except -1:
+    if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
+        raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
+    if not record.pending:
+        record.objects = [None, None, None]
+        record.blobs = [None, None, None]
+    record.objects[which] = value
+    record.blobs[which] = encoded
+    record.pending |= 1 << which
+    return 0
+
+
+cdef object read_blob(Record record, int which):
+    cdef uint64_t extent
+    if record.pending >> which & 1:
+        return record.objects[which]
+    if not record.values.flags & SD_FLAG_PRESENT(which):
+        return None
+    if sd_blob_get(record.segment.segment, record.slot, &record.values, which, &extent) != SD_OK:
+        raise_code(SD_CORRUPT, "read")
+    return decode(which, copy_extent(record.segment.segment, extent), record.uuid_raw,
+                  record.values.version[which])
 
 
 cdef bint vacate(Record record) noexcept:
@@ -2789,7 +2858,7 @@ cdef void abandon(Record record) noexcept:
     cdef sd_thread *self = sd_self()
     cdef uint32_t slot = record.slot
     cdef bint here = record.nonce == self.nonce
-    record.leave_thread()
+    leave_thread(record)
     if record.segment.multiprocessing:
         record.thread.held -= 1
         self.held += 1
@@ -2834,7 +2903,7 @@ def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
                             else SD_KIND_ROBUST)
     cdef int result = sd_format(fd, number, max_domains, cells)
     if result != SD_OK:
-        fail(result, "create the segment")
+        raise_code(result, "create the segment")
 
 
 def process_start(uint32_t pid):
