@@ -1,7 +1,7 @@
 # Changing the list: create, remove and rename records, and the list's settings.
 #
-# Each needs the list lock and is one commit of the core: it happens as a whole, or not at all,
-# whoever dies in the middle. What a handle's holder changes is committed in hold.pxi.
+# Each needs the list lock and is one commit of the core: it happens as a whole or not at all, even
+# if the process dies in the middle. What the holder of a domain changes is committed in hold.pxi.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint32_t, uint64_t
@@ -67,7 +67,7 @@ cdef Record create_record(Segment doms, object uuid, object name, bytes definiti
 
 cdef int lock_free_slot(Segment doms, uint32_t *slot, sd_word **link, uint64_t deadline,
                         object timeout) except -1:
-    """A free slot, locked, and the word that links to it. Slots that are held are passed over
+    """A free slot, locked, and the word that links to it. Passes over slots that somebody holds
     while there are others."""
     cdef int result, passed = 0
     cdef uint64_t patience = SD_TRY

@@ -1,20 +1,20 @@
 # cython: language_level=3, binding=False, embedsignature=True, boundscheck=False, wraparound=False
 """The binding: `Segment`, `Record` and `Info` over the C core, which c.pxd declares.
 
-Thin: what must hold a Python object or look at a signal is here, handles, pending changes, the
+Only what must hold a Python object or look at a signal is here: handles, pending changes, the
 cache of decoded definitions, `multiprocessing` locks, exceptions. Which lock a call needs is
-checked here, before the C core is asked; what domains may do stands in domain.py and
+checked here, before the C core is called; what domains may do stands in domain.py and
 domain_list.py.
 
-One module, for the C core's registry, fork epoch and thread nodes must exist once in a process; so
-its files are included, each with one subject. Classes have thin methods, and what these do are
-functions in the file of the subject. *find* locks what it returns, *read* takes no lock; *need*
-raises when something is missing.
+It is one module, since the C core's registry, fork epoch and thread nodes must exist once in a
+process; so the files of its subjects are included. Methods are thin and call functions in the file
+of their subject. *find* locks what it returns, *read* takes no lock, *need* raises when something
+is missing.
 
-Rules of these files. The GIL is held everywhere but inside one slice of a wait (waiting.pxi), and
-it guards what is private to the process: mappings, thread nodes, lists of locked handles. A
-`Record` is held by the thread whose nonce it carries; a fork gives every thread a new nonce. Any
-allocation may run the collector, and any end of an object a `__del__`: anything may run there.
+Rules of these files: the GIL is held everywhere except in a slice of a wait (waiting.pxi), and
+guards what is private to the process: mappings, thread nodes, lists of locked handles. A `Record`
+is held by the thread whose nonce it carries; a fork gives every thread a new nonce. An allocation
+may run the collector and freeing an object a `__del__`, and these may run anything.
 """
 
 from libc.stdint cimport uint16_t

@@ -1,7 +1,7 @@
 # Holders: who holds a lock, as errors name them, and why a segment is poisoned.
 #
-# A holder is one word in the segment: the thread's number, and when its process started, so that a
-# number that was reused is not taken for it. Everything here reads; nothing waits.
+# A holder is one word in the segment, `who`: the thread's number and the start of its process, for
+# the kernel reuses numbers. Everything here only reads; nothing waits.
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -36,8 +36,7 @@ cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, 
     cdef uint32_t pid = sd_process_of(tid) if tid else 0
     if not pid and who:
         pid = <uint32_t>sd_load(&owner.pid)
-    return HOLDERS.lock_timeout(what, timeout, tid, pid,
-                                who_start(who),
+    return HOLDERS.lock_timeout(what, timeout, tid, pid, who_start(who),
                                 (sd_now() - since) / 1e9 if who and since else None)
 
 
@@ -55,6 +54,7 @@ cdef object why_poisoned(Segment doms):
 
 
 cdef int raise_poison_or_code(Segment doms, int result, object what) except -1:
+    """As `raise_code`; SD_POISONED says what failed, and what can still be done."""
     if result != SD_POISONED:
         return raise_code(result, what)
     raise errors.SegmentPoisoned(
@@ -63,11 +63,11 @@ cdef int raise_poison_or_code(Segment doms, int result, object what) except -1:
 
 
 def process_start(uint32_t pid):
-    """Start of a process in clock ticks since boot; 0: there is none, or nobody can say."""
+    """When a process started, in clock ticks since boot; 0: there is none, or it is not known."""
     cdef uint64_t start = sd_process_start(pid)
     return 0 if start == SD_START_UNKNOWN else start
 
 
 def process_runs(uint32_t pid, uint64_t start):
-    """Whether the process that started then still runs; a start of 0 is not known."""
+    """Whether the process that started then still runs. A start of 0, not known, fits any."""
     return sd_process_runs(pid, start)

@@ -14,7 +14,7 @@ cdef object ID_MAX = 0x7fffffff  # an object: it is compared with objects
 
 
 cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
-    """A uuid in any of the forms that are taken, as the segment holds it. Raises as
+    """A uuid, in any form that callers may use, as the segment holds it. Raises as
     names.parse_uuid does."""
     cdef bytes raw
     if type(value) is str and canonical_uuid(value, <unsigned char *>words):

@@ -150,7 +150,7 @@ cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_
     while True:
         who = sd_load_acquire(&owner.who)
         if who == thread.who:
-            return SD_NESTED  # code that this thread was interrupted in holds it
+            return SD_NESTED  # this thread: a signal handler, or the collector, took and kept it
         if who and not sd_alive(who) and sd_take_over(owner, who):
             died_who[0], died_pid[0] = who, sd_load(&owner.pid)
             return SD_DIED
@@ -255,7 +255,7 @@ cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
 
 
 cdef void *held_pointer(Segment doms, uint32_t slot, uint64_t life):
-    """This thread's locked handle to the slot, or NULL. `life` 0: whichever life."""
+    """This thread's locked handle to the slot, or NULL. `life` 0: any."""
     cdef void *at = sd_self().records
     while at != NULL:
         if ((<Record>at).slot == slot and (<Record>at).segment.segment == doms.segment

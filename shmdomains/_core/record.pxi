@@ -381,8 +381,8 @@ cdef class Record:
 
 cdef class Records(list):
     """Locked records for a ``with`` block, which commits and unlocks each, or rolls each back. As
-    in `ListHold`, no signal handler runs before the first line of the block, nor in `__exit__` but
-    in the waits of a commit, of which only that one fails."""
+    in `ListHold`, no signal handler runs before the first line of the block, nor in `__exit__`,
+    except in the wait of a commit: then that one commit fails."""
 
     def __enter__(self):
         for record in self:

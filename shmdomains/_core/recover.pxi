@@ -1,9 +1,8 @@
 # Recovering and salvaging: after a death, and after damage.
 #
-# A lock that its holder's death left is repaired by whoever takes it next. `recover_locks` is that
-# one for every lock, and lists what it repaired and who holds the rest; it waits for the list's and
-# the short locks, not for domains. `salvage_slot` reads what damage left of a record, with no lock
-# and whatever the indexes say.
+# Whoever takes a lock next repairs what a dead holder left. `recover_locks` takes every lock, and
+# lists what it repaired and who holds the rest; it waits for the list lock and the short ones, not
+# for domains. `salvage_slot` reads what damage left of one record, without a lock or an index.
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset

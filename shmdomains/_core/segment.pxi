@@ -304,7 +304,7 @@ cdef class Segment:
         return salvage_slot(self, slot)
 
 
-# Where a handle leads that no list made, or that waits to be reused.
+# The list of a handle that no list made, or that waits to be reused.
 cdef Segment NOWHERE = Segment()
 
 

@@ -1,9 +1,9 @@
 # Waiting: time-outs, what runs between two slices of a wait, and what a code of the core raises.
 #
-# The core waits in slices. After each it calls `wait_hook`, where signal handlers run, and locks
-# are freed whose handles another thread dropped; only the slice itself runs without the GIL. So a
-# wait ends at its deadline (SD_TIMEOUT), with what a handler raised (SD_INTERRUPTED), or in a child
-# that a handler forked (SD_FORKED), at most a slice late.
+# The core waits in slices, each by a call of `wait_hook`: the slice without the GIL, then signal
+# handlers run, and locks are freed whose handles another thread dropped. So a wait ends when the
+# lock is free, at its deadline (SD_TIMEOUT), or at most a slice after a handler raised
+# (SD_INTERRUPTED) or forked (SD_FORKED, in the child).
 
 cimport cython
 from cpython.ref cimport PyObject
@@ -53,12 +53,12 @@ cdef int after_slice(int result) noexcept:
     nested, short_wait = thread.nested, thread.short_wait
     thread.nested, thread.short_wait = nested + 1, 0
     raised = PyErr_CheckSignals()
-    sd_self()  # in a child that a handler forked this resets the thread: not after the next line
+    sd_self()  # first: in a child that a handler forked this resets the thread
     thread.nested, thread.short_wait = nested, short_wait
     if raised:
         PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
         return SD_INTERRUPTED
-    # In the child nothing tells which locks, taken before the wait, are the parent's.
+    # What was locked before the wait is the parent's, and the child cannot tell what that was.
     return result if epoch == sd_fork_epoch else SD_FORKED
 
 
@@ -84,15 +84,15 @@ cdef uint64_t deadline_of(timeout) except? 1:
 @cython.final
 @cython.freelist(4)
 cdef class Deadline:
-    """One time-out over several waits. `timeout` in seconds: None waits for ever, 0 tries. Raises
-    `ValueError` for a negative one."""
+    """One time-out over several waits. `timeout` in seconds: None waits for ever, 0 tries, a
+    negative one is a `ValueError`."""
     cdef uint64_t end
 
     def __cinit__(self, timeout):
         self.end = deadline_of(timeout)
 
     def left(self):
-        """What the next wait may take: its `timeout`."""
+        """The `timeout` of the next wait."""
         cdef uint64_t now
         if self.end == SD_FOREVER:
             return None
