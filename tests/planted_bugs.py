@@ -44,7 +44,7 @@ void sd_undo_state(struct sd_segment *segment, uint32_t slot);
 _DECLARED = {
     "codes.h": [("enum {\n    SD_OK = 0,", _EXTERN + "enum {\n    SD_OK = 0,")],
     "thread.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
-    "core.pyx": [
+    "c.pxd": [
         (
             'cdef extern from "core.h" nogil:\n',
             'cdef extern from "core.h" nogil:\n    long sd_planted\n',
@@ -53,35 +53,39 @@ _DECLARED = {
 }
 
 PLANTED = {
-    "core.pyx": [
+    "hold.pxi": [
         (
             """
-            try:
-                mine.do_commit(deadline)
-            finally:
-                mine.disown(True)
+        try:
+            commit_changes(mine, deadline)
+        finally:
+            end_hold(mine, True)
 """,
             """
-            if sd_planted == 1:
-                mine.disown(True)
-                mine.do_commit(deadline)
-                return 0
-            try:
-                mine.do_commit(deadline)
-            finally:
-                mine.disown(True)
+        if sd_planted == 1:
+            end_hold(mine, True)
+            commit_changes(mine, deadline)
+            return 0
+        try:
+            commit_changes(mine, deadline)
+        finally:
+            end_hold(mine, True)
 """,
-        ),
+        )
+    ],
+    "info.pxi": [
         (
             "    if written != sd_blob_sum(",
             "    if sd_planted != 4 and written != sd_blob_sum(",
-        ),
+        )
+    ],
+    "find.pxi": [
         (
-            "        result = self.verify(slot, key, life, &record.values)\n",
-            "        result = self.verify(slot, key, life, &record.values)\n"
-            "        if sd_planted == 2:\n"
-            "            result = sd_values_get(self.segment, slot, &record.values)\n",
-        ),
+            "    result = sd_verify(doms.segment, slot, key, &record.values)\n",
+            "    result = sd_verify(doms.segment, slot, key, &record.values)\n"
+            "    if sd_planted == 2:\n"
+            "        result = sd_values_get(doms.segment, slot, &record.values)\n",
+        )
     ],
     "record.c": [
         ("#include <errno.h>\n", "#include <errno.h>\n#include <sched.h>\n#include <unistd.h>\n"),
@@ -224,7 +228,10 @@ def _build(package: Path) -> None:
 
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _SOURCES = sorted(
-    file for kind in ("pyx", "h", "c") for file in CORE.glob(f"*.{kind}") if file.name != "core.c"
+    file
+    for kind in ("pyx", "pxd", "pxi", "h", "c")
+    for file in CORE.glob(f"*.{kind}")
+    if file.name != "core.c"
 )
 _OPTIONS = [
     *shlex.split(os.environ.get("CC") or "cc"),
