@@ -101,8 +101,7 @@ static bool may_be_ours(void)
  *
  * What is left: between the look for the thread and the exchange the mutex is freed (by the kernel,
  * or by another waiter's exchange), the number is given to a new thread, and that one takes this
- * very mutex.  The word is the same again, and a lock that is held is given away.  We
- * accept this:
+ * very mutex.  The word is the same again, and a lock that is held is given away.  We accept it:
  * - We come as far as the exchange only if the owner died since the load above, a few hundred
  *   nanoseconds ago, or the word was damaged.
  * - A new thread needs tens of microseconds to get to a lock, so this one has to lose its processor
