@@ -127,6 +127,8 @@ cdef extern from "core.h" nogil:
 
     uint64_t sd_fork_epoch
     sd_thread *sd_self()
+    uint32_t sd_who_tid(uint64_t)
+    uint64_t sd_who_start(uint64_t)
     uint64_t sd_load(const sd_word *)
     uint64_t sd_load_acquire(const sd_word *)
     void sd_store(sd_word *, uint64_t)
@@ -174,8 +176,8 @@ cdef extern from "core.h" nogil:
     int sd_commit(sd_segment *, uint32_t, const sd_values *, const sd_blob *, const unsigned char *,
                   uint64_t)
     int sd_take_id(sd_segment *, int32_t *, uint64_t)
-    void sd_ask_to_replace(const sd_segment *, uint32_t)
-    void sd_ask_to_insert(const sd_segment *)
+    void sd_prefetch_replace(const sd_segment *, uint32_t)
+    void sd_prefetch_insert(const sd_segment *)
     int sd_free_slot(sd_segment *, sd_word **, uint32_t *)
     int sd_insert(sd_segment *, uint32_t, sd_word *, const uint64_t *, const unsigned char *,
                   const sd_values *, const sd_blob *, uint64_t)
@@ -192,7 +194,7 @@ cdef extern from "core.h" nogil:
     int sd_settings_get(const sd_segment *, void *, uint64_t *)
     uint64_t SD_EXTENT_BYTES(uint64_t)
     sd_word *sd_extent_at(const sd_segment *, uint64_t)
-    void sd_ask_to_read(const sd_word *, uint64_t)
+    void sd_prefetch_read(const sd_word *, uint64_t)
     void sd_copy_out(void *, const sd_word *, size_t)
 
 # What calls back into Python, so that the GIL stays held.

@@ -21,7 +21,7 @@ cdef Info read_identity(Segment doms, object uuid, object name):
     cdef Info info = None
     cdef uint64_t deadline = sd_now() + SECOND
     need_list(doms, "assign_def")
-    sd_ask_to_insert(doms.segment)
+    sd_prefetch_insert(doms.segment)
     if uuid is not None:
         key.what = SD_UUID_INDEX
         uuid_words(uuid, key.uuid)

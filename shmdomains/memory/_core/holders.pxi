@@ -14,14 +14,6 @@ cdef object REPAIRS = {
 }
 
 
-cdef inline uint32_t who_tid(uint64_t who) noexcept:
-    return <uint32_t>(who & 0x3fffff)
-
-
-cdef inline uint64_t who_start(uint64_t who) noexcept:
-    return who >> 22
-
-
 cdef int raise_timed_out(sd_owner *owner, pthread_mutex_t *mutex, object what,
                          object timeout) except -1:
     raise timeout_error(owner, mutex, what, timeout)
@@ -31,12 +23,12 @@ cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, 
     """The error that names the holder. `owner` NULL: only the mutex knows."""
     cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
     cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
-    cdef uint32_t tid = who_tid(who) if who else sd_mutex_owner(mutex)
+    cdef uint32_t tid = sd_who_tid(who) if who else sd_mutex_owner(mutex)
     # Asking the kernel takes a descriptor; if there is none, the owner wrote its pid down.
     cdef uint32_t pid = sd_process_of(tid) if tid else 0
     if not pid and who:
         pid = <uint32_t>sd_load(&owner.pid)
-    return HOLDERS.lock_timeout(what, timeout, tid, pid, who_start(who),
+    return HOLDERS.lock_timeout(what, timeout, tid, pid, sd_who_start(who),
                                 (sd_now() - since) / 1e9 if who and since else None)
 
 
@@ -49,8 +41,8 @@ cdef object why_poisoned(Segment doms):
         return None
     who, at = sd_load(&header.poisoned_who), sd_load(&header.poisoned_at)
     return HOLDERS.failed_repair(
-        REPAIRS.get(reason), at - 1 if at else None, who_tid(who),
-        sd_load(&header.poisoned_pid), who_start(who), sd_load(&header.poisoned_when) / 1e9)
+        REPAIRS.get(reason), at - 1 if at else None, sd_who_tid(who),
+        sd_load(&header.poisoned_pid), sd_who_start(who), sd_load(&header.poisoned_when) / 1e9)
 
 
 cdef int raise_poison_or_code(Segment doms, int result, object what) except -1:

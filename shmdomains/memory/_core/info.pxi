@@ -66,7 +66,7 @@ cdef bytes copy_extent(sd_segment *segment, uint64_t extent):
     cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
     cdef const sd_word *at = sd_extent_at(segment, extent)
     cdef bytes blob
-    sd_ask_to_read(at, size)
+    sd_prefetch_read(at, size)
     blob = PyBytes_FromStringAndSize(NULL, size)
     sd_copy_out(PyBytes_AS_STRING(blob), at, size)
     return blob

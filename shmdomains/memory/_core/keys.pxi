@@ -8,7 +8,6 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport uint64_t
 from libc.string cimport memcmp, memcpy
 
-from shmdomains import errors
 
 cdef object ID_MAX = 0x7fffffff  # an object: it is compared with objects
 

@@ -236,8 +236,8 @@ cdef dict read_statistics(Segment doms):
         "bytes_committed": sd_committed_bytes(doms.segment),
         "heap_max": doms.segment.at.heap_cells * SD_CELL,
         "heap_used": sd_load(&header.heap_used) * SD_CELL,
-        "creator": (who_tid(header.creator_pid), who_start(header.creator_who)),
+        "creator": (sd_who_tid(header.creator_pid), sd_who_start(header.creator_who)),
         "created": header.created / 1e9,
         "poisoned": why_poisoned(doms),
-        "attached": [(who_tid(word), who_start(word)) for word in attached],
+        "attached": [(sd_who_tid(word), sd_who_start(word)) for word in attached],
     }

@@ -22,22 +22,22 @@
 
 /* --- prefetch -------------------------------------------------------------------------------- */
 
-void sd_ask_to_replace(const sd_segment *segment, uint32_t slot)
+void sd_prefetch_replace(const sd_segment *segment, uint32_t slot)
 {
     __builtin_prefetch(&segment->names[slot], 0);
-    sd_ask_to_store(segment->slots[slot].extent);
+    sd_prefetch_store(segment->slots[slot].extent);
 }
 
-void sd_ask_to_insert(const sd_segment *segment)
+void sd_prefetch_insert(const sd_segment *segment)
 {
     uint64_t next = sd_load(&segment->header->free_head);
     if (!next || next > sd_slot_count(segment)) return;
     const sd_slot *record = &segment->slots[next - 1];
-    sd_ask_to_store(&record->mutex);
-    sd_ask_to_store(record->uuid);
-    sd_ask_to_store(&record->copy1);
-    sd_ask_to_store(record->extent);
-    sd_ask_to_store(&segment->names[next - 1]);
+    sd_prefetch_store(&record->mutex);
+    sd_prefetch_store(record->uuid);
+    sd_prefetch_store(&record->copy1);
+    sd_prefetch_store(record->extent);
+    sd_prefetch_store(&segment->names[next - 1]);
 }
 
 /* --- commit ---------------------------------------------------------------------------------- */
@@ -73,7 +73,7 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
         values->flags |= SD_FLAG_PRESENT(b);
         uint64_t extent = sd_load(&record->extent[b][sd_choice(values->flags, b)]);
         sd_word *to = sd_extent_at(segment, extent);
-        sd_ask_to_write(to, blobs[b].size + 8); /* arrives while the sum is computed */
+        sd_prefetch_write(to, blobs[b].size + 8); /* arrives while the sum is computed */
         sd_store(to, sd_blob_sum(uuid, b, version, blobs[b].bytes, blobs[b].size));
         sd_copy_in(to + 1, blobs[b].bytes, blobs[b].size);
     }

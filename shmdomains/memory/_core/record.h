@@ -13,8 +13,8 @@ typedef struct {
 
 /* Prefetch what a change of the definition, or an insert, will touch, while the caller still makes
  * the blob. */
-void sd_ask_to_replace(const sd_segment *segment, uint32_t slot);
-void sd_ask_to_insert(const sd_segment *segment); /* list lock held */
+void sd_prefetch_replace(const sd_segment *segment, uint32_t slot);
+void sd_prefetch_insert(const sd_segment *segment); /* list lock held */
 
 /* Commit.  Slot lock held; with a new name also the list lock (and the caller has checked that the
  * name is free).  On failure nothing has changed. */

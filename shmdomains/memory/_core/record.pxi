@@ -258,7 +258,7 @@ cdef class Record:
     @definition.setter
     def definition(self, value):
         cdef Record mine = need_changeable(self)
-        sd_ask_to_replace(self.segment.segment, self.slot)
+        sd_prefetch_replace(self.segment.segment, self.slot)
         set_blob(mine, SD_DEFINITION, value, ENCODE_DEFINITION(self, value))
 
     @property
@@ -305,8 +305,8 @@ cdef class Record:
         who = sd_load(&at.died_who)
         if not who:
             return None
-        return HOLDERS.dead_holder(who_tid(who) if who != DIED_UNKNOWN else 0,
-                                   <uint32_t>sd_load(&at.sum_and_pid), who_start(who))
+        return HOLDERS.dead_holder(sd_who_tid(who) if who != DIED_UNKNOWN else 0,
+                                   <uint32_t>sd_load(&at.sum_and_pid), sd_who_start(who))
 
     # --- for the rules ---
 

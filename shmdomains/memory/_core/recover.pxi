@@ -110,7 +110,8 @@ cdef uint64_t recover_slots(Segment doms, list repairs, list held) except? 1:
 cdef int note_repair(list repairs, object lock, object name, const sd_repair *repair) except -1:
     cdef uint64_t who = repair.who
     if repair.died:
-        repairs.append((lock, name, HOLDERS.dead_holder(who_tid(who), repair.pid, who_start(who))))
+        died = HOLDERS.dead_holder(sd_who_tid(who), repair.pid, sd_who_start(who))
+        repairs.append((lock, name, died))
     elif repair.repaired:
         repairs.append((lock, name, None))
     return 0

@@ -248,7 +248,8 @@ uint64_t sd_committed_bytes(const sd_segment *segment)
     uint64_t bytes = at->table[0][0];
     for (int index = 0; index < SD_INDEXES; index++) {
         uint64_t level = sd_unsealed(sd_load(levels[index]));
-        for (uint64_t i = 0; i <= level && i < at->levels; i++) bytes += 8ull << (SD_INDEX_BITS + i);
+        for (uint64_t i = 0; i <= level && i < at->levels; i++)
+            bytes += 8ull << (SD_INDEX_BITS + i);
     }
     if (slots <= at->max_slots)
         bytes += whole_pages(slots * sizeof(sd_slot)) + whole_pages(slots * sizeof(sd_names));

@@ -69,8 +69,8 @@ int sd_begin_in_child(sd_segment *segment);
 
 /* The segment's descriptor, or -1 when this process closed it, whoever has its number now. */
 int sd_descriptor(const sd_segment *segment);
-/* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno.  SD_DESCRIPTOR: it was lost, and this kernel
- * needs it. */
+/* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno.  SD_DESCRIPTOR: it was lost, and this
+ * kernel needs it. */
 int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes);
 
 /* What is committed, as the watermarks have it. */
