@@ -39,7 +39,7 @@ from ._core import core
 from .domain import Domain
 from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
 
-DomainInfo.register(core.Info)
+DomainInfo.register(core.DomainInfo)
 
 DEFAULT_MAX_DOMAINS = 65_536
 DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024

@@ -41,7 +41,7 @@ from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
-from .values import key_of
+from .values import key_of, not_found
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ class DomainListRules(ListBase[D]):
         made: list[D | None] = [None]
         try:
             return self._insert(
-                uuid, definition.name, blob, _SHUTOFF, bool(persistent), timeout, made
+                uuid, definition.name, blob, _SHUTOFF, persistent or False, timeout, made
             )
         except BaseException:
             # A signal handler may raise as `_insert` returns. In a child that it forked the record
@@ -550,6 +550,21 @@ class DomainListRules(ListBase[D]):
             raise
 
     # --- listing ---
+
+    def __getitem__(self, key: int | Uuid | D | DomainInfo) -> DomainInfo:
+        """`peek` for a domain that is there: ``doms["web1"]``; else `DomainNotFound`, a `KeyError`.
+
+        >>> from shmdomains import DomainList
+        >>> DomainList()["web1"]
+        Traceback (most recent call last):
+        ...
+        shmdomains.errors.DomainNotFound: no domain with matching name 'web1'
+        """
+        found = key_of(key)
+        info = self.peek(**found)
+        if info is None:
+            raise not_found(**found)
+        return info
 
     def list(
         self,

@@ -14,11 +14,11 @@ cdef enum:
     SLOTS_TRIED = 64  # and passed over because they are held, before one is waited for
 
 
-cdef Info read_identity(Segment doms, object uuid, object name):
+cdef DomainInfo read_identity(Segment doms, object uuid, object name):
     """Whose uuid it is or, if nobody's, whose name; and ask for the lines of an insert, which comes
     next if it is nobody's."""
     cdef sd_key key
-    cdef Info info = None
+    cdef DomainInfo info = None
     cdef uint64_t deadline = sd_now() + SECOND
     need_list(doms, "assign_def")
     sd_prefetch_insert(doms.segment)

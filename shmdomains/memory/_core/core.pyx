@@ -1,5 +1,5 @@
 # cython: language_level=3, binding=False, embedsignature=True, boundscheck=False, wraparound=False
-"""The binding: `Segment`, `Record` and `Info` over the C core, which c.pxd declares.
+"""The binding: `Segment`, `Record` and `DomainInfo` over the C core, which c.pxd declares.
 
 Only what must hold a Python object or look at a signal is here: handles, pending changes, the
 cache of decoded definitions, `multiprocessing` locks, exceptions. Which lock a call needs is
@@ -27,23 +27,26 @@ cdef tuple DECODE = None    # kind of a blob -> callable: bytes -> value
 cdef object ENCODE_DEFINITION = None  # callable: record, definition -> bytes
 cdef object ENCODE_DATA = None        # callable: value -> bytes
 cdef object NOT_FOUND = None          # callable: uuid, name, id -> DomainNotFound
+cdef object KEY_OF = None             # callable: key by position -> {keyword: key}
+cdef object INFO = None               # the module that says what any DomainInfo says
 cdef object PARSE_UUID = None
 cdef object UUID = None
 cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None  # the module that says who is behind a pid, and makes LockTimeout
 
 
-def configure(*, states, reasons, decode, encode_definition, encode_data, not_found, parse_uuid,
-              uuid_class, holders):
+def configure(*, states, reasons, decode, encode_definition, encode_data, not_found, key_of, info,
+              parse_uuid, uuid_class, holders):
     """Hand the core what it needs of Python: the types that it makes, how values become bytes and
     back, words for errors. Called once.
 
     `encode_definition(record, definition)` checks that the definition is of this record.
     """
     global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND
-    global PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
+    global KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
     ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND = encode_definition, encode_data, not_found
+    KEY_OF, INFO = key_of, info
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
 
@@ -51,7 +54,7 @@ def configure(*, states, reasons, decode, encode_definition, encode_data, not_fo
 include "waiting.pxi"   # time-outs, signals, what a code of the core raises
 include "holders.pxi"   # who holds a lock
 include "keys.pxi"      # uuid, name, id
-include "info.pxi"      # Info: a committed state, decoded and cached
+include "info.pxi"      # DomainInfo: a committed state, decoded and cached
 include "locks.pxi"     # the list's lock and a slot's, of either kind
 include "find.pxi"      # from a key to a locked domain
 include "read.pxi"      # without a lock: one, many, filtered

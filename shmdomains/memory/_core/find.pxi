@@ -18,7 +18,7 @@ cdef Record find_with_list(Segment doms, object what, object uuid, object name, 
     cdef sd_key key
     cdef uint64_t deadline = deadline_of(timeout)
     need_list(doms, what)
-    if not make_key(&key, uuid, name, id):
+    if not make_key(&key, None, uuid, name, id):
         return None
     return find_record(doms, &key, deadline, timeout)
 

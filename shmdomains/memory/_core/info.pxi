@@ -155,11 +155,12 @@ cdef object decode_or_none(Blobs blobs, int which, bytes blob):
 @cython.no_gc
 @cython.auto_pickle(False)
 @cython.freelist(8)
-cdef class Info:
+cdef class DomainInfo:
     """One domain as it was committed at one moment. Immutable; reading it takes no lock.
 
     Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
-    the set that a snapshot gives is not one moment's.
+    the set that a snapshot gives is not one moment's. Equal to another one of the same content;
+    a pickle carries the content, as `shmdomains.rules.info.DomainInfo`.
     """
     # One cache line, for somebody may list a million of them.
     cdef Blobs blobs    # None: taken with definitions=False
@@ -244,24 +245,34 @@ cdef class Info:
         cdef Blobs blobs = blobs_of(self)
         return decode_or_none(blobs, SD_DATA, blobs.data)
 
+    def to_dict(self):
+        """What ``json.dumps`` takes: words for state and reason, `id` None for an inactive one,
+        definitions as XML, if the info was taken with them."""
+        return INFO.to_dict(self)
+
+    def __eq__(self, other):
+        return INFO.equal(self, other)
+
+    def __hash__(self):
+        return INFO.hash_of(self)
+
+    def __reduce__(self):
+        return INFO.reduced(self)
+
     def __repr__(self):
-        if self.damage:
-            return "<DomainInfo damaged>"
-        return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.number} "
-                f"state={state_of(self.state_number).name}>")
+        return "<DomainInfo damaged>" if self.damage else INFO.shown(self)
 
 
-cdef int need_sound(Info info, int allowed=0) except -1:
+cdef int need_sound(DomainInfo info, int allowed=0) except -1:
     if info.damage > allowed:
         raise_code(SD_CORRUPT, "a domain")
     return 0
 
 
-cdef Blobs blobs_of(Info info):
+cdef Blobs blobs_of(DomainInfo info):
     need_sound(info, IDENTITY)  # a damaged name says nothing of blobs, which have checksums
     if info.blobs is None:
-        raise AttributeError(
-            "this DomainInfo was taken with definitions=False; take it with definitions=True")
+        raise AttributeError(INFO.TAKEN_WITHOUT)
     return info.blobs
 
 
@@ -270,7 +281,7 @@ cdef inline uint8_t marks_of(uint64_t flags) noexcept:
             | (flags & SD_FLAG_AUTOSTART != 0) * MARK_AUTOSTART)
 
 
-cdef Info fill_info(Info info, const sd_view *view):
+cdef DomainInfo fill_info(DomainInfo info, const sd_view *view):
     info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
     info.number, info.process = view.values.id, view.values.pid
     info.state_number, info.reason_number = view.values.state, view.values.reason

@@ -11,6 +11,9 @@ from libc.string cimport memcmp, memcpy
 
 cdef object ID_MAX = 0x7fffffff  # an object: it is compared with objects
 
+cdef enum:
+    UUID_DIGITS = 32  # a shorter string is no uuid in any form
+
 
 cdef Py_ssize_t uuid_words(object value, uint64_t *words) except -1:
     """A uuid, in any form that callers may use, as the segment holds it. Raises as
@@ -89,10 +92,14 @@ cdef bint set_name(unsigned char *to, object name) except -1:
     return True
 
 
-cdef bint make_key(sd_key *key, object uuid, object name, object id) except -1:
-    """The one key that is given. False: no domain can have it."""
-    if (uuid is not None) + (name is not None) + (id is not None) != 1:
-        raise TypeError("give exactly one of uuid=, name=, id=")
+cdef bint make_key(sd_key *key, object any, object uuid, object name, object id) except -1:
+    """The one key that is given, `any` by position. False: no domain can have it."""
+    if (any is not None) + (uuid is not None) + (name is not None) + (id is not None) != 1:
+        raise TypeError(
+            "give exactly one key: uuid=, name= or id=, or one by position: an int is an id, a UUID "
+            "or a string in its form a uuid, any other string a name")
+    if any is not None:
+        return make_any_key(key, any)
     if uuid is not None:
         key.what = SD_UUID_INDEX
         uuid_words(uuid, key.uuid)
@@ -107,6 +114,28 @@ cdef bint make_key(sd_key *key, object uuid, object name, object id) except -1:
         return False
     key.id = id
     return True
+
+
+cdef bint make_any_key(sd_key *key, object any) except -1:
+    """A key by position: values.key_of, whose usual cases are here without a detour."""
+    if type(any) is str:
+        if canonical_uuid(any, <unsigned char *>key.uuid):
+            key.what = SD_UUID_INDEX
+            return True
+        if len(any) < UUID_DIGITS:
+            key.what = SD_NAME_INDEX
+            return set_name(key.name, any)
+    found = KEY_OF(any)
+    return make_key(key, None, found.get("uuid"), found.get("name"), found.get("id"))
+
+
+cdef object not_found(const sd_key *key, object any, object uuid, object name, object id):
+    """The error for what has no such key, in libvirt's words."""
+    if any is None:
+        return NOT_FOUND(uuid, name, id)
+    if key.what == SD_UUID_INDEX:
+        return NOT_FOUND(uuid_object(key.uuid), None, None)
+    return NOT_FOUND(None, any, None) if key.what == SD_NAME_INDEX else NOT_FOUND(None, None, any)
 
 
 cdef bint has_key(const sd_view *view, const sd_key *key) noexcept:

@@ -21,12 +21,12 @@ cdef uint32_t slot_count(Segment doms) except? 0:
     return slots
 
 
-cdef Info read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
+cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
     """A consistent copy of the slot. None: no domain lives there, or not the one of `key`."""
     cdef sd_view view
     cdef int result
     cdef int damage = 0
-    cdef Info info = Info.__new__(Info)
+    cdef DomainInfo info = DomainInfo.__new__(DomainInfo)
     cdef unsigned tries = 0
     if blobs:
         info.blobs = Blobs.__new__(Blobs)
@@ -84,12 +84,12 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
     return sd_view_blobs_check(doms.segment, slot, view)
 
 
-cdef Info read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
+cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
     """The committed state of a domain, or None. Raises `Busy` at the deadline."""
     cdef uint32_t slot
     cdef int result
     cdef unsigned tries = 0
-    cdef Info info
+    cdef DomainInfo info
     while True:
         result = sd_find(doms.segment, key, &slot)
         if result == SD_MISS:
@@ -185,7 +185,7 @@ cdef bint may_match(Segment doms, uint32_t slot, const listing_filter *filter) n
 
 cdef list list_infos(Segment doms, const listing_filter *filter, bint definitions):
     cdef uint32_t slot
-    cdef Info info
+    cdef DomainInfo info
     cdef list found = []
     cdef uint64_t deadline = sd_now() + SECOND
     cdef bint filtered = ((filter.active & filter.persistent & filter.autostart) >= 0

@@ -133,7 +133,7 @@ cdef object salvage_slot(Segment doms, uint32_t slot):
     cdef int result, b
     cdef unsigned tries = 0
     cdef list blobs, damaged
-    cdef Info info = Info.__new__(Info)
+    cdef DomainInfo info = DomainInfo.__new__(DomainInfo)
     need_open(doms)
     if slot >= slots_to_salvage(doms):
         return None

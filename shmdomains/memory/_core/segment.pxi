@@ -129,30 +129,32 @@ cdef class Segment:
 
     # --- finding ---
 
-    def get(self, *, uuid=None, name=None, id=None, timeout=None):
+    def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None):
         """The domain with this uuid, name or id, locked. No list lock needed.
 
-        Exactly one key. `timeout` in seconds. Raises `DomainNotFound`, `LockTimeout`,
+        Exactly one key, by keyword or by position in virsh's order: an ``int`` is an id, a
+        `uuid.UUID`, 16 bytes or a string in a UUID's form a uuid, any other string a name.
+        `timeout` in seconds. Raises `DomainNotFound`, `LockTimeout`,
         `LockOrder` (this thread holds another domain and would wait), `AlreadyLocked`.
         """
-        cdef sd_key key
+        cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         cdef Record record = None
         need_open(self)
-        if make_key(&key, uuid, name, id):
-            record = find_record(self, &key, deadline, timeout)
+        if make_key(&wanted, key, uuid, name, id):
+            record = find_record(self, &wanted, deadline, timeout)
         if record is None:
-            raise NOT_FOUND(uuid, name, id)
+            raise not_found(&wanted, key, uuid, name, id)
         return record
 
-    def lookup(self, *, uuid=None, name=None, id=None, timeout=None):
+    def lookup(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None):
         """Like `get`, but None when there is no such domain."""
-        cdef sd_key key
+        cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         need_open(self)
-        if not make_key(&key, uuid, name, id):
+        if not make_key(&wanted, key, uuid, name, id):
             return None
-        return find_record(self, &key, deadline, timeout)
+        return find_record(self, &wanted, deadline, timeout)
 
     def find_by_id(self, id, timeout=None):
         """The active domain with this id, locked, or None. List lock held by the caller
@@ -171,18 +173,18 @@ cdef class Segment:
 
     # --- reading without any lock ---
 
-    def peek(self, *, uuid=None, name=None, id=None, timeout=1.0):
+    def peek(self, key=None, /, *, uuid=None, name=None, id=None, timeout=1.0):
         """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
         for one.
 
-        `timeout`: seconds after which a read that writers keep overtaking raises `Busy`.
+        One key, as for `get`. `timeout`: seconds after which a read that writers keep overtaking raises `Busy`.
         """
-        cdef sd_key key
+        cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         need_open(self)
-        if not make_key(&key, uuid, name, id):
+        if not make_key(&wanted, key, uuid, name, id):
             return None
-        return read_by_key(self, &key, True, deadline)
+        return read_by_key(self, &wanted, True, deadline)
 
     def _who_has(self, uuid, name):
         """The domain that has this uuid or, if none has, this name: a `DomainInfo` without
@@ -211,11 +213,14 @@ cdef class Segment:
             raise_code(SD_CORRUPT, "count")
         return live
 
-    def __contains__(self, uuid):
-        cdef sd_key key
+    def __contains__(self, key):
+        """Whether a domain has this key, as for `get`; of a handle or an info, whether its domain
+        is there."""
+        cdef sd_key wanted
         need_open(self)
-        make_key(&key, uuid, None, None)
-        return read_by_key(self, &key, False, sd_now() + SECOND) is not None
+        if not make_key(&wanted, key, None, None, None):
+            return False
+        return read_by_key(self, &wanted, False, sd_now() + SECOND) is not None
 
     def __iter__(self):
         return iter(self.snapshot())
