@@ -255,7 +255,8 @@ def test_garbage_is_never_another_exception(data: bytes) -> None:
 
 # virDomainVirtType of libvirt 9.0.0.
 VIRT_TYPES = (
-    "none qemu kqemu kvm xen lxc uml openvz test vmware hyperv vbox phyp parallels bhyve vz hvf".split()
+    *("none", "qemu", "kqemu", "kvm", "xen", "lxc", "uml", "openvz", "test", "vmware", "hyperv"),
+    *("vbox", "phyp", "parallels", "bhyve", "vz", "hvf"),
 )
 
 

@@ -359,7 +359,10 @@ _DECODER = msgspec.msgpack.Decoder(DomainDef)
 
 # virDomainVirtType; a type that no driver runs any more is still one that documents have.
 _TYPES = frozenset(
-    "none qemu kqemu kvm xen lxc uml openvz test vmware hyperv vbox phyp parallels bhyve vz hvf".split()
+    (
+        *("none", "qemu", "kqemu", "kvm", "xen", "lxc", "uml", "openvz", "test", "vmware"),
+        *("hyperv", "vbox", "phyp", "parallels", "bhyve", "vz", "hvf"),
+    )
 )
 _LIFE = ("destroy", "restart", "rename-restart", "preserve")
 _ACTIONS: dict[str, tuple[str, ...]] = {
