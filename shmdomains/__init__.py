@@ -50,6 +50,7 @@ from .errors import (
     WrongList,
 )
 from .holder import LockHolder
+from .lazy import preload
 from .memory.domain import Domain
 from .memory.domain_list import (
     AttachedProcess,
@@ -153,6 +154,7 @@ __all__ = [
     "Unavailable",
     "UncommittedChanges",
     "WrongList",
+    "preload",
     "segments",
     "unlink",
 ]

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
     # The vocabulary.
-    ["errors", "states", "names", "holder", "packing", "text", "files", "deadline"],
+    ["errors", "states", "names", "holder", "packing", "text", "files", "deadline", "lazy"],
     ["xml"],
     ["config"],
     ["rules"],

@@ -21,18 +21,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import filelock
 import msgspec
-import psutil
 
 from ..deadline import check_timeout
 from ..errors import AlreadyLocked, ConfigError, LockTimeout, ShmDomainsError
 from ..files import TEMPORARY, discard, sync_directory, temporary_name
+from ..lazy import LazyModule
 from ..names import check_name
 from ..text import shown_path
 from ..xml.definition import DomainDef
+
+if TYPE_CHECKING:
+    import filelock
+    import psutil
+else:
+    filelock = LazyModule("filelock")
+    psutil = LazyModule("psutil")
 
 logger = logging.getLogger(__package__)
 

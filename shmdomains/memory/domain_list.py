@@ -7,14 +7,11 @@ rules, files and processes: creating, attaching, pickling, who is attached, `che
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import zlib
 from contextlib import suppress
-from multiprocessing import context as mp_context
-from multiprocessing import reduction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -30,6 +27,7 @@ from ..errors import (
     SegmentNotFound,
     ShmDomainsError,
 )
+from ..lazy import LazyModule
 from ..packing import pack
 from ..rules.domain_list import DomainListRules
 from ..rules.info import DomainInfo
@@ -38,6 +36,15 @@ from . import holder, segment_file
 from ._core import core
 from .domain import Domain
 from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
+
+if TYPE_CHECKING:
+    import multiprocessing
+    from multiprocessing import context as mp_context
+    from multiprocessing import reduction
+else:
+    multiprocessing = LazyModule("multiprocessing")
+    mp_context = LazyModule("multiprocessing.context")
+    reduction = LazyModule("multiprocessing.reduction")
 
 DomainInfo.register(core.DomainInfo)
 
