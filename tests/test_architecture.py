@@ -118,7 +118,7 @@ def test_imports_point_one_way() -> None:
 
 
 TREE = {
-    "__init__.py": "from .domain_list import DomainList\nfrom .errors import LockTimeout\n",
+    "__init__.py": "from .transfer import DomainList\nfrom .errors import LockTimeout\n",
     "errors.py": "if TYPE_CHECKING:\n    from .holder import Holder\n",
     "holder.py": "import os\n",
     "xml/__init__.py": "",
@@ -129,8 +129,8 @@ TREE = {
     "memory/core.pyx": "from shmdomains import errors\nfrom libc.errno cimport errno\n",
     "memory/core.pyi": "from ..holder import Holder\n",
     "memory/find.pxi": "from ..errors cimport (\n    LockTimeout,\n)\n",
-    "domain_list.py": "from . import config\nfrom .memory import core\n",
-    "cli.py": "def main():\n    from . import __version__\n    import shmdomains.domain_list\n",
+    "transfer.py": "from . import config\nfrom .memory import core\n",
+    "cli.py": "def main():\n    from . import __version__\n    import shmdomains.transfer\n",
 }
 
 
@@ -141,16 +141,16 @@ TREE = {
         ("xml/definition.py", "from .. import config", "xml.definition imports config,"),
         ("xml/definition.py", "from ..config import load", "xml.definition imports config.load,"),
         ("xml/definition.py", "import shmdomains.config.load as l", "imports config.load,"),
-        ("xml/__init__.py", "from ..domain_list import DomainList", "xml imports domain_list,"),
+        ("xml/__init__.py", "from ..transfer import DomainList", "xml imports transfer,"),
         ("config/load.py", "def f():\n    from ..memory import core", "imports memory.core,"),
         ("holder.py", "if TYPE_CHECKING:\n    from .xml import definition", "holder imports xml.d"),
         ("memory/core.pyx", "from shmdomains.cli cimport main", "memory.core imports cli,"),
         ("memory/core.pyx", "import os, shmdomains.cli", "memory.core imports cli,"),
-        ("memory/core.pyx", "def f():\n    from .. import domain_list", "imports domain_list,"),
+        ("memory/core.pyx", "def f():\n    from .. import transfer", "imports transfer,"),
         ("memory/core.pyi", "from ..cli import main", "memory.core imports cli,"),
         ("memory/find.pxi", "from ..cli import (errors,\n  main)", "memory.find imports cli,"),
         ("memory/core.pxd", "cimport shmdomains.cli", "memory.core imports cli,"),
-        ("domain_list.py", "from . import DomainList", "domain_list imports shmdomains,"),
+        ("transfer.py", "from . import DomainList", "transfer imports shmdomains,"),
         ("holder.py", "def f():\n    from . import errors", "a circle: errors, holder"),
         ("config/load.py", "from . import load_all", "a circle: config, config.load"),
         ("utils.py", "", "utils has no rank"),

@@ -15,10 +15,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
-
-from typing_extensions import Self
 
 from ..config.change import ConfigDirs
 from ..deadline import Deadline
@@ -51,6 +49,9 @@ from .values import (
     encode_data,
     not_found,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 R = TypeVar("R")
 

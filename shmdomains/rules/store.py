@@ -23,10 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
 from uuid import UUID
-
-from typing_extensions import Self
 
 from ..config.change import ConfigDirs
 from ..holder import LockHolder
@@ -34,6 +32,9 @@ from ..names import Uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef
 from .info import DomainInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Deadline(Protocol):
