@@ -17,7 +17,16 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
-    ["errors", "states", "names", "holder", "packing", "text", "files", "deadline"],  # the vocabulary
+    [
+        "errors",
+        "states",
+        "names",
+        "holder",
+        "packing",
+        "text",
+        "files",
+        "deadline",
+    ],  # the vocabulary
     ["xml"],
     ["config"],
     ["rules"],
