@@ -96,15 +96,19 @@ class DomainRemoved(ShmDomainsError, LookupError):
     """The handle outlived its domain."""
 
 
-class DomainActive(ShmDomainsError):
+class DomainStateError(ShmDomainsError):
+    """The domain is in the wrong state for the call (VIR_ERR_OPERATION_INVALID)."""
+
+
+class DomainActive(DomainStateError):
     """The call needs an inactive domain."""
 
 
-class DomainInactive(ShmDomainsError):
+class DomainInactive(DomainStateError):
     """The call needs an active domain."""
 
 
-class DomainTransient(ShmDomainsError):
+class DomainTransient(DomainStateError):
     """The call needs a persistent domain."""
 
 
@@ -149,7 +153,8 @@ class SegmentInUse(SegmentError):
 
 
 class SegmentMismatch(SegmentError):
-    """The segment was made by another layout, machine, boot or PID namespace."""
+    """The segment was made by another layout, machine, boot or PID namespace, or with other options
+    than `open` asks for."""
 
 
 class SegmentRefused(SegmentError, PermissionError):

@@ -31,6 +31,20 @@ class DomainState(enum.IntEnum):
         """The state in the words of ``virsh list``: ``running``, ``idle``, ``in shutdown``..."""
         return _WORDS[self]
 
+    @classmethod
+    def parse(cls, text: str) -> DomainState:
+        """Return the state with these words or this name, in any case. Else `ValueError`.
+
+        >>> DomainState.parse("Shut off") is DomainState.parse("SHUTOFF") is DomainState.SHUTOFF
+        True
+        """
+        wanted = text.strip().casefold()
+        for state in cls:
+            if wanted in (state.words, state.name.casefold()):
+                return state
+        known = ", ".join(repr(state.words) for state in cls)
+        raise ValueError(f"{text!r} is no state of a domain: {known}")
+
 
 _WORDS = (
     "no state",

@@ -8,6 +8,7 @@ by sleeping.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -229,9 +230,16 @@ def test_a_directory_in_the_files_place(dirs: ConfigDirs, call: str) -> None:
 def test_config_directory_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "vm").write_text("")
     dirs = ConfigDirs(tmp_path / "vm", tmp_path / "auto")
-    with pytest.raises(ConfigError):
-        dirs.save(domain("web1"))
-    dirs.delete("web1")
+    for call in (
+        lambda: dirs.save(domain("web1")),
+        lambda: dirs.delete("web1"),
+        lambda: dirs.rename("web1", domain("web2")),
+        lambda: dirs.set_autostart("web1", True),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            call()
+        assert caught.value.errno == errno.ENOTDIR
+        assert caught.value.filename == str(tmp_path / "vm")
     assert not dirs.is_autostart("web1")
 
 
@@ -710,6 +718,36 @@ def test_without_an_autostart_directory(tmp_path: Path) -> None:
     dirs.rename("web1", domain("web2"))
     dirs.delete("web2")
     assert state(tmp_path) == {}
+
+
+def test_a_link_that_leads_to_no_file_is_warned_of(
+    dirs: ConfigDirs, caplog: pytest.LogCaptureFixture
+) -> None:
+    dirs.save(domain("web1"))
+    dirs.save(domain("gone"))
+    for name in ("web1", "gone"):
+        dirs.set_autostart(name, True)
+    dirs.config_file("gone").unlink()
+    load_all(FakeStore(), dirs)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and f"{dirs.autostart_link('gone')} leads to no file" in said[0]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_filesystem_that_cannot_lock(
+    dirs: ConfigDirs, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """No lock of another kind takes the flock's place: a file that lies there would be one."""
+    dirs.save(domain("web1"))
+
+    def refuse(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match="cannot lock") as caught:
+        dirs.save(domain("web1", "changed"), timeout=5)
+    assert caught.value.filename == str(dirs.config_dir)
+    assert dirs.config_file("web1").read_text() == domain("web1").to_xml()
 
 
 # --- delete and rename ----------------------------------------------------------------------
@@ -1224,9 +1262,16 @@ def test_load_all(
     names.remove("web001")
     assert report.loaded == names
     assert [(f.path, f.line) for f in report.failures] == [(dirs.config_file("web001"), 2)]
-    assert str(report).splitlines()[0] == f"{count - 1} domains loaded, 1 file failed"
+    head = f"{count - 1} domains loaded, 1 file failed, 1 file skipped"
+    assert str(report).splitlines()[0] == head
+    assert ".hidden.xml: its name begins with '.'" in str(report)
     assert str(report.failures[0]) in str(report) and str(report.failures[0]) in caplog.text
-    assert [r.levelno for r in caplog.records if r.name == config.__name__] == [logging.WARNING]
+    assert report.skipped == [dirs.config_dir / ".hidden.xml"]
+    said = [r.getMessage() for r in caplog.records if r.name == config.__name__]
+    assert [line for line in said if "web001.xml" not in line] == [
+        f"skipped: {dirs.config_dir / '.hidden.xml'}: its name begins with '.'"
+    ]
+    assert len(said) == 2
     assert sorted(store.domains) == names
     assert all(dom.persistent is True for dom in store.domains.values())
     assert [name for name, dom in store.domains.items() if dom.autostart] == ["web002"]
@@ -1364,7 +1409,8 @@ def test_files_of_other_names_load_as_in_libvirt(
     path = dirs.config_dir / "QEMUGuest.xml"
     path.write_text(domain_xml("web1"))
     (dirs.autostart_dir / "QEMUGuest.xml").symlink_to(path)
-    report = load_all(store, dirs)
+    with caplog.at_level(logging.INFO):
+        report = load_all(store, dirs)
     assert report == LoadReport(["web1"], [])
     assert store.domains["web1"].autostart
     assert "QEMUGuest.xml holds 'web1'" in caplog.text

@@ -83,6 +83,83 @@ def rename(doms: DomainList, old: str, new: str) -> None:
             doms.rename(dom, new)
 
 
+# --- which directories ------------------------------------------------------------------------
+
+
+def test_the_autostart_directory_is_libvirts_unless_it_is_said(
+    doms: DomainList, dirs: ConfigDirs
+) -> None:
+    fill(dirs, "a")
+    doms.load_all_configs(dirs.config_dir)
+    assert doms.info.autostart_dir == str(dirs.config_dir / "autostart")
+    assert not (dirs.config_dir / "autostart").exists()
+    doms.set_autostart("a", True)
+    assert dirs.is_autostart("a")
+    doms.load_all_configs(dirs.config_dir)
+    assert doms.peek(name="a").autostart
+
+
+@pytest.mark.parametrize("what", ["a file", "workers"])
+def test_a_load_that_fails_leaves_what_was_remembered(
+    doms: DomainList, dirs: ConfigDirs, tmp_path: Path, what: str
+) -> None:
+    fill(dirs, "a")
+    load(doms, dirs)
+    (tmp_path / "other").write_text("")
+    with pytest.raises((ConfigError, ValueError)):
+        if what == "a file":
+            doms.load_all_configs(tmp_path / "other")
+        else:
+            doms.load_all_configs(tmp_path / "none", workers=-1)
+    assert doms.info.config_dir == str(dirs.config_dir)
+    doms.undefine("a")
+    assert files(dirs) == []
+
+
+def test_forgotten_directories_are_not_reached(doms: DomainList, dirs: ConfigDirs) -> None:
+    fill(dirs, "a")
+    load(doms, dirs)
+    doms.forget_configs()
+    doms.undefine("a")
+    doms.define(domain_xml("b"))
+    assert files(dirs) == ["a.xml"]
+    with doms.locked():
+        doms.forget_configs()  # whoever holds the list lock need not let it go
+
+
+def test_a_new_domain_takes_no_former_ones_autostart_link(
+    doms: DomainList, dirs: ConfigDirs
+) -> None:
+    fill(dirs, "a")
+    load(doms, dirs)
+    doms.set_autostart("a", True)
+    dirs.config_file("a").unlink()
+    doms.undefine("a")
+    assert dirs.autostart_dir is not None
+    (dirs.autostart_dir / "a.xml").symlink_to(dirs.config_file("a"))
+    doms.define(domain_xml("a"))
+    assert not doms.peek(name="a").autostart and not dirs.is_autostart("a")
+    doms.set_autostart("a", True)
+    doms.define(domain_xml("a", "changed"))
+    assert dirs.is_autostart("a")  # a domain that is redefined keeps its own
+    load(doms, dirs)
+    assert doms.peek(name="a").autostart
+
+
+def test_a_definition_of_a_new_domain_only(doms: DomainList, dirs: ConfigDirs) -> None:
+    load(doms, dirs)
+    doms.define(domain_xml("a", "first"), new=True)
+    anonymous = domain_xml("a", "second").replace(f"<uuid>{ident('a')}</uuid>", "")
+    for again in (domain_xml("a", "second"), anonymous):
+        with pytest.raises(DomainExists, match="already exists with uuid"):
+            doms.define(again, new=True)
+    assert doms.peek(name="a").definition.description == saved(dirs, "a") == "first"
+    doms.define(anonymous)
+    assert doms.peek(name="a").uuid == ident("a") and saved(dirs, "a") == "second"
+    with doms.get(name="a", timeout=0):
+        pass
+
+
 # --- loading --------------------------------------------------------------------------------
 
 
@@ -353,6 +430,17 @@ def test_rename(doms: DomainList, dirs: ConfigDirs) -> None:
     with pytest.raises(DomainExists):
         rename(doms, "z", "b")
     assert files(dirs) == ["b.xml", "z.xml"]
+
+
+def test_a_rename_makes_the_link_that_the_record_tells_of(
+    doms: DomainList, dirs: ConfigDirs
+) -> None:
+    fill(dirs, "a")
+    load(doms, dirs)
+    with doms.get(name="a") as dom:
+        dom.autostart = True  # as after a death in a rename: the old link went, the record stayed
+    rename(doms, "a", "b")
+    assert doms.peek(name="b").autostart and dirs.is_autostart("b")
 
 
 def test_without_directories_nothing_is_written(

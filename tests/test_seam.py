@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import EVERY_STORE, Store, definition, environment, xml
+from helpers import DICT, EVERY_STORE, Store, definition, environment, xml
 
 import shmdomains
 from shmdomains import (
@@ -28,6 +28,7 @@ from shmdomains import (
     DomainNotLocked,
     DomainRemoved,
     DomainState,
+    DomainStateError,
     ListNotLocked,
     LockOrder,
     UncommittedChanges,
@@ -321,6 +322,64 @@ def test_rules_take_a_key_where_they_take_a_domain(doms: Any) -> None:
     for call in (lambda: doms.rename("b", "d"), lambda: doms.set_autostart("b", True)):
         with pytest.raises(DomainNotFound):
             call()
+
+
+@pytest.mark.parametrize("key", ["a", A, A.bytes, str(A), "handle", "info", 1])
+def test_undefine_takes_a_key_by_position(doms: Any, key: Any) -> None:
+    with doms.get(name="a") as dom:
+        assert dom.activate() == 1
+    doms.undefine({"handle": dom, "info": doms.peek(name="a")}.get(key, key))
+    assert not doms.peek(name="a").persistent
+    for given in ((("a",), {"name": "b"}), ((), {}), ((), {"name": "b", "uuid": B})):
+        with pytest.raises(TypeError, match="exactly one"):
+            doms.undefine(*given[0], **given[1])
+    with pytest.raises(TypeError, match="a domain is named by"):
+        doms.undefine(1.5)
+    assert doms.peek(name="b").persistent
+
+
+def test_finding_and_reading_in_python_take_a_key_by_position() -> None:
+    doms = DICT.make()
+    doms.define(xml("a", A))
+    for key in ("a", A, A.bytes, str(A), doms.peek(name="a")):
+        assert doms.peek(key).name == "a"
+        with doms.get(key) as dom:
+            assert dom.uuid == A
+        with doms.lookup(key) as dom:
+            assert dom.uuid == A
+    assert doms.lookup("b") is None is doms.peek(7)
+    with pytest.raises(DomainNotFound, match="no domain with matching name 'b'"):
+        doms.get("b")
+    for call in (doms.get, doms.lookup, doms.peek):
+        with pytest.raises(TypeError, match="exactly one"):
+            call()
+
+
+def test_states_in_libvirts_words(doms: Any) -> None:
+    with doms.get(name="a") as a:
+        a.activate()
+    assert [info.name for info in doms.list(state="shut off")] == ["b"]
+    assert [info.name for info in doms.list(state=["Running", DomainState.PAUSED])] == ["a"]
+    assert doms.count(state="SHUTOFF") == doms.count(state=("running", "paused")) == 1
+    for call in (doms.list, doms.count):
+        with pytest.raises(ValueError, match="'off' is no state of a domain: 'no state', 'runn"):
+            call(state="off")
+    for state in DomainState:
+        for text in (state.words, state.words.upper(), state.name, state.name.lower()):
+            assert DomainState.parse(text) is state
+
+
+def test_errors_about_state_have_one_base(doms: Any) -> None:
+    with doms.get(name="a") as a:
+        with pytest.raises(DomainStateError):
+            a.deactivate()
+        a.persistent = False
+        a.activate()
+        with pytest.raises(DomainStateError):
+            a.activate()
+        a.commit()
+        with pytest.raises(DomainStateError):
+            doms.set_autostart(a, True)
 
 
 # --- the rules stand alone ---------------------------------------------------------------------

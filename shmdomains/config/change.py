@@ -7,6 +7,13 @@ removes those of dead processes. A process killed at any instruction leaves ever
 old or new; killed while renaming, it may leave both names' files, and the next load reports one of
 them.
 
+A file need not be named after its domain. The first change of such a domain moves its file to
+NAME.xml, and goes on as if it had always been there. That move is one rename, so a process killed
+before or after it leaves the domain in one file: it is neither lost nor loaded twice. Its autostart
+link cannot move in the same instant. The new name's link is made first and leads nowhere until the
+file is there; the old one goes last: at each instant one of them leads to the file. A process
+killed just before that leaves a link that leads nowhere, and the next load warns of it.
+
 Semantics are libvirt's: virDomainDefSave, virDomainDeleteConfig, qemuDomainSetAutostart,
 qemuDomainRenameCallback. Lock order: list, domain, the filelock here.
 """
@@ -20,8 +27,9 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -74,8 +82,6 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    if path.is_dir():
-        return
     os.makedirs(path, mode=0o700, exist_ok=True)
     os.chmod(path, 0o700)  # whatever the umask took away
     sync_directory(path.parent)
@@ -94,6 +100,10 @@ class Commit(Protocol):
     def happened(self) -> bool: ...
 
 
+Find = Callable[[], Path | None]
+"""Returns the file that holds the domain under another name than its own; ``None``: none does."""
+
+
 class _Change:
     """A change of several directory entries that is undone as a whole unless `forget` is reached.
 
@@ -106,6 +116,7 @@ class _Change:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._undo: list[tuple[Path, Path | None]] = []
+        self._moved: set[Path] = set()
         self._directories: dict[Path, Path] = {}
 
     def put(self, path: Path, make: Callable[[Path], None]) -> None:
@@ -132,6 +143,14 @@ class _Change:
                 self._undo.append((path, former))
                 # Takes nothing of a filesystem that is full, and leaves no moment with both names.
                 os.rename(path, former)
+
+    def move(self, old: Path, new: Path) -> None:
+        """Give the entry a name that is free."""
+        with reported(old):
+            self._directories.setdefault(new.parent, new)
+            self._undo.append((old, new))
+            self._moved.add(new)
+            os.rename(old, new)
 
     def settle(self) -> None:
         """Make it last through a power failure."""
@@ -160,7 +179,7 @@ class _Change:
         if self._process != os.getpid():
             return
         for _, former in self._undo:
-            if former is not None:
+            if former is not None and former not in self._moved:
                 discard(former)
 
     def _set_aside(self, path: Path) -> None:
@@ -236,6 +255,19 @@ def _is_alive(pid: int) -> bool:
 # --- the directory's lock -------------------------------------------------------------------
 
 
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@cache
+def _no_soft_lock() -> dict[str, Any]:
+    """A soft lock is a file that is there: nobody removes that of a dead holder. Not each release
+    of filelock falls back to one, and not each that does can be told not to."""
+    import inspect  # large
+
+    known = inspect.signature(filelock.BaseFileLock.__init__).parameters
+    return {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
+
+
 class _DirectoryLock:
     """The filelock of a config directory. It exists before it is acquired, so that who was
     interrupted while acquiring it can release it."""
@@ -244,7 +276,7 @@ class _DirectoryLock:
         self._directory = directory
         self._path = directory / LOCK_NAME
         _check_lock_file(self._path)
-        self._lock = filelock.FileLock(self._path, mode=0o600)
+        self._lock = filelock.FileLock(self._path, mode=0o600, **_no_soft_lock())
 
     def acquire(self, timeout: float | None) -> None:
         limit = -1.0 if timeout is None else timeout
@@ -255,9 +287,11 @@ class _DirectoryLock:
                 f"config directory {shown_path(self._directory)}: its lock was not free within "
                 f"{timeout:g} s; {_lock_holder(self._path)}"
             ) from exc
-        except NotImplementedError as exc:
-            reason = "no file locks on this filesystem"
-            raise ConfigError(errno.ENOLCK, reason, str(self._path)) from exc
+        except (NotImplementedError, OSError) as exc:
+            if getattr(exc, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
+            reason = "this filesystem cannot lock files; use a directory of one that can"
+            raise ConfigError(errno.ENOLCK, reason, str(self._directory)) from exc
         except RuntimeError as exc:  # what filelock raises where a thread would wait for itself
             raise AlreadyLocked(
                 f"this thread is changing {shown_path(self._directory)} already; finish that first"
@@ -305,7 +339,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     domain's. A name that begins with ``.`` can not be saved: dot-files are not loaded.
 
     A `commit` is called with the files in place and the filelock held; they stay if it happened,
-    else they are as they were before, whatever was raised.
+    else they are as they were before, whatever was raised. `find` is called with the filelock held
+    where there is no NAME.xml; the file that it returns becomes that.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
@@ -356,11 +391,18 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         return self.points_to(self.config_file(name))
 
     def save(
-        self, definition: DomainDef, timeout: float | None = None, commit: Commit | None = None
+        self,
+        definition: DomainDef,
+        timeout: float | None = None,
+        commit: Commit | None = None,
+        *,
+        new: bool = False,
+        find: Find | None = None,
     ) -> None:
         """Write the definition to NAME.xml, mode 0600, making the directory if need be.
 
         It is on disk for good when this returns (virDomainDefSave). Call it with the domain locked.
+        The autostart link of a `new` domain's name was a former one's, and goes.
 
         >>> from tempfile import TemporaryDirectory
         >>> xml = "<name>web1</name><memory>1</memory><os><type>hvm</type></os>"
@@ -374,18 +416,33 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         data = definition.to_xml().encode()
 
         def make(change: _Change) -> None:
+            self._adopt(change, definition.name, find)
+            link = self.autostart_link(definition.name) if new else None
+            if link is not None:
+                change.remove(link)
             change.put(path, lambda temporary: _write_file(temporary, data))
 
         self._change(path, timeout, make, commit, create=True)
 
-    def delete(self, name: str, timeout: float | None = None, commit: Commit | None = None) -> None:
+    def delete(
+        self,
+        name: str,
+        timeout: float | None = None,
+        commit: Commit | None = None,
+        *,
+        find: Find | None = None,
+    ) -> None:
         """Remove the domain's config file and autostart link; a missing one is no error.
 
         Source: virDomainDeleteConfig, which would go on if the link can not be removed; the link
         would then start the next domain of this name, so here that is an error.
         """
-        path = self.config_file(name)
-        self._change(path, timeout, lambda change: self._remove(change, name), commit)
+
+        def make(change: _Change) -> None:
+            self._adopt(change, name, find)
+            self._remove(change, name)
+
+        self._change(self.config_file(name), timeout, make, commit)
 
     def rename(
         self,
@@ -393,23 +450,31 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         new_definition: DomainDef,
         timeout: float | None = None,
         commit: Commit | None = None,
+        *,
+        autostart: bool = False,
+        find: Find | None = None,
     ) -> None:
         """Write the new definition under its name, then remove the old name's file and link.
 
-        An autostart link moves along; a stale one of the new name goes. Source:
+        An autostart link moves along; a stale one of the new name goes. With `autostart` there is
+        one in any case: whoever renamed before may have died with the old one removed. Source:
         qemuDomainRenameCallback.
         """
         path = self._file_to_write(new_definition.name)
         data = new_definition.to_xml().encode()
         if self.config_file(old_name) == path:
-            self.save(new_definition, timeout, commit)
+            self.save(new_definition, timeout, commit, find=find)
             return
 
         def make(change: _Change) -> None:
-            autostart = self.is_autostart(old_name)
+            self._adopt(change, old_name, find)
+            moves = autostart or self.is_autostart(old_name)
             change.put(path, lambda temporary: _write_file(temporary, data))
             link = self.autostart_link(new_definition.name)
-            if link is not None and autostart:
+            if link is not None and moves:
+                with reported(link):
+                    if not _is_directory(link.parent):
+                        _make_directory(link.parent)
                 change.put(link, lambda temporary: os.symlink(path, temporary))
             elif link is not None:
                 change.remove(link)
@@ -423,6 +488,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         enabled: bool,
         timeout: float | None = None,
         commit: Commit | None = None,
+        *,
+        find: Find | None = None,
     ) -> None:
         """Make the autostart link, or remove it (virDomainSetAutostart).
 
@@ -439,13 +506,15 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             return
 
         def make(change: _Change) -> None:
+            self._adopt(change, name, find)
             if not enabled:
                 change.remove(link)
             elif not target.is_file():
                 raise ConfigError(errno.ENOENT, "no config file to link to; save it", str(target))
             else:
                 with reported(link):
-                    _make_directory(link.parent)
+                    if not _is_directory(link.parent):
+                        _make_directory(link.parent)
                 change.put(link, lambda temporary: os.symlink(target, temporary))
 
         self._change(link, timeout, make, commit)
@@ -456,6 +525,21 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             # Loading skips dot-files, so what is saved here would be gone after the next start.
             raise ConfigError(errno.EINVAL, "a name that begins with '.' is not loaded", str(path))
         return path
+
+    def _adopt(self, change: _Change, name: str, find: Find | None) -> None:
+        """Move the domain's file to NAME.xml, if it has another name; see the head of this file."""
+        own, link = self.config_file(name), self.autostart_link(name)
+        found = None if find is None or os.path.lexists(own) else find()
+        if found is None:
+            return
+        autostart = link is not None and self.points_to(found)
+        if link is not None and autostart:
+            change.put(link, lambda temporary: os.symlink(own, temporary))
+        elif link is not None:
+            change.remove(link)  # it would lead to the file now
+        change.move(found, own)
+        if link is not None and autostart:
+            change.remove(link.with_name(found.name))
 
     def _remove(self, change: _Change, name: str) -> None:
         link = self.autostart_link(name)
@@ -489,10 +573,10 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         lock, kept = None, False
         try:
             with reported(subject):
-                if create:
+                if create and not _is_directory(self.config_dir):
                     _make_directory(self.config_dir)
                 # Without a config directory there is no place for a lock, and nothing to protect.
-                if self.config_dir.is_dir():
+                if _is_directory(self.config_dir):
                     lock = _DirectoryLock(self.config_dir)
                     lock.acquire(timeout)
             _sweep(self.config_dir)
@@ -517,6 +601,17 @@ class ConfigDirs(msgspec.Struct, frozen=True):
                 except BaseException:  # a signal handler raised before it did
                     lock.release()
                     raise
+
+
+def _is_directory(path: Path) -> bool:
+    """Whether it is there; `ConfigError` for what has its place and is none."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return True
 
 
 def _is_same_directory(a: Path, b: Path) -> bool:

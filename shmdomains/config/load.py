@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from ..errors import ContractError, SegmentError, SegmentFull, ShmDomainsError
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
 from .change import SUFFIX, ConfigDirs
-from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_paths
+from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_all, scan_paths
 from .report import LoadFailure, LoadReport
 
 logger = logging.getLogger(__package__)
@@ -57,6 +57,7 @@ def load_all(
     progress: Progress | None = None,
     workers: int | None = None,
     timeout: float | None = None,
+    begin: Callable[[], object] = lambda: None,
 ) -> LoadReport:
     """Load every config file as a persistent domain (virDomainObjListLoadAllConfigs).
 
@@ -70,16 +71,37 @@ def load_all(
     What is wrong with one file is logged as a warning and reported; the others are loaded.
     `timeout` in seconds is for each wait: for a domain it is that file's failure, for the list
     lock it is `LockTimeout`. A mistake in the use of locks (`ContractError`) or a segment that is
-    closed or damaged is raised.
+    closed or damaged is raised. `begin` is called once the directory was listed, before anything is
+    loaded: what raises without it has changed nothing.
 
     As in libvirt a file need not be named after its domain; but the file that is goes before
     others of the same domain (a forgotten ``web1-backup.xml``), else the first in order, and the
     others are failures.
     """
     check_timeout(timeout)
-    paths = scan_paths(dirs.config_dir)
+    paths, skipped = scan_all(dirs.config_dir)
+    for path in skipped:
+        logger.warning("skipped: %s: its name begins with '.'", shown_path(path))
     with closing(parse_files(paths, workers)) as items:
-        return _Loader(store, dirs, paths, timeout).load(items, progress)
+        begin()
+        loader = _Loader(store, dirs, paths, timeout)
+        loader.load(items, progress)
+    _warn_of_dangling_links(dirs)
+    return loader.report(skipped)
+
+
+def _warn_of_dangling_links(dirs: ConfigDirs) -> None:
+    """Of autostart links that lead to no file: the next file of that name would be started."""
+    if dirs.autostart_dir is None:
+        return
+    with suppress(OSError):
+        for path in scan_paths(dirs.autostart_dir):
+            if os.path.islink(path) and not os.path.exists(path):
+                logger.warning(
+                    "autostart link %s leads to no file: remove it, or it starts the next domain "
+                    "of this name",
+                    shown_path(path),
+                )
 
 
 class _Loader:
@@ -94,7 +116,7 @@ class _Loader:
         self._loaded: dict[str, str] = {}
         self._failures: list[LoadFailure] = []
 
-    def load(self, items: Iterator[ParsedFile], progress: Progress | None) -> LoadReport:
+    def load(self, items: Iterator[ParsedFile], progress: Progress | None) -> None:
         done = 0
         if progress is not None:
             progress(done, len(self._paths))
@@ -103,8 +125,11 @@ class _Loader:
             done += len(batch)
             if progress is not None:
                 progress(done, len(self._paths))
-        self._warn_of_other_names()
-        return LoadReport(list(self._loaded), sorted(self._failures, key=lambda f: f.path))
+        self._tell_of_other_names()
+
+    def report(self, skipped: list[Path]) -> LoadReport:
+        failures = sorted(self._failures, key=lambda failure: failure.path)
+        return LoadReport(list(self._loaded), failures, skipped)
 
     def _load_batch(self, batch: list[ParsedFile]) -> None:
         for _ in range(1 + REPARSES):
@@ -170,13 +195,12 @@ class _Loader:
         logger.warning("not loaded: %s", failure)
         self._failures.append(failure)
 
-    def _warn_of_other_names(self) -> None:
-        # Saves go to NAME.xml and deletes remove that, so such a file survives its domain.
+    def _tell_of_other_names(self) -> None:
         others = [(p, name) for name, p in self._loaded.items() if p != self._own_path(name)]
         if others:
             path, name = others[0]
-            logger.warning(
-                "%s not named after the domain (%s holds '%s'): undefine will not remove it",
+            logger.info(
+                "%s not named after the domain (%s holds '%s'): its next change renames it",
                 "1 file is" if len(others) == 1 else f"{len(others)} files are",
                 shown_path(path),
                 name,

@@ -13,10 +13,11 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Container, Generator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
 
 from ..errors import ConfigError, DefinitionError
 from ..lazy import LazyModule
@@ -78,13 +79,34 @@ def scan(config_dir: str | os.PathLike[str]) -> list[Path]:
 
 def scan_paths(directory: Path) -> list[str]:
     """`scan`, for whoever has no use for a `Path` of each."""
+    return scan_all(directory)[0]
+
+
+def scan_all(directory: Path) -> tuple[list[str], list[Path]]:
+    """`scan_paths`; and the ``*.xml`` that are skipped, because their names begin with a dot."""
     with reported(directory):
         try:
-            names = os.listdir(directory)
+            names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
         except FileNotFoundError:
-            return []
+            return [], []
     inside = os.path.join(directory, "")
-    return [inside + n for n in sorted(names) if n.endswith(SUFFIX) and not n.startswith(".")]
+    skipped = [directory / name for name in names if name.startswith(".")]
+    return [inside + name for name in names if not name.startswith(".")], skipped
+
+
+def file_of(directory: Path, name: str, uuid: UUID, others: Container[str]) -> Path | None:
+    """Return the file that holds the domain and is not named after it; ``None``: there is none.
+
+    `others`: the names of the other domains. A load takes the file of such a name for that domain
+    alone, so it is not read. In a directory of a hundred thousand files few are left to be read.
+    """
+    for path in scan_paths(directory):
+        if os.path.basename(path)[: -len(SUFFIX)] in others:
+            continue
+        found = parse_file(path).result
+        if isinstance(found, DomainDef) and found.name == name and found.uuid in (None, uuid):
+            return Path(path)
+    return None
 
 
 def parse_file(path: str) -> ParsedFile:

@@ -26,7 +26,8 @@ class LoadFailure(msgspec.Struct, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """What `load_all` did: names of the domains loaded, in order, and one failure per other file.
+    """What `load_all` did: names of the domains loaded, in order, one failure per other file, and
+    the ``.NAME.xml``, which are skipped.
 
     >>> print(LoadReport(["web1"], [LoadFailure(Path("db.xml"), None, "Permission denied")]))
     1 domain loaded, 1 file failed
@@ -35,10 +36,14 @@ class LoadReport(msgspec.Struct, frozen=True):
 
     loaded: list[str]
     failures: list[LoadFailure]
+    skipped: list[Path] = []
 
     def __str__(self) -> str:
         head = f"{counted(len(self.loaded), 'domain')} loaded"
-        if not self.failures:
-            return head
-        head += f", {counted(len(self.failures), 'file')} failed"
-        return "\n".join([head, *(f"  {failure}" for failure in self.failures)])
+        lines = [f"  {failure}" for failure in self.failures]
+        if self.failures:
+            head += f", {counted(len(self.failures), 'file')} failed"
+        if self.skipped:
+            head += f", {counted(len(self.skipped), 'file')} skipped"
+            lines += [f"  {shown_path(path)}: its name begins with '.'" for path in self.skipped]
+        return "\n".join([head, *lines])

@@ -8,7 +8,7 @@ How a rule undoes what it did when a later step fails:
 
 - A change of a record that was there is not committed before the files that belong to it are in
   place; `_release_unseen` rolls it back.
-- A change of files is made by `config`, which undoes it unless its `_Commit` happened.
+- A change of files is made by `config`, which undoes it unless its `files.Commit` happened.
 - A new record is committed as it is made. `_take_back` removes it, if nobody changed it since.
 """
 
@@ -20,7 +20,6 @@ import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from ..config.change import ConfigDirs
 from ..config.load import load_all
@@ -39,9 +38,10 @@ from ..errors import (
 from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
+from . import files
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
-from .values import key_of, not_found
+from .values import key_of, not_found, one_key
 
 logger = logging.getLogger(__name__)
 
@@ -49,35 +49,8 @@ _SLICE = 0.05  # seconds: one lock slice
 _SHUTOFF = DomainState.SHUTOFF
 
 
-class _Commit:
-    """The commit of one record that a change of files belongs to; see `config.change.Commit`."""
-
-    def __init__(self, dom: Any, make: Callable[[], object]) -> None:
-        self._dom = dom
-        self._make = make
-        self._before = dom._receipt
-
-    def __call__(self) -> None:
-        self._make()
-
-    def happened(self) -> bool:
-        return bool(self._dom._receipt != self._before)
-
-
 def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
     return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
-
-
-def _filter(
-    active: bool | None,
-    persistent: bool | None,
-    autostart: bool | None,
-    state: int | Iterable[int] | None,
-) -> Filter:
-    if state is None:
-        return Filter(active, persistent, autostart)
-    states = [state] if isinstance(state, int) else state
-    return Filter(active, persistent, autostart, frozenset(DomainState(one) for one in states))
 
 
 class DomainListRules(ListBase[D]):
@@ -353,29 +326,34 @@ class DomainListRules(ListBase[D]):
         definition = dom.definition.replace(name=new_name)
         successor = dom.next_definition
         renamed = None if successor is None else successor.replace(name=new_name).encode()
-        dirs = self._remembered()
         encoded = definition.encode()
-        commit = _Commit(
-            dom, lambda: self._rename(dom, new_name, encoded, renamed, deadline.left())
+        files.rename(
+            self,
+            dom,
+            definition,
+            deadline,
+            lambda: self._rename(dom, new_name, encoded, renamed, deadline.left()),
         )
-        if dirs is None or not dom.persistent:
-            commit()
-        else:
-            dirs.rename(old_name, definition, deadline.left(), commit)
 
     # --- the whole of it: the list lock is taken here ---
 
     def define(
-        self, definition: DomainDef | str | bytes, timeout: float | None = None
+        self,
+        definition: DomainDef | str | bytes,
+        timeout: float | None = None,
+        *,
+        new: bool = False,
     ) -> DomainInfo:
         """Define a persistent domain, or redefine one, and save its config; returns its info.
 
-        `definition` may be XML. An active domain gets it as `next_definition`. No lock is needed;
-        the list lock is taken. If the config file cannot be saved nothing is defined: the domain
-        is as it was before, and a new one is removed, unless somebody else changed it meanwhile
-        (virDomainDefineXML). What is raised after that is done - no memory for the info, a signal
-        handler of yours - leaves it defined, in memory and on disk. Taking back may take a lock
-        slice (50 ms) longer than `timeout`. Raises `DefinitionError`, `DomainExists`,
+        `definition` may be XML; without a uuid it redefines the domain of its name. `new` refuses a
+        domain that is there (`DomainExists`). An active domain gets it as `next_definition`. No
+        lock is needed; the list lock is taken. If the config file cannot be saved nothing is
+        defined: the domain is as it was before, and a new one is removed, unless somebody else
+        changed it meanwhile (virDomainDefineXML). What is raised after that is done - no memory for
+        the info, a signal handler of yours - leaves it defined, in memory and on disk. Taking back
+        may take a lock slice (50 ms) longer than `timeout`. A new domain's name may still have a
+        former one's autostart link, which goes. Raises `DefinitionError`, `DomainExists`,
         `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
         """
         deadline = self._deadline(timeout)
@@ -390,16 +368,22 @@ class DomainListRules(ListBase[D]):
                 if known is None:
                     dom = self._make(definition, persistent, deadline.left())
                     made = dom._receipt
+                elif new:
+                    raise DomainExists(
+                        f"domain '{known.name}' already exists with uuid {known.uuid}"
+                    )
                 else:
                     dom = self._redefine(known, definition, persistent, deadline.left())
+                was_persistent = dom.persistent
                 if dirs is not None:
                     dom.persistent = True
-            commit = _Commit(dom, lambda: dom.commit(deadline.left()))
+            commit = files.Commit(dom, lambda: dom.commit(deadline.left()))
             if dirs is None:
                 commit()
             else:
-                dirs.save(dom.next_definition or dom.definition, deadline.left(), commit)
-            info = self.peek(uuid=dom.uuid, timeout=None)
+                files.save(self, dom, dirs, deadline, commit, new=not was_persistent)
+            left = deadline.left()
+            info = self.peek(uuid=dom.uuid, timeout=None if left is None else max(left, _SLICE))
         except BaseException:
             # It is not locked in a child that a signal handler forked: there it is our parent's.
             if dom is not None and dom.is_locked and (commit is None or not commit.happened()):
@@ -413,6 +397,8 @@ class DomainListRules(ListBase[D]):
 
     def undefine(
         self,
+        key: D | DomainInfo | Uuid | int | None = None,
+        /,
         *,
         uuid: Uuid | None = None,
         name: str | None = None,
@@ -422,13 +408,17 @@ class DomainListRules(ListBase[D]):
         """Undefine a domain: its config file and autostart link go, and so does an inactive domain;
         an active one becomes transient (virDomainUndefine).
 
-        Exactly one key. No lock is needed; the list lock is taken. Raises `DomainNotFound`,
+        Exactly one key, by position as `get` takes it or by keyword. No lock is needed; the list
+        lock is taken. The file goes also where it is not named after the domain. A worker killed
+        after that and before the record went leaves the domain without a file. Raises
+        `DomainNotFound`,
         `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
         `LockOrder`.
         """
         deadline = self._deadline(timeout)
+        wanted = one_key(key, uuid, name, id)
         with self._list_held(deadline.left()):
-            dom = self.get(uuid=uuid, name=name, id=id, timeout=deadline.left())
+            dom = self.get(**wanted, timeout=deadline.left())
             try:
                 self._undefine(dom, deadline)
             finally:
@@ -437,12 +427,7 @@ class DomainListRules(ListBase[D]):
     def _undefine(self, dom: D, deadline: Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
-        dirs = self._remembered()
-        commit = _Commit(dom, lambda: self._forget(dom, deadline))
-        if dirs is None:
-            commit()
-        else:
-            dirs.delete(dom.name, deadline.left(), commit)
+        files.delete(self, dom, deadline, lambda: self._forget(dom, deadline))
 
     def _forget(self, dom: D, deadline: Deadline) -> None:
         if not dom.is_active:
@@ -466,16 +451,35 @@ class DomainListRules(ListBase[D]):
 
         No lock is needed; the list lock is taken per batch. A file that is wrong is skipped, logged
         and reported; a missing directory is no error. A domain whose ``NAME.xml`` in
-        `autostart_dir` is a link to its file is set to autostart. The directories are remembered in
-        the list: what any process defines, renames or undefines later reaches them.
-        `progress(done, total)` is called as it goes on; `workers` processes parse, this one among
-        them. `timeout` in seconds is for each wait: for a domain it is that file's failure, for the
-        list lock it is `LockTimeout`.
+        `autostart_dir` (default: ``autostart`` in `config_dir`) is a link to its file is set to
+        autostart. The directories are remembered in the list: what any process defines, renames or
+        undefines later reaches them, until `forget_configs`. A directory that cannot be read is
+        `ConfigError`, and what was remembered stays. `progress(done, total)` is called as it goes
+        on; `workers` processes parse, this one among them. `timeout` in seconds is for each wait:
+        for a domain it is that file's failure, for the list lock it is `LockTimeout`.
         """
-        dirs = ConfigDirs(Path(config_dir), None if autostart_dir is None else Path(autostart_dir))
-        with self.locked(timeout):
-            self._remember(dirs)
-        return load_all(self, dirs, progress, workers, timeout)
+        autostart_dir = Path(config_dir, "autostart") if autostart_dir is None else autostart_dir
+        dirs = ConfigDirs(Path(config_dir), Path(autostart_dir))
+
+        def begin() -> None:
+            with self.locked(timeout):
+                self._remember(dirs)
+
+        return load_all(self, dirs, progress, workers, timeout, begin)
+
+    def forget_configs(self, timeout: float | None = None) -> None:
+        """Forget the directories of `load_all_configs`: what is changed from now on, by whatever
+        process, reaches no file. No lock is needed; the list lock is taken.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> report = doms.load_all_configs("/no/such/directory")
+        >>> doms.forget_configs()
+        >>> doms.info.config_dir is None
+        True
+        """
+        with self._list_held(timeout):
+            self._remember(None)
 
     def save_config(self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None) -> None:
         """Write what the domain will be after its next start to the config directory
@@ -487,20 +491,7 @@ class DomainListRules(ListBase[D]):
         """
         deadline = self._deadline(timeout)
         with self._held(dom, deadline) as held:
-            self._save(held, deadline)
-
-    def _save(self, dom: D, deadline: Deadline) -> None:
-        dirs = self._remembered()
-        definition = dom.next_definition or dom.definition
-        if dirs is None:
-            return
-
-        def note() -> None:
-            dom.autostart = dom.autostart
-            dom.commit(deadline.left())
-
-        # Noted in the record, so that nobody takes a domain back whose file somebody else saved.
-        dirs.save(definition, deadline.left(), None if dom.changed else _Commit(dom, note))
+            files.save_config(self, held, deadline)
 
     def delete_config(self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None) -> None:
         """Remove the domain's config file and autostart link (virDomainDeleteConfig). A handle's
@@ -510,10 +501,7 @@ class DomainListRules(ListBase[D]):
         """
         deadline = self._deadline(timeout)
         with self._held(dom, deadline) as held:
-            dirs = self._remembered()
-            name = held.name
-            if dirs is not None:
-                dirs.delete(name, deadline.left())
+            files.delete(self, held, deadline)
 
     def set_autostart(
         self, dom: D | DomainInfo | Uuid | int, enabled: bool, timeout: float | None = None
@@ -526,28 +514,7 @@ class DomainListRules(ListBase[D]):
         """
         deadline = self._deadline(timeout)
         with self._held(dom, deadline) as held:
-            self._set_autostart(held, enabled, deadline)
-
-    def _set_autostart(self, dom: D, enabled: bool, deadline: Deadline) -> None:
-        if not dom.persistent:
-            raise DomainTransient("cannot set autostart for transient domain " + repr(dom.name))
-        if dom.changed:
-            raise UncommittedChanges(f"commit or roll back domain '{dom.name}' first")
-        dirs = self._remembered()
-
-        def change() -> None:
-            dom.autostart = enabled
-            dom.commit(deadline.left())
-
-        commit = _Commit(dom, change)
-        try:
-            if dirs is not None and (dirs.autostart_dir is not None or enabled):
-                dirs.set_autostart(dom.name, enabled, deadline.left(), commit)
-            else:
-                commit()
-        except BaseException:
-            dom.rollback()
-            raise
+            files.set_autostart(self, held, enabled, deadline)
 
     # --- listing ---
 
@@ -571,25 +538,26 @@ class DomainListRules(ListBase[D]):
         active: bool | None = None,
         persistent: bool | None = None,
         autostart: bool | None = None,
-        state: int | Iterable[int] | None = None,
+        state: int | str | Iterable[int | str] | None = None,
         definitions: bool = True,
     ) -> list[DomainInfo]:
         """The domains that fit, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
 
-        Filters are combined with AND; `state` is one `DomainState` or several, any of which do.
+        Filters are combined with AND; `state` is one `DomainState` or several, any of which do;
+        words are such, too (`DomainState.parse`).
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)
         []
         """
-        return self._scan(_filter(active, persistent, autostart, state), definitions)
+        return self._scan(Filter.of(active, persistent, autostart, state), definitions)
 
     def count(
         self,
         active: bool | None = None,
         persistent: bool | None = None,
         autostart: bool | None = None,
-        state: int | Iterable[int] | None = None,
+        state: int | str | Iterable[int | str] | None = None,
     ) -> int:
         """How many domains fit; filters as in `list` (virDomainObjListNumOfDomains)."""
-        return self._count(_filter(active, persistent, autostart, state))
+        return self._count(Filter.of(active, persistent, autostart, state))

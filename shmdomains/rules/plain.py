@@ -48,6 +48,7 @@ from .values import (
     decode_data,
     encode_data,
     not_found,
+    one_key,
 )
 
 if TYPE_CHECKING:
@@ -435,21 +436,26 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
 
     # --- finding ---
 
-    def _key(self, uuid: Uuid | None, name: str | None, id: int | None) -> Key:
-        if (uuid is not None) + (name is not None) + (id is not None) != 1:
-            raise TypeError("give exactly one of uuid=, name=, id=")
-        if uuid is not None:
-            return Key("uuid", parse_uuid(uuid))
-        if name is not None:
-            if not isinstance(name, str):
-                raise TypeError(f"a name is a str, not {type(name).__name__}")
-            return Key("name", name)
-        if not isinstance(id, int):
-            raise TypeError(f"an id is an int, not {type(id).__name__}")
-        return Key("id", id)
+    def _key(
+        self,
+        key: Uuid | int | DomainInfo | PlainDomain[R] | None,
+        uuid: Uuid | None,
+        name: str | None,
+        id: int | None,
+    ) -> Key:
+        [(kind, value)] = one_key(key, uuid, name, id).items()
+        if kind == "uuid":
+            value = parse_uuid(value)
+        elif kind == "name" and not isinstance(value, str):
+            raise TypeError(f"a name is a str, not {type(value).__name__}")
+        elif kind == "id" and not isinstance(value, int):
+            raise TypeError(f"an id is an int, not {type(value).__name__}")
+        return Key(kind, value)
 
     def lookup(
         self,
+        key: Uuid | int | DomainInfo | PlainDomain[R] | None = None,
+        /,
         *,
         uuid: Uuid | None = None,
         name: str | None = None,
@@ -459,20 +465,23 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         """Like `get`, but None when there is no such domain."""
         deadline = Deadline(timeout)
         self._usable()
-        return self._find(self._key(uuid, name, id), deadline)
+        return self._find(self._key(key, uuid, name, id), deadline)
 
     def get(
         self,
+        key: Uuid | int | DomainInfo | PlainDomain[R] | None = None,
+        /,
         *,
         uuid: Uuid | None = None,
         name: str | None = None,
         id: int | None = None,
         timeout: float | None = None,
     ) -> PlainDomain[R]:
-        """The domain with this uuid, name or id, locked; see `ListBase.get`."""
-        dom = self.lookup(uuid=uuid, name=name, id=id, timeout=timeout)
+        """The domain with this key (`values.key_of`), locked; see `ListBase.get`."""
+        wanted = one_key(key, uuid, name, id)
+        dom = self.lookup(**wanted, timeout=timeout)
         if dom is None:
-            raise not_found(uuid, name, id)
+            raise not_found(**wanted)
         return dom
 
     def find_by_uuid(self, uuid: Uuid, timeout: float | None = None) -> PlainDomain[R] | None:
@@ -549,6 +558,8 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
 
     def peek(
         self,
+        key: Uuid | int | DomainInfo | PlainDomain[R] | None = None,
+        /,
         *,
         uuid: Uuid | None = None,
         name: str | None = None,
@@ -558,10 +569,10 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         """The committed state of one domain, or None. Takes no lock."""
         Deadline(timeout)
         self._usable()
-        key = self._key(uuid, name, id)
-        record = self._store.find(key)
+        wanted = self._key(key, uuid, name, id)
+        record = self._store.find(wanted)
         info = None if record is None else self._store.read(record)
-        return info if info is not None and getattr(info, key.kind) == key.value else None
+        return info if info is not None and getattr(info, wanted.kind) == wanted.value else None
 
     def snapshot(self, definitions: bool = True) -> list[DomainInfo]:
         """All domains, each as it was committed."""

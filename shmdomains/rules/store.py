@@ -73,6 +73,25 @@ class Filter(NamedTuple):
     autostart: bool | None = None
     states: frozenset[DomainState] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        active: bool | None = None,
+        persistent: bool | None = None,
+        autostart: bool | None = None,
+        state: int | str | Iterable[int | str] | None = None,
+    ) -> Filter:
+        """What a caller of `list` asks for: one state or several, as numbers or in words.
+
+        >>> Filter.of(state="shut off").states
+        frozenset({<DomainState.SHUTOFF: 5>})
+        """
+        if state is None:
+            return cls(active, persistent, autostart)
+        states = [state] if isinstance(state, (int, str)) else state
+        wanted = (DomainState.parse(s) if isinstance(s, str) else DomainState(s) for s in states)
+        return cls(active, persistent, autostart, frozenset(wanted))
+
     def fits(self, info: DomainInfo) -> bool:
         """Whether the domain is one of those that are asked for."""
         return (

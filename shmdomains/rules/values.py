@@ -150,6 +150,24 @@ def key_of(key: Any) -> dict[str, Any]:
     return {"uuid": uuid}
 
 
+def one_key(key: Any, uuid: Uuid | None, name: str | None, id: int | None) -> dict[str, Any]:
+    """Return the one key that a call was given, by position (`key_of`) or by keyword.
+
+    >>> one_key("web1", None, None, None), one_key(None, None, None, 3)
+    ({'name': 'web1'}, {'id': 3})
+    >>> one_key(None, None, None, None)
+    Traceback (most recent call last):
+    ...
+    TypeError: give exactly one of uuid=, name=, id=, or a key by position
+    """
+    keys: list[dict[str, Any]] = [] if key is None else [key_of(key)]
+    named = {"uuid": uuid, "name": name, "id": id}
+    keys += [{field: value} for field, value in named.items() if value is not None]
+    if len(keys) != 1:
+        raise TypeError("give exactly one of uuid=, name=, id=, or a key by position")
+    return keys[0]
+
+
 def not_found(
     uuid: Uuid | None = None, name: str | None = None, id: int | None = None
 ) -> DomainNotFound:

@@ -168,12 +168,10 @@ def _room_for(files: list[Path], count: int) -> int | None:
 
 
 def _load_files(doms: DomainList, config_dir: Path, view: View) -> list[tuple[bytes, str]]:
-    autostart = config_dir / "autostart"
     with view.progress(f"loading {config_dir}") as show:
-        report = doms.load_all_configs(config_dir, autostart if autostart.is_dir() else None, show)
+        report = doms.load_all_configs(config_dir, progress=show)
     # The directory is the user's: what the workers define and remove must not reach it.
-    with doms.locked():
-        doms._set_settings(b"")
+    doms.forget_configs()
     for failure in report.failures[: proof.EXAMPLES]:
         view.say(f"not loaded: {failure}", "yellow")
     if not report.loaded:
