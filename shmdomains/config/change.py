@@ -33,11 +33,10 @@ from typing import Any, Protocol
 
 import filelock
 import msgspec
-import psutil
 
 from ..deadline import check_timeout
 from ..errors import AlreadyLocked, ConfigError, LockTimeout, ShmDomainsError
-from ..files import TEMPORARY, discard, sync_directory, temporary_name
+from ..files import TEMPORARY, discard, flock_holder, sync_directory, temporary_name
 from ..names import check_name
 from ..text import shown_path
 from ..xml.definition import DomainDef
@@ -276,7 +275,7 @@ class _DirectoryLock:
         except filelock.Timeout as exc:
             raise LockTimeout(
                 f"config directory {shown_path(self._directory)}: its lock was not free within "
-                f"{timeout:g} s; {_lock_holder(self._path)}"
+                f"{timeout:g} s; {self._holder()}"
             ) from exc
         except (NotImplementedError, OSError) as exc:
             if getattr(exc, "errno", errno.ENOSYS) not in _NO_LOCKS:
@@ -291,6 +290,12 @@ class _DirectoryLock:
     def release(self) -> None:
         self._lock.release(force=True)
 
+    def _holder(self) -> str:
+        try:
+            return flock_holder(os.stat(self._path))
+        except OSError:
+            return "its holder is not known"
+
 
 def _check_lock_file(path: Path) -> None:
     """Where others may write it may be a trap: some releases of filelock truncate what a link leads
@@ -298,22 +303,6 @@ def _check_lock_file(path: Path) -> None:
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ConfigError(errno.EPERM, "it is no regular file; remove it", str(path))
-
-
-def _lock_holder(path: Path) -> str:
-    """Say who has the flock on `path`, as far as the kernel tells."""
-    try:
-        status = os.stat(path)
-        major, minor = os.major(status.st_dev), os.minor(status.st_dev)
-        entry = f"{major:02x}:{minor:02x}:{status.st_ino}"
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5] == entry:
-                pid = int(fields[4])
-                return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())}) holds it"
-    except (OSError, ValueError, IndexError, psutil.Error):
-        pass
-    return "its holder is not known"
 
 
 # --- writing --------------------------------------------------------------------------------
