@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from . import awake, limits, loading, results
+from . import awake, limits, loading, results, starting
 from .contestants import ALL, Contestant, NotOfferedError
 from .contestants.base import MEMORY, memory_folder
 from .host import FailedError, Host
@@ -68,6 +68,7 @@ class Runner:
 
     def run(self) -> Results:
         self._limits()
+        self._starting()
         self._loading()
         for domains in self._plan.sizes:
             self._stage(domains)
@@ -89,6 +90,11 @@ class Runner:
         for name, title in limits.NAMES.items():
             self.results.add(name, title, 0, [run[name] for run in runs])
         program.close()
+
+    def _starting(self) -> None:
+        self._say("starting")
+        for name, seconds in starting.measure(self._plan.rounds).items():
+            self.results.add("start", name, 0, seconds)
 
     def _loading(self) -> None:
         count = self._plan.files

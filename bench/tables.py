@@ -87,7 +87,7 @@ def tables(results: Results) -> Iterator[Table]:
             made = _table(results, f"{domains:,} domains: {title}", domains, columns)
             if made is not None:
                 yield made
-    others = Table("", "µs", title="limits, and j: µs a file")
+    others = Table("", "µs", title="limits, m: a start, and j: µs a file")
     for figure in results.figures:
         if figure.domains == 0 or figure.work == "load":
             workers = "" if figure.workers == 1 else f", {figure.workers} workers"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from . import world
+from . import starting, world
 from .results import Results
 
 OURS, DICT, HAND, LMDB = "shmdomains", "dict + threading.Lock", "shared_memory by hand", "LMDB"
@@ -163,6 +163,15 @@ def _loading(results: Results) -> Iterator[Target]:
     yield _at_least("j", "2 workers, their start aside: one", 1.7, _ratio(one, aside))
 
 
+def _starting(results: Results) -> Iterator[Target]:
+    bare, imported, listed = (
+        results.get("start", name, 0) for name in (starting.BARE, starting.IMPORT, starting.LIST)
+    )
+    beyond = None if imported is None or bare is None else imported - bare
+    yield _at_most("m", "import shmdomains, beyond bare Python", 0.06, beyond, 1e3, "ms")
+    yield _at_most("m", "shmdomains list", 0.12, listed, 1e3, "ms")
+
+
 def evaluate(results: Results) -> list[Target]:
     sizes = sorted({figure.domains for figure in results.figures if figure.work == "read_state"})
     first, largest = (sizes[0], sizes[-1]) if sizes else (1_000, 1_000_000)
@@ -176,6 +185,7 @@ def evaluate(results: Results) -> list[Target]:
         *_rest(results, first),
         *_room(results, largest),
         *_loading(results),
+        *_starting(results),
     ]
 
 

@@ -51,6 +51,7 @@ from .errors import (
     WrongList,
 )
 from .holder import LockHolder
+from .lazy import preload
 from .memory.domain import Domain
 from .memory.domain_list import (
     AttachedProcess,
@@ -155,6 +156,7 @@ __all__ = [
     "Unavailable",
     "UncommittedChanges",
     "WrongList",
+    "preload",
     "segments",
     "unlink",
 ]

@@ -2,7 +2,7 @@
 
 Everything that shmdomains raises on purpose is a `ShmDomainsError`, so one ``except`` catches it
 all. Where Python has a built-in exception of the same meaning the class is that one too:
-`LockTimeout` is a `TimeoutError`, `DomainNotFound` a `LookupError`, `DefinitionError` a
+`LockTimeout` is a `TimeoutError`, `DomainNotFound` a `KeyError`, `DefinitionError` a
 `ValueError`. Messages name the thing, the holder and what to do next.
 
 Three names are reserved for stores that reach over a network and are never raised by shared
@@ -82,8 +82,10 @@ class Busy(ShmDomainsError, TimeoutError):
 # --- domains --------------------------------------------------------------------------------
 
 
-class DomainNotFound(ShmDomainsError, LookupError):
+class DomainNotFound(ShmDomainsError, KeyError):
     """No domain has this uuid, name or id."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
 
 
 class DomainExists(ShmDomainsError):

@@ -13,8 +13,14 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+from .lazy import LazyModule
+
+if TYPE_CHECKING:
+    import psutil
+else:
+    psutil = LazyModule("psutil")
 
 TEMPORARY = re.compile(r"\.tmp-([1-9][0-9]*)-[0-9]+")
 """A temporary name; its group is the pid of the process that made it."""

@@ -22,7 +22,7 @@ MAX_NAME_BYTES = 251
 """255, the longest file name, less four for ``.xml``."""
 
 # What XML 1.0 can not carry, not even escaped; lone surrogates have no UTF-8 form either.
-_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NO_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 # virUUIDParse: blanks around it; before each pair of digits any number of '-' and ' '. The blanks
 # are stripped beforehand: a pattern that has them twice takes quadratic time for many.

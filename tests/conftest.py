@@ -24,6 +24,7 @@ import psutil
 import pytest
 from helpers import STORES, Home, Party, Process, Store, thread_party
 from killing import Child, Nursery, Planted, driver
+from shell import WEB1, invoke
 
 from shmdomains import DomainDef, DomainList
 
@@ -328,3 +329,28 @@ def planted(doms: DomainList, path: str) -> Iterator[Planted]:
         pytest.fail("no C compiler, so nobody says where the words of a segment lie")
     with Planted(path) as planted:
         yield planted
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "etc"
+    directory.mkdir()
+    (directory / "web1.xml").write_text(
+        helpers.xml("web1", WEB1, memory=2048, vcpus=2, title="Front end")
+    )
+    for name in ("db1", "Web2", "café ☕"):
+        (directory / f"{name}.xml").write_text(helpers.xml(name))
+    return directory
+
+
+@pytest.fixture
+def loaded(segment_dir: Path, config_dir: Path) -> Iterator[DomainList]:
+    """The segment ``default``, loaded from `config_dir`."""
+    (config_dir / "autostart").mkdir()
+    invoke("load", config_dir)
+    with DomainList.attach() as doms:
+        yield doms
+        assert doms.closed or doms.check().problems == []

@@ -23,6 +23,7 @@ PR_SET_DUMPABLE = 4
 
 
 def _import_what_may_be_needed() -> None:
+    shmdomains.preload()
     with DomainList() as doms:
         doms.define(xml("web1"))
         with doms.get(name="web1") as dom:

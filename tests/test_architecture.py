@@ -17,16 +17,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
-    [
-        "errors",
-        "states",
-        "names",
-        "holder",
-        "packing",
-        "text",
-        "files",
-        "deadline",
-    ],  # the vocabulary
+    # The vocabulary.
+    ["errors", "states", "names", "holder", "packing", "text", "files", "deadline", "lazy"],
     ["xml"],
     ["config"],
     ["rules"],

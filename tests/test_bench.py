@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import awake, host, limits, plot, run, tables, targets, work, world
+from bench import awake, host, limits, plot, run, starting, tables, targets, work, world
 from bench.contestants import ALL, Contestant
 from bench.contestants.base import MEMORY
 from bench.contestants.in_process import InProcess
@@ -223,7 +223,8 @@ def test_a_run_measures_every_work(results: Results) -> None:
     room = {"bytes per domain", "create", "attach", "fork", "private"}
     others = {"load", "kept while listed", "slower while written", "blocks others"}
     assert measured >= singles | parties | room | others
-    assert {figure.work for figure in results.figures if figure.domains == 0} == {*limits.NAMES}
+    alone = {figure.work for figure in results.figures if figure.domains == 0}
+    assert alone == {*limits.NAMES, "start"}
 
 
 def test_results_are_kept_without_a_place_or_a_name(results: Results, tmp_path: Path) -> None:
@@ -246,6 +247,7 @@ def test_tables_show_what_was_measured(results: Results) -> None:
         "2 workers",
         "lock and unlock",
         "not blocked",
+        "shmdomains list",
     ):
         assert text in out.getvalue()
 
@@ -269,6 +271,16 @@ def test_targets_are_ratios_of_the_run() -> None:
     results.add("miss", "dict + threading.Lock", 1_000, [0.6e-6])
     found = {target.what: target for target in targets.evaluate(results)}
     assert found["miss, 1,000: dict + threading.Lock"].met is False
+
+
+def test_a_start_has_its_targets() -> None:
+    results = Results(made="", machine={}, versions={})
+    for name, seconds in ((starting.BARE, 0.02), (starting.IMPORT, 0.07), (starting.LIST, 0.13)):
+        results.add("start", name, 0, [seconds])
+    found = {target.what: target for target in targets.evaluate(results)}
+    imported = found["import shmdomains, beyond bare Python"]
+    assert (imported.wanted, imported.reached, imported.met) == ("≤ 60 ms", "50 ms", True)
+    assert found["shmdomains list"].met is False
 
 
 def test_plots_are_drawn_from_a_file_for_light_and_dark(results: Results, tmp_path: Path) -> None:

@@ -9,84 +9,39 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from helpers import thread_party, xml
+from lxml import etree
+from shell import (
+    DEADLINE,
+    WEB1,
+    activate,
+    define_failure,
+    environment,
+    failure,
+    invoke,
+    on_terminal,
+    out,
+    process,
+    program,
+    read_json,
+)
 
 import shmdomains
-from shmdomains import DomainList, DomainState
+from shmdomains import DomainList, DomainState, PausedReason
 from shmdomains.cli import cli, domains, tables, types
 
 SAMPLES = Path(__file__).parent / "data" / "domains"
-DEADLINE = 30
-WEB1 = "11111111-2222-3333-4444-555555555555"
-
-
-def _runner() -> CliRunner:
-    try:
-        return CliRunner(mix_stderr=False)  # type: ignore[call-arg]  # click before 8.2
-    except TypeError:
-        return CliRunner()
-
-
-def invoke(*args: object, status: int = 0, input: str | bytes | None = None) -> Result:
-    """Run a command; fails on another exit status and on whatever would be a traceback."""
-    result = _runner().invoke(cli, [str(arg) for arg in args], input=input, catch_exceptions=False)
-    assert result.exit_code == status, result.stdout + result.stderr
-    return result
-
-
-def out(*args: object, **more: Any) -> list[str]:
-    """The lines of a command that prints nothing on stderr."""
-    result = invoke(*args, **more)
-    assert result.stderr == ""
-    return result.stdout.splitlines()
-
-
-def failure(*args: object, **more: Any) -> str:
-    """The one line that a failing command prints on stderr."""
-    result = invoke(*args, status=1, **more)
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
-    return result.stderr.removeprefix("error: ").rstrip("\n")
-
-
-def read_json(*args: object, **more: Any) -> Any:
-    return json.loads(invoke(*args, "--format", "json", **more).stdout)
-
-
-@pytest.fixture
-def config_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "etc"
-    directory.mkdir()
-    (directory / "web1.xml").write_text(xml("web1", WEB1, memory=2048, vcpus=2, title="Front end"))
-    for name in ("db1", "Web2", "café ☕"):
-        (directory / f"{name}.xml").write_text(xml(name))
-    return directory
-
-
-@pytest.fixture
-def loaded(segment_dir: Path, config_dir: Path) -> Iterator[DomainList]:
-    """The segment ``default``, loaded from `config_dir`."""
-    (config_dir / "autostart").mkdir()
-    invoke("load", config_dir)
-    with DomainList.attach() as doms:
-        yield doms
-        assert doms.closed or doms.check().problems == []
-
-
-def activate(doms: DomainList, name: str, state: DomainState = DomainState.RUNNING) -> int:
-    with doms.get(name=name) as dom:
-        return dom.activate(pid=4711, state=state, reason=0)
 
 
 # --- load -----------------------------------------------------------------------------------
@@ -298,6 +253,7 @@ def test_a_name_can_not_break_a_line_of_a_table(loaded: DomainList) -> None:
     loaded.define(xml("tab\tbell\x9b"))
     assert " -    tab\\tbell\\x9b   shut off" in out("list", "--all")
     assert "tab\tbell\x9b" in invoke("list", "--all", "--name").stdout  # scripts get the name
+    assert invoke("domname", "tab\tbell\x9b").stdout == "tab\tbell\x9b\n"
 
 
 # --- one domain -----------------------------------------------------------------------------
@@ -385,6 +341,35 @@ def test_dumpxml(loaded: DomainList) -> None:
     assert invoke("dumpxml", "db1", "--inactive").stdout == invoke("dumpxml", "db1").stdout
 
 
+def test_dumpxml_of_an_active_domain_has_its_id(loaded: DomainList) -> None:
+    document = xml("brought", WEB1.replace("1", "6"), extra="<!-- <domain id='5'> -->")
+    loaded.define(document.replace("<domain ", "<domain id='7' ", 1))  # of where it came from
+    plain = xml("plain", WEB1.replace("1", "7"))
+    loaded.define(plain)
+    assert invoke("dumpxml", "plain").stdout == plain
+    assert etree.fromstring(invoke("dumpxml", "brought").stdout).get("id") is None
+    activate(loaded, "db1")
+    assert activate(loaded, "brought") == 2
+    root = etree.fromstring(invoke("dumpxml", "brought").stdout)
+    assert (root.get("id"), root.get("type"), root.findtext("name")) == ("2", "kvm", "brought")
+    assert "<!-- <domain id='5'> -->" in invoke("dumpxml", "brought").stdout
+    assert etree.fromstring(invoke("dumpxml", "brought", "--inactive").stdout).get("id") is None
+    out("define", "-", input=invoke("dumpxml", "brought").stdout)  # it is ignored there
+
+
+def test_the_words_of_one_domain(loaded: DomainList) -> None:
+    assert activate(loaded, "web1") == 1
+    assert out("domid", "web1") == ["1"] and out("domid", "db1") == ["-"]
+    assert out("domname", "1") == out("domname", WEB1) == ["web1"]
+    assert out("domuuid", "1") == [WEB1]
+    assert out("domstate", "web1") == ["running"] and out("domstate", "db1") == ["shut off"]
+    with loaded.get(name="web1") as dom:
+        dom.set_state(DomainState.PAUSED, PausedReason.USER)
+    assert out("domstate", "web1", "--reason") == ["paused (user)"]
+    for command in ("domid", "domname", "domuuid", "domstate"):
+        assert failure(command, "nope") == "failed to get domain 'nope'"
+
+
 def test_define_from_files_and_standard_input(
     loaded: DomainList, config_dir: Path, tmp_path: Path
 ) -> None:
@@ -412,15 +397,31 @@ def test_define_goes_on_after_a_wrong_file(loaded: DomainList, tmp_path: Path) -
     paths = [tmp_path / name for name in ("nope", "clash", "wrong", ".", "good")]
     result = invoke("define", *paths, status=1)
     assert result.stdout == f"Domain 'good' defined from {tmp_path}/good\n"
-    nope, clash, wrong, directory = result.stderr.splitlines()
+    lines = result.stderr.splitlines()
+    files, (nope, clash, wrong, directory) = lines[::2], lines[1::2]
+    # Each as virsh names it: the file first, then what is wrong with it.
+    assert files == [f"error: Failed to define domain from {path}" for path in paths[:-1]]
     assert nope == f"error: {tmp_path}/nope: No such file or directory"
-    assert clash == f"error: {tmp_path}/clash: domain 'web1' already exists with uuid {WEB1}"
-    assert wrong.startswith(f"error: {tmp_path}/wrong: ") and "line 2" in wrong
+    assert clash == f"error: domain 'web1' already exists with uuid {WEB1}"
+    assert wrong.startswith("error: ") and "line 2" in wrong
     assert directory == f"error: {tmp_path}: Is a directory"
 
 
+def test_define_stops_at_what_the_other_files_would_meet_too(
+    segment_dir: Path, tmp_path: Path
+) -> None:
+    out("create", "--max-domains", 1)
+    for name in ("one", "two", "three"):
+        (tmp_path / name).write_text(xml(name))
+    result = invoke("define", *(tmp_path / name for name in ("one", "two", "three")), status=1)
+    assert result.stdout == f"Domain 'one' defined from {tmp_path}/one\n"
+    first, second = result.stderr.splitlines()
+    assert first == f"error: Failed to define domain from {tmp_path}/two"
+    assert second.startswith("error: define a domain: the segment is full")
+
+
 def test_define_reads_no_more_than_a_definition_may_have(loaded: DomainList) -> None:
-    assert "more than 16777216" in failure("define", "/dev/zero")
+    assert "more than 16777216" in define_failure(file="/dev/zero")
 
 
 def test_define_of_an_active_domain_is_for_later(loaded: DomainList) -> None:
@@ -439,6 +440,16 @@ def test_undefine(loaded: DomainList, config_dir: Path) -> None:
     assert out("undefine", "1") == ["Domain 'db1' has been undefined"]
     assert loaded.peek(name="db1").persistent is False
     assert failure("undefine", "db1") == "domain 'db1' is transient: cannot undefine it"
+
+
+def test_what_has_no_next_start_is_not_updated(loaded: DomainList) -> None:
+    activate(loaded, "web1")
+    loaded.define(xml("web1", WEB1, memory=4096))
+    assert read_json("dominfo", "web1")["updated"] is True
+    out("undefine", "web1")
+    assert loaded.peek(name="web1").next_definition is not None
+    assert read_json("dominfo", "web1")["updated"] is False
+    assert "Updated" not in invoke("dominfo", "web1").stdout
 
 
 def test_rename(loaded: DomainList, config_dir: Path) -> None:
@@ -482,7 +493,7 @@ def test_a_config_directory_that_can_not_be_written(loaded: DomainList, config_d
 @pytest.mark.parametrize(
     "command",
     [
-        ["define", "-"],
+        ["define"],
         ["undefine", "web1"],
         ["rename", "web1", "web9"],
         ["autostart", "web1"],
@@ -490,11 +501,13 @@ def test_a_config_directory_that_can_not_be_written(loaded: DomainList, config_d
     ids=lambda command: command[0],
 )
 def test_a_locked_domain_names_its_holder(loaded: DomainList, command: list[str]) -> None:
+    name, *args = command
+    fail = define_failure if name == "define" else partial(failure, name)
     with thread_party(doms=loaded) as other:
         other.tell("dom = doms.get(name='web1')")
         before = time.monotonic()
         for timeout in ("0", "0.05"):
-            line = failure(*command, "--timeout", timeout, input=xml("web1", WEB1))
+            line = fail(*args, "--timeout", timeout, input=xml("web1", WEB1))
             assert f"held by process {os.getpid()}" in line
         assert time.monotonic() - before < 5
         assert out("dominfo", "web1") and out("check") and out("list", "--all")  # wait for nobody
@@ -551,7 +564,7 @@ def test_a_segment_that_is_not_there(segment_dir: Path) -> None:
         ["list"],
         ["dominfo", "web1"],
         ["dumpxml", "web1"],
-        ["define", "-"],
+        ["domstate", "web1"],
         ["undefine", "web1"],
         ["rename", "a", "b"],
         ["autostart", "web1"],
@@ -582,7 +595,7 @@ def test_segments_shows_who_is_attached(loaded: DomainList, segment_dir: Path) -
         "print('attached', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    with _process("-c", code, "a worker", stdin=subprocess.PIPE) as worker:
+    with process("-c", code, "a worker", stdin=subprocess.PIPE) as worker:
         assert worker.stdout.readline() == b"attached\n"
         head, rule, row, *more = out("segments")
         assert head.split() == ["Name", "Domains", "Active", "Room", "Memory", "Attached"]
@@ -688,7 +701,7 @@ def test_recover(loaded: DomainList, segment_dir: Path) -> None:
         "doms.lock(); dom = doms.find_by_name('web1'); other = doms.find_by_name('db1')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    with _process("-c", code) as worker:
+    with process("-c", code) as worker:
         worker.wait(DEADLINE)
     with thread_party(doms=loaded) as other:
         other.tell("dom = doms.get(name='Web2')")
@@ -778,36 +791,6 @@ def test_import_of_what_is_no_export(segment_dir: Path, tmp_path: Path) -> None:
 # --- the program ----------------------------------------------------------------------------
 
 
-ROOT = Path(shmdomains.__file__).parents[1]
-
-
-def _environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    unset = ("NO_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
-    plain = {name: value for name, value in os.environ.items() if name not in unset}
-    return {**plain, "PYTHONPATH": path, "TERM": "xterm", **more}
-
-
-def _process(*args: object, **more: Any) -> subprocess.Popen[bytes]:
-    more.setdefault("stdout", subprocess.PIPE)
-    more.setdefault("env", _environment())
-    return subprocess.Popen([sys.executable, *map(str, args)], **more)
-
-
-def program(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m shmdomains``."""
-    more.setdefault("stdout", subprocess.PIPE)
-    more.setdefault("env", _environment())
-    return subprocess.run(
-        [sys.executable, "-m", "shmdomains", *map(str, args)],
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="surrogateescape",
-        timeout=DEADLINE,
-        **more,
-    )
-
-
 def test_the_program(segment_dir: Path, config_dir: Path) -> None:
     done = program("load", config_dir)
     assert (done.returncode, done.stderr) == (0, "")
@@ -830,7 +813,7 @@ def test_every_command_has_help(segment_dir: Path) -> None:
 @pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
 def either_output(request: pytest.FixtureRequest) -> dict[str, str]:
     """An environment. Unbuffered, Python does not notice that a write was cut short."""
-    return _environment(PYTHONUNBUFFERED=request.param)
+    return environment(PYTHONUNBUFFERED=request.param)
 
 
 @pytest.mark.parametrize(
@@ -846,13 +829,11 @@ def test_a_reader_that_goes_away(
         doms.define(xml("big", extra=f"<!-- {'x' * 200_000} -->"))
         for number in range(1000):
             doms.define(xml(f"vm-{number}"))
-    with _process(
-        "-m", "shmdomains", *command, stderr=subprocess.PIPE, env=either_output
-    ) as process:
-        assert process.stdout.read(1)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait(DEADLINE) == 1
+    with process("-m", "shmdomains", *command, stderr=subprocess.PIPE, env=either_output) as writer:
+        assert writer.stdout.read(1)
+        writer.stdout.close()
+        assert writer.stderr.read() == b""
+        assert writer.wait(DEADLINE) == 1
 
 
 def test_a_full_disk(loaded: DomainList, either_output: dict[str, str]) -> None:
@@ -882,7 +863,7 @@ def test_streams_that_are_closed(loaded: DomainList) -> None:
     def run(shell: str) -> int:
         command = [sys.executable, "-m", "shmdomains"]
         return subprocess.run(
-            ["sh", "-c", f'"$@" {shell}', "sh", *command], env=_environment(), timeout=DEADLINE
+            ["sh", "-c", f'"$@" {shell}', "sh", *command], env=environment(), timeout=DEADLINE
         ).returncode
 
     assert run("list >&-") == 0
@@ -894,55 +875,32 @@ def test_streams_that_are_closed(loaded: DomainList) -> None:
 def test_ctrl_c(loaded: DomainList, command: list[str]) -> None:
     with thread_party(doms=loaded) as other:
         other.tell("dom = doms.get(name='web1')")
-        with _process(
+        with process(
             "-m", "shmdomains", *command, stdin=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
+        ) as waiting:
             end = time.monotonic() + DEADLINE
-            while process.pid not in [one.pid for one in loaded.info.attached]:
-                assert time.monotonic() < end and process.poll() is None
-            process.send_signal(signal.SIGINT)
-            assert process.wait(DEADLINE) == 130
-            assert process.stderr.read() == b""
+            while waiting.pid not in [one.pid for one in loaded.info.attached]:
+                assert time.monotonic() < end and waiting.poll() is None
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(DEADLINE) == 130
+            assert waiting.stderr.read() == b""
         other.tell("dom.unlock()")
     assert loaded.peek(name="web1") is not None
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
 def test_a_terminal_that_can_not_show_a_name(loaded: DomainList, encoding: str) -> None:
-    environment = _environment(PYTHONIOENCODING=encoding)
+    speaks = environment(PYTHONIOENCODING=encoding)
     name = "café ☕".encode(encoding, "backslashreplace").decode(encoding)
-    done = program("list", "--all", "--name", env=environment)
+    done = program("list", "--all", "--name", env=speaks)
     assert os.fsencode(done.stdout.splitlines()[0]) == name.encode(encoding)
-    records = json.loads(program("list", "--all", "--format", "json", env=environment).stdout)
+    records = json.loads(program("list", "--all", "--format", "json", env=speaks).stdout)
     assert records[0]["name"] == "café ☕"
-    document = program("dumpxml", "café ☕", env=environment).stdout
+    document = program("dumpxml", "café ☕", env=speaks).stdout
     assert "<name>café ☕</name>" in document  # XML without a declaration is UTF-8
 
 
 # --- on a terminal --------------------------------------------------------------------------
-
-
-def on_terminal(*args: object, **more: str) -> str:
-    """What a terminal of 80 columns gets to see, on either stream."""
-    ours, theirs = pty.openpty()
-    with _process(
-        "-m", "shmdomains", *args, stdin=theirs, stdout=theirs, stderr=theirs,
-        env=_environment(**more), start_new_session=True,
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        seen = b""
-        while block := _read_terminal(ours):
-            seen += block
-        process.wait(DEADLINE)
-    os.close(ours)
-    return seen.decode().replace("\r\n", "\n")
-
-
-def _read_terminal(fd: int) -> bytes:
-    try:
-        return os.read(fd, 65536)
-    except OSError:  # how Linux says that the other side is closed
-        return b""
 
 
 def test_colours_are_for_terminals(mixed: DomainList) -> None:
@@ -967,12 +925,12 @@ def test_what_makes_no_sense_on_a_terminal(loaded: DomainList) -> None:
 
 
 def completions(shell: str, *words: str) -> list[str]:
-    environment = {
+    typed = {
         "_SHMDOMAINS_COMPLETE": f"{shell}_complete",
         "COMP_WORDS": ("\n" if shell == "bash" else " ").join(["shmdomains", *words]),
         "COMP_CWORD": words[-1] if shell == "fish" else str(len(words)),
     }
-    done = program(env=_environment(**environment))
+    done = program(env=environment(**typed))
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
 
@@ -1025,7 +983,7 @@ def test_completion_in_bash(loaded: DomainList, tmp_path: Path, typed: str, comp
     path = os.pathsep.join([str(shim.parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "--norc", "-c", script, "bash", typed],
-        env=_environment(PATH=path, LC_ALL="C.UTF-8"),
+        env=environment(PATH=path, LC_ALL="C.UTF-8"),
         capture_output=True,
         text=True,
         timeout=DEADLINE,

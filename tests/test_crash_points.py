@@ -17,7 +17,7 @@ from crash_driver import OPERATIONS, UNSIGNED
 from helpers import SOAK
 
 PATIENCE = 3600 if SOAK else 60  # seconds for one operation
-RECOVERIES = 1547  # deaths in recoveries that are known, all cases together
+RECOVERIES = 1491  # deaths in recoveries that are known, all cases together
 
 CASES = [pytest.param(name, "robust", id=name) for name in OPERATIONS] + [
     pytest.param(name, "multiprocessing", id=f"{name}, multiprocessing")
@@ -60,7 +60,8 @@ def test_killed_at_every_store(
 
 @pytest.mark.soak
 def test_how_many_points(covered: dict[str, int], tried: Callable[[str, int], None]) -> None:
-    if covered["operations"] == len(CASES):
-        assert covered["recoveries"] >= RECOVERIES
+    if covered["operations"] != len(CASES):
+        pytest.skip(f"{covered['operations']} of {len(CASES)} operations ran: nothing to compare")
+    assert covered["recoveries"] >= RECOVERIES
     tried("kills at a store of an operation", covered["cases"])
     tried("kills at a store of its recovery", covered["recoveries"])

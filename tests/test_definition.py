@@ -253,6 +253,18 @@ def test_garbage_is_never_another_exception(data: bytes) -> None:
 
 # --- what libvirt refuses -------------------------------------------------------------------
 
+# virDomainVirtType of libvirt 9.0.0.
+VIRT_TYPES = (
+    *("none", "qemu", "kqemu", "kvm", "xen", "lxc", "uml", "openvz", "test", "vmware", "hyperv"),
+    *("vbox", "phyp", "parallels", "bhyve", "vz", "hvf"),
+)
+
+
+@pytest.mark.parametrize("virt_type", VIRT_TYPES)
+def test_every_type_that_libvirt_knows_is_read(virt_type: str) -> None:
+    assert DomainDef.from_xml(xml(attributes=f" type='{virt_type}'")).type == virt_type
+
+
 NUMA = "<cpu><numa><cell id='0' cpus='0' memory='512' unit='MiB'/></numa></cpu>"
 
 
@@ -263,6 +275,8 @@ NUMA = "<cpu><numa><cell id='0' cpus='0' memory='512' unit='MiB'/></numa></cpu>"
         (xml(attributes=" type='kvm' xmlns='u:x'"), None, "expecting root element"),
         (xml(attributes=""), "domain", "missing domain type attribute"),
         (xml(attributes=" type=''"), "domain", "missing domain type attribute"),
+        (xml(attributes=" type='nosuch'"), "domain", "invalid domain type nosuch"),
+        (xml(attributes=" type='KVM'"), "domain", "invalid domain type KVM"),
         (xml(name=""), "domain", "missing name information"),
         (xml(name="<name/>"), "name", "missing name information"),
         (xml(name="<name>a/b</name>"), "name", "name a/b cannot contain '/'"),
@@ -413,7 +427,7 @@ def test_what_only_a_driver_can_know_is_accepted() -> None:
     definition = read(
         "<devices><disk type='holographic'><source x='1'/></disk><graphics port='many'/>"
         "<hostdev type='pci'><source><address bus='what'/></source></hostdev><warp/></devices>",
-        attributes=" type='tomorrow'",
+        attributes=" type='vz'",
         os="<os><type arch='rv256'>hologram</type></os>",
     )
     assert definition.disks == (DiskDef(None, type="holographic"),)
@@ -637,6 +651,7 @@ def test_counts_replace_the_list_of_vcpus() -> None:
         ({"description": 5}, DefinitionError, "must be a str"),
         ({"type": ""}, DefinitionError, "empty"),
         ({"type": None}, DefinitionError, "must be a str"),
+        ({"type": "nosuch"}, DefinitionError, "invalid domain type nosuch (<type>)"),
         ({"memory": 0}, DefinitionError, "from 1 to"),
         ({"memory": 2**53}, DefinitionError, "from 1 to"),
         ({"memory": True}, DefinitionError, "must be an int"),
@@ -687,7 +702,7 @@ CHANGES = st.fixed_dictionaries(
         "uuid": st.none() | st.uuids(),
         "title": st.none() | TEXT,
         "description": st.none() | st.text("a \t\n\r<&>\"']]>é☕", max_size=20),
-        "type": TEXT.filter(bool),
+        "type": st.sampled_from(VIRT_TYPES),
         "memory": st.integers(1, 2**53 - 1),
         "current_memory": st.integers(0, 2**53 - 1),
         # From 4: fewer than are in use is refused, and no sample uses more of a larger maximum.

@@ -642,9 +642,12 @@ def test_commit_is_a_point_of_no_return(web1: Domain, doms: DomainList) -> None:
 
 
 def test_commit_and_rollback_of_nothing(web1: Domain, doms: DomainList) -> None:
+    before, receipt = doms.peek("web1"), web1._receipt
     for call in (web1.commit, web1.rollback, web1.commit):
         assert call() is None
-    assert web1.is_locked and not web1.changed
+        assert web1.is_locked and not web1.changed
+        assert web1._receipt == receipt  # nothing was stored
+    assert doms.peek("web1") == before
 
 
 def test_many_commits_in_one_hold(web1: Domain, doms: DomainList) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import os
 import pickle
@@ -55,7 +56,7 @@ from shmdomains import (
     UncommittedChanges,
     WrongList,
 )
-from shmdomains.memory._core.core import Deadline
+from shmdomains.memory._core import core
 from shmdomains.xml.definition import EncodedDef
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -429,10 +430,10 @@ def test_a_timeout_over_several_waits_that_need_not_wait(
 
 def test_a_deadline_is_what_is_left_of_a_timeout() -> None:
     for forever in (None, math.inf, 1e12):
-        assert Deadline(forever).left() is None
+        assert core.Deadline(forever).left() is None
     for over in (0, 0.0, 1e-12):
-        assert Deadline(over).left() == 0
-    later = Deadline(1000)
+        assert core.Deadline(over).left() == 0
+    later = core.Deadline(1000)
     first, second = later.left(), later.left()
     assert first is not None and second is not None and 1000 >= first >= second > 0
 
@@ -459,12 +460,55 @@ def test_exactly_one_key(doms: DomainList, web1: DomainInfo) -> None:
             {"uuid": WEB1, "id": 1},
             {"name": "web1", "uuid": WEB1, "id": 1},
         ):
-            with pytest.raises(TypeError):
+            with pytest.raises(TypeError, match="exactly one"):
                 call(**keys)
-        with pytest.raises(TypeError):
-            call("web1")
+    for call in (doms.get, doms.lookup, doms.peek):
+        with pytest.raises(TypeError, match="exactly one key"):
+            call("web1", name="web1")
     assert not doms.is_locked
     handle(doms).lock(0)
+
+
+def test_a_key_by_position_is_read_in_virshs_order(doms: DomainList, web1: DomainInfo) -> None:
+    twin = "c7a5fdbdedaf9455926ad65c16db1809"  # a name that looks like a uuid
+    doms.define(xml(twin))
+    with doms.get("web1") as dom:
+        number = dom.activate()
+    keys = [number, WEB1, WEB1.bytes, str(WEB1), WEB1.hex, f" {WEB1}", "web1", dom, web1]
+    for key in keys:
+        with doms.get(key) as found:
+            assert found.uuid == WEB1
+        with doms.lookup(key) as found:
+            assert found.uuid == WEB1
+        assert doms.peek(key).uuid == doms[key].uuid == WEB1
+        assert key in doms
+    assert doms.peek(twin) is None and doms.peek(name=twin) is not None
+    for key in (number + 1, -1, 1 << 40, WEB2, str(WEB2), "", "web2", "\ud800", "x" * 300, "7"):
+        assert key not in doms and doms.lookup(key) is None and doms.peek(key) is None
+        for find in (doms.get, doms.__getitem__):
+            with pytest.raises(DomainNotFound) as caught:
+                find(key)
+            assert isinstance(caught.value, KeyError)
+            assert "no domain with matching" in str(caught.value).partition("'")[0]
+    for key in (1.5, [], b"short", object()):
+        for find in (doms.get, doms.lookup, doms.peek, doms.__contains__, doms.__getitem__):
+            with pytest.raises((TypeError, DefinitionError)):
+                find(key)
+
+
+def test_an_info_is_a_value(doms: DomainList, web1: DomainInfo) -> None:
+    again = doms.peek("web1")
+    assert again == web1 and again is not web1 and {again: 1}[web1] == 1
+    assert web1 != "web1" and web1 != doms.peek("web1").definition
+    assert doms.snapshot(definitions=False)[0] != web1  # one has definitions, the other has not
+    with doms.get("web1") as dom:
+        dom.data = {"ports": [1, 2], "name": "x"}
+    changed = doms.peek("web1")
+    assert changed != web1
+    assert changed.to_dict()["data"] == {"ports": [1, 2], "name": "x"}
+    said = json.loads(json.dumps(changed.to_dict()))
+    assert said["id"] is None and said["state"] == "shut off" and said["uuid"] == str(WEB1)
+    assert DomainDef.from_xml(said["definition"]) == web1.definition
 
 
 SPELLINGS: list[Any] = [
@@ -527,7 +571,6 @@ def test_what_is_no_uuid(doms: DomainList, bad: Any) -> None:
         lambda: doms.lookup(uuid=bad),
         lambda: doms.peek(uuid=bad),
         lambda: doms.undefine(uuid=bad),
-        lambda: bad in doms,
         lambda: with_list(doms, lambda: doms.find_by_uuid(bad)),
     ):
         with pytest.raises(DefinitionError) as caught:
@@ -812,26 +855,41 @@ def test_lock_many_in_a_list_that_is_locked_already(doms: DomainList) -> None:
         assert doms.is_locked
 
 
-def test_lock_many_is_all_or_nothing(doms: DomainList, other: Party) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "error"),
+    [
+        ("handle_a b removed_info", DomainNotFound),
+        ("handle_a b removed_handle", DomainRemoved),
+        ("handle_a b unknown_uuid", DomainNotFound),
+        ("handle_a b unknown_name", DomainNotFound),
+        ("handle_a b malformed_uuid", DefinitionError),
+        ("handle_a b a", AlreadyLocked),
+        ("b a handle_a", AlreadyLocked),
+        ("handle_a other_handle_a", AlreadyLocked),
+    ],
+)
+def test_lock_many_is_all_or_nothing(
+    doms: DomainList, other: Party, wanted: str, error: type[Exception]
+) -> None:
     a, b, c = (doms.define(xml(name)) for name in "abc")
-    first, gone = handle(doms, "a"), handle(doms, "c")
+    known: dict[str, Any] = {
+        "a": a,
+        "b": b,
+        "handle_a": handle(doms, "a"),
+        "other_handle_a": handle(doms, "a"),
+        "removed_info": c,
+        "removed_handle": handle(doms, "c"),
+        "unknown_uuid": uuid_module.uuid4(),
+        "unknown_name": "no such domain",
+        "malformed_uuid": b"short",
+    }
     doms.undefine(name="c")
-    attempts: list[tuple[list[Any], type[Exception]]] = [
-        ([first, b, c], DomainNotFound),
-        ([first, b, gone], DomainRemoved),
-        ([first, b, uuid_module.uuid4()], DomainNotFound),
-        ([first, b, "no uuid"], DefinitionError),
-        ([first, b, a], AlreadyLocked),
-        ([b, a, first], AlreadyLocked),
-        ([first, handle(doms, "a")], AlreadyLocked),
-    ]
-    for wanted, error in attempts:
-        with pytest.raises(error):
-            doms.lock_many(wanted)
-        assert not doms.is_locked and not first.is_locked
-        assert other.tell("doms.acquire(timeout=0), doms.release()")[0]
-        for name in "ab":
-            other.tell(f"doms.get(name={name!r}, timeout=0).unlock()")
+    with pytest.raises(error):
+        doms.lock_many([known[one] for one in wanted.split()])
+    assert not doms.is_locked and not known["handle_a"].is_locked
+    assert other.tell("doms.acquire(timeout=0), doms.release()")[0]
+    for name in "ab":
+        other.tell(f"doms.get(name={name!r}, timeout=0).unlock()")
 
 
 def test_an_error_in_the_iterable_locks_nothing(doms: DomainList, web1: DomainInfo) -> None:
@@ -1429,20 +1487,26 @@ def test_infos_are_immutable(doms: DomainList, web1: DomainInfo) -> None:
 
 @pytest.mark.parametrize("definitions", [True, False], ids=["whole", "without definitions"])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_no_info_is_made_from_a_pickle(
+def test_a_pickle_carries_the_content_and_no_memory(
     doms: DomainList, web1: DomainInfo, definitions: bool, protocol: int
 ) -> None:
-    """Only a list says what is in one."""
+    """Nobody but a list makes what leads into a segment, or nowhere."""
     [info] = doms.snapshot(definitions=definitions)
-    for duplicate in (lambda: pickle.dumps(info, protocol), lambda: copy.copy(info)):
-        with pytest.raises(TypeError, match="pickle"):
-            duplicate()
     assert not hasattr(info, "__setstate__")
+    for twin in (pickle.loads(pickle.dumps(info, protocol)), copy.copy(info), copy.deepcopy(info)):
+        assert twin == info and hash(twin) == hash(info) and repr(twin) == repr(info)
+        assert type(twin).__name__ == "DomainInfo" and isinstance(twin, DomainInfo)
+        assert twin.to_dict() == info.to_dict()
+        if definitions:
+            assert twin.definition == info.definition
+        else:
+            with pytest.raises(AttributeError, match="definitions=True"):
+                _ = twin.definition
 
 
 def test_an_info_is_no_larger_than_a_cache_line() -> None:
     """But for what an object of this Python begins with, where that is more than two words."""
-    assert DomainInfo.__basicsize__ - object.__basicsize__ <= 48
+    assert core.DomainInfo.__basicsize__ - object.__basicsize__ <= 48
 
 
 def test_snapshot_and_iteration(doms: DomainList) -> None:

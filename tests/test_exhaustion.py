@@ -476,7 +476,8 @@ def test_attaching_without_descriptors(segment_dir: Path, party: Party) -> None:
 
 
 def work_without_descriptors(name: str) -> None:
-    """What needs none, once a process is attached."""
+    """What needs none, once a process is attached and has imported all that it may need."""
+    shmdomains.preload()
     with DomainList.attach(name) as doms, descriptors(0):
         info = doms.define(xml("web2", description="x" * 2000))
         with doms.get(name="web2", timeout=1) as dom:
@@ -1204,6 +1205,7 @@ def test_a_directory_without_write_permission(segment_dir: Path, party: Party) -
     try:
         # It has what it imports before it gives up being root, who alone may be able to read it.
         if os.getuid() == 0:
+            party.tell("tight.shmdomains.preload()")
             party.tell(f"os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})")
         party.tell(f"tight.refuse_to_write(tight.Path({str(config)!r}))")
     finally:

@@ -46,7 +46,6 @@ from shmdomains import (
     DomainList,
     SegmentCorrupt,
     SegmentError,
-    ShmDomainsError,
 )
 from shmdomains.memory.domain_list import _decode_dirs
 from shmdomains.rules.values import decode_data, encode_data
@@ -1108,9 +1107,3 @@ def test_what_can_not_be_imported_whole_is_not_there() -> None:
         after = doms.peek(name="web1")
         assert before is not None and after is not None
         assert (after.data, after.definition) == (before.data, before.definition)
-
-
-def test_every_error_is_one_of_ours() -> None:
-    assert issubclass(DefinitionError, ShmDomainsError) and issubclass(DefinitionError, ValueError)
-    assert issubclass(SegmentCorrupt, ShmDomainsError)
-    assert not issubclass(msgspec.ValidationError, ShmDomainsError)

@@ -1,10 +1,9 @@
 """The commands: ``shmdomains load``, ``list``, ``define`` and so on.
 
-Promises: what a user can cause ends in one line on stderr and exit status 1 (2 for a mistake in the
-command line, 130 after Ctrl-C), never in a traceback; results go to stdout, everything else to
-stderr; reading takes no lock and stops nobody; what changes something waits `--timeout` seconds at
-most for a lock and then names its holder. Names, flags, order and words are virsh's where virsh has
-the command.
+Promises: what a user can cause ends in one line on stderr and an exit status that `--help` names,
+never in a traceback; results go to stdout, everything else to stderr; reading takes no lock and
+stops nobody; what changes something waits `--timeout` seconds at most for a lock and then names its
+holder. Names, flags, order and words are virsh's where virsh has the command.
 """
 
 from __future__ import annotations
@@ -17,45 +16,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
 from .. import __version__
 from ..config import LoadFailure
-from ..errors import ShmDomainsError
 from ..memory import segment_file
 from . import domains as domain_commands
 from . import segments as segment_commands
-from .tables import Failure, describe, is_broken_pipe, is_terminal, print_warning
+from .group import EXIT_STATUS, Commands
+from .tables import is_terminal, print_warning
 from .types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
 
 PROGRAM = "shmdomains"
-INTERRUPTED = 130
 _PIPE_WIDTH = 160
-
-
-# --- the group ------------------------------------------------------------------------------
-
-
-class _Commands(click.Group):
-    """Turns what a user can cause into one line; lists the commands in the order given here."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            ctx.exit(INTERRUPTED)
-        except ShmDomainsError as exc:
-            raise Failure(describe(exc)) from None
-        except OSError as exc:
-            if is_broken_pipe(exc):
-                raise
-            raise Failure(describe(exc)) from None
 
 
 class _WarningsToStderr(logging.Handler):
@@ -81,7 +56,8 @@ def _logging() -> Iterator[None]:
 
 @click.group(
     name=PROGRAM,
-    cls=_Commands,
+    cls=Commands,
+    epilog=EXIT_STATUS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
@@ -107,9 +83,14 @@ def cli(ctx: click.Context, segment: str) -> None:
 
 
 for _command in (
+    segment_commands.create,
     segment_commands.load,
     domain_commands.list_domains,
     domain_commands.dominfo,
+    domain_commands.domstate,
+    domain_commands.domid,
+    domain_commands.domname,
+    domain_commands.domuuid,
     domain_commands.dumpxml,
     domain_commands.define,
     domain_commands.undefine,

@@ -19,16 +19,19 @@ from ..errors import DomainNotFound, SegmentError, ShmDomainsError
 from ..memory.domain_list import DomainList
 from ..rules.info import DomainInfo
 from ..states import DomainState
+from ..xml import document
 from ..xml.definition import DomainDef
 from .tables import (
     Column,
     describe,
+    end_with_failure,
     print_error,
-    print_lines,
+    print_names,
     print_pairs,
     print_record,
     print_records,
     print_table,
+    print_xml,
     printable,
 )
 from .types import (
@@ -96,7 +99,7 @@ def list_domains(target: Target, /, form: str, **flags: bool) -> None:
         if form == "json":
             print_records([_list_record(info, flags) for info in infos])
         elif flags["name"] or flags["uuid"] or flags["id"]:
-            print_lines(_bare_lines(infos, flags))
+            print_names(_bare_lines(infos, flags))
         else:
             _print_domains(infos, flags["title"])
 
@@ -182,7 +185,18 @@ def _reason_words(info: DomainInfo) -> str:
     return reason.name.lower().replace("_", " ") if hasattr(reason, "name") else str(reason)
 
 
-# --- one domain -----------------------------------------------------------------------------
+# --- what a domain is -------------------------------------------------------------------------
+
+
+@contextmanager
+def _found(target: Target, key: str) -> Iterator[tuple[DomainList, DomainInfo]]:
+    """The domain that `key` names. One that goes in the block is named so, too, not by its UUID."""
+    with target.attach() as doms:
+        info = find_domain(doms, key)
+        try:
+            yield doms, info
+        except DomainNotFound:
+            raise DomainNotFound(f"failed to get domain '{key}': it was removed just now") from None
 
 
 @click.command()
@@ -191,12 +205,48 @@ def _reason_words(info: DomainInfo) -> str:
 @click.pass_obj
 def dominfo(target: Target, domain: str, form: str) -> None:
     """Show what a domain is and does."""
-    with target.attach() as doms:
-        info = find_domain(doms, domain)
+    with _found(target, domain) as (_, info):
         if form == "json":
             print_record(_dominfo_record(info))
         else:
             print_pairs(_dominfo_pairs(info))
+
+
+@click.command()
+@domain_argument
+@flag("reason", "And why it is in that state.")
+@click.pass_obj
+def domstate(target: Target, domain: str, reason: bool) -> None:
+    """Print a domain's state."""
+    with _found(target, domain) as (_, info):
+        click.echo(f"{info.state.words} ({_reason_words(info)})" if reason else info.state.words)
+
+
+@click.command()
+@domain_argument
+@click.pass_obj
+def domid(target: Target, domain: str) -> None:
+    """Print a domain's id; - if it is inactive."""
+    with _found(target, domain) as (_, info):
+        click.echo(_id_text(info))
+
+
+@click.command()
+@domain_argument
+@click.pass_obj
+def domname(target: Target, domain: str) -> None:
+    """Print a domain's name."""
+    with _found(target, domain) as (_, info):
+        print_names([info.name])
+
+
+@click.command()
+@domain_argument
+@click.pass_obj
+def domuuid(target: Target, domain: str) -> None:
+    """Print a domain's UUID."""
+    with _found(target, domain) as (_, info):
+        click.echo(info.uuid)
 
 
 def _dominfo_record(info: DomainInfo) -> dict[str, Any]:
@@ -210,7 +260,7 @@ def _dominfo_record(info: DomainInfo) -> dict[str, Any]:
         "max_vcpus": definition.vcpus,
         "memory_kib": definition.current_memory,
         "max_memory_kib": definition.memory,
-        "updated": info.next_definition is not None,
+        "updated": _is_updated(info),
     }
 
 
@@ -231,8 +281,13 @@ def _dominfo_pairs(info: DomainInfo) -> Iterator[tuple[str, str]]:
         yield "PID", str(info.pid)
     if definition.title is not None:
         yield "Title", definition.title
-    if info.next_definition is not None:
+    if _is_updated(info):
         yield "Updated", "yes, from the next start on"
+
+
+def _is_updated(info: DomainInfo) -> bool:
+    """Whether it will be another from its next start on; what is transient has none."""
+    return info.persistent and info.next_definition is not None
 
 
 @click.command()
@@ -240,14 +295,25 @@ def _dominfo_pairs(info: DomainInfo) -> Iterator[tuple[str, str]]:
 @flag("inactive", "What the domain will be after its next start.")
 @click.pass_obj
 def dumpxml(target: Target, domain: str, inactive: bool) -> None:
-    """Print a domain's definition."""
-    with target.attach() as doms:
-        info = find_domain(doms, domain)
-        definition = info.definition
+    """Print a domain's definition; of an active one with its id."""
+    with _found(target, domain) as (_, info):
         if inactive:
-            definition = info.next_definition or definition
-        # Without a declaration it is UTF-8, whatever the terminal speaks.
-        click.echo(definition.to_xml().rstrip("\n").encode())
+            print_xml(_with_id(info.next_definition or info.definition, None))
+        else:
+            print_xml(_with_id(info.definition, info.id if info.is_active else None))
+
+
+def _with_id(definition: DomainDef, id: int | None) -> str:
+    """The document says the id that the domain has, not the one that it had where it came from."""
+    root, text = document.parse(definition.to_xml())
+    wanted = None if id is None else str(id)
+    if root.get("id") == wanted:
+        return text
+    document.set_attribute(root, "id", wanted)
+    return document.serialise(root)
+
+
+# --- what changes one -------------------------------------------------------------------------
 
 
 @click.command()
@@ -257,29 +323,26 @@ def dumpxml(target: Target, domain: str, inactive: bool) -> None:
 def define(target: Target, files: tuple[str, ...], timeout: float | None) -> None:
     """Define persistent domains from XML, or redefine them.
 
-    FILE may be - for standard input, which is also read if there is no FILE and it is not a
-    terminal. An active domain changes at its next start. The rest is defined if one FILE is wrong;
-    the exit status is then 1.
+    Makes the segment if need be. FILE may be - for standard input, which is also read if there is
+    no FILE and it is not a terminal. An active domain changes at its next start. The rest is
+    defined if one FILE is wrong; the exit status is then 1.
     """
     if not files and sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("Missing argument 'FILE'.")
-    with target.attach() as doms:
+    with target.open() as doms:
         outcomes = [_define_one(doms, file, timeout) for file in files or ("-",)]
-    if not all(outcomes):
-        click.get_current_context().exit(1)
+    end_with_failure(not all(outcomes))
 
 
 def _define_one(doms: DomainList, file: str, timeout: float | None) -> bool:
     source = source_text(file)
     try:
         info = doms.define(_read_definition(file), timeout)
-    except SegmentError:
-        raise
-    except ShmDomainsError as exc:
-        print_error(f"{source}: {describe(exc)}")
-        return False
-    except OSError as exc:
-        print_error(f"{source}: {exc.strerror or exc}")
+    except (ShmDomainsError, OSError) as exc:
+        print_error(f"Failed to define domain from {source}")
+        if isinstance(exc, SegmentError):
+            raise  # the other files would meet it, too
+        print_error(describe(exc))
         return False
     later = "; it is running, the change is for its next start" if info.is_active else ""
     click.echo(printable(f"Domain '{info.name}' defined from {source}{later}"))
@@ -304,10 +367,8 @@ def undefine(target: Target, domain: str, timeout: float | None) -> None:
     """Undefine a domain.
 
     Its config file and autostart link are removed. An active domain becomes transient."""
-    with target.attach() as doms:
-        info = find_domain(doms, domain)
-        with _known_by(domain):
-            doms.undefine(uuid=info.uuid, timeout=timeout)
+    with _found(target, domain) as (doms, info):
+        doms.undefine(uuid=info.uuid, timeout=timeout)
     click.echo(printable(f"Domain '{info.name}' has been undefined"))
 
 
@@ -319,15 +380,13 @@ def undefine(target: Target, domain: str, timeout: float | None) -> None:
 def rename(target: Target, domain: str, new_name: str, timeout: float | None) -> None:
     """Rename an inactive domain."""
     deadline = Deadline(timeout)
-    with target.attach() as doms:
-        info = find_domain(doms, domain)
-        with (
-            _known_by(domain),
-            doms.locked(deadline.left()),
-            doms.get(uuid=info.uuid, timeout=deadline.left()) as dom,
-        ):
-            old_name = dom.name
-            doms.rename(dom, new_name)
+    with (
+        _found(target, domain) as (doms, info),
+        doms.locked(deadline.left()),
+        doms.get(uuid=info.uuid, timeout=deadline.left()) as dom,
+    ):
+        old_name = dom.name
+        doms.rename(dom, new_name)
     click.echo(printable(f"Domain '{old_name}' renamed to '{new_name}'"))
 
 
@@ -338,18 +397,10 @@ def rename(target: Target, domain: str, new_name: str, timeout: float | None) ->
 @click.pass_obj
 def autostart(target: Target, domain: str, disable: bool, timeout: float | None) -> None:
     """Start a domain with the host, or not."""
-    with target.attach() as doms:
-        info = find_domain(doms, domain)
-        with _known_by(domain), doms.get(uuid=info.uuid, timeout=timeout) as dom:
-            doms.set_autostart(dom, not disable)
+    with (
+        _found(target, domain) as (doms, info),
+        doms.get(uuid=info.uuid, timeout=timeout) as dom,
+    ):
+        doms.set_autostart(dom, not disable)
     done = "unmarked" if disable else "marked"
     click.echo(printable(f"Domain '{info.name}' {done} as autostarted"))
-
-
-@contextmanager
-def _known_by(key: str) -> Iterator[None]:
-    """Name a domain that went since it was found as the user named it, not by its UUID."""
-    try:
-        yield
-    except DomainNotFound:
-        raise DomainNotFound(f"failed to get domain '{key}': it was removed just now") from None

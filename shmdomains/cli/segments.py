@@ -1,7 +1,7 @@
 """The commands about segments: ``load``, ``export``, ``import``, ``segments``, ``check`` and so on.
 
-`load` and `import` make the segment if there is none; both enter what they can and report the rest.
-The others stop nobody and change nothing but, for `unlink`, the name.
+`create`, `load` and `import` make the segment; the latter two enter what they can and report the
+rest. The others stop nobody and change nothing but, for `unlink`, the name.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ import click
 
 from ..config import LoadFailure, LoadReport
 from ..errors import DefinitionError, ShmDomainsError
+from ..holder import LockHolder
 from ..memory import segment_file
 from ..memory.domain_list import AttachedProcess, DomainList, ListInfo
-from ..memory.invariants import INVARIANTS, CheckReport, RecoverReport, lock_text
+from ..memory.invariants import (
+    INVARIANTS,
+    CheckReport,
+    HeldLock,
+    RecoverReport,
+    Repair,
+    lock_text,
+)
 from ..transfer import export_domains, export_xml, import_domains, new_file
 from .tables import (
     Column,
     Failure,
     count_text,
     describe,
+    end_with_failure,
     is_terminal,
     path_text,
     print_error,
@@ -40,9 +49,11 @@ from .tables import (
 )
 from .types import (
     Target,
+    file_mode,
     flag,
     format_option,
     limit_options,
+    segment_argument,
     source_text,
     timeout_option,
     to_read,
@@ -50,6 +61,52 @@ from .types import (
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+# --- create ---------------------------------------------------------------------------------
+
+
+@click.command()
+@segment_argument
+@limit_options
+@click.option(
+    "--mode", type=file_mode, default="600", show_default=True, help="600, or 660 for a group."
+)
+@click.option("--group", help="The group that may use it, too: name or number.")
+@click.pass_obj
+def create(
+    target: Target, max_domains: int | None, max_bytes: int | None, mode: int, group: str | None
+) -> None:
+    """Make an empty segment.
+
+    NAME is `default` if it is left out. `load`, `define` and `import` make a segment, too, if there
+    is none. Its locks are robust ones: those of multiprocessing are for the children of the program
+    that made them.
+    """
+    if target.text.endswith(".xml"):
+        raise click.UsageError("This makes a segment, not a domain; for that there is `define`.")
+    number = int(group) if group and group.isdecimal() else group
+    with (
+        _usage_errors(),
+        target.create(
+            max_domains=max_domains, max_bytes=max_bytes, mode=mode, group=number
+        ) as doms,
+    ):
+        click.echo(printable(f"Segment '{target.text}' created, with {_room(doms.info)}"))
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as exc:
+        if isinstance(exc, ShmDomainsError):
+            raise
+        raise click.UsageError(str(exc)) from None
+
+
+def _room(info: ListInfo) -> str:
+    return f"room for {count_text(info.max_domains, 'domain')} and {size_text(info.bytes_max)}"
 
 
 # --- load -----------------------------------------------------------------------------------
@@ -93,8 +150,7 @@ def load(
     with _open(target, max_domains, max_bytes) as doms, _progress() as progress:
         report = doms.load_all_configs(directory, autostart_dir, progress, workers, timeout)
     _print_load_report(target, report, form)
-    if report.failures:
-        click.get_current_context().exit(1)
+    end_with_failure(report.failures)
 
 
 def _usual_autostart_dir(directory: Path) -> Path | None:
@@ -103,18 +159,11 @@ def _usual_autostart_dir(directory: Path) -> Path | None:
 
 
 def _open(target: Target, max_domains: int | None, max_bytes: int | None) -> DomainList:
-    try:
+    with _usage_errors():
         doms = target.open(max_domains=max_domains, max_bytes=max_bytes)
-    except ValueError as exc:
-        if isinstance(exc, ShmDomainsError):
-            raise
-        raise click.UsageError(str(exc)) from None
     info = doms.info
     if info.creator.pid != os.getpid() and (max_domains or max_bytes):
-        print_warning(
-            f"segment '{target.text}' exists already, with room for "
-            f"{count_text(info.max_domains, 'domain')} and {size_text(info.bytes_max)}"
-        )
+        print_warning(f"segment '{target.text}' exists already, with {_room(info)}")
     return doms
 
 
@@ -185,7 +234,7 @@ def export_command(target: Target, file: str, force: bool) -> None:
 
     def failed(name: str, exc: ShmDomainsError) -> None:
         failures.append(name)
-        print_error(f"domain '{name}': {exc}")
+        print_error(f"domain '{name}': {exc}", exc)
 
     if file == "-" and is_terminal():
         raise click.UsageError("An export is binary; send it to a file or a pipe.")
@@ -199,8 +248,7 @@ def export_command(target: Target, file: str, force: bool) -> None:
             text = f"{count_text(count, 'domain')} exported"
     text += f", {len(failures)} with an error" if failures else ""
     click.echo(text, err=True)
-    if failures:
-        click.get_current_context().exit(1)
+    end_with_failure(failures)
 
 
 @contextmanager
@@ -252,13 +300,12 @@ def import_command(
         try:
             report = import_domains(doms, stream, timeout)
         except DefinitionError as exc:
-            raise Failure(f"{source_text(file)}: {exc}") from None
+            raise Failure(f"{source_text(file)}: {exc}", exc) from None
     for name, reason in report.failures:
         print_error(f"domain '{name}': {reason}")
     imported = count_text(len(report.imported), "domain")
     click.echo(printable(f"{imported} imported into segment '{target.text}'"))
-    if report.failures:
-        click.get_current_context().exit(1)
+    end_with_failure(report.failures)
 
 
 # --- segments -------------------------------------------------------------------------------
@@ -344,6 +391,7 @@ def _segment_record(
 
 
 @click.command("unlink")
+@segment_argument
 @flag("force", "Even if processes are attached; they keep it, others will not find it.")
 @click.pass_obj
 def unlink_segment(target: Target, force: bool) -> None:
@@ -381,8 +429,7 @@ def check(target: Target, timeout: float | None, form: str) -> None:
         count = len(report.problems)
         found = count_text(count, "problem") if count else "no problem"
         click.echo(printable(f"Segment '{target.text}': {found} ({looked_at})"))
-    if report.problems:
-        click.get_current_context().exit(1)
+    end_with_failure(report.problems)
     if report.unsettled:
         click.get_current_context().exit(_NOT_SETTLED)
 
@@ -452,24 +499,18 @@ def _recover_record(target: Target, report: RecoverReport) -> dict[str, Any]:
     return {
         "segment": target.text,
         "repairs": [
-            {
-                "lock": one.lock,
-                "domain": one.name,
-                "pid": one.died and one.died.pid,
-                "tid": one.died and one.died.tid,
-                "repaired": one.what,
-            }
-            for one in report.repairs
+            {**_lock_record(one, one.died), "repaired": one.what} for one in report.repairs
         ],
-        "held": [
-            {
-                "lock": one.lock,
-                "domain": one.name,
-                "pid": one.holder and one.holder.pid,
-                "tid": one.holder and one.holder.tid,
-                "command": one.holder and one.holder.command,
-            }
-            for one in report.held
-        ],
+        "held": [_lock_record(one, one.holder) for one in report.held],
         "freed": report.freed,
+    }
+
+
+def _lock_record(lock: Repair | HeldLock, holder: LockHolder | None) -> dict[str, Any]:
+    return {
+        "lock": lock.lock,
+        "domain": lock.name,
+        "pid": holder and holder.pid,
+        "tid": holder and holder.tid,
+        "command": holder and holder.command,
     }

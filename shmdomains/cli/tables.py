@@ -17,14 +17,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import click
-from rich.cells import cell_len
+from msgspec.structs import asdict
+
+from ..errors import DefinitionError, LockTimeout
 
 # Control characters, line and paragraph separators, what turns the writing direction around, and
 # the surrogates that stand for bytes which are no UTF-8.
 _UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Those of them that JSON and XML may carry as they are.
+_LEFT_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _LINES_AT_ONCE = 1000
 
 
@@ -56,19 +60,60 @@ def path_text(path: Path) -> str:
 # --- errors ---------------------------------------------------------------------------------
 
 
+JSON = "shmdomains.json"
+"""The key in click's `Context.meta`: whether the user asked for JSON."""
+
+
 class Failure(click.ClickException):
-    """What a user sees of an error: ``error: ...`` in one line on stderr, exit status 1."""
+    """What a user sees of an error: one line on stderr (see `print_error`), and the exit status."""
+
+    def __init__(self, message: str, cause: BaseException | None = None) -> None:
+        super().__init__(message)
+        # It is shown when click has left the command.
+        self._line = _error_line(message, cause)
 
     def show(self, file: Any = None) -> None:
-        print_error(self.message)
+        click.echo(self._line, err=True)
 
 
-def print_error(message: str) -> None:
-    click.echo(f"error: {printable(message)}", err=True)
+class UsageFailure(Failure):
+    """What is wrong with the command line, where click's own way of telling is not wanted."""
+
+    exit_code = 2
+
+
+def print_error(message: str, cause: BaseException | None = None) -> None:
+    """Print ``error: ...`` in one line or, if JSON was asked for, an object with what is known."""
+    click.echo(_error_line(message, cause), err=True)
 
 
 def print_warning(message: str) -> None:
-    click.echo(f"warning: {printable(message)}", err=True)
+    if _wants_json():
+        click.echo(_json({"warning": message}, sys.stderr), err=True)
+    else:
+        click.echo(f"warning: {printable(message)}", err=True)
+
+
+def _wants_json() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(JSON))
+
+
+def _error_line(message: str, cause: BaseException | None) -> str:
+    if not _wants_json():
+        return f"error: {printable(message)}"
+    record = {"error": type(cause).__name__, "message": message}
+    return _json({**record, **dict(_known_of(cause))}, sys.stderr)
+
+
+def _known_of(cause: BaseException | None) -> Iterator[tuple[str, Any]]:
+    if isinstance(cause, OSError) and cause.filename is not None:
+        yield "path", path_text(Path(os.fsdecode(cause.filename)))
+    if isinstance(cause, DefinitionError):
+        yield "element", cause.element
+        yield "line", cause.line
+    if isinstance(cause, LockTimeout):
+        yield "holder", None if cause.holder is None else asdict(cause.holder)
 
 
 def describe(exc: BaseException) -> str:
@@ -108,13 +153,22 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Non
 
 def _table_lines(columns: Sequence[Column], rows: list[list[str]]) -> Iterator[str]:
     heads = [column.title for column in columns]
-    widths = [max(map(cell_len, cells)) for cells in zip(heads, *rows, strict=True)]
+    widths = [max(map(_width, cells)) for cells in zip(heads, *rows, strict=True)]
     rule = sum(width + 3 for width in widths)
     colours = _shows_colours()
     yield _line(columns, heads, widths, _bold if colours else None)
     yield "-" * (min(rule, shutil.get_terminal_size().columns) if is_terminal() else rule)
     for row in rows:
         yield _line(columns, row, widths, _coloured if colours else None)
+
+
+def _width(cell: str) -> int:
+    """How many columns of a terminal it takes: some characters take two, some none."""
+    if cell.isascii():
+        return len(cell)
+    from rich.cells import cell_len
+
+    return cell_len(cell)
 
 
 def _line(
@@ -125,7 +179,7 @@ def _line(
 ) -> str:
     parts = []
     for column, cell, width in zip(columns, cells, widths, strict=True):
-        gap = " " * (width - cell_len(cell))
+        gap = " " * (width - _width(cell))
         text = paint(column, cell) if paint else cell
         parts.append(gap + text if column.right else text + gap)
     return (" " + "   ".join(parts)).rstrip()
@@ -138,6 +192,12 @@ def _bold(_column: Column, cell: str) -> str:
 def _coloured(column: Column, cell: str) -> str:
     colour = column.colour(cell) if column.colour else None
     return click.style(cell, fg=colour) if colour else cell
+
+
+def end_with_failure(failed: object) -> None:
+    """End the command with status 1 if anything failed; what, was printed."""
+    if failed:
+        click.get_current_context().exit(1)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
@@ -161,6 +221,21 @@ def print_lines(lines: Iterable[str]) -> None:
         click.echo("\n".join(block))
 
 
+def print_names(lines: Iterable[str]) -> None:
+    """Print what a program reads: to a pipe as it is, to a terminal as `printable` has it."""
+    print_lines(map(printable, lines) if is_terminal() else lines)
+
+
+def print_xml(text: str) -> None:
+    """Print a document in UTF-8, whatever the terminal speaks: it has no declaration.
+
+    To a terminal, what would command it goes as character references: the same document.
+    """
+    if is_terminal():
+        text = _LEFT_UNSAFE.sub(lambda match: f"&#x{ord(match[0]):x};", text)
+    click.echo(text.rstrip("\n").encode())
+
+
 # --- JSON -----------------------------------------------------------------------------------
 
 
@@ -172,19 +247,22 @@ def print_records(records: Sequence[dict[str, Any]]) -> None:
     last = len(records) - 1
     click.echo("[")
     print_lines(
-        f"  {_json(record)}{'' if number == last else ','}" for number, record in enumerate(records)
+        f"  {_json(record, sys.stdout)}{'' if number == last else ','}"
+        for number, record in enumerate(records)
     )
     click.echo("]")
 
 
 def print_record(record: dict[str, Any]) -> None:
     """Print one JSON object."""
-    click.echo(_json(record, indent=2))
+    click.echo(_json(record, sys.stdout, indent=2))
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-    return json.dumps(value, indent=indent, ensure_ascii=encoding not in ("utf-8", "utf8"))
+def _json(value: Any, stream: TextIO | None, indent: int | None = None) -> str:
+    encoding = (getattr(stream, "encoding", None) or "ascii").lower()
+    text = json.dumps(value, indent=indent, ensure_ascii=encoding not in ("utf-8", "utf8"))
+    # JSON leaves some characters as they are that a terminal obeys.
+    return _LEFT_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 # --- quantities -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from ..errors import DefinitionError, DomainNotFound
@@ -50,6 +51,9 @@ class Target(NamedTuple):
 
     def open(self, **create: Any) -> DomainList:
         return DomainList.open(**self._where, **create)
+
+    def create(self, **options: Any) -> DomainList:
+        return DomainList.create(**self._where, **options)
 
     def unlink(self, force: bool) -> None:
         unlink(**self._where, force=force)
@@ -114,6 +118,17 @@ def size(value: str) -> int:
     number, unit, rest = match.groups()
     base = 1000 if (rest or "").lower() == "b" else 1024
     return int(number) * int(base ** (" kmgt".index(unit.lower()) if unit else 0))
+
+
+def file_mode(value: str) -> int:
+    """Read permissions as `chmod` has them.
+
+    >>> oct(file_mode("660"))
+    '0o660'
+    """
+    if not re.fullmatch("[0-7]{3,4}", value):
+        raise click.BadParameter(f"{value!r} is no mode: 600, or 660 for a group.")
+    return int(value, 8)
 
 
 # --- completion -----------------------------------------------------------------------------
@@ -185,6 +200,21 @@ timeout_option = click.option(
     show_default=True,
     help="How long to wait for locks; 0 tries once, inf waits for ever.",
 )
+
+
+def segment_argument(command: Command) -> Command:
+    """The segment's name, which may stand behind the command, too."""
+
+    def take(ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
+        if name is None:
+            return
+        if ctx.find_root().get_parameter_source("segment") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("The segment is named twice.")
+        ctx.obj = Target(name)
+
+    return click.argument(
+        "name", required=False, expose_value=False, callback=take, shell_complete=complete_segment
+    )(command)
 
 
 def domain_argument(command: Command) -> Command:

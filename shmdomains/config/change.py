@@ -21,7 +21,6 @@ qemuDomainRenameCallback. Lock order: list, domain, the filelock here.
 from __future__ import annotations
 
 import errno
-import inspect
 import logging
 import os
 import stat
@@ -29,17 +28,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import filelock
 import msgspec
 
 from ..deadline import check_timeout
 from ..errors import AlreadyLocked, ConfigError, LockTimeout, ShmDomainsError
 from ..files import TEMPORARY, discard, flock_holder, sync_directory, temporary_name
+from ..lazy import LazyModule
 from ..names import check_name
 from ..text import shown_path
 from ..xml.definition import DomainDef
+
+if TYPE_CHECKING:
+    import filelock
+else:
+    filelock = LazyModule("filelock")
 
 logger = logging.getLogger(__package__)
 
@@ -248,13 +252,6 @@ def _is_alive(pid: int) -> bool:
 # --- the directory's lock -------------------------------------------------------------------
 
 
-# A soft lock is a file that is there: nobody removes that of a dead holder. Not each release of
-# filelock falls back to one, and not each that does can be told not to.
-_NO_SOFT_LOCK: dict[str, Any] = (
-    {"fallback_to_soft": False}
-    if "fallback_to_soft" in inspect.signature(filelock.BaseFileLock.__init__).parameters
-    else {}
-)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -266,7 +263,12 @@ class _DirectoryLock:
         self._directory = directory
         self._path = directory / LOCK_NAME
         _check_lock_file(self._path)
-        self._lock = filelock.FileLock(self._path, mode=0o600, **_NO_SOFT_LOCK)
+        # A soft lock is a file that is there, and nobody removes that of a dead holder. Where flock
+        # fails some releases of filelock take one, unless told not to; older ones cannot be told.
+        try:
+            self._lock = filelock.FileLock(self._path, mode=0o600, fallback_to_soft=False)
+        except TypeError:
+            self._lock = filelock.FileLock(self._path, mode=0o600)
 
     def acquire(self, timeout: float | None) -> None:
         limit = -1.0 if timeout is None else timeout

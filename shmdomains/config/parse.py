@@ -11,21 +11,27 @@ import fcntl
 import logging
 import os
 import stat
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Container, Generator
 from contextlib import ExitStack, suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from ..errors import ConfigError, DefinitionError
+from ..lazy import LazyModule
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
 from .change import SUFFIX, reported
 from .report import LoadFailure
+
+if TYPE_CHECKING:
+    import subprocess
+    from multiprocessing import connection
+else:
+    subprocess = LazyModule("subprocess")
+    connection = LazyModule("multiprocessing.connection")
 
 logger = logging.getLogger(__package__)
 
@@ -176,7 +182,7 @@ _Answer = tuple[_Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
 _READY: list[_Answer] = []
 
 
-def _serve(requests: Connection, answers: Connection) -> None:
+def _serve(requests: connection.Connection, answers: connection.Connection) -> None:
     """Run in a worker: say that it is ready, then parse lists of paths until the parent closes the
     pipe or is gone."""
     with suppress(EOFError, BrokenPipeError):
@@ -236,8 +242,10 @@ class _Worker:
         except OSError as exc:
             self._give_up(exc)
 
-    def _pipe(self, fd: int, *, readable: bool = True, writable: bool = True) -> Connection:
-        return self._pipes.enter_context(Connection(fd, readable, writable))
+    def _pipe(
+        self, fd: int, *, readable: bool = True, writable: bool = True
+    ) -> connection.Connection:
+        return self._pipes.enter_context(connection.Connection(fd, readable, writable))
 
     def has(self, number: int) -> bool:
         return any(given == number for given, _ in self._given)

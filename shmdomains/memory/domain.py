@@ -10,8 +10,9 @@ from typing import Any
 from uuid import UUID
 
 from ..names import parse_uuid
+from ..rules import info
 from ..rules.domain import DomainRules
-from ..rules.values import checked_definition, decode_data, encode_data, not_found
+from ..rules.values import checked_definition, decode_data, encode_data, key_of, not_found
 from ..states import REASONS, DomainState
 from ..xml.definition import DomainDef
 from . import callbacks
@@ -51,6 +52,8 @@ core.configure(
     encode_definition=_encode_definition,
     encode_data=encode_data,
     not_found=not_found,
+    key_of=key_of,
+    info=info,
     parse_uuid=parse_uuid,
     uuid_class=UUID,
     holders=callbacks,

@@ -11,10 +11,8 @@ import mmap
 import os
 import zlib
 from contextlib import suppress
-from multiprocessing import context as mp_context
-from multiprocessing import reduction
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -30,6 +28,7 @@ from ..errors import (
     SegmentNotFound,
     ShmDomainsError,
 )
+from ..lazy import LazyModule
 from ..packing import pack
 from ..rules.domain_list import DomainListRules
 from ..rules.info import DomainInfo
@@ -39,7 +38,14 @@ from ._core import core
 from .domain import Domain
 from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
 
-DomainInfo.register(core.Info)
+if TYPE_CHECKING:
+    from multiprocessing import context as mp_context
+    from multiprocessing import reduction
+else:
+    mp_context = LazyModule("multiprocessing.context")
+    reduction = LazyModule("multiprocessing.reduction")
+
+DomainInfo.register(core.DomainInfo)
 
 DEFAULT_MAX_DOMAINS = 65_536
 DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024

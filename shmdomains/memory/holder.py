@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-
-import psutil
+from typing import TYPE_CHECKING
 
 from ..errors import LockTimeout
 from ..holder import LockHolder
+from ..lazy import LazyModule
 from ._core import core
+
+if TYPE_CHECKING:
+    import psutil
+else:
+    psutil = LazyModule("psutil")
 
 _TICKS = float(os.sysconf("SC_CLK_TCK"))
 
@@ -42,7 +47,9 @@ def command_of(pid: int) -> str | None:
     try:
         process = psutil.Process(pid)
         command = " ".join(process.cmdline()) or process.name()
-    except (psutil.Error, OSError, ValueError, OverflowError):
+    except (OSError, ValueError, OverflowError):  # first: psutil may be what could not be had
+        return None
+    except psutil.Error:
         return None
     return command if len(command) <= 120 else command[:117] + "..."
 

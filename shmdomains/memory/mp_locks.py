@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing import context as mp_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LockKindMismatch, SegmentFull
+from ..lazy import LazyModule
+
+if TYPE_CHECKING:
+    import multiprocessing
+    from multiprocessing import context as mp_context
+else:
+    multiprocessing = LazyModule("multiprocessing")
 
 
 def make(lock: str, count: int, context: mp_context.BaseContext | None) -> tuple[Any, Any]:

@@ -24,9 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import psutil
 
 from ..deadline import Deadline
 from ..errors import (
@@ -39,6 +39,12 @@ from ..errors import (
     ShmDomainsError,
 )
 from ..files import flock_holder
+from ..lazy import LazyModule
+
+if TYPE_CHECKING:
+    import psutil
+else:
+    psutil = LazyModule("psutil")
 
 SUFFIX = ".segment"
 DEFAULT_NAME = "default"

@@ -99,10 +99,8 @@ class DomainInfo(metaclass=ABCMeta):
         values = {field: getattr(self, field) for field in _FIELDS}
         return DomainInfo(**values, blobs=None)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, DomainInfo):
-            return NotImplemented
-        return content(self) == content(other)
+    def __eq__(self, other: object) -> Any:
+        return equal(self, other)
 
     def __hash__(self) -> int:
         return hash_of(self)
@@ -114,7 +112,7 @@ class DomainInfo(metaclass=ABCMeta):
         return shown(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """See `to_dict`."""
+        """See the function of this name."""
         return to_dict(self)
 
 
@@ -136,9 +134,11 @@ def reason_of(state: DomainState, reason: int) -> int:
 # --- what both classes say ------------------------------------------------------------------
 
 
-def content(info: DomainInfo) -> tuple[Any, ...]:
-    """All of an info's values: two infos are equal if these are."""
-    return (*_plain(info), _blobs(info))
+def equal(info: DomainInfo, other: object) -> Any:
+    """Whether all values are equal; `NotImplemented` for what is no info."""
+    if not isinstance(other, DomainInfo):
+        return NotImplemented
+    return _plain(info) == _plain(other) and _blobs(info) == _blobs(other)
 
 
 def _plain(info: DomainInfo) -> tuple[Any, ...]:

@@ -153,6 +153,8 @@ class DomainDef(
         virt_type = root.get("type")
         if not virt_type:
             raise document.refusal("missing domain type attribute", root)
+        if virt_type not in _TYPES:
+            document.checked(_check_type, root, virt_type)
         name = top.get("name")
         if name is None:
             raise document.refusal("missing name information", root)
@@ -355,6 +357,13 @@ class EncodedDef(NamedTuple):
 _FIELDS = tuple(field for field in DomainDef.__struct_fields__ if not field.startswith("_"))
 _DECODER = msgspec.msgpack.Decoder(DomainDef)
 
+# virDomainVirtType; a type that no driver runs any more is still one that documents have.
+_TYPES = frozenset(
+    (
+        *("none", "qemu", "kqemu", "kvm", "xen", "lxc", "uml", "openvz", "test", "vmware"),
+        *("hyperv", "vbox", "phyp", "parallels", "bhyve", "vz", "hvf"),
+    )
+)
 _LIFE = ("destroy", "restart", "rename-restart", "preserve")
 _ACTIONS: dict[str, tuple[str, ...]] = {
     "on_poweroff": _LIFE,
@@ -405,6 +414,12 @@ def parse_memory(text: str, unit: str | None = None) -> int:
     if size >= 2**53:
         raise DefinitionError(f"size value too large: {value}{unit or ''}")
     return size
+
+
+def _check_type(virt_type: str) -> str:
+    if virt_type not in _TYPES:
+        raise DefinitionError(f"invalid domain type {shortened(virt_type)}")
+    return virt_type
 
 
 def _check_title(title: str) -> str:
@@ -677,7 +692,7 @@ _RULES: dict[str, Callable[[Any], Any]] = {
     "uuid": lambda value: None if value is None or value == "" else parse_uuid(value),
     "title": _valid_title,
     "description": _optional,
-    "type": _string,
+    "type": lambda value: _check_type(_string(value)),
     "memory": _integer(1, 2**53, "KiB"),
     "current_memory": _integer(0, 2**53, "KiB"),
     "vcpus": _integer(1, 2**32, "vCPUs"),

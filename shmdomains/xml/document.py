@@ -12,17 +12,23 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar
-
-from lxml import etree
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ..errors import DefinitionError
+from ..lazy import LazyModule
 from ..text import shortened
+
+if TYPE_CHECKING:
+    from lxml import etree
+
+    Element: TypeAlias = etree._Element
+else:
+    etree = LazyModule("lxml.etree")
+    Element = Any
 
 MAX_BYTES = 16 * 1024 * 1024
 """The largest document and the largest blob: what a record of the list may hold."""
 
-Element: TypeAlias = etree._Element
 Children: TypeAlias = dict[object, Element]
 _T = TypeVar("_T")
 
@@ -57,7 +63,6 @@ _LONGEST_CHARSET = 40
 _NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
 # lxml ends its messages with a position, which ours name in their own way.
-_NO_MEMORY = etree.ErrorTypes.ERR_NO_MEMORY
 _POSITION = re.compile(r"(?:, line \d+)?, column \d+$")
 
 
@@ -79,7 +84,7 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     try:
         root = etree.fromstring(data, parser)
     except etree.XMLSyntaxError as error:
-        if getattr(error, "code", None) == _NO_MEMORY:
+        if getattr(error, "code", None) == etree.ErrorTypes.ERR_NO_MEMORY:
             raise MemoryError(f"a document of {len(data)} bytes") from None
         raise _syntax_error(error, data) from None
     if len(data) <= _SMALL:

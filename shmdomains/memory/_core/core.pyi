@@ -1,4 +1,4 @@
-"""Types of the native core; what each thing means stands in core.pyx."""
+"""Types of the native core; what each thing means stands in the files that core.pyx includes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -9,11 +9,12 @@ from uuid import UUID
 from typing_extensions import Self
 
 from ...holder import LockHolder
-from ...rules.info import DomainInfo
+from ...rules.info import DomainInfo as _Value
 from ...states import DomainState
 from ...xml.definition import DomainDef
 
 _Uuid: TypeAlias = str | bytes | UUID
+_Key: TypeAlias = int | _Uuid | _Value | Record
 
 R = TypeVar("R", bound=Record)
 
@@ -27,6 +28,8 @@ def configure(
     encode_definition: Callable[[Any, DomainDef], bytes],
     encode_data: Callable[[Any], bytes],
     not_found: Callable[[Any, str | None, int | None], Exception],
+    key_of: Callable[[Any], dict[str, Any]],
+    info: ModuleType,
     parse_uuid: Callable[[Any], UUID],
     uuid_class: type[UUID],
     holders: ModuleType,
@@ -34,9 +37,8 @@ def configure(
 def format_segment(fd: int, kind: str, max_domains: int, max_bytes: int | None) -> None: ...
 def process_start(pid: int) -> int: ...
 def process_runs(pid: int, start: int) -> bool: ...
-def process_of(tid: int) -> int: ...
 
-class Info(DomainInfo): ...  # registered as one
+class DomainInfo(_Value): ...  # registered as one
 
 class Deadline:
     def __init__(self, timeout: float | None) -> None: ...
@@ -57,6 +59,8 @@ class Segment(Generic[R]):
     def release(self) -> None: ...
     def get(
         self,
+        key: _Key | None = None,
+        /,
         *,
         uuid: _Uuid | None = None,
         name: str | None = None,
@@ -65,6 +69,8 @@ class Segment(Generic[R]):
     ) -> R: ...
     def lookup(
         self,
+        key: _Key | None = None,
+        /,
         *,
         uuid: _Uuid | None = None,
         name: str | None = None,
@@ -76,21 +82,23 @@ class Segment(Generic[R]):
     def find_by_name(self, name: str, timeout: float | None = None) -> R | None: ...
     def peek(
         self,
+        key: _Key | None = None,
+        /,
         *,
         uuid: _Uuid | None = None,
         name: str | None = None,
         id: int | None = None,
         timeout: float | None = 1.0,
-    ) -> Info | None: ...
-    def snapshot(self, definitions: bool = True) -> list[DomainInfo]: ...
+    ) -> _Value | None: ...
+    def snapshot(self, definitions: bool = True) -> list[_Value]: ...
     def __len__(self) -> int: ...
-    def __contains__(self, uuid: _Uuid) -> bool: ...
-    def __iter__(self) -> Iterator[DomainInfo]: ...
+    def __contains__(self, key: _Key) -> bool: ...
+    def __iter__(self) -> Iterator[_Value]: ...
     def _need_list_lock(self, what: str) -> None: ...
-    def _who_has(self, uuid: _Uuid | None, name: str) -> Info | None: ...
+    def _who_has(self, uuid: _Uuid | None, name: str) -> _Value | None: ...
     def _list(
         self, active: int, persistent: int, autostart: int, states: int, definitions: bool
-    ) -> list[DomainInfo]: ...
+    ) -> list[_Value]: ...
     def _count_all(self, active: int, persistent: int, autostart: int, states: int) -> int: ...
     def _insert(
         self,
@@ -138,7 +146,7 @@ class Segment(Generic[R]):
         int,
     ]: ...
     def _slots(self) -> int: ...
-    def _salvage(self, slot: int) -> tuple[Info, list[bytes | None], list[bool]] | None: ...
+    def _salvage(self, slot: int) -> tuple[_Value, list[bytes | None], list[bool]] | None: ...
 
 class Record:
     def lock(self, timeout: float | None = None) -> None: ...

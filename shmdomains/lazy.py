@@ -1,0 +1,63 @@
+"""Other people's modules, imported when they are first used.
+
+What only XML, config files or error messages need takes longer to import than everything else; a
+worker that finds a domain, and ``shmdomains list``, shall not wait for it. `if TYPE_CHECKING`
+beside each keeps the types.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+# A child that is forked while another thread imports would wait for ever for that thread to finish
+# the module. So a fork waits for it instead.
+_importing = threading.RLock()
+os.register_at_fork(
+    before=_importing.acquire,
+    after_in_parent=_importing.release,
+    after_in_child=_importing.release,
+)
+
+_names: set[str] = set()
+
+
+def preload() -> None:
+    """Import now what is imported when it is first needed, for XML, config files and messages.
+
+    For a process that is going to have no access to Python's modules any more (another user, a
+    chroot), or no descriptor left.
+    """
+    for name in sorted(_names):
+        import_module(name)
+
+
+class LazyModule:
+    """Stands for a module.
+
+    >>> json = LazyModule("json")
+    >>> json.loads("[1]")
+    [1]
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._module: ModuleType | None = None
+        _names.add(name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._module or self._load(), attribute)
+
+    def _load(self) -> ModuleType:
+        with _importing:
+            try:
+                self._module = import_module(self._name)
+            except ImportError as exc:
+                # It is installed: what is missing is a descriptor, memory, or permission.
+                what = f"{self._name} can not be imported now: {exc}"
+                raise OSError(errno.ELIBACC, what) from exc
+        return self._module
