@@ -1,4 +1,5 @@
-"""The small steps of writing a file so that it is whole, old or new, whenever the writer is killed.
+"""The small steps of writing a file so that it is whole, old or new, whenever the writer is killed;
+and who has a lock on a file.
 
 Temporary names are ``.tmp-PID-N``: short, because a domain's name may fill a file name by itself,
 and telling whose they are, so that those of a dead process can be removed.
@@ -12,6 +13,14 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .lazy import LazyModule
+
+if TYPE_CHECKING:
+    import psutil
+else:
+    psutil = LazyModule("psutil")
 
 TEMPORARY = re.compile(r"\.tmp-([1-9][0-9]*)-[0-9]+")
 """A temporary name; its group is the pid of the process that made it."""
@@ -44,3 +53,16 @@ def sync_directory(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def flock_holder(status: os.stat_result) -> str:
+    """Say who has the flock on a file, as far as the kernel tells."""
+    with suppress(OSError, ValueError, IndexError, psutil.Error):
+        major, minor = os.major(status.st_dev), os.minor(status.st_dev)
+        entry = f"{major:02x}:{minor:02x}:{status.st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == entry:
+                pid = int(fields[4])
+                return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())}) holds it"
+    return "its holder is not known"

@@ -15,12 +15,14 @@ import shutil
 import socket
 import stat
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Home, Party, Process, thread_party, xml
+from helpers import Home, Party, Process, environment, thread_party, xml
 from killing import sealed
 
 import shmdomains
@@ -31,6 +33,7 @@ from shmdomains import (
     DomainRemoved,
     ListNotLocked,
     LockKindMismatch,
+    LockTimeout,
     SegmentCorrupt,
     SegmentError,
     SegmentExists,
@@ -143,14 +146,149 @@ def test_attach_to_nothing(place: Path) -> None:
         assert isinstance(caught.value, FileNotFoundError) and str(place) in str(caught.value)
 
 
+ALICE, BOB, STAFF = 54321, 54322, 54399
+"""Users and a group that nobody has; a number is all that the kernel wants."""
+
+
 def test_open_creates_or_attaches(place: Path) -> None:
     with (
         DomainList.open("s", max_domains=5) as first,
-        DomainList.open("s", max_domains=99) as second,
+        DomainList.open("s") as second,
     ):
         assert second.info.max_domains == 5
         first.define(xml("web1"))
         assert len(second) == 1
+
+
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "max_domains": (8, 99),
+    "max_bytes": (5_000_001, 6_000_000),
+    "lock": ("robust", "multiprocessing"),
+    "mode": (0o600, 0o660),
+    "group": (os.getegid(), ALICE),
+}
+"""What a segment is made with, and what it is not."""
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_open_says_what_is_not_as_asked(place: Path, option: str) -> None:
+    made, other = {key: value for key, (value, _) in OPTIONS.items()}, OPTIONS[option][1]
+    with DomainList.open("s", **made) as doms:
+        with DomainList.open("s", **made) as same, DomainList.open("s") as any_will_do:
+            assert same.info.max_domains == any_will_do.info.max_domains == 8
+        with pytest.raises(SegmentMismatch) as caught:
+            DomainList.open("s", **{option: other})
+        shown = f"{other:#o}" if option == "mode" else repr(other)
+        assert f"{option}={shown} is asked for" in str(caught.value)
+        assert f"is there with {option}=" in str(caught.value) and str(place) in str(caught.value)
+        assert [one.pid for one in doms.info.attached] == [os.getpid()]  # and is not attached to
+        with pytest.raises(SegmentMismatch, match="max_domains=7, lock='multiprocessing' is asked"):
+            DomainList.open("s", max_domains=7, lock="multiprocessing", mode=0o600)
+    gc.collect()
+    shmdomains.unlink("s")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_option_that_there_is_not_is_refused(place: Path, there: bool) -> None:
+    if there:
+        made()
+    for wrong in ({"max_domain": 3}, {"locks": "robust"}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(wrong))}'"):
+            DomainList.open("s", **wrong)  # type: ignore[arg-type]
+    for wrong in ({"max_domains": 0}, {"lock": "none"}, {"mode": 0o777}, {"timeout": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is "):
+            DomainList.open("s", **wrong)  # type: ignore[arg-type]
+    assert place.exists() == there
+
+
+def test_a_name_where_none_can_be_says_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r"DomainList\.open\('web'\)"):
+        DomainList("web")  # type: ignore[arg-type]
+    for call in (DomainList.open, DomainList.create, DomainList.attach, shmdomains.unlink):
+        with pytest.raises(
+            TypeError, match=r"a segment's name is a str, not .*Path; a file is path="
+        ):
+            call(Path("/tmp/s"))  # type: ignore[operator]
+
+
+def test_who_made_it_is_told(segment_dir: Path, stranger: Party, home: Home) -> None:
+    with DomainList() as memfd:
+        assert memfd.created
+    with DomainList.open("s", max_domains=8) as first, DomainList.open("s") as second:
+        assert first.created and not second.created
+        path = first.info.path
+        assert stranger.tell(f"doms = DomainList.open(path={path!r}); doms.created") is False
+        stranger.do("doms.close()")
+    child = home.begin("fork", doms="DomainList(max_domains=8)")
+    assert child.tell("doms.created") is False  # its parent did
+    child.leave()
+    shmdomains.unlink("s")
+    with DomainList.create("s", max_domains=8) as doms:
+        assert doms.created
+        doms.unlink()
+
+
+STOPPED = """
+import fcntl, os, signal
+fd = os.open({path!r}, os.O_RDONLY)
+fcntl.flock(fd, fcntl.LOCK_EX)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_stopped_unlink_is_not_waited_for_without_end(place: Path, stranger: Party) -> None:
+    made()
+    stranger.do(STOPPED.format(path=str(place)))
+    for call in (DomainList.attach, DomainList.open):
+        for timeout in (0, 0.05):
+            with pytest.raises(LockTimeout, match=f"{place} is kept locked.*pid {stranger.pid} "):
+                call("s", timeout=timeout)
+    stranger.do("os.close(fd)")
+    stranger.do(STOPPED.format(path=str(place.parent)))
+    for call in (
+        lambda: shmdomains.unlink("s", timeout=0.05),
+        lambda: DomainList.open("t", max_domains=8, timeout=0.05),
+        lambda: DomainList.create("t", max_domains=8, timeout=0),
+    ):
+        with pytest.raises(LockTimeout, match=f"{place.parent}, .*pid {stranger.pid} "):
+            call()
+    with DomainList.attach("s") as doms, pytest.raises(LockTimeout):
+        doms.unlink(timeout=0)
+    stranger.do("os.close(fd)")
+    gc.collect()
+    shmdomains.unlink("s", timeout=0)
+
+
+OTHER_CONTEXT = """
+import multiprocessing
+from shmdomains import DomainList, LockKindMismatch
+fork, spawn = (multiprocessing.get_context(way) for way in ("fork", "spawn"))
+with DomainList(max_domains=2, lock="multiprocessing", context=fork) as doms:
+    try:
+        spawn.Process(target=len, args=(doms,)).start()
+    except LockKindMismatch as exc:
+        print(exc)
+with DomainList(max_domains=2, lock="multiprocessing", context=spawn) as doms:
+    process = spawn.Process(target=len, args=(doms,))
+    process.start()
+    process.join()
+    print(process.exitcode)
+"""
+
+
+def test_locks_of_another_context_are_refused_in_our_words() -> None:
+    """`multiprocessing` itself does not say what to write. In a process of its own, since it starts
+    one that stays."""
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_CONTEXT],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.stderr == "" and done.returncode == 0
+    refused, exit_code = done.stdout.splitlines()
+    assert "context=multiprocessing.get_context('spawn')" in refused and exit_code == "0"
 
 
 def test_the_default_name(segment_dir: Path) -> None:
@@ -162,7 +300,7 @@ def test_the_default_name(segment_dir: Path) -> None:
     assert os.listdir(segment_dir) == []
 
 
-@pytest.mark.parametrize("name", ["a", "x" * 200, "grüße", "with space", "a.b", "-", "~", "a\nb"])
+@pytest.mark.parametrize("name", ["a", "x" * 200, "grüße", "with space", "a.b", "-", "~"])
 def test_names_of_segments(segment_dir: Path, name: str) -> None:
     with DomainList.create(name, max_domains=4) as doms:
         assert doms.info.name == name
@@ -174,7 +312,25 @@ def test_names_of_segments(segment_dir: Path, name: str) -> None:
     assert shmdomains.segments() == []
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".x", "a/b", "/etc/x", "../x", "a\0b", "x" * 201])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".x",
+        "a/b",
+        "/etc/x",
+        "../x",
+        "a\0b",
+        "x" * 201,
+        "a\n",
+        "a\tb",
+        "\x7f",
+        "\u202egpj",
+        "\ud800",
+    ],
+)
 def test_what_is_no_name(segment_dir: Path, name: str) -> None:
     for call in (DomainList.create, DomainList.attach, DomainList.open, shmdomains.unlink):
         with pytest.raises(SegmentRefused):
@@ -678,9 +834,6 @@ def test_a_folder_where_others_may_write(segment_dir: Path, mode: int) -> None:
 
 
 # --- other users -------------------------------------------------------------------------------
-
-ALICE, BOB, STAFF = 54321, 54322, 54399
-"""Users and a group that nobody has; a number is all that the kernel wants."""
 
 
 def test_a_foreign_users_segment(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,47 @@ def test_what_cannot_be_taken_back_in_time_is_transient_and_said(
     other.do("doms.unlock()")
     doms.undefine(name="web1")
     assert len(doms) == 0
+
+
+@pytest.mark.timeout(60)
+def test_taking_back_ends_in_time_though_the_lists_holder_is_stopped(
+    home: Home, segment_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`define` waits for the directory's lock; meanwhile another process takes the list and is
+    stopped. What was made cannot be taken back then, and nobody waits for that."""
+    path = segment_dir / "list.segment"
+    timeout = 0.5
+    with DomainList.create(path=path, max_domains=16) as doms, thread_party() as busy:
+        doms.load_all_configs(tmp_path)
+        doms.define(xml("web0"))  # makes the directory's lock
+        busy.do(f"import fcntl; f = open({str(tmp_path / '.lock')!r}, 'r+')")
+        busy.do("fcntl.flock(f, fcntl.LOCK_EX)")
+        stopped = home.begin("fork")
+        stopped.do(f"doms = DomainList.attach(path={str(path)!r})")
+        acquire = change._DirectoryLock.acquire
+
+        def meanwhile(lock: Any, left: float | None) -> None:
+            stopped.do("doms.lock()")
+            os.kill(stopped.pid, signal.SIGSTOP)
+            acquire(lock, left)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(change._DirectoryLock, "acquire", meanwhile)
+            try:
+                began = time.monotonic()
+                with pytest.raises(LockTimeout, match="config directory"):
+                    doms.define(WEB1, timeout=timeout)
+                took = time.monotonic() - began
+            finally:
+                os.kill(stopped.pid, signal.SIGCONT)
+        assert took < DEADLINE / 2  # without a limit it would take for ever
+        assert "was not taken back" in caplog.text
+        info = doms.peek(name="web1")
+        assert info is not None and not info.persistent
+        stopped.do("doms.unlock(); doms.close()")
+        stopped.leave()
+        busy.do("f.close()")
+        doms.undefine("web1")
 
 
 def test_a_new_domain_is_persistent_with_its_file_and_not_before(

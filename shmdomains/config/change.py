@@ -27,15 +27,14 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from ..deadline import check_timeout
 from ..errors import AlreadyLocked, ConfigError, LockTimeout, ShmDomainsError
-from ..files import TEMPORARY, discard, sync_directory, temporary_name
+from ..files import TEMPORARY, discard, flock_holder, sync_directory, temporary_name
 from ..lazy import LazyModule
 from ..names import check_name
 from ..text import shown_path
@@ -43,10 +42,8 @@ from ..xml.definition import DomainDef
 
 if TYPE_CHECKING:
     import filelock
-    import psutil
 else:
     filelock = LazyModule("filelock")
-    psutil = LazyModule("psutil")
 
 logger = logging.getLogger(__package__)
 
@@ -258,16 +255,6 @@ def _is_alive(pid: int) -> bool:
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-@cache
-def _no_soft_lock() -> dict[str, Any]:
-    """A soft lock is a file that is there: nobody removes that of a dead holder. Not each release
-    of filelock falls back to one, and not each that does can be told not to."""
-    import inspect  # large
-
-    known = inspect.signature(filelock.BaseFileLock.__init__).parameters
-    return {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
-
-
 class _DirectoryLock:
     """The filelock of a config directory. It exists before it is acquired, so that who was
     interrupted while acquiring it can release it."""
@@ -276,7 +263,12 @@ class _DirectoryLock:
         self._directory = directory
         self._path = directory / LOCK_NAME
         _check_lock_file(self._path)
-        self._lock = filelock.FileLock(self._path, mode=0o600, **_no_soft_lock())
+        # A soft lock is a file that is there, and nobody removes that of a dead holder. Where flock
+        # fails some releases of filelock take one, unless told not to; older ones cannot be told.
+        try:
+            self._lock = filelock.FileLock(self._path, mode=0o600, fallback_to_soft=False)
+        except TypeError:
+            self._lock = filelock.FileLock(self._path, mode=0o600)
 
     def acquire(self, timeout: float | None) -> None:
         limit = -1.0 if timeout is None else timeout
@@ -285,7 +277,7 @@ class _DirectoryLock:
         except filelock.Timeout as exc:
             raise LockTimeout(
                 f"config directory {shown_path(self._directory)}: its lock was not free within "
-                f"{timeout:g} s; {_lock_holder(self._path)}"
+                f"{timeout:g} s; {self._holder()}"
             ) from exc
         except (NotImplementedError, OSError) as exc:
             if getattr(exc, "errno", errno.ENOSYS) not in _NO_LOCKS:
@@ -300,6 +292,12 @@ class _DirectoryLock:
     def release(self) -> None:
         self._lock.release(force=True)
 
+    def _holder(self) -> str:
+        try:
+            return flock_holder(os.stat(self._path))
+        except OSError:
+            return "its holder is not known"
+
 
 def _check_lock_file(path: Path) -> None:
     """Where others may write it may be a trap: some releases of filelock truncate what a link leads
@@ -307,22 +305,6 @@ def _check_lock_file(path: Path) -> None:
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ConfigError(errno.EPERM, "it is no regular file; remove it", str(path))
-
-
-def _lock_holder(path: Path) -> str:
-    """Say who has the flock on `path`, as far as the kernel tells."""
-    try:
-        status = os.stat(path)
-        major, minor = os.major(status.st_dev), os.minor(status.st_dev)
-        entry = f"{major:02x}:{minor:02x}:{status.st_ino}"
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5] == entry:
-                pid = int(fields[4])
-                return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())}) holds it"
-    except (OSError, ValueError, IndexError, psutil.Error):
-        pass
-    return "its holder is not known"
 
 
 # --- writing --------------------------------------------------------------------------------

@@ -7,21 +7,22 @@ rules, files and processes: creating, attaching, pickling, who is attached, `che
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from ..config import ConfigDirs
+from ..deadline import Deadline
 from ..errors import (
     DescriptorLost,
     SegmentCorrupt,
     SegmentExists,
-    SegmentFull,
     SegmentInUse,
     SegmentMismatch,
     SegmentNotFound,
@@ -32,17 +33,15 @@ from ..packing import pack
 from ..rules.domain_list import DomainListRules
 from ..rules.info import DomainInfo
 from ..rules.store import Filter
-from . import holder, segment_file
+from . import holder, mp_locks, segment_file
 from ._core import core
 from .domain import Domain
 from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
 
 if TYPE_CHECKING:
-    import multiprocessing
     from multiprocessing import context as mp_context
     from multiprocessing import reduction
 else:
-    multiprocessing = LazyModule("multiprocessing")
     mp_context = LazyModule("multiprocessing.context")
     reduction = LazyModule("multiprocessing.reduction")
 
@@ -141,18 +140,24 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     _name: str | None = None
     _path: Path | None = None
+    _maker: int | None = None  # which process of ours made it
     _handle_type = Domain
     _deadline = core.Deadline
     _empty = LockedDomains
 
     def __init__(
         self,
-        *,
+        *name: NoReturn,
         max_domains: int | None = None,
         max_bytes: int | None = None,
         lock: Literal["robust", "multiprocessing"] = "robust",
         context: mp_context.BaseContext | None = None,
     ) -> None:
+        if name:
+            raise TypeError(
+                f"DomainList() has no name; DomainList.open({name[0]!r}) attaches to the segment "
+                "of a name, or creates it; options are keywords"
+            )
         max_domains = _checked_limit(max_domains, lock)
         fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -160,9 +165,10 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             # Nobody can truncate it under our feet.
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-            self._begin(fd, *_make_locks(lock, max_domains, context))
+            self._begin(fd, *mp_locks.make(lock, max_domains, context))
         finally:
             os.close(fd)
+        self._maker = os.getpid()
 
     def _begin(self, fd: int, list_lock: Any = None, slot_locks: Any = None) -> None:
         self._attach(fd, Domain, list_lock, slot_locks)
@@ -180,17 +186,19 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         context: mp_context.BaseContext | None = None,
         mode: int = 0o600,
         group: int | str | None = None,
+        timeout: float | None = segment_file.PATIENCE,
     ) -> DomainList:
         """Create a segment with a name (default ``default``) or in a file of your choice.
 
-        `mode` 0o660 with a `group` shares it with that group. Raises `SegmentExists`,
-        `SegmentRefused`, `SegmentFull` (no memory for it), and `OSError` when this process has no
+        `mode` 0o660 with a `group` shares it with that group. Names are made under the directory's
+        lock, for which `timeout` seconds are waited. Raises `SegmentExists`, `SegmentRefused`,
+        `LockTimeout`, `SegmentFull` (no memory for it), and `OSError` when this process has no
         descriptor left, or no address space for the largest size.
         """
         file = segment_file.path_of(name, path)
         max_domains = _checked_limit(max_domains, lock)
         doms = cls.__new__(cls)
-        locks = _make_locks(lock, max_domains, context)
+        locks = mp_locks.make(lock, max_domains, context)
         limit = max_domains
 
         def fill(fd: int) -> None:
@@ -199,26 +207,32 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             doms._begin_file(fd, file, name, path, *locks)
 
         try:
-            os.close(segment_file.create(file, mode, group, fill))
+            os.close(segment_file.create(file, mode, group, fill, timeout))
         except BaseException:
             doms.close()
             raise
+        doms._maker = os.getpid()
         return doms
 
     @classmethod
     def attach(
-        cls, name: str | None = None, *, path: str | os.PathLike[str] | None = None
+        cls,
+        name: str | None = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        timeout: float | None = segment_file.PATIENCE,
     ) -> DomainList:
         """Attach to a segment by name or file.
 
-        Raises `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode), `SegmentMismatch`
-        (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError` when this process
-        has no descriptor left, or no address space for the largest size. A list with
-        multiprocessing locks can only be read by those who did not inherit it.
+        An `unlink` locks the file for a moment; `timeout` seconds are waited for it. Raises
+        `LockTimeout`, `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode),
+        `SegmentMismatch` (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError`
+        when this process has no descriptor left, or no address space for the largest size. A list
+        with multiprocessing locks can only be read by those who did not inherit it.
         """
         file = segment_file.path_of(name, path)
         doms = cls.__new__(cls)
-        fd = segment_file.attach(file)
+        fd = segment_file.attach(file, timeout)
         try:
             doms._begin_file(fd, file, name, path)
         finally:
@@ -231,15 +245,73 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         name: str | None = None,
         *,
         path: str | os.PathLike[str] | None = None,
-        **create: Any,
+        max_domains: int | None = None,
+        max_bytes: int | None = None,
+        lock: Literal["robust", "multiprocessing"] | None = None,
+        context: mp_context.BaseContext | None = None,
+        mode: int | None = None,
+        group: int | str | None = None,
+        timeout: float | None = segment_file.PATIENCE,
     ) -> DomainList:
         """Attach, or create with the options of `create` if there is none. Whoever comes first
-        creates it; nobody sees it half made."""
+        creates it, which `created` tells; nobody sees it half made.
+
+        An option that is left out takes what is there. One that is given and differs from what is
+        there is a `SegmentMismatch`; but `context` only says how locks are made. `timeout` seconds
+        are waited in all. Other errors are those of `attach` and `create`.
+        """
+        deadline = Deadline(timeout)
+        asked = {"max_domains": max_domains, "max_bytes": max_bytes, "lock": lock, "mode": mode}
+        _checked_limit(max_domains, lock or "robust")
+        mode = 0o600 if mode is None else mode
+        segment_file.check_mode(mode)
+        if group is not None:
+            asked["group"] = segment_file.gid_of(group)
         while True:
             with suppress(SegmentNotFound):
-                return cls.attach(name, path=path)
+                doms = cls.attach(name, path=path, timeout=deadline.left())
+                try:
+                    doms._need_as_asked(asked)
+                except BaseException:
+                    doms.close()
+                    raise
+                return doms
             with suppress(SegmentExists):
-                return cls.create(name, path=path, **create)
+                return cls.create(
+                    name,
+                    path=path,
+                    max_domains=max_domains,
+                    max_bytes=max_bytes,
+                    lock=lock or "robust",
+                    context=context,
+                    mode=mode,
+                    group=group,
+                    timeout=deadline.left(),
+                )
+
+    def _need_as_asked(self, asked: dict[str, Any]) -> None:
+        numbers, status = self._statistics(), os.fstat(self.fileno())
+        limit = asked["max_bytes"]
+        if limit is not None and 0 <= limit - numbers["bytes_max"] < mmap.PAGESIZE:
+            limit = numbers["bytes_max"]  # a segment is made of whole pages
+        there = {
+            "max_domains": numbers["max_domains"],
+            "max_bytes": numbers["bytes_max"],
+            "lock": self._kind,
+            "mode": status.st_mode & 0o7777,
+            "group": status.st_gid,
+        }
+        differ = [
+            key
+            for key, value in {**asked, "max_bytes": limit}.items()
+            if value not in (None, there[key])
+        ]
+        if differ:
+            raise SegmentMismatch(
+                f"segment {self._path} is there with {_options(there, differ)}, and "
+                f"{_options(asked, differ)} is asked for: ask for nothing to take it as it is, or "
+                "unlink it"
+            )
 
     def _begin_file(
         self,
@@ -260,10 +332,21 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         self._path = file
         self._name = None if path is not None else name or segment_file.DEFAULT_NAME
 
-    def unlink(self, force: bool = False) -> None:
+    @property
+    def created(self) -> bool:
+        """Whether this process made the list: of all that `open` it, one has to load the configs.
+        If that one was killed before it did, ``info.config_dir`` is ``None``.
+
+        >>> DomainList(max_domains=10).created
+        True
+        """
+        return self._maker == os.getpid()
+
+    def unlink(self, force: bool = False, timeout: float | None = segment_file.PATIENCE) -> None:
         """Remove the segment's name; who is attached keeps it, like this list.
 
-        Raises `SegmentInUse` while other processes are attached, unless `force`, and
+        Names are removed under the directory's lock, for which `timeout` seconds are waited. Raises
+        `LockTimeout`, `SegmentInUse` while other processes are attached, unless `force`, and
         `SegmentNotFound` if the name is gone or another segment's.
         """
         if self._path is None:
@@ -277,9 +360,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         try:
             fd = self.fileno()
         except DescriptorLost:
-            segment_file.unlink(self._path, force, self._inode)
+            segment_file.unlink(self._path, force, self._inode, timeout)
         else:
-            segment_file.unlink_attached(self._path, fd, force)
+            segment_file.unlink_attached(self._path, fd, force, timeout)
 
     def fileno(self) -> int:
         """The segment's descriptor, for whoever closes those that nobody asked to keep, as a
@@ -432,6 +515,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         # already, or can find it by name, which one it is.
         fd = locks = None
         if mp_context.get_spawning_popen() is not None:
+            mp_locks.need_to_be_passed_on(self._locks[0])
             fd = reduction.DupFd(self.fileno())
             locks = self._locks
         return _restore, (type(self), self._identity, self._name, self._path, fd, locks)
@@ -493,29 +577,19 @@ def _checked_limit(max_domains: int | None, lock: str) -> int:
     return max_domains
 
 
-def _make_locks(lock: str, count: int, context: mp_context.BaseContext | None) -> tuple[Any, Any]:
-    if lock == "robust":
-        return None, None
-    room = _room_for_locks()
-    if count + 1 > room:
-        raise SegmentFull(
-            f"max_domains={count} with lock='multiprocessing' needs {count + 1} locks, each of "
-            f"which maps a page, and this process can map {room} more (vm.max_map_count); use "
-            "fewer domains or lock='robust'"
-        )
-    make = (context or multiprocessing.get_context()).Lock
-    return make(), [make() for _ in range(count)]
-
-
-def _room_for_locks() -> int:
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    with open("/proc/self/maps") as maps:
-        used = sum(1 for _ in maps)
-    return max(limit - used - 1000, 0)  # the program needs some for itself
+def _options(values: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(
+        f"{key}={values[key]:#o}" if key == "mode" else f"{key}={values[key]!r}" for key in keys
+    )
 
 
 def unlink(
-    name: str | None = None, *, path: str | os.PathLike[str] | None = None, force: bool = False
+    name: str | None = None,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    timeout: float | None = segment_file.PATIENCE,
 ) -> None:
-    """Remove a segment's name. Raises `SegmentNotFound`, and `SegmentInUse` unless `force`."""
-    segment_file.unlink(segment_file.path_of(name, path), force)
+    """Remove a segment's name. Raises `SegmentNotFound`, `SegmentInUse` unless `force`, and
+    `LockTimeout` if the lock of its directory was not free within `timeout` seconds."""
+    segment_file.unlink(segment_file.path_of(name, path), force, timeout=timeout)

@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..deadline import Deadline
 from ..errors import (
+    LockTimeout,
     SegmentExists,
     SegmentFull,
     SegmentInUse,
@@ -36,6 +38,7 @@ from ..errors import (
     SegmentRefused,
     ShmDomainsError,
 )
+from ..files import flock_holder
 from ..lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -48,7 +51,8 @@ DEFAULT_NAME = "default"
 _MODES = (0o600, 0o660)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process, or the whole machine
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_PATIENCE = 10.0  # seconds for the lock of a directory, which is held for microseconds
+PATIENCE = 10.0
+"""Seconds for locks of files and directories, which are held for microseconds."""
 
 
 class SegmentFile(msgspec.Struct, frozen=True):
@@ -108,10 +112,13 @@ def path_of(name: str | None, path: str | os.PathLike[str] | None) -> Path:
             raise TypeError("give a name or a path, not both")
         return Path(os.path.abspath(path))
     name = DEFAULT_NAME if name is None else name
-    encoded = os.fsencode(name)
-    if not encoded or len(encoded) > 200 or "/" in name or "\0" in name or name.startswith("."):
+    if not isinstance(name, str):
+        raise TypeError(f"a segment's name is a str, not {type(name).__name__}; a file is path=")
+    # Printable has a UTF-8 form: lone surrogates are not.
+    if not (name.isprintable() and 1 <= len(name.encode()) <= 200) or "/" in name or name[0] == ".":
         raise SegmentRefused(
-            f"{name!r} can not be a segment's name: 1 to 200 bytes, no '/', no leading '.'"
+            f"{name!r} can not be a segment's name: 1 to 200 bytes of printable characters, no "
+            "'/', no leading '.'"
         )
     for choice in candidates():
         if os.path.lexists(choice / (name + SUFFIX)):
@@ -159,15 +166,26 @@ def _groups() -> set[int]:
 # --- create, attach, unlink ---------------------------------------------------------------------
 
 
-def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int], None]) -> int:
+def check_mode(mode: int) -> None:
+    if mode not in _MODES:
+        raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
+
+
+def create(
+    path: Path,
+    mode: int,
+    group: int | str | None,
+    fill: Callable[[int], None],
+    timeout: float | None = PATIENCE,
+) -> int:
     """Create the file, let `fill` make it a segment, give it its name; returns the descriptor.
 
     Raises `SegmentExists`, `SegmentRefused`, `SegmentFull` when the filesystem has no room for
     another file, `OSError` when this process has no descriptor or memory left; what `fill` raises
-    leaves nothing behind.
+    leaves nothing behind. `timeout` in seconds is for the directory's lock: `LockTimeout`.
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode is 0o600, or 0o660 for a group, not {mode:#o}")
+    deadline = Deadline(timeout)
+    check_mode(mode)
     _make_directory(path.parent, group)
     with _directory(path.parent) as place:
         fd = _open_unnamed(place, path.parent)
@@ -176,8 +194,8 @@ def create(path: Path, mode: int, group: int | str | None, fill: Callable[[int],
                 _give_to_group(fd, path, group)
             os.fchmod(fd, mode)
             fill(fd)
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            with _names_locked(place, path.parent):
+            fcntl.flock(fd, fcntl.LOCK_SH)  # nobody else knows the file
+            with _names_locked(place, path.parent, deadline):
                 # Through /proc: linking a descriptor directly needs a capability.
                 os.link(
                     f"/proc/self/fd/{fd}",
@@ -215,7 +233,7 @@ def _make_directory(path: Path, group: int | str | None) -> None:
 
 
 def _give_to_group(file: int | Path, path: Path, group: int | str) -> None:
-    gid = _gid(group)
+    gid = gid_of(group)
     try:
         os.chown(file, -1, gid)
     except PermissionError as exc:
@@ -242,7 +260,7 @@ def _full(directory: Path, exc: OSError) -> SegmentFull:
     )
 
 
-def _gid(group: int | str) -> int:
+def gid_of(group: int | str) -> int:
     if isinstance(group, int):
         return group
     import grp
@@ -253,17 +271,19 @@ def _gid(group: int | str) -> int:
         raise SegmentRefused(f"there is no group {group!r}") from None
 
 
-def attach(path: Path) -> int:
+def attach(path: Path, timeout: float | None = PATIENCE) -> int:
     """Open the segment for life, with its shared `flock`; returns the descriptor.
 
     Raises `SegmentNotFound`, `SegmentRefused` for a file that is not ours, a link, or of another
-    mode, and `OSError` when this process has no descriptor or memory left.
+    mode, `LockTimeout` where an unlink was stopped in the middle, and `OSError` when this process
+    has no descriptor or memory left.
     """
+    deadline = Deadline(timeout)
     with _existing(path) as place:
         while True:
             fd = _open_checked(place, path)
             try:
-                fcntl.flock(fd, fcntl.LOCK_SH)
+                _flock(fd, fcntl.LOCK_SH, f"segment {path}", deadline)
             except BaseException:
                 os.close(fd)
                 raise
@@ -330,12 +350,19 @@ def _is_named(name: str | Path, fd: int, place: int | None) -> bool:
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-def unlink(path: Path, force: bool = False, inode: tuple[int, int] | None = None) -> None:
+def unlink(
+    path: Path,
+    force: bool = False,
+    inode: tuple[int, int] | None = None,
+    timeout: float | None = PATIENCE,
+) -> None:
     """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`.
 
     `inode`: device and number of the one that is meant; `SegmentNotFound` if it is another.
+    `timeout` in seconds is for the directory's lock: `LockTimeout`.
     """
-    with _existing(path) as place, _names_locked(place, path.parent):
+    deadline = Deadline(timeout)
+    with _existing(path) as place, _names_locked(place, path.parent, deadline):
         fd = _open_checked(place, path)
         try:
             status = os.fstat(fd)
@@ -348,12 +375,15 @@ def unlink(path: Path, force: bool = False, inode: tuple[int, int] | None = None
             _unlock_and_close(fd)
 
 
-def unlink_attached(path: Path, fd: int, force: bool = False) -> None:
+def unlink_attached(
+    path: Path, fd: int, force: bool = False, timeout: float | None = PATIENCE
+) -> None:
     """`unlink` by a process that is attached through `fd` itself, and stays so.
 
     Children that inherited `fd` share its `flock` and do not count as others here.
     """
-    with _existing(path) as place, _names_locked(place, path.parent):
+    deadline = Deadline(timeout)
+    with _existing(path) as place, _names_locked(place, path.parent, deadline):
         if not is_same_file(path, fd):
             raise _another(path)
         try:
@@ -370,11 +400,12 @@ def _another(path: Path) -> SegmentNotFound:
 
 
 @contextmanager
-def _names_locked(place: int, path: Path) -> Iterator[None]:
+def _names_locked(place: int, path: Path, deadline: Deadline) -> Iterator[None]:
     """Names come and go under the directory's lock, so in here each keeps its file."""
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place)
     try:
-        _lock_directory(fd, path)
+        what = f"directory {path}, in which names of segments are made and removed,"
+        _flock(fd, fcntl.LOCK_EX, what, deadline)
         yield
     finally:
         _unlock_and_close(fd)
@@ -386,19 +417,19 @@ def _unlock_and_close(fd: int) -> None:
     os.close(fd)
 
 
-def _lock_directory(fd: int, path: Path) -> None:
-    end = time.monotonic() + _PATIENCE
+def _flock(fd: int, how: int, what: str, deadline: Deadline) -> None:
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() >= end:
-                raise SegmentInUse(
-                    f"another process keeps {path} locked, in which names are made and removed; "
-                    "it may be stopped (its number stands in /proc/locks)"
+            left = deadline.left()
+            if left is not None and left <= 0:
+                raise LockTimeout(
+                    f"{what} is kept locked by another process, which may be stopped; "
+                    f"{flock_holder(os.fstat(fd))}"
                 ) from None
-            time.sleep(0.005)
+            time.sleep(0.005 if left is None else min(left, 0.005))
 
 
 def _lock_exclusively(path: Path, fd: int) -> None:

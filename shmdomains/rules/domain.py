@@ -36,10 +36,12 @@ class DomainRules(DomainBase):
     ) -> int:
         """Make the domain active; returns its id, which no other domain ever has or had.
 
-        `pid` is the hypervisor's process, if there is one. Part of the transaction: others see it
-        after `commit()` or `unlock()`; a rollback wastes the id. Raises `DomainActive`,
-        `DomainNotLocked`, `SegmentFull` when every id was given out, and `LockTimeout` when the
-        lock of the ids was not free within `timeout` seconds.
+        `pid` is the hypervisor's process, if there is one. Whoever starts it commits `activate`
+        first, then starts it, then sets `pid`: else a worker that is killed in between leaves a
+        process that no record tells of. Part of the transaction: others see it after `commit()` or
+        `unlock()`; a rollback wastes the id. Raises `DomainActive`, `DomainNotLocked`,
+        `SegmentFull` when every id was given out, and `LockTimeout` when the lock of the ids was
+        not free within `timeout` seconds.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()

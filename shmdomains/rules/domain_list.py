@@ -365,6 +365,10 @@ class DomainListRules(ListBase[D]):
                 # Where there are files a new domain is persistent with its file, and not before.
                 persistent = True if dirs is None else None
                 known = self._known(definition)
+                if known is not None and new:
+                    raise DomainExists(
+                        f"domain '{known.name}' already exists with uuid {known.uuid}"
+                    )
                 if known is None:
                     dom = self._make(definition, persistent, deadline.left())
                     made = dom._receipt
@@ -374,7 +378,7 @@ class DomainListRules(ListBase[D]):
                     )
                 else:
                     dom = self._redefine(known, definition, persistent, deadline.left())
-                was_persistent = dom.persistent
+                was_persistent = dirs is not None and dom.persistent
                 if dirs is not None:
                     dom.persistent = True
             commit = files.Commit(dom, lambda: dom.commit(deadline.left()))
