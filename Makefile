@@ -67,17 +67,23 @@ lint-mypy: $(VENV)/.installed-lint
 	$(say) 'lint: mypy'
 	@$(py) -m mypy
 
+# Of a .pxi cython-lint looks at the layout only, so it is given each under another name.
 lint-cython: $(VENV)/.installed-lint
 	$(say) 'lint: cython-lint'
-	@PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(core)
+	@rm -rf build/lint && mkdir -p build/lint
+	@for part in $(core)/*.pxi; do cp "$$part" "build/lint/$$(basename "$$part" .pxi).pyx"; done
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(core)/*.py[xd] build/lint/*.pyx
 
-# What is written by hand compiles without a warning; what Cython writes is its own business.
-lint-c:
+# What is written by hand compiles without a warning; what Cython writes is its own business. The
+# binding's own header needs Python's.
+lint-c: $(VENV)/pyvenv.cfg
 	$(say) 'lint: the core in C, warnings are errors'
 	@for source in $(handwritten); do \
 	    $(CC) -std=c11 -O2 -fvisibility=hidden -pthread -Wall -Wextra -Werror \
 	        -I$(core) -c -o /dev/null $$source || exit 1; \
 	done
+	@echo '#include "handle.h"' | $(CC) -std=c11 -Wall -Wextra -Werror -fsyntax-only -I$(core) \
+	    -isystem $$($(py) -c 'import sysconfig as s; print(s.get_path("include"))') -x c -
 
 format: $(VENV)/.installed-lint ## let ruff lay out the Python files
 	@$(py) -m ruff check --fix .
@@ -137,7 +143,7 @@ $(VENV)/pyvenv.cfg: $(shell { $(venv_is_sound); } 2> /dev/null || echo FORCE)
 # object that belongs to it: when that is gone (git clean) or newer than the stamp (another
 # environment built it, maybe with other CFLAGS), the installation is made again. Nothing built
 # earlier is trusted, whatever its time: it may come from another checkout.
-build_inputs := pyproject.toml $(wildcard $(core)/*.pyx $(core)/*.pxd $(core)/*.h) $(handwritten)
+build_inputs := pyproject.toml $(wildcard $(core)/*.pyx $(core)/*.pxd $(core)/*.pxi $(core)/*.h) $(handwritten)
 core_is_ours := core=$$(cat $(VENV)/.installed) && test -e "$$core" && ! test "$$core" -nt $(VENV)/.installed
 core_changed := $(shell { $(core_is_ours); } 2> /dev/null || echo FORCE)
 

@@ -21,7 +21,7 @@ COMPILERS = ("cc", "gcc", "clang", "c99", "c++", "g++")
 
 def check_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    sources = [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd"))]
+    sources = [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd", ".pxi"))]
     if sources:
         sys.exit(f"{wheel.name} carries sources: {' '.join(sources)}")
     for wanted in ("shmdomains/py.typed", "shmdomains/memory/_core/core.pyi"):

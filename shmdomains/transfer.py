@@ -367,7 +367,9 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
     dom, made = None, None
     try:
         with doms.locked(timeout):
-            dom, made = doms._assign(definition, entry.persistent, timeout)
+            known = doms._known(definition)
+            dom = doms.assign_def(definition, entry.persistent, timeout)
+            made = dom._receipt if known is None else None
         with dom:
             if dom.is_active:
                 dom.rollback()

@@ -340,7 +340,7 @@ static void test_heap_of(uint64_t cells)
         for (uint64_t w = 0; w * 64 < sd_unsealed(sd_load(&at.segment->header->heap_committed)); w++)
             if (!roll(3)) sd_store(&at.segment->map[w], roll(1ull << 52));
         sd_store(&at.segment->header->heap_used, 7);
-        MUST(sd_recover_heap(at.segment) == SD_OK);
+        MUST(sd_rebuild_heap(at.segment) == SD_OK);
         for (uint64_t cell = sd_unsealed(sd_load(&at.segment->header->heap_committed)); cell % 64; cell++)
             MUST(!is_marked(at.segment, cell), "a cell behind the end");
         compare_map(&at);

@@ -48,7 +48,6 @@ from typing import Any
 
 from shmdomains import DomainDef, DomainList, DomainState
 from shmdomains.config import ConfigDirs
-from shmdomains.errors import LockTimeout
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
 from shmdomains.memory.domain_list import _encode_dirs
@@ -57,7 +56,6 @@ from shmdomains.rules.values import encode_data
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
 SUM = 8  # bytes of the checksum in front of a blob
-NO_LIFE = (1 << 64) - 1
 UNSIGNED = 3  # points between taking a multiprocessing lock and having signed
 UUIDS = [str(uuid.UUID(int=i + 1)) for i in range(2000)]
 
@@ -782,12 +780,10 @@ class Trial:
         """These locks are not in the segment that is written anew for each death: one that a death
         left taken would be in the way of the next. Returns how many had to be freed by hand."""
         unsigned = 0
-        for slot in range(doms._statistics()["slots"]):
-            try:
-                doms._lock_record(slot, NO_LIFE, 0)
-            except LockTimeout:
-                self.place.locks[1 + slot].release()
-                unsigned += 1
+        doms.recover(0)
+        for lock in self.place.locks[1 : 1 + doms._statistics()["slots"]]:
+            unsigned += not lock.acquire(False)
+            lock.release()
         return unsigned
 
     def look_up(self, doms: DomainList, state: State) -> None:
@@ -841,10 +837,10 @@ class Trial:
 
 
 def repair(doms: DomainList) -> None:
-    """Take every lock, those of free slots included; the slots' are kept."""
+    """Take the lock of every domain, then whatever else a death left locked."""
     with doms.locked(0):
-        for slot in range(doms._statistics()["slots"]):
-            doms._lock_record(slot, NO_LIFE, 0)
+        for dom in doms._handles():
+            assert take(dom)
         doms.recover(0)
         report = doms.check(0)
     assert report and not report.unsettled, report

@@ -42,9 +42,9 @@ void sd_undo_state(struct sd_segment *segment, uint32_t slot);
 
 """
 _DECLARED = {
-    "core.h": [("enum {\n    SD_OK = 0,", _EXTERN + "enum {\n    SD_OK = 0,")],
-    "lock.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
-    "core.pyx": [
+    "codes.h": [("enum {\n    SD_OK = 0,", _EXTERN + "enum {\n    SD_OK = 0,")],
+    "thread.c": [("static uint64_t start_of_self", f"{_SWITCH}\nstatic uint64_t start_of_self")],
+    "c.pxd": [
         (
             'cdef extern from "core.h" nogil:\n',
             'cdef extern from "core.h" nogil:\n    long sd_planted\n',
@@ -53,45 +53,49 @@ _DECLARED = {
 }
 
 PLANTED = {
-    "core.pyx": [
+    "hold.pxi": [
         (
             """
-            try:
-                mine.do_commit(deadline)
-            finally:
-                mine.disown(True)
+        try:
+            commit_changes(mine, deadline)
+        finally:
+            end_hold(mine, True)
 """,
             """
-            if sd_planted == 1:
-                mine.disown(True)
-                mine.do_commit(deadline)
-                return 0
-            try:
-                mine.do_commit(deadline)
-            finally:
-                mine.disown(True)
+        if sd_planted == 1:
+            end_hold(mine, True)
+            commit_changes(mine, deadline)
+            return 0
+        try:
+            commit_changes(mine, deadline)
+        finally:
+            end_hold(mine, True)
 """,
-        ),
+        )
+    ],
+    "info.pxi": [
         (
             "    if written != sd_blob_sum(",
             "    if sd_planted != 4 and written != sd_blob_sum(",
-        ),
+        )
+    ],
+    "find.pxi": [
         (
-            "        result = self.verify(slot, key, life, &record.values)\n",
-            "        result = self.verify(slot, key, life, &record.values)\n"
-            "        if sd_planted == 2:\n"
-            "            result = sd_values_get(self.segment, slot, &record.values)\n",
-        ),
+            "    result = sd_verify(doms.segment, slot, key, &record.values)\n",
+            "    result = sd_verify(doms.segment, slot, key, &record.values)\n"
+            "    if sd_planted == 2:\n"
+            "        result = sd_values_get(doms.segment, slot, &record.values)\n",
+        )
     ],
     "record.c": [
-        ('#include "core.h"\n', '#include "core.h"\n\n#include <sched.h>\n#include <unistd.h>\n'),
+        ("#include <errno.h>\n", "#include <errno.h>\n#include <sched.h>\n#include <unistd.h>\n"),
         (
             """
     if (result == SD_OK)
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_recover_list(segment);
+    else sd_rebuild_list(segment);
 }
 
 int sd_commit(""",
@@ -101,16 +105,41 @@ int sd_commit(""",
         result = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_recover_list(segment);
+    else sd_rebuild_list(segment);
 }
 
 int sd_commit(""",
         ),
         (
+            """
+    } else {
+        sd_values_flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+""",
+            """
+    } else {
+        if (sd_planted == 5) {
+            sd_values half = next;
+            half.state = now.state;
+            sd_values_flip(record, &half);
+            sched_yield();
+        }
+        sd_values_flip(record, &next);
+    }
+    if (ids) sd_ids_unlock(segment);
+""",
+        ),
+    ],
+    "find.c": [
+        (
             "    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;",
             "    if (sd_planted == 6) return SD_MISS;\n"
             "    if (before & 1 || sd_load(sequence) != before) return SD_DOUBT;",
         ),
+    ],
+    "fields.c": [
+        ('#include "fields.h"\n', '#include "fields.h"\n\n#include <sched.h>\n'),
         (
             """
     atomic_thread_fence(memory_order_acquire);
@@ -128,7 +157,7 @@ int sd_commit(""",
             "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_extent(",
         ),
         (
-            "/* The flip together with what the id index says (I4)",
+            "/* --- name and uuid ",
             """
 void sd_undo_state(sd_segment *segment, uint32_t slot)
 {
@@ -139,33 +168,13 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
     read_fields(record, sd_count_seal(sd_count_value(cur) - 1), &before);
     sd_values_get(segment, slot, &now);
     now.state = before.state;
-    flip(record, &now);
+    sd_values_flip(record, &now);
 }
 
-/* The flip together with what the id index says (I4)""",
-        ),
-        (
-            """
-    } else {
-        flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-""",
-            """
-    } else {
-        if (sd_planted == 5) {
-            sd_values half = next;
-            half.state = now.state;
-            flip(record, &half);
-            sched_yield();
-        }
-        flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-""",
+/* --- name and uuid """,
         ),
     ],
-    "recover.c": [
+    "locks.c": [
         (
             "        sd_publish(&record->died_who, who ? who : 1);\n    }\n    sd_tidy(",
             "        sd_publish(&record->died_who, who ? who : 1);\n    }\n"
@@ -219,7 +228,10 @@ def _build(package: Path) -> None:
 
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _SOURCES = sorted(
-    file for kind in ("pyx", "h", "c") for file in CORE.glob(f"*.{kind}") if file.name != "core.c"
+    file
+    for kind in ("pyx", "pxd", "pxi", "h", "c")
+    for file in CORE.glob(f"*.{kind}")
+    if file.name != "core.c"
 )
 _OPTIONS = [
     *shlex.split(os.environ.get("CC") or "cc"),

@@ -17,6 +17,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
+    # The vocabulary.
     ["errors", "states", "names", "holder", "packing", "text", "files", "deadline", "lazy"],
     ["xml"],
     ["config"],

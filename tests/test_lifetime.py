@@ -36,7 +36,7 @@ from shmdomains import (
     SegmentInUse,
     ShmDomainsError,
 )
-from shmdomains import domain as domain_module
+from shmdomains.rules import values
 
 XML = "<domain type='kvm'><name>{}</name><memory>1</memory><os><type>hvm</type></os></domain>"
 DEADLINE = 20
@@ -181,14 +181,14 @@ def test_only_damage_is_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_alarm(*_: object, **__: object) -> None:
         raise Alarm
 
-    monkeypatch.setattr(domain_module.msgpack, "unpackb", raise_alarm)
+    monkeypatch.setattr(values.msgpack, "unpackb", raise_alarm)
     with doms.get(name="a") as dom, pytest.raises(Alarm):
         _ = dom.data
 
     def raise_damage(*_: object, **__: object) -> None:
         raise ValueError("no such byte")
 
-    monkeypatch.setattr(domain_module.msgpack, "unpackb", raise_damage)
+    monkeypatch.setattr(values.msgpack, "unpackb", raise_damage)
     with doms.get(name="a") as dom, pytest.raises(SegmentCorrupt, match="no such byte"):
         _ = dom.data
 

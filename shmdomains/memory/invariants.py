@@ -1,7 +1,7 @@
 """What must hold in a segment, by name, and what `DomainList.check` and `recover` say about it.
 
-The core tests the invariants (_core/check.c) and repairs what a dead process left
-(_core/recover.c); here stand their names, what each means and who repairs it, and the reports for
+The core tests the invariants (_core/check.c) and repairs what a dead process left (_core/locks.c,
+_core/rebuild.c); here stand their names, what each means and who repairs it, and the reports for
 people.
 """
 

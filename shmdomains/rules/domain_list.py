@@ -46,6 +46,7 @@ from .values import key_of
 logger = logging.getLogger(__name__)
 
 _SLICE = 0.05  # seconds: one lock slice
+_SHUTOFF = DomainState.SHUTOFF
 
 
 class _Commit:
@@ -175,21 +176,22 @@ class DomainListRules(ListBase[D]):
         ...     dom.name, dom.persistent, dom.definition.memory
         ('web1', True, 1024)
         """
-        return self._assign(definition, persistent, timeout)[0]
+        self._need_list_lock("assign_def")
+        known = self._known(definition)
+        if known is None:
+            return self._make(definition, persistent, timeout)
+        return self._redefine(known, definition, persistent, timeout)
 
-    def _assign(
+    def _redefine(
         self,
+        known: Identity,
         definition: DomainDef | EncodedDef,
         persistent: bool | None,
         timeout: float | None,
-    ) -> tuple[D, object]:
-        """`assign_def`; with the receipt of a new record, for `_take_back`, else ``None``."""
-        self._need_list_lock("assign_def")
-        known = self._known(definition)
-        found = None if known is None else self.find_by_uuid(known.uuid, timeout)
-        if known is None or found is None:  # or a signal handler of this thread removed it
-            dom = self._make(definition, bool(persistent), timeout)
-            return dom, dom._receipt
+    ) -> D:
+        found = self.find_by_uuid(known.uuid, timeout)
+        if found is None:  # a signal handler of this thread removed it
+            return self._make(definition, persistent, timeout)
         try:
             if isinstance(definition, EncodedDef):
                 definition = definition.decoded()
@@ -204,7 +206,7 @@ class DomainListRules(ListBase[D]):
         except BaseException:
             found._release_unseen()
             raise
-        return found, None
+        return found
 
     def _known(self, definition: DomainDef | EncodedDef) -> Identity | None:
         """The domain that a definition is of; libvirt's rules (virDomainObjListAddLocked)."""
@@ -219,7 +221,7 @@ class DomainListRules(ListBase[D]):
         return known
 
     def _make(
-        self, definition: DomainDef | EncodedDef, persistent: bool, timeout: float | None
+        self, definition: DomainDef | EncodedDef, persistent: bool | None, timeout: float | None
     ) -> D:
         uuid = definition.uuid
         if uuid is None:
@@ -231,7 +233,7 @@ class DomainListRules(ListBase[D]):
         made: list[D | None] = [None]
         try:
             return self._insert(
-                uuid, definition.name, blob, DomainState.SHUTOFF, persistent, timeout, made
+                uuid, definition.name, blob, _SHUTOFF, bool(persistent), timeout, made
             )
         except BaseException:
             # A signal handler may raise as `_insert` returns. In a child that it forked the record
@@ -241,8 +243,10 @@ class DomainListRules(ListBase[D]):
             raise
 
     def _take_back(self, dom: D, made: object, timeout: float | None) -> None:
-        """Undo an `_assign` after a failure. The domain is unlocked and as it was; a new one is
-        removed, unless somebody else changed it while it was not locked.
+        """Undo `_make` or `_redefine` after a failure; `made` is the receipt of a new record.
+
+        The domain is unlocked and as it was; a new one is removed, unless somebody else changed it
+        while it was not locked.
 
         Without the comparison another process's `define` of the same domain, which waited for the
         lock, saved its file and returned, would be lost with the record. Waits for a slice at
@@ -281,7 +285,7 @@ class DomainListRules(ListBase[D]):
         deadline = self._deadline(timeout)
         if not isinstance(dom, self._handle_type):
             with self._held(dom, deadline) as found:
-                return self._remove_if_inactive(found, deadline)
+                dom = found  # unlocked again, and nobody else can remove it
         self._need_ours(dom)
         if dom.is_locked:
             raise DomainLocked(
@@ -290,14 +294,11 @@ class DomainListRules(ListBase[D]):
             )
         try:
             dom.lock(deadline.left())
-            self._remove_if_inactive(dom, deadline)
+            if dom.is_active:
+                raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
+            self._remove(dom, deadline.left())
         finally:
             dom._release_unseen()
-
-    def _remove_if_inactive(self, dom: D, deadline: Deadline) -> None:
-        if dom.is_active:
-            raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
-        self._remove(dom, deadline.left())
 
     def free(self, timeout: float | None = None) -> None:
         """Remove every domain, active ones too (virDomainObjListFree). List lock held.
@@ -385,7 +386,12 @@ class DomainListRules(ListBase[D]):
                 dirs = self._remembered()
                 # Where there are files a new domain is persistent with its file, and not before.
                 persistent = True if dirs is None else None
-                dom, made = self._assign(definition, persistent, deadline.left())
+                known = self._known(definition)
+                if known is None:
+                    dom = self._make(definition, persistent, deadline.left())
+                    made = dom._receipt
+                else:
+                    dom = self._redefine(known, definition, persistent, deadline.left())
                 if dirs is not None:
                     dom.persistent = True
             commit = _Commit(dom, lambda: dom.commit(deadline.left()))

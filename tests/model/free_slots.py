@@ -1,4 +1,4 @@
-"""The garbage in FREE slots, and who repairs the list lock (sd_tidy_free_slots in recover.c).
+"""The garbage in FREE slots, and who repairs the list lock (tidy_free_slots in locks.c).
 
 Claims, in every state, besides those of `heap` (what is used is named, nothing is named twice, the
 map says so while nobody has the heap lock):

@@ -1,4 +1,4 @@
-"""New slots beside a repair (record.c: add_slots; recover.c; core.h: sd_slot_count).
+"""New slots beside a repair (record.c: add_slots; rebuild.c; segment.h: sd_slot_count).
 
 A new slot is counted by the holder of the list lock alone; the repairs of the id index and of the
 heap's map, which have other locks, read the count meanwhile and compare it with the watermark of
@@ -99,7 +99,7 @@ class Growth:
         yield unlock(LIST)
 
     def rebuild_list(self) -> Steps:
-        """sd_recover_list, as far as the free list goes."""
+        """sd_rebuild_list, as far as the free list goes."""
         count = yield load("count")
         used = yield load("used")
         free = [slot for slot in range(count) if slot not in used]

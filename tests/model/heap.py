@@ -110,7 +110,7 @@ class Heap:
             yield consistent(HEAP)
 
     def rebuild(self) -> Steps:
-        """sd_recover_heap: the map and the count, from descriptors alone."""
+        """sd_rebuild_heap: the map and the count, from descriptors alone."""
         yield from self.empty_map()
         used = 0
         for slot in range(self.slots):

@@ -1,5 +1,5 @@
 """The id index, its sequence and `next_id`, under a lock of their own (I4, I5; record.c,
-recover.c).
+rebuild.c).
 
 Claims, in every state:
 - No two living domains have the same committed id, and no id is given out twice.
@@ -110,7 +110,7 @@ class Ids:
             yield consistent(("slot lock", slot))
 
     def rebuild(self) -> Steps:
-        """sd_recover_ids."""
+        """sd_rebuild_ids."""
         was = yield load("sequence")
         odd = was | 1 if self.follows("odd or 1") else was + 1
         yield store("sequence", odd if self.follows("even last") else odd + 1)

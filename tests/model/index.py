@@ -112,7 +112,7 @@ class Index:
             yield consistent(("slot lock", slot))
 
     def rebuild(self) -> Steps:
-        """sd_recover_list."""
+        """sd_rebuild_list."""
         was = yield load("sequence")
         odd = was | 1 if self.follows("odd or 1") else was + 1
         yield store("sequence", odd if self.follows("repair is odd") else odd + 1)

@@ -1,4 +1,4 @@
-"""A slot's lock: its owner record, the record of a death, and the garbage (lock.c, recover.c).
+"""A slot's lock: its owner record, the record of a death, and the garbage (locks.c).
 
 Claims, in every state:
 - Who may go on with a lock reads in its owner record its own name or nothing; a lock that nobody

@@ -1,4 +1,4 @@
-"""Checksums and seals: damage is told from what is only being written (record.c, layout.h).
+"""Checksums and seals: damage is told from what is only being written (fields.c, layout.h).
 
 Claims, with nobody damaging anything:
 - A reader without a lock (sd_view_begin), if it finds `life` and `cur` as before, has read what
@@ -147,7 +147,7 @@ class Record:
             yield unlock(LIST)
 
     def repair(self) -> Steps:
-        """sd_recover_list."""
+        """sd_rebuild_list."""
         was = yield load("sequence")
         yield store("sequence", was | 1)
         yield store("entry", False)
@@ -311,7 +311,7 @@ class Record:
             yield fail("a look-up calls a sound record damaged")
 
     def beside(self) -> Steps:
-        """sd_recover_ids, which has no other lock than its own."""
+        """sd_rebuild_ids, which has no other lock than its own."""
         if (yield load("life")) & 1 and not (yield call(self.settle))[0]:
             yield fail("a repair of the ids calls a sound record damaged")
 

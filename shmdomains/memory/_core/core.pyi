@@ -1,4 +1,4 @@
-"""Types of the native core; what each thing means stands in core.pyx."""
+"""Types of the native core; what each thing means stands in the files that core.pyx includes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -34,7 +34,6 @@ def configure(
 def format_segment(fd: int, kind: str, max_domains: int, max_bytes: int | None) -> None: ...
 def process_start(pid: int) -> int: ...
 def process_runs(pid: int, start: int) -> bool: ...
-def process_of(tid: int) -> int: ...
 
 class Info(DomainInfo): ...  # registered as one
 

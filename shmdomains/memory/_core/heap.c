@@ -1,17 +1,17 @@
 /* heap.c - variable-size blobs, in cells of 64 bytes, with one bit a cell.
  *
- * What is in use is known twice: by the map, and by the descriptors in the slots, of which the
- * descriptors are right (I2).  A death with the heap lock held rebuilds the map from them.  So the
- * order is: allocate = descriptor, then map; free = descriptor cleared, then map.
+ * What is in use is known twice: by the map, and by the descriptors in the slots, and the
+ * descriptors are right (I2).  After a death with the heap lock held the map is rebuilt from them.
+ * So the order is: allocate = descriptor, then map; free = descriptor cleared, then map.
  *
  * Where to look is kept as hints, checked on the map before they are believed, so a dead writer's
- * hint does no harm.  In this order: the last extent freed of this size; if there are holes, a few
- * words of the map from the rover on, which goes round; above all that was ever used; behind the
- * watermark, which is raised.  Only a heap that can not be extended is searched from end to end: to
- * look at all holes each time, or to give up where the rover stands still, both were slow where
- * definitions grow a little, and their former places are all a little too small.
+ * hint does no harm.  The search tries, in this order: the extent of this size that was freed last;
+ * if there are holes, a few words of the map from the rover on, which goes round; above the last
+ * cell ever used; behind the watermark, which is raised.  Only a heap that cannot be extended is
+ * searched from end to end.  Looking at all holes each time, or giving up where the rover stands
+ * still, were both slow: definitions that grow a little leave holes that are a little too small.
  */
-#include "core.h"
+#include "heap.h"
 
 #define GROW_CELLS (1u << 14) /* 1 MiB */
 #define SEARCH_CELLS (64u * 64) /* 64 words of the map */
@@ -78,8 +78,7 @@ static uint64_t free_tail(const sd_segment *segment, uint64_t committed, uint64_
     return tail;
 }
 
-/* Commit room, and its map, behind the watermark, so that `cells` lie free before its new place.
- * */
+/* Commit room, and its map, behind the watermark, so that `cells` are free below its new place. */
 static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint64_t *found)
 {
     uint64_t room = segment->at.heap_cells - committed;
@@ -99,7 +98,7 @@ static int extend(sd_segment *segment, uint64_t cells, uint64_t committed, uint6
     return SD_OK;
 }
 
-/* Holes between what is in use, from where the last search ended. */
+/* A hole, searched from where the last search ended. */
 static bool search_on(sd_segment *segment, uint64_t cells, uint64_t top, uint64_t committed,
                       uint64_t *found)
 {

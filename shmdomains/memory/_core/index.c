@@ -4,17 +4,17 @@
  *
  *     hash (40 bits) << 24 | slot + 1        0: empty
  *
- * The hash carries the home position (its low bits) and rejects nearly every stranger without a
+ * The hash carries the home position (its low bits) and rejects nearly every other key without a
  * look at the slot; growing and deleting need no look at the slots either.  Deletion shifts later
- * entries back instead of leaving tombstones, so tables never wear out; that moves entries under
- * the eyes of lock-free readers, who are covered by the sequence: a hit is verified under the
- * slot's lock, a miss counts only if the sequence was even and unchanged (I5).
+ * entries back instead of leaving tombstones, so tables never wear out.  That moves entries while
+ * lock-free readers probe, which the sequence covers: a hit is verified under the slot's lock, a
+ * miss is believed only if the sequence was even and unchanged (I5).
  *
- * Tables grow by doubling.  Table k lies at a fixed place; it is committed, zeroed and filled
- * while the sequence is odd, then one store of `level` makes it the one that counts.  Old tables
- * stay: a late reader may still be in one, finds hits that it verifies and misses that it doubts.
+ * Tables grow by doubling.  Table k lies at a fixed place.  It is committed, zeroed and filled
+ * while the sequence is odd, then one store of `level` makes it current.  Old tables stay: a late
+ * reader may still be in one, where it verifies hits and doubts misses.
  */
-#include "core.h"
+#include "index.h"
 
 #define HASH_BITS 40
 #define HASH_MASK ((1ull << HASH_BITS) - 1)
@@ -88,7 +88,7 @@ void sd_sequence_end(sd_word *sequence)
     sd_publish(sequence, sd_load(sequence) + 1);
 }
 
-/* The table that counts.  SD_CORRUPT if the level can not be. */
+/* The current table.  SD_CORRUPT if the level is impossible. */
 static int current(const sd_segment *segment, int index, sd_word **table, uint64_t *mask)
 {
     uint64_t level = sd_unsealed(sd_load_acquire(level_of(segment, index)));
@@ -119,7 +119,7 @@ int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot)
         if (entry >> SLOT_BITS != probe->tag) continue;
         probe->left--;
         *slot = SD_ENTRY_SLOT(entry);
-        /* An entry is stored after its slot was counted; a larger number is damage. */
+        /* An entry is stored after its slot is counted; a larger number is damage. */
         return *slot < sd_slot_count(segment) ? SD_OK : SD_CORRUPT;
     }
     return SD_MISS;
@@ -144,8 +144,8 @@ int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot
     return result == SD_OK ? put(table, mask, entry_of(hash, slot)) : result;
 }
 
-/* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind
- * the hole.  A copy is stored before the original goes, so no entry is ever out of the table. */
+/* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind the
+ * hole.  Each is copied before it is overwritten, so no entry is ever out of the table. */
 static void shift_back(sd_word *table, uint64_t mask, uint64_t hole)
 {
     uint64_t at = hole;
@@ -198,7 +198,7 @@ static int grow(sd_segment *segment, int index, const sd_word *table, uint64_t m
     if (result != SD_OK) return result;
     sd_word *target = segment->table[index][next];
     sd_sequence_begin(sequence);
-    /* An earlier grower may have died half-way and left entries here. */
+    /* An earlier grower may have died and left entries here. */
     for (uint64_t i = 0; i <= wider; i++)
         if (sd_load(&target[i])) sd_store(&target[i], 0);
     for (uint64_t i = 0; i <= mask; i++) {

@@ -1,8 +1,8 @@
 /* layout.h - the segment, byte by byte.
  *
- * One mapping, at its full size from the first moment; memory is committed region by region,
- * before use, and nothing is ever moved or shrunk.  Offsets are not stored: they follow from two
- * limits (slots, heap cells) by sd_geometry_make(), so a damaged header cannot point anywhere.
+ * One mapping, at its full size from the first moment.  Memory is committed region by region,
+ * before use, and nothing is ever moved or shrunk.  Offsets are not stored: sd_geometry_make()
+ * derives them from two limits (slots, heap cells), so a damaged header cannot point anywhere.
  *
  *   header       2 pages      limits, locks, counters
  *   attached     4,096 words  who is attached
@@ -15,39 +15,42 @@
  *
  * Locks and their order:  list -> slot (a second slot only under the list lock) -> id -> heap.
  *
- * Why it survives SIGKILL.  SIGKILL leaves a prefix of the stores the victim executed; the kernel
- * marks the robust mutexes it held, and the next holder repairs what the lock protects.  So each
- * rule below needs only compiler order, and every commit word is stored by sd_publish(): a release
- * store *and* a release fence, because a release store alone lets later stores move above it.
+ * Fields, names, blobs and settings are double-buffered: one commit word says which of the two is
+ * current, and the other one, the spare, is free to be written.
+ *
+ * Why it survives SIGKILL.  SIGKILL leaves a prefix of the stores that the victim executed.  The
+ * kernel marks the robust mutexes it held, and the next holder repairs what the lock protects.  So
+ * each rule below needs only compiler order.  Every commit word is stored by sd_publish(), a
+ * release store *and* a release fence: a release store alone lets later stores move above it.
  *
  * I1  life, uuid and names change only under list lock + slot lock; the store of `life` commits an
  *     insert or a remove.
- * I2  A descriptor changes only under slot lock + heap lock.  Allocate: write the descriptor that
- *     does not count, then mark the map.  Free: clear the descriptor, then the map.  Every extent
- *     in use is named by a descriptor, so the map can be rebuilt from descriptors alone, and the
- *     rebuild keeps every extent that is named, whether or not it counts (the slot's holder may be
- *     between allocating and committing).
+ * I2  A descriptor changes only under slot lock + heap lock.  Allocate: write the spare descriptor,
+ *     then mark the map.  Free: clear the descriptor, then the map.  Every extent in use is named
+ *     by a descriptor, so the map can be rebuilt from descriptors alone.  The rebuild keeps every
+ *     extent that is named, current or spare: the slot's holder may be between allocating and
+ *     committing.
  * I3  Field copies and `cur` change only under the slot lock: the spare copy first, then `cur`.
- *     Readers load life and cur, copy the fields, and load both again; then copy blobs, and look
- *     whether life and the committed versions are still those.
+ *     Readers load life and cur, copy the fields, and load both again; then they copy blobs, and
+ *     check that life and the committed versions are still the same.
  * I4  The id index, its sequence and next_id belong to the id lock, which is held from the first
  *     index store over the flip of `cur` to the last.  next_id is stored before an id is used.
- * I5  A sequence is odd from before the first identity commit store to after the last index store,
- *     and never while waiting for a lock.  Repair: seq |= 1, rebuild, seq + 1.  A lock-free hit is
- *     verified under the slot lock; a lock-free miss counts only if the sequence was even and
- *     unchanged.
+ * I5  A sequence (a seqlock's) is odd from before the first identity commit store to after the last
+ *     index store, and never while waiting for a lock.  Repair: seq |= 1, rebuild, seq + 1.  A
+ *     lock-free hit is verified under the slot lock; a lock-free miss is believed only if the
+ *     sequence was even and unchanged.
  *
- * Damage.  A flipped bit must not be a wrong domain under a right name, so what says which domain
- * this is, and in which state, carries a checksum: the header's constants (`sum`), name and uuid,
- * the uuid alone (for a find by id, which need not look at the name), the field copies with their
- * `cur`, each blob with uuid, kind and version; words that stand for themselves are sealed with
- * their own complement.  They are written with what they belong to, in the place that does not
- * count yet, so they commit with it and need no repair.  What is derived (indexes, counts, map,
- * hints) carries none: it is verified against the record, and rebuilt.
+ * Damage.  A flipped bit must not make a wrong domain under a right name.  So what says which
+ * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
+ * uuid, the uuid alone (for a find by id, which need not read the name), the field copies with
+ * their `cur`, each blob with uuid, kind and version.  Words that stand alone are sealed with their
+ * own complement.  A checksum is written into the spare together with what it covers, so it commits
+ * with it and needs no repair.  What is derived (indexes, counts, map, hints) has no checksum: it
+ * is verified against the record, and rebuilt.
  *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
- * the end of this file, the attached table and a taken-over owner by compare-and-swap, and by
- * nothing else (mutexes are glibc's).
+ * the end of this file; only the attached table and an owner taken over are written by
+ * compare-and-swap, and the mutexes by glibc.
  */
 #ifndef SHMDOMAINS_LAYOUT_H
 #define SHMDOMAINS_LAYOUT_H
@@ -84,11 +87,11 @@ enum { SD_KIND_ROBUST = 1, SD_KIND_MULTIPROCESSING = 2 };
 enum { SD_UUID_INDEX = 0, SD_NAME_INDEX = 1, SD_ID_INDEX = 2 };
 enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
 
-/* The changeable fields of a domain; two copies a slot, `cur & 1` says which one counts.
- * Owner: the slot lock.  A dead writer leaves garbage in the copy that does not count.
+/* The changeable fields of a domain; two copies a slot, `cur & 1` says which one is current.
+ * Slot lock (I3).  A dead writer leaves garbage in the spare copy; the next commit overwrites it.
  *
  * Each copy carries a checksum of itself and of the `cur` that it was written for, and `cur` one of
- * its own (sd_count_seal), so that no flipped bit is another state of the domain. */
+ * its own (sd_count_seal), so that no flipped bit makes another state of the domain. */
 typedef struct {
     sd_word ids;               /* low half: id (int32, -1 inactive); high half: pid (int32, -1) */
     sd_word status;            /* bits 0-15 state, 16-31 reason, 32-50 SD_FLAG_*, 51.. checksum */
@@ -97,25 +100,39 @@ typedef struct {
 
 #define SD_FLAG_PERSISTENT (1ull << 32)
 #define SD_FLAG_AUTOSTART (1ull << 33)
-#define SD_FLAG_NAME (1ull << 34)                /* which name buffer counts */
-#define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b counts */
+#define SD_FLAG_NAME (1ull << 34)               /* which name buffer is current */
+#define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b is current */
 #define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
 
 #define SD_SUM_SHIFT 51
 #define SD_SUM_BITS 13
 
-/* The high half of sum_and_pid.  As in the fields: one flipped bit of the uuid is one of the sum. */
+/* The high half of sum_and_pid.  One flipped bit of the uuid flips one bit of the sum. */
 static inline uint64_t sd_uuid_sum(const uint64_t uuid[2])
 {
     uint64_t sum = uuid[0] ^ (uuid[1] << 23 | uuid[1] >> 41);
     return (sum ^ sum << 32) & ~0xffffffffull;
 }
 
+/* A thread's identity: its number, and when its process started, which tells it apart from later
+ * threads of the same number.  tid | start in clock ticks since boot << 22. */
+#define SD_TID_BITS 22 /* PID_MAX_LIMIT of the kernel is 1 << 22 */
+
+static inline uint32_t sd_who_tid(uint64_t who)
+{
+    return (uint32_t)(who & ((1u << SD_TID_BITS) - 1));
+}
+
+static inline uint64_t sd_who_start(uint64_t who)
+{
+    return who >> SD_TID_BITS;
+}
+
 /* Who holds a lock.  Written by the holder after it has the lock, `who` last; `who` = 0 again just
- * before unlock, so empty means unknown, never an older owner.  A dead holder leaves its own name:
- * the next one moves it to `died_*`. */
+ * before unlock, so empty means unknown, never an older owner.  A dead holder leaves its own
+ * identity there, and the next one moves it to `died_*`. */
 typedef struct {
-    sd_word who;   /* tid | start of its process in clock ticks << 22: see sd_identity() */
+    sd_word who;   /* sd_identity() */
     sd_word pid;   /* the process's id */
     sd_word since; /* CLOCK_MONOTONIC_COARSE, ns */
 } sd_owner;
@@ -124,48 +141,46 @@ typedef struct {
 typedef struct {
     /* line 0 */
     pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
-    sd_word life;          /* bit 0: LIVE; above: generation; sealed by sd_count_seal(), for a flipped
-                              bit hides a domain, or makes it one that a stale handle is of: then
-                              the record is damaged, and a rebuild of an index gives up.  List +
-                              slot lock (I1) */
-    sd_word cur;           /* commits so far; bit 0 picks the copy.  Slot lock (I3); never reset;
-                              sealed by sd_count_seal() */
-    sd_word died_who;      /* sticky: a holder died; cleared by the clean unlock of a holder that
-                              was given the domain, and by insert.  Slot lock; written before the
-                              mutex is made consistent */
+    sd_word life;     /* bit 0: LIVE; above: generation; sealed by sd_count_seal(), because a
+                         flipped bit would hide a domain, or make a stale handle fit it: then the
+                         record is damaged, and a rebuild of an index gives up.  List + slot lock
+                         (I1); the commit store of an insert or a remove: a dead writer has done it
+                         or not */
+    sd_word cur;      /* commits so far; bit 0 picks the current copy.  Slot lock (I3); the commit
+                         store of a change; never reset; sealed by sd_count_seal() */
+    sd_word died_who; /* sticky: a holder died; cleared by the clean unlock of a holder to whom the
+                         domain was delivered, and by insert.  Slot lock; written before the mutex
+                         is made consistent, so a dead recoverer leaves it for the next one */
     /* line 1 */
     sd_word uuid[2];     /* List + slot lock, while FREE (I1): a dead writer leaves a FREE slot */
     sd_fields copy0;     /* Slot lock (I3) */
-    sd_word sum_and_pid; /* high half: checksum of uuid, written with it (I1): a dead writer leaves a
-                            FREE slot, and the next insert writes it again.  Low half: pid of
+    sd_word sum_and_pid; /* high half: checksum of uuid, written with it (I1): a dead writer leaves
+                            a FREE slot, and the next insert writes it again.  Low half: pid of
                             died_who, stored before it under the slot lock: a dead recoverer leaves
                             a dead mutex, and the next one stores it again */
     /* line 2 */
-    sd_fields copy1;
-    sd_owner owner;      /* Slot lock */
+    sd_fields copy1; /* Slot lock (I3) */
+    sd_owner owner;  /* Slot lock */
     /* line 3 */
     sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  Slot + heap lock
-                                    (I2); a dead writer's is whole, named and kept.  What does not
-                                    count is freed by the slot's next holder, in a FREE slot also by
-                                    who repairs the list */
-    sd_word dirty;     /* not 0: uncounted descriptors wait to be freed.  Slot lock; set before the
-                          mutex is made consistent and where freeing had to be put off; cleared
-                          after the last one is freed.  A dead writer leaves it set, or garbage with
-                          a dead mutex, which is the same to the next holder */
+                                    (I2); a dead writer's is whole, named and kept.  Garbage is
+                                    freed by the slot's next holder, in a FREE slot also by whoever
+                                    repairs the list */
+    sd_word dirty;     /* not 0: garbage waits to be freed.  Slot lock; set before the mutex is made
+                          consistent and where freeing had to be put off; cleared after the last
+                          extent is freed.  A dead writer leaves it set, or garbage with a dead
+                          mutex, which is the same to the next holder */
     sd_word next_free; /* next FREE slot + 1.  List lock; rebuilt by its recovery */
 } sd_slot;
 
 /* Two buffers a slot: in the first four bytes a checksum of name and uuid, then one byte of length
- * and the name, so that most names are one cache line.  Changes under list + slot lock and only in
- * the buffer that does not count (or in a FREE slot); a dead writer leaves garbage there. */
+ * and the name, so that most names are one cache line.  List + slot lock, and only the spare buffer
+ * (or either, in a FREE slot); a dead writer leaves garbage there. */
 #define SD_NAME_AT 4u
 typedef struct {
     sd_word word[2][32];
 } sd_names;
 
-/* sequence, then level.  The UUID and name indexes belong to the list lock and share one sequence;
- * the id index belongs to the id lock.  `level` is stored once its table is committed and filled;
- * a dead grower leaves the old level and an odd sequence. */
 typedef struct {
     /* page 0, line 0..: written by the creator before the file has a name; constant since */
     uint64_t magic, layout, signature;
@@ -178,46 +193,50 @@ typedef struct {
     uint64_t creator_who, creator_pid, created; /* created: CLOCK_REALTIME, ns */
 
     /* Set once, by the holder of the lock whose repair failed; never cleared.  `poisoned` is stored
-     * last: who dies before it leaves words that nobody reads, and the next one who fails writes
-     * them again.  Two locks whose repairs fail in one moment may mix the words, which are for
-     * people. */
+     * last: whoever dies before it leaves words that nobody reads, and the next one that fails
+     * writes them again.  Two locks whose repairs fail at the same moment may mix the words, which
+     * only people read. */
     _Alignas(SD_CACHE_LINE) sd_word poisoned; /* SD_POISON_* */
     sd_word poisoned_at;                      /* slot + 1 where it failed; 0: at no one slot */
     uint64_t sum; /* of the constants above; written by the creator with them */
-    sd_word poisoned_who, poisoned_pid; /* who found it: as in sd_owner */
+    sd_word poisoned_who, poisoned_pid; /* whoever found it: as in sd_owner */
     sd_word poisoned_when;              /* CLOCK_REALTIME, ns */
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
     sd_owner list_owner;
-    _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: next holder rebuilds */
+    /* Sequence, then level.  UUID and name index share one sequence.  A level is stored once its
+     * table is committed and filled: a dead grower leaves the old level and an odd sequence. */
+    _Alignas(SD_CACHE_LINE) sd_word list_seq; /* I5; odd after a death: the next holder rebuilds */
     sd_word list_level[2];    /* of the UUID and the name index; sealed */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
-    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init; sealed:
-                                                   too few would hide domains */
+    _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init;
+                                                   sealed: too few would hide domains */
     sd_word slots_committed;  /* slots and names with memory; stored once they have it; sealed */
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
-    sd_word settings_choice;  /* which settings buffer counts, sealed; the commit store of a change.
-                                 A dead writer leaves garbage in the other */
+    sd_word settings_choice;  /* bit 0: which settings buffer is current; sealed; the commit store
+                                 of a change.  A dead writer leaves garbage in the spare one */
 
-    /* The id lock. */
+    /* The id lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t id_mutex;
-    _Alignas(SD_CACHE_LINE) sd_word id_seq;
-    sd_word id_level; /* sealed */
-    sd_word id_dirty;
-    sd_word next_id; /* stored before the id is used: a death wastes one, never repeats one.
-                        Sealed */
-    sd_word active;  /* entries of the id index; derived: rebuilt by recovery */
+    _Alignas(SD_CACHE_LINE) sd_word id_seq; /* as list_seq */
+    sd_word id_level; /* as list_level; sealed */
+    sd_word id_dirty; /* as list_dirty */
+    sd_word next_id;  /* stored before the id is used: a death wastes one, never repeats one;
+                         sealed */
+    sd_word active;   /* entries of the id index; derived: rebuilt by recovery */
 
-    /* The heap lock. */
+    /* The heap lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t heap_mutex;
-    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map; sealed */
+    _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map; stored after
+                                                       fallocate; sealed */
     sd_word heap_used;  /* cells; derived: rebuilt by recovery */
-    sd_word heap_dirty;
+    sd_word heap_dirty; /* as list_dirty */
     sd_word heap_rover; /* where the next search for a hole starts: a hint */
     sd_word heap_top;   /* the end of the last cell that was ever used: a hint */
-    sd_word heap_turn;  /* counts map changes, so that a checker can look without the lock */
+    sd_word heap_turn;  /* counts map changes, so that a checker can read the map without the lock;
+                           stored before the change */
     sd_word heap_hint[SD_HINTS]; /* cell + 1 of a freed extent by size: hints, checked on the map */
 } sd_header;
 
@@ -252,7 +271,7 @@ static inline void sd_store(sd_word *word, uint64_t value)
     atomic_store_explicit(word, value, memory_order_relaxed);
 }
 
-/* A commit word: nothing before it may sink below it, nothing after it may rise above it. */
+/* A commit word: no store before it may sink below it, none after it may rise above it. */
 static inline void sd_publish(sd_word *word, uint64_t value)
 {
     sd_crash_point();
@@ -260,9 +279,8 @@ static inline void sd_publish(sd_word *word, uint64_t value)
     atomic_thread_fence(memory_order_release);
 }
 
-/* Watermarks and the like carry their own complement: a flipped bit must not lead to a hole of the
- * file, where a read may be SIGBUS, or make what is there count for nothing.  36 bits of value, 28
- * of check. */
+/* Watermarks and the like carry their own complement: a flipped bit must not lead into a hole of
+ * the file, where a read may be SIGBUS, nor hide what is there.  36 bits of value, 28 of check. */
 #define SD_SEAL_BITS 36
 static inline uint64_t sd_seal(uint64_t value)
 {
@@ -275,8 +293,7 @@ static inline uint64_t sd_unsealed(uint64_t word) /* UINT64_MAX: damaged */
     return sd_seal(value) == word ? value : UINT64_MAX;
 }
 
-/* `cur` and `life` have 48 bits of value and 16 of check; 0, in memory that was never used, is a
- * sound 0. */
+/* `cur` and `life` have 48 bits of value and 16 of check; the 0 of fresh memory is a sound 0. */
 #define SD_COUNT_BITS 48
 static inline uint64_t sd_count_value(uint64_t word)
 {
@@ -294,7 +311,7 @@ static inline bool sd_count_sound(uint64_t word)
     return sd_count_seal(word) == word;
 }
 
-/* The same life once it has begun, and what comes after it. */
+/* `life` of the domain that begins here, and of the FREE slot after it. */
 static inline uint64_t sd_life_begun(uint64_t life)
 {
     return sd_count_seal(life | 1);
@@ -305,7 +322,7 @@ static inline uint64_t sd_life_ended(uint64_t life)
     return sd_count_seal((life | 1) + 1);
 }
 
-/* A word of up to 8 bytes, whatever their place; what is missing is 0. */
+/* A word of up to 8 bytes, aligned or not; what is missing is 0. */
 static inline uint64_t sd_bytes(const unsigned char *at, size_t bytes)
 {
     uint64_t word = 0;
@@ -313,9 +330,9 @@ static inline uint64_t sd_bytes(const unsigned char *at, size_t bytes)
     return word;
 }
 
-/* Relaxed words in and out of the segment, by fours, since no compiler unrolls what is atomic;
- * `bytes` need not be a multiple of 8, the last word is padded with zeros on the way in.  Space in
- * the segment always is. */
+/* Relaxed words in and out of the segment, by fours, since no compiler unrolls atomics.  `bytes`
+ * need not be a multiple of 8: the last word is padded with zeros on the way in, and the segment
+ * always has room for it. */
 static inline void sd_copy_in(sd_word *to, const void *from, size_t bytes)
 {
     const unsigned char *source = from;

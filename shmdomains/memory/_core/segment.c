@@ -1,12 +1,12 @@
 /* segment.c - create, attach, grow, unmap.
  *
  * A segment is formatted in a file that nobody can find yet (an unnamed temporary file, or a
- * memfd), then published by giving it a name; so nobody sees half a segment and a killed creator
+ * memfd), then published by giving it a name: so nobody sees half a segment, and a killed creator
  * leaves nothing.  Naming, modes and flock are the caller's (segment_file.py).
  *
  * The mapping has its full size from the start; address space is free.  Memory is committed by
- * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there.  The
- * raw call, not glibc's posix_fallocate(): its emulation writes into bytes that may be in use.
+ * fallocate before it is touched, so that a full tmpfs is an error here and not SIGBUS there; not
+ * by glibc's posix_fallocate(), whose emulation writes into bytes that may be in use.
  *
  * A process that daemonises closes all descriptors, ours too, and what it opens next gets their
  * numbers.  So a number is compared with the segment's file before each use (sd_descriptor()), and
@@ -16,7 +16,9 @@
  * one thread's list would be two locks to the kernel.
  */
 #define _GNU_SOURCE
-#include "core.h"
+#include "segment.h"
+
+#include "mutex.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -26,14 +28,13 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* the C library may be older than the kernel */
 #endif
 
-static sd_segment *mapped; /* of this process; the binding serialises who comes here */
+static sd_segment *mapped; /* of this process; the binding serialises calls */
 
 /* --- geometry -------------------------------------------------------------------------------- */
 
@@ -101,8 +102,8 @@ static uint64_t signature(void)
     return h;
 }
 
-/* With another seed nothing would be found, and under another identity handles would lead here that
- * are of another segment. */
+/* With another seed nothing would be found, and with another identity another segment's handles
+ * would fit this one. */
 uint64_t sd_constants_sum(const sd_header *header)
 {
     uint64_t words[offsetof(sd_header, poisoned) / 8], h = SD_MAGIC;
@@ -114,7 +115,7 @@ uint64_t sd_constants_sum(const sd_header *header)
     return h;
 }
 
-/* Zeros where /proc does not say; SD_ERRNO when only this process can not read it now. */
+/* Zeros where /proc does not say; SD_ERRNO when only this process cannot read it now. */
 static int read_boot(uint64_t boot[2])
 {
     char text[64] = "";
@@ -247,7 +248,8 @@ uint64_t sd_committed_bytes(const sd_segment *segment)
     uint64_t bytes = at->table[0][0];
     for (int index = 0; index < SD_INDEXES; index++) {
         uint64_t level = sd_unsealed(sd_load(levels[index]));
-        for (uint64_t i = 0; i <= level && i < at->levels; i++) bytes += 8ull << (SD_INDEX_BITS + i);
+        for (uint64_t i = 0; i <= level && i < at->levels; i++)
+            bytes += 8ull << (SD_INDEX_BITS + i);
     }
     if (slots <= at->max_slots)
         bytes += whole_pages(slots * sizeof(sd_slot)) + whole_pages(slots * sizeof(sd_names));
@@ -272,7 +274,6 @@ static void set_pointers(sd_segment *segment)
 
 static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
 {
-    struct timespec now;
     const sd_thread *self = sd_self();
     header->layout = SD_LAYOUT;
     header->signature = signature();
@@ -285,8 +286,7 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     if (getrandom(header->id, 16, 0) != 16 || getrandom(&header->seed, 8, 0) != 8) return SD_ERRNO;
     header->creator_who = self->who;
     header->creator_pid = self->pid;
-    clock_gettime(CLOCK_REALTIME, &now);
-    header->created = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+    header->created = sd_now_real();
     sd_store(&header->list_level[0], sd_seal(0));
     sd_store(&header->list_level[1], sd_seal(0));
     sd_store(&header->id_level, sd_seal(0));
@@ -294,7 +294,7 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     sd_store(&header->slots_committed, sd_seal(0));
     sd_store(&header->heap_committed, sd_seal(0));
     sd_store(&header->settings_choice, sd_seal(0));
-    sd_store(&header->next_id, sd_seal(1)); /* as libvirt's: 0 is never given out */
+    sd_store(&header->next_id, sd_seal(1)); /* libvirt never gives out 0 either */
     header->magic = SD_MAGIC;
     header->sum = sd_constants_sum(header);
     if (sd_mutex_init(&header->list_mutex) || sd_mutex_init(&header->id_mutex)) return SD_ERRNO;
@@ -318,14 +318,41 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells)
     return result;
 }
 
-/* --- this process's mappings ----------------------------------------------------------------- */
+/* --- who is attached ------------------------------------------------------------------------- */
 
-sd_segment *sd_mapped(const uint64_t id[2])
+/* One word a process: its main thread's identity.  Written by the process itself, with compare-and-
+ * swap on a word that is empty or names a process that is gone; a dead one's word stays until then.
+ * The list is for people: nothing is decided by it alone. */
+static void enter_attached(sd_segment *segment)
 {
-    for (sd_segment *at = mapped; at; at = at->next)
-        if (at->id[0] == id[0] && at->id[1] == id[1]) return at;
-    return NULL;
+    const sd_thread *self = sd_self();
+    uint64_t me = sd_identity((uint32_t)self->pid, sd_who_start(self->who));
+    for (int pass = 0; pass < 2; pass++) {
+        for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
+            uint64_t word = sd_load(&segment->attached[i]);
+            if (word == me) return;
+            if (word && (pass == 0 || sd_process_runs(sd_who_tid(word), sd_who_start(word))))
+                continue;
+            sd_crash_point();
+            if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return;
+        }
+    }
 }
+
+static void leave_attached(sd_segment *segment)
+{
+    const sd_thread *self = sd_self();
+    uint64_t me = sd_identity((uint32_t)self->pid, sd_who_start(self->who));
+    for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
+        uint64_t word = me;
+        if (sd_load(&segment->attached[i]) != me) continue;
+        sd_crash_point();
+        atomic_compare_exchange_strong(&segment->attached[i], &word, 0);
+        return;
+    }
+}
+
+/* --- this process's mappings ----------------------------------------------------------------- */
 
 static sd_segment *find_mapped(const struct stat *status)
 {
@@ -346,8 +373,8 @@ static int read_header(int fd, const struct stat *status, sd_header *header, cha
 }
 
 /* A mapping keeps the open file that it was made from, and with it that file's flock.  So it is
- * made from an open file of its own: then closing `fd` lets go of the flock.  Who may not open it
- * anew (after setuid; without /proc) does with `fd`. */
+ * made from an open file of its own: then closing `fd` releases the flock.  A process that may not
+ * open the file anew (after setuid; without /proc) uses `fd`. */
 static void *map_file(int fd, uint64_t bytes)
 {
     char path[40];
@@ -410,13 +437,12 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     segment->users = segment->open = 1;
     segment->next = mapped;
     mapped = segment;
-    sd_enter_attached(segment);
+    enter_attached(segment);
     *out = segment;
     return SD_OK;
 }
 
-/* In a forked child, before its first use: what threads of our parent hold or wait for is not
- * ours. */
+/* In a forked child, before its first use: what the parent's threads hold is not ours. */
 static void forget_parent(sd_segment *segment)
 {
     if (segment->epoch == sd_fork_epoch) return;
@@ -430,22 +456,22 @@ static bool runs_here(uint32_t tid)
     return tid && (!tgkill(getpid(), (pid_t)tid, 0) || errno != ESRCH);
 }
 
-/* Whom does the lock belong to?  The kernel asks the mutex when a thread dies, so we do too. */
+/* The thread that has the lock.  The kernel goes by the mutex when a thread dies, so do we. */
 static uint32_t holder_of(const sd_segment *segment, const pthread_mutex_t *mutex,
                           const sd_owner *owner)
 {
     if (segment->kind == SD_KIND_ROBUST) return sd_mutex_owner(mutex);
-    return (uint32_t)(sd_load(&owner->who) & ((1u << 22) - 1));
+    return sd_who_tid(sd_load(&owner->who));
 }
 
-/* Does a thread of ours hold a lock here?  `held` counts what was locked and not unlocked: threads
- * that ended are in it, whose locks went with them.  So it may only say that nothing is held. */
+/* Does a thread of ours hold a lock here?  `held` also counts locks that ended with their thread,
+ * so it proves only that nothing is held. */
 static bool is_held(const sd_segment *segment)
 {
     const sd_header *header = segment->header;
     uint32_t slots;
     if (!segment->held) return false;
-    if (sd_slots(segment, &slots) != SD_OK) return true; /* who knows */
+    if (sd_slots(segment, &slots) != SD_OK) return true; /* unknown: keep it */
     if (runs_here(holder_of(segment, &header->list_mutex, &header->list_owner))) return true;
     for (uint32_t i = 0; i < slots; i++) {
         const sd_slot *slot = &segment->slots[i];
@@ -454,9 +480,9 @@ static bool is_held(const sd_segment *segment)
     return false;
 }
 
-/* The mapping stays for objects that still refer to it.  Nothing of it can be locked any more, so
- * the process may map the segment anew.  Closing the descriptor lets go of the flock, unless a
- * child has inherited it. */
+/* The mapping stays for objects that still refer to it.  Nothing in it can be locked any more, so
+ * the process may map the segment anew.  Closing the descriptor releases the flock, unless a child
+ * has inherited it. */
 void sd_detach(sd_segment *segment)
 {
     forget_parent(segment);
@@ -467,7 +493,7 @@ void sd_detach(sd_segment *segment)
         *at = segment->next;
         break;
     }
-    sd_leave_attached(segment);
+    leave_attached(segment);
     if (sd_descriptor(segment) >= 0) close(segment->fd);
     segment->fd = -1;
 }
@@ -486,7 +512,7 @@ void sd_unmap(sd_segment *segment)
     unmap_unused(segment);
 }
 
-/* Those that were kept for a lock of a thread that has ended by now. */
+/* Those that were kept for a lock whose thread has ended by now. */
 static void unmap_left(void)
 {
     for (sd_segment *at = mapped, *next; at; at = next) {
@@ -495,95 +521,23 @@ static void unmap_left(void)
     }
 }
 
-void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
-{
-    sd_header *header = segment->header;
-    const sd_thread *self = sd_self();
-    struct timespec now;
-    if (sd_load(&header->poisoned)) return;
-    clock_gettime(CLOCK_REALTIME, &now);
-    sd_store(&header->poisoned_at, at);
-    sd_store(&header->poisoned_who, self->who);
-    sd_store(&header->poisoned_pid, self->pid);
-    sd_store(&header->poisoned_when, (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec);
-    sd_publish(&header->poisoned, reason);
-}
-
-/* --- who is attached ------------------------------------------------------------------------- */
-
-/* One word a process: its main thread's identity.  Written by the process itself with compare-and-
- * swap on a word that is empty or names a process that is gone; a dead one's word stays until
- * then. Only a list for people: nothing is decided by it alone. */
-void sd_enter_attached(sd_segment *segment)
-{
-    const sd_thread *self = sd_self();
-    uint64_t me = sd_identity((uint32_t)self->pid, self->who >> 22);
-    for (int pass = 0; pass < 2; pass++) {
-        for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
-            uint64_t word = sd_load(&segment->attached[i]);
-            if (word == me) return;
-            if (word && (pass == 0 || sd_process_runs((uint32_t)(word & 0x3fffff), word >> 22)))
-                continue;
-            sd_crash_point();
-            if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return;
-        }
-    }
-}
-
 int sd_begin_in_child(sd_segment *segment)
 {
     if (read_pid_namespace() != segment->pid_namespace) return SD_MISMATCH;
     forget_parent(segment);
     segment->epoch = sd_fork_epoch;
-    sd_enter_attached(segment);
+    enter_attached(segment);
     return SD_OK;
 }
 
-void sd_leave_attached(sd_segment *segment)
-{
-    const sd_thread *self = sd_self();
-    uint64_t me = sd_identity((uint32_t)self->pid, self->who >> 22);
-    for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
-        uint64_t word = me;
-        if (sd_load(&segment->attached[i]) != me) continue;
-        sd_crash_point();
-        atomic_compare_exchange_strong(&segment->attached[i], &word, 0);
-        return;
-    }
-}
-
-/* --- settings -------------------------------------------------------------------------------- */
-
-static sd_word *settings_at(const sd_segment *segment, uint64_t choice)
-{
-    return (sd_word *)(segment->base + segment->at.settings) + choice * (SD_SETTINGS_BYTES / 8 + 1);
-}
-
-int sd_settings_set(sd_segment *segment, const void *bytes, uint64_t size)
+void sd_poison(sd_segment *segment, uint64_t reason, uint64_t at)
 {
     sd_header *header = segment->header;
-    uint64_t choice = sd_unsealed(sd_load(&header->settings_choice)) + 1;
-    if (size > SD_SETTINGS_BYTES) return SD_FULL;
-    if (!choice) return SD_CORRUPT;
-    sd_word *to = settings_at(segment, choice & 1);
-    sd_store(to, size);
-    sd_copy_in(to + 1, bytes, size);
-    sd_publish(&header->settings_choice, sd_seal(choice));
-    return SD_OK;
-}
-
-int sd_settings_get(const sd_segment *segment, void *out, uint64_t *size)
-{
-    const sd_word *choice = &segment->header->settings_choice;
-    for (int tries = 0; tries < 1000; tries++) {
-        uint64_t before = sd_load_acquire(choice);
-        if (sd_unsealed(before) == UINT64_MAX) return SD_CORRUPT;
-        const sd_word *from = settings_at(segment, before & 1);
-        *size = sd_load(from);
-        if (*size <= SD_SETTINGS_BYTES) sd_copy_out(out, from + 1, *size);
-        atomic_thread_fence(memory_order_acquire);
-        if (sd_load(choice) != before) continue;
-        return *size <= SD_SETTINGS_BYTES ? SD_OK : SD_CORRUPT;
-    }
-    return SD_DOUBT;
+    const sd_thread *self = sd_self();
+    if (sd_load(&header->poisoned)) return;
+    sd_store(&header->poisoned_at, at);
+    sd_store(&header->poisoned_who, self->who);
+    sd_store(&header->poisoned_pid, self->pid);
+    sd_store(&header->poisoned_when, sd_now_real());
+    sd_publish(&header->poisoned, reason);
 }

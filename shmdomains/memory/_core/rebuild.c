@@ -1,19 +1,19 @@
-/* recover.c - what the next holder repairs.
+/* rebuild.c - what is derived, made again from what is committed.
  *
- * Each function runs with the lock concerned held, before its mutex is made consistent.  All of
- * them allocate nothing, start from what is committed, and can be cut off anywhere and begun
- * again: a recoverer that dies leaves the lock dead, and the next one runs the same function.  One
- * that meets a value it can not believe poisons the segment, saying where, and gives up.
+ *   list lock   UUID and name index, count, free list   from life, uuid, committed names
+ *   id lock     id index, count                         from committed ids
+ *   heap lock   map of used cells, count                from descriptors, current or spare
  *
- *   list lock   UUID and name index, number, free list   from life, uuid, committed names
- *               and the blobs left in FREE slots         nobody else would look there
- *   id lock     id index                                 from committed ids
- *   heap lock   map of used cells                        from descriptors, counted or not
- *   slot lock   nothing is wrong with the record: garbage to free, and the death to remember
+ * The next holder runs one of these after a death, before the mutex is made consistent; and a
+ * writer whose index contradicts itself runs it in the middle of its change.  They allocate
+ * nothing, and can be cut off anywhere and begun again: a rebuilder that dies leaves the lock dead,
+ * and the next holder runs the same function.  One that meets an impossible value poisons the
+ * segment, saying where, and gives up.
  */
-#include "core.h"
+#include "rebuild.h"
 
-/* The repair can not be done: `at` is slot + 1, or 0 for no one slot. */
+#include "fields.h"
+
 static int give_up(sd_segment *segment, uint64_t reason, uint64_t at)
 {
     sd_poison(segment, reason, at);
@@ -34,7 +34,7 @@ static int enter_identity(sd_segment *segment, uint32_t slot)
     return sd_index_insert(segment, SD_NAME_INDEX, sd_hash_name(segment, name + 1, name[0]), slot);
 }
 
-int sd_recover_list(sd_segment *segment)
+int sd_rebuild_list(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint64_t live = 0, head = 0;
@@ -47,7 +47,7 @@ int sd_recover_list(sd_segment *segment)
     for (uint32_t slot = slots; slot-- > 0;) {
         sd_slot *record = &segment->slots[slot];
         uint64_t life = sd_load(&record->life);
-        /* Either way would be for good: a domain that nobody finds, or one that was removed. */
+        /* A guess would be for good: a domain that nobody finds, or one that was removed. */
         if (!sd_count_sound(life)) return give_up(segment, SD_POISON_LIST, slot + 1ull);
         if (life & 1) {
             if (enter_identity(segment, slot) != SD_OK)
@@ -64,8 +64,8 @@ int sd_recover_list(sd_segment *segment)
     return SD_OK;
 }
 
-/* Nobody else can change a committed id meanwhile: every flip that does so holds the id lock. */
-int sd_recover_ids(sd_segment *segment)
+/* No committed id changes meanwhile: every flip that changes one holds the id lock. */
+int sd_rebuild_ids(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint64_t active = 0;
@@ -90,7 +90,7 @@ int sd_recover_ids(sd_segment *segment)
     return SD_OK;
 }
 
-int sd_recover_heap(sd_segment *segment)
+int sd_rebuild_heap(sd_segment *segment)
 {
     sd_header *header = segment->header;
     uint32_t slots;
@@ -116,42 +116,4 @@ int sd_recover_heap(sd_segment *segment)
     sd_store(&header->heap_rover, 0);
     sd_store(&header->heap_top, top);
     return SD_OK;
-}
-
-/* The record is the old one or the new one.  Remember who died - nobody knows when the owner
- * record is empty: then a recoverer got this far before it died itself, or the holder died before
- * it signed - and free the garbage if the heap lock is to be had. */
-void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid)
-{
-    sd_slot *record = &segment->slots[slot];
-    if (who || !sd_load(&record->died_who)) {
-        uint64_t sum = sd_load(&record->sum_and_pid) & ~0xffffffffull;
-        sd_store(&record->sum_and_pid, sum | (who ? (uint32_t)pid : 0));
-        sd_publish(&record->died_who, who ? who : 1);
-    }
-    sd_tidy(segment, slot);
-}
-
-/* Who dies between a remove's commit and its end, or while it fills a slot for an insert, leaves
- * blobs in a FREE slot, which nobody locks until it is used again; but all of them die with the
- * list lock.  (A living remover that could not get the heap lock leaves them, too; they wait for
- * the slot's next user, or for this.)  A slot's lock is only tried: its holder has a handle to a
- * domain that is gone, or waits for the heap; what it leaves, if it dies as well, is freed by the
- * slot's next user.  List lock held, so that no FREE slot becomes LIVE meanwhile; robust locks
- * only, since the core does not know the others. */
-void sd_tidy_free_slots(sd_segment *segment)
-{
-    uint32_t slots = sd_slot_count(segment);
-    for (uint32_t slot = 0; slot < slots; slot++) {
-        const sd_slot *record = &segment->slots[slot];
-        uint64_t named = 0;
-        for (int b = 0; b < SD_BLOBS; b++)
-            named |= sd_load(&record->extent[b][0]) | sd_load(&record->extent[b][1]);
-        if (!named || sd_load(&record->life) & 1) continue;
-        if (sd_slot_lock(segment, slot, SD_TRY) != SD_OK) continue;
-        sd_tidy(segment, slot);
-        bool put_off = sd_load(&record->dirty);
-        sd_slot_unlock(segment, slot, false);
-        if (put_off) return; /* the heap's holder is stopped: one slice of waiting is enough */
-    }
 }

@@ -1,0 +1,163 @@
+# Changing the list: create, remove and rename records, and the list's settings.
+#
+# Each needs the list lock and is one commit of the core: it happens as a whole or not at all, even
+# if the process dies in the middle. What the holder of a domain changes is committed in hold.pxi.
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from shmdomains import errors
+
+cdef enum:
+    SLOTS_TRIED = 64  # and passed over because they are held, before one is waited for
+
+
+cdef Info read_identity(Segment doms, object uuid, object name):
+    """Whose uuid it is or, if nobody's, whose name; and ask for the lines of an insert, which comes
+    next if it is nobody's."""
+    cdef sd_key key
+    cdef Info info = None
+    cdef uint64_t deadline = sd_now() + SECOND
+    need_list(doms, "assign_def")
+    sd_prefetch_insert(doms.segment)
+    if uuid is not None:
+        key.what = SD_UUID_INDEX
+        uuid_words(uuid, key.uuid)
+        info = read_by_key(doms, &key, False, deadline)
+    if info is None and set_name(key.name, name):
+        key.what = SD_NAME_INDEX
+        info = read_by_key(doms, &key, False, deadline)
+    return info
+
+
+cdef Record insert_record(Segment doms, object uuid, object name, bytes definition, int state,
+                          bint persistent, object timeout):
+    cdef sd_key key
+    cdef sd_values values
+    cdef sd_blob blobs[3]
+    cdef uint32_t slot
+    cdef sd_word *link
+    cdef uint64_t deadline = deadline_of(timeout)
+    cdef uint64_t epoch = sd_fork_epoch
+    cdef Record record
+    cdef int result
+    need_list(doms, "assign_def")
+    may_wait(doms, deadline)
+    uuid_words(uuid, key.uuid)
+    if not set_name(key.name, name):
+        raise errors.InvalidName(f"{name!r} can not be a domain's name")
+    memset(&values, 0, sizeof(values))
+    memset(blobs, 0, sizeof(blobs))
+    values.id = values.pid = -1
+    values.state = <uint16_t>state
+    values.flags = SD_FLAG_PERSISTENT if persistent else 0
+    set_change(&blobs[SD_DEFINITION], definition)
+    record = new_record(doms)
+    # The caller has looked, but a signal handler of this thread holds the list lock, too, and may
+    # have defined the domain since. From here on a handler is refused.
+    result = read_either(doms, &key)
+    if result == SD_OK:
+        raise errors.DomainExists(
+            f"a domain with the name '{name}' or the uuid {uuid_object(key.uuid)} was defined "
+            "meanwhile by a signal handler of this thread")
+    if result != SD_MISS:
+        raise_code(result, f"define domain {name!r}")
+    lock_free_slot(doms, &slot, &link, deadline, timeout)
+    result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
+    if result != SD_OK:
+        if epoch == sd_fork_epoch:  # else the lock is the parent's
+            release_slot(doms, slot, False)
+        raise_poison_or_code(doms, result, f"define domain {name!r}")
+    lead_to(record, slot)
+    begin_hold(record)
+    return record
+
+
+cdef int lock_free_slot(Segment doms, uint32_t *slot, sd_word **link, uint64_t deadline,
+                        object timeout) except -1:
+    """A free slot, locked, and the word that links to it. Passes over slots that somebody holds
+    while there are others."""
+    cdef int result, passed = 0
+    cdef uint64_t patience = SD_TRY
+    link[0] = NULL
+    while True:
+        result = sd_free_slot(doms.segment, link, slot)
+        if result == SD_FULL and passed and patience == SD_TRY:
+            # Every slot that is left is held by somebody: wait for one.
+            link[0] = NULL
+            patience = deadline
+            continue
+        if result != SD_OK:
+            return raise_code(result, "define a domain")
+        if acquire_slot(doms, slot[0], patience) == SD_OK:
+            return 0
+        if patience != SD_TRY or deadline == SD_TRY:
+            raise_timed_out(&doms.segment.slots[slot[0]].owner,
+                            &doms.segment.slots[slot[0]].mutex, "a free slot", timeout)
+        passed += 1
+        if passed > SLOTS_TRIED:
+            patience = deadline
+
+
+cdef int set_change(sd_blob *blob, bytes value) except -1:
+    if len(value) > SD_BLOB_MAX:
+        raise errors.SegmentFull(f"a blob of {len(value)} bytes; the limit is 16 MiB")
+    blob.change = True
+    blob.bytes = PyBytes_AS_STRING(value)
+    blob.size = len(value)
+    return 0
+
+
+cdef int remove_record(Segment doms, Record record, object timeout) except -1:
+    need_ours(doms, record)
+    cdef Record mine = need_changeable(record)
+    cdef uint64_t deadline = deadline_of(timeout)
+    need_list(doms, "remove")
+    cdef int result = sd_remove(doms.segment, mine.slot, deadline)
+    if result != SD_OK:
+        raise_poison_or_code(doms, result, "remove a domain")
+    drop_changes(mine)
+    return end_hold(mine, True)
+
+
+cdef int rename_record(Segment doms, Record record, object name, bytes definition,
+                       bytes next_definition, object timeout) except -1:
+    need_ours(doms, record)
+    cdef Record mine = need_changeable(record)
+    cdef uint64_t deadline = deadline_of(timeout)
+    cdef unsigned char raw[252]
+    cdef sd_blob blobs[3]
+    need_list(doms, "rename")
+    if not set_name(raw, name):
+        raise errors.InvalidName(f"{name!r} can not be a domain's name")
+    memset(blobs, 0, sizeof(blobs))
+    set_change(&blobs[SD_DEFINITION], definition)
+    if next_definition is not None:
+        set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
+    cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
+    if result != SD_OK:
+        raise_poison_or_code(doms, result, f"rename to {name!r}")
+    reload_values(mine)
+
+
+cdef int write_settings(Segment doms, bytes settings) except -1:
+    need_list(doms, "settings")
+    cdef int result = sd_settings_set(doms.segment, PyBytes_AS_STRING(settings), len(settings))
+    if result != SD_OK:
+        raise_code(result, "settings")
+
+
+cdef bytes read_settings(Segment doms):
+    cdef unsigned char *room = <unsigned char *>malloc(SD_SETTINGS_BYTES)
+    cdef uint64_t size
+    if room == NULL:
+        raise MemoryError
+    try:
+        need_open(doms)
+        if sd_settings_get(doms.segment, room, &size) != SD_OK:
+            raise_code(SD_CORRUPT, "settings")
+        return PyBytes_FromStringAndSize(<char *>room, size)
+    finally:
+        free(room)

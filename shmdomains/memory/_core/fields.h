@@ -1,0 +1,65 @@
+/* fields.h - what a record says: values, name, blobs; with the slot's lock, or as a view. */
+#ifndef SHMDOMAINS_FIELDS_H
+#define SHMDOMAINS_FIELDS_H
+
+#include "heap.h"
+#include "index.h"
+
+/* A private copy of the fields. */
+typedef struct {
+    int32_t id, pid;
+    uint16_t state, reason;
+    uint64_t flags;
+    uint64_t version[SD_BLOBS];
+} sd_values;
+
+/* The committed values; slot lock held.  SD_CORRUPT: they do not fit their checksum. */
+int sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values);
+/* The committed values while others may commit: those of a `cur` that stood still.  Only the fields
+ * that the caller's lock pins may be believed together. */
+int sd_values_settled(const sd_segment *segment, uint32_t slot, sd_values *values);
+/* Write the spare copy, then `cur`: the commit.  Slot lock held. */
+void sd_values_flip(sd_slot *record, const sd_values *values);
+
+/* Which of the two descriptors of a blob is current. */
+static inline int sd_choice(uint64_t flags, int blob)
+{
+    return (flags & SD_FLAG_CHOICE(blob)) != 0;
+}
+
+/* name: 252 bytes, length first; length 0, which no domain has: name or uuid is damaged.  The truth
+ * with the slot's or the list lock held; without them a hint, or part of sd_view_begin(). */
+void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name);
+/* Write the spare name buffer and let `values` choose it.  List and slot lock held. */
+void sd_name_set(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_values *values,
+                 const unsigned char *name);
+/* Does the uuid fit its checksum?  The truth with the slot's or the list lock held. */
+bool sd_uuid_sound(const sd_slot *record);
+
+/* What stands in front of a blob, so that no other bytes pass for it: another domain's, of another
+ * kind, or of another time. */
+uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
+                     uint64_t size);
+/* The extent of a blob that is present, checksum first; slot lock held.  SD_CORRUPT. */
+int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
+                uint64_t *extent);
+
+/* A committed record without any lock: begin, copy the blobs that are wanted, then check that they
+ * still belong to the view (or, more than is needed, that nothing moved at all).
+ * SD_OK (with an empty name if name or uuid is damaged), SD_MISS (not live), SD_DOUBT (a writer
+ * came in between: again), SD_CORRUPT (no writer came, and the fields or `life` are damaged; the
+ * view is filled all the same, so that what is wrong can be told). */
+typedef struct {
+    uint64_t life, cur;
+    uint64_t uuid[2];
+    sd_values values;
+    unsigned char name[SD_NAME_MAX + 1];
+} sd_view;
+
+int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view);
+int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
+                   uint64_t *extent); /* SD_OK, SD_MISS (none), SD_DOUBT, SD_CORRUPT */
+int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
+int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
+
+#endif

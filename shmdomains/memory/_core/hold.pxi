@@ -1,0 +1,293 @@
+# Holds: a thread has a domain locked, through one handle, and changes it.
+#
+# A hold begins with the slot's lock and ends with it. In between the handle stands in the list of
+# its thread, and what is changed is kept in the handle; nobody else sees it before
+# `commit_changes`. A handle that is freed while it is locked is rolled back and unlocked
+# (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport malloc
+from libc.string cimport memset
+
+import warnings
+
+from shmdomains import errors
+
+
+cdef void lead_to(Record record, uint32_t slot) noexcept:
+    """The handle is to the domain that lives in this slot now."""
+    cdef sd_slot *at = &record.segment.segment.slots[slot]
+    record.leads = True
+    record.segment.segment.handles += 1
+    record.slot = slot
+    record.life = sd_load(&at.life)
+    record.uuid_raw[0] = sd_load(&at.uuid[0])
+    record.uuid_raw[1] = sd_load(&at.uuid[1])
+
+
+cdef bint held_somewhere(Record record):
+    """Whether a running thread of this process holds it. After a fork the nodes of the parent's
+    threads are still there, with the epoch of before."""
+    return (record.nonce != 0 and record.thread.epoch == sd_fork_epoch
+            and record.thread.nonce == record.nonce)
+
+
+cdef Record locked_or_none(Record record):
+    """The handle through which this thread holds the domain: this one, or another one to it."""
+    cdef sd_thread *thread = sd_self()
+    if record.nonce == thread.nonce:
+        return record
+    if thread.records == NULL:
+        return None
+    return held_here(record.segment, record.slot, record.life)
+
+
+cdef Record need_locked(Record record):
+    """That handle, or `DomainNotLocked`."""
+    cdef Record mine = locked_or_none(record)
+    if mine is None:
+        raise errors.DomainNotLocked(
+            f"domain {uuid_object(record.uuid_raw)} is not locked by this thread: with dom: ...")
+    return mine
+
+
+cdef Record need_changeable(Record record):
+    """That handle. Raises in a signal handler that interrupted the holder: it may be committing."""
+    cdef Record mine = need_locked(record)
+    if sd_self().nested > mine.nested:
+        raise_code(SD_NESTED, "change a domain")
+    return mine
+
+
+cdef int begin_hold(Record record) except -1:
+    """The slot is locked: the handle is this thread's from here on."""
+    if sd_values_get(record.segment.segment, record.slot, &record.values) != SD_OK:
+        release_slot(record.segment, record.slot, False)
+        raise_code(SD_CORRUPT, "lock a domain")
+    enter_thread(record)
+    return 0
+
+
+cdef void enter_thread(Record record) noexcept:
+    cdef sd_thread *thread = sd_self()
+    record.nonce = thread.nonce
+    record.thread = thread
+    record.nested = thread.nested
+    record.before = NULL
+    record.after = thread.records
+    if thread.records != NULL:
+        (<Record>thread.records).before = <void *>record
+    thread.records = <void *>record
+    record.pending = 0
+    record.touched = False
+    record.depth = 0
+
+
+cdef void leave_thread(Record record) noexcept:
+    if record.before != NULL:
+        (<Record>record.before).after = record.after
+    else:
+        record.thread.records = record.after
+    if record.after != NULL:
+        (<Record>record.after).before = record.before
+    record.nonce = 0
+
+
+cdef int end_hold(Record record, bint delivered) except -1:
+    if record.nonce != sd_self().nonce:
+        return 0  # a signal handler forked in a wait: the lock is the parent's
+    leave_thread(record)
+    return release_slot(record.segment, record.slot, delivered)
+
+
+cdef inline bint is_pending(Record record, int which) noexcept:
+    """Whether a change of this blob waits for the commit."""
+    return record.pending >> which & 1
+
+
+cdef void reload_values(Record record) noexcept:
+    sd_values_get(record.segment.segment, record.slot, &record.values)
+    record.touched = False
+
+
+cdef void drop_changes(Record record) noexcept:
+    if record.pending:
+        record.pending = 0
+        _objects, _blobs = record.objects, record.blobs  # freed last: that may run anything
+        record.objects = record.blobs = None
+
+
+cdef int commit_changes(Record record, uint64_t deadline) except -1:
+    """All of them or none; on failure they are rolled back."""
+    cdef sd_blob changes[3]
+    cdef int b, result
+    if not record.touched and not record.pending:
+        return 0
+    memset(changes, 0, sizeof(changes))
+    for b in range(3):
+        if is_pending(record, b):
+            changes[b].change = True
+            if record.blobs[b] is not None:
+                set_change(&changes[b], record.blobs[b])
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, deadline)
+    if result != SD_OK:
+        _objects, _blobs = record.objects, record.blobs  # freed later: that may run anything
+        drop_changes(record)
+        reload_values(record)
+        return raise_poison_or_code(record.segment, result,
+                                    f"commit domain {uuid_object(record.uuid_raw)}; rolled back")
+    reload_values(record)
+    if is_pending(record, SD_DEFINITION) and record.objects[SD_DEFINITION] is not None:
+        cache(record.segment.decoded, record.slot, record.life,
+              record.values.version[SD_DEFINITION], record.objects[SD_DEFINITION])
+    drop_changes(record)
+    return 0
+
+
+cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1:
+    cdef sd_slot *at
+    cdef void *held
+    need_open(record.segment)
+    at = &record.segment.segment.slots[record.slot]
+    held = held_pointer(record.segment, record.slot, 0)
+    if held != NULL:
+        # This thread has the slot's lock and must not ask for it, whichever domain lives there.
+        if (<Record>held).life == record.life:
+            need_not_held(record.segment, record.slot)
+        raise_outlived(record)
+    if sd_load(&at.life) != record.life:
+        raise_outlived(record)  # a life that ended does not come back: no need to wait
+    may_wait(record.segment, deadline)
+    if acquire_slot(record.segment, record.slot, deadline) == SD_TIMEOUT:
+        raise_timed_out(&at.owner, &at.mutex, describe(record.segment, record.slot),
+                        timeout)
+    if sd_load(&at.life) != record.life:
+        release_slot(record.segment, record.slot, False)
+        raise_outlived(record)
+    begin_hold(record)
+    return 0
+
+
+cdef int raise_outlived(Record record) except -1:
+    need_sound_life(record.segment, record.slot)
+    raise errors.DomainRemoved(
+        f"domain {uuid_object(record.uuid_raw)} was removed; this handle outlived it")
+
+
+cdef int unlock_record(Record record, object timeout) except -1:
+    cdef Record mine = locked_or_none(record)
+    cdef uint64_t deadline = deadline_of(timeout)
+    if mine is None:
+        raise_not_locked(record)
+    if sd_self().nested > mine.nested:
+        raise_code(SD_NESTED, "unlock a domain")
+    if mine.touched or mine.pending:
+        try:
+            commit_changes(mine, deadline)
+        finally:
+            end_hold(mine, True)
+        return 0
+    return end_hold(mine, True)
+
+
+cdef int raise_not_locked(Record record) except -1:
+    if held_somewhere(record):
+        raise errors.NotOwner(
+            f"another thread of this process holds domain {uuid_object(record.uuid_raw)}")
+    raise errors.DomainNotLocked(
+        f"domain {uuid_object(record.uuid_raw)} is not locked by this thread")
+
+
+cdef int set_flag(Record record, uint64_t flag, bint value) except -1:
+    if value:
+        record.values.flags |= flag
+    else:
+        record.values.flags &= ~flag
+    record.touched = True
+    return 0
+
+
+cdef int set_blob(Record record, int which, object value, bytes encoded) except -1:
+    if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
+        raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
+    if not record.pending:
+        record.objects = [None, None, None]
+        record.blobs = [None, None, None]
+    record.objects[which] = value
+    record.blobs[which] = encoded
+    record.pending |= 1 << which
+    return 0
+
+
+cdef object read_blob(Record record, int which):
+    """The holder's own change, else what is committed, else None. Domain lock held."""
+    cdef uint64_t extent
+    if is_pending(record, which):
+        return record.objects[which]
+    if not record.values.flags & SD_FLAG_PRESENT(which):
+        return None
+    if sd_blob_get(record.segment.segment, record.slot, &record.values, which, &extent) != SD_OK:
+        raise_code(SD_CORRUPT, "read")
+    return decode(which, copy_extent(record.segment.segment, extent), record.uuid_raw,
+                  record.values.version[which])
+
+
+cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd_values *values):
+    """The committed definition, from the cache or decoded. Domain lock held."""
+    cdef uint64_t extent
+    cdef uint64_t uuid[2]
+    cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
+    value = cached(doms.decoded, slot, life, version)
+    if value is not None:
+        return value
+    if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
+        decode(SD_DEFINITION, None, NULL, 0)
+    uuid[0] = sd_load(&doms.segment.slots[slot].uuid[0])
+    uuid[1] = sd_load(&doms.segment.slots[slot].uuid[1])
+    if sd_blob_get(doms.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
+        raise_code(SD_CORRUPT, "definition")
+    value = decode(SD_DEFINITION, copy_extent(doms.segment, extent), uuid, version)
+    cache(doms.decoded, slot, life, version, value)
+    return value
+
+
+cdef bint vacate(Record record) noexcept:
+    """Make a dead handle lead nowhere, so that it can be reused (handle.h). False: it has more to
+    let go of."""
+    # `objects`: changes of a hold that ended with its thread, or was the parent's.
+    if record.nonce or record.objects is not None or record.segment.closed:
+        return False
+    if record.leads:
+        record.leads = False
+        record.segment.segment.handles -= 1
+    # The collector shows the reused handle to others before `lead_to` is called.
+    record.slot = 0
+    record.life = 0
+    record.segment = NOWHERE
+    return True
+
+
+cdef void abandon(Record record) noexcept:
+    """A locked handle is freed: warn, roll back, and unlock, or have the holding thread unlock."""
+    cdef sd_orphan *orphan
+    cdef sd_thread *thread = sd_self()
+    cdef uint32_t slot = record.slot
+    cdef bint here = record.nonce == thread.nonce
+    leave_thread(record)
+    if record.segment.multiprocessing:
+        record.thread.held -= 1
+        thread.held += 1
+        sd_slot_leaving(record.segment.segment, slot, False)
+        record.segment.slot_locks[slot].release()
+    elif here:
+        sd_slot_unlock(record.segment.segment, slot, False)
+    else:
+        orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
+        if orphan != NULL:
+            orphan.segment = record.segment.segment
+            orphan.slot = slot
+            orphan.next = record.thread.orphans
+            record.thread.orphans = orphan
+    if warnings is not None:  # the interpreter may be going down
+        warnings.warn("a Domain that was still locked was dropped; its changes are rolled back "
+                      "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)

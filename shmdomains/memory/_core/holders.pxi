@@ -1,0 +1,65 @@
+# Holders: who holds a lock, as errors name them, and why a segment is poisoned.
+#
+# A holder is one word in the segment, `who`: the thread's number and the start of its process, for
+# the kernel reuses numbers. Everything here only reads; nothing waits.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmdomains import errors
+
+cdef object REPAIRS = {
+    SD_POISON_LIST: "of the UUID and the name index (list lock)",
+    SD_POISON_IDS: "of the id index (id lock)",
+    SD_POISON_HEAP: "of the map of used space (heap lock)",
+}
+
+
+cdef int raise_timed_out(sd_owner *owner, pthread_mutex_t *mutex, object what,
+                         object timeout) except -1:
+    raise timeout_error(owner, mutex, what, timeout)
+
+
+cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, object timeout):
+    """The error that names the holder. `owner` NULL: only the mutex knows."""
+    cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
+    cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
+    cdef uint32_t tid = sd_who_tid(who) if who else sd_mutex_owner(mutex)
+    # Asking the kernel takes a descriptor; if there is none, the owner wrote its pid down.
+    cdef uint32_t pid = sd_process_of(tid) if tid else 0
+    if not pid and who:
+        pid = <uint32_t>sd_load(&owner.pid)
+    return HOLDERS.lock_timeout(what, timeout, tid, pid, sd_who_start(who),
+                                (sd_now() - since) / 1e9 if who and since else None)
+
+
+cdef object why_poisoned(Segment doms):
+    """Why the segment is poisoned, or None."""
+    cdef sd_header *header = doms.segment.header
+    cdef uint64_t who, at
+    cdef uint64_t reason = sd_load_acquire(&header.poisoned)
+    if not reason:
+        return None
+    who, at = sd_load(&header.poisoned_who), sd_load(&header.poisoned_at)
+    return HOLDERS.failed_repair(
+        REPAIRS.get(reason), at - 1 if at else None, sd_who_tid(who),
+        sd_load(&header.poisoned_pid), sd_who_start(who), sd_load(&header.poisoned_when) / 1e9)
+
+
+cdef int raise_poison_or_code(Segment doms, int result, object what) except -1:
+    """As `raise_code`; SD_POISONED says what failed, and what can still be done."""
+    if result != SD_POISONED:
+        return raise_code(result, what)
+    raise errors.SegmentPoisoned(
+        f"{what}: {why_poisoned(doms)}; its domains can still be read (list, dumpxml): export "
+        "them, unlink the segment and create a new one")
+
+
+def process_start(uint32_t pid):
+    """When a process started, in clock ticks since boot; 0: there is none, or it is not known."""
+    cdef uint64_t start = sd_process_start(pid)
+    return 0 if start == SD_START_UNKNOWN else start
+
+
+def process_runs(uint32_t pid, uint64_t start):
+    """Whether the process that started then still runs. A start of 0, not known, fits any."""
+    return sd_process_runs(pid, start)

@@ -1,0 +1,279 @@
+# Infos: what was committed of a domain, copied out of the segment and checked.
+#
+# `Info` is what is read without a lock, `Blobs` the large part of it, `Decoded` the cache of
+# definitions. Every blob carries a checksum over its bytes, its domain's uuid, its kind and its
+# version, and is checked before it is decoded. What is damaged raises `SegmentCorrupt`; it is
+# never handed out.
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from shmdomains import errors
+
+cdef enum:
+    CACHE_SIZE = 4096  # a power of two
+    IDENTITY = 1       # the name is damaged
+    FIELDS = 2         # state, id and the other values are
+    MARK_PERSISTENT = 1
+    MARK_AUTOSTART = 2
+
+cdef object BLOB_NAMES = ("definition", "next definition", "data")
+
+
+cdef object state_of(uint16_t state):
+    if state >= len(STATES):
+        raise errors.SegmentCorrupt(f"a domain has the unknown state {state}")
+    return STATES[state]
+
+
+cdef object reason_of(uint16_t state, uint16_t reason):
+    if state >= len(REASONS):
+        raise errors.SegmentCorrupt(f"a domain has the unknown state {state}")
+    return REASONS[state].get(reason, reason)
+
+
+cdef bytes unsealed_blob(int which, bytes blob, const uint64_t *uuid, uint64_t version):
+    """The blob behind its checksum. None if that does not fit: the blob is damaged, or belongs to
+    another domain, kind or version."""
+    cdef const char *raw = PyBytes_AS_STRING(blob)
+    cdef uint64_t written, size = <uint64_t>PyBytes_GET_SIZE(blob) - 8
+    memcpy(&written, raw, 8)
+    if written != sd_blob_sum(uuid, which, version, raw + 8, size):
+        return None
+    return PyBytes_FromStringAndSize(raw + 8, <Py_ssize_t>size)
+
+
+cdef object decode(int which, bytes blob, const uint64_t *uuid, uint64_t version):
+    """The value of a blob. We encoded it, so one that does not decode was damaged."""
+    cdef object reason = "it is missing"
+    if blob is not None:
+        reason = "its checksum does not fit"
+        blob = unsealed_blob(which, blob, uuid, version)
+    if blob is not None:
+        try:
+            return DECODE[which](blob)
+        except (ValueError, TypeError, OverflowError) as exc:
+            reason = exc
+    raise errors.SegmentCorrupt(
+        f"the {BLOB_NAMES[which]} of a domain is damaged: {reason}") from None
+
+
+cdef bytes copy_extent(sd_segment *segment, uint64_t extent):
+    """A blob and the checksum before it."""
+    cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
+    cdef const sd_word *at = sd_extent_at(segment, extent)
+    cdef bytes blob
+    sd_prefetch_read(at, size)
+    blob = PyBytes_FromStringAndSize(NULL, size)
+    sd_copy_out(PyBytes_AS_STRING(blob), at, size)
+    return blob
+
+
+cdef struct cache_key:
+    uint64_t life, version
+    uint32_t slot
+
+
+@cython.final
+@cython.no_gc
+cdef class Decoded:
+    """The cache of decoded definitions, one place for each of CACHE_SIZE slots: a committed
+    version is decoded once while it stays here.
+
+    A list and its infos share the cache, and it leads to neither: definitions are immutable
+    values. So no cycle runs through an `Info`, and the collector need not visit them, which it
+    would do several times for each of 100,000 listed ones.
+    """
+    cdef cache_key *keys
+    cdef list values
+
+    def __cinit__(self):
+        self.values = [None] * CACHE_SIZE
+        self.keys = <cache_key *>PyMem_Calloc(CACHE_SIZE, sizeof(cache_key))
+        if self.keys == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        PyMem_Free(self.keys)
+
+
+cdef object cached(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version):
+    cdef uint32_t at = slot & (CACHE_SIZE - 1)
+    cdef const cache_key *key = &decoded.keys[at]
+    if key.slot == slot and key.life == life and key.version == version:
+        return decoded.values[at]
+    return None
+
+
+cdef void cache(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version,
+                object value) noexcept:
+    cdef uint32_t at = slot & (CACHE_SIZE - 1)
+    cdef object _old = decoded.values[at]  # freed last: that may run anything
+    decoded.values[at] = value
+    decoded.keys[at] = cache_key(life, version, slot)
+
+
+@cython.final
+@cython.no_gc
+@cython.auto_pickle(False)
+@cython.freelist(8)
+cdef class Blobs:
+    """The definitions and data of an `Info`: copied with it, decoded when first asked for.
+
+    Filled before the `Info` is handed out, unless the record is damaged. One that is not filled
+    has no cache, so neither this nor an `Info` can be made from a pickle.
+    """
+    cdef Decoded decoded
+    cdef uint32_t slot
+    cdef uint64_t life
+    cdef uint64_t uuid_raw[2]
+    cdef uint64_t version[3]
+    cdef object known  # the definition, once it is decoded
+    cdef bytes definition, next_definition, data
+
+
+cdef object live_definition(Blobs blobs):
+    cdef uint64_t version = blobs.version[SD_DEFINITION]
+    if blobs.known is None:
+        blobs.known = cached(blobs.decoded, blobs.slot, blobs.life, version)
+    if blobs.known is None:
+        blobs.known = decode(SD_DEFINITION, blobs.definition, blobs.uuid_raw, version)
+        cache(blobs.decoded, blobs.slot, blobs.life, version, blobs.known)
+    return blobs.known
+
+
+cdef object decode_or_none(Blobs blobs, int which, bytes blob):
+    if blob is None:
+        return None
+    return decode(which, blob, blobs.uuid_raw, blobs.version[which])
+
+
+@cython.final
+@cython.no_gc
+@cython.auto_pickle(False)
+@cython.freelist(8)
+cdef class Info:
+    """One domain as it was committed at one moment. Immutable; reading it takes no lock.
+
+    Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
+    the set that a snapshot gives is not one moment's.
+    """
+    # One cache line, for somebody may list a million of them.
+    cdef Blobs blobs    # None: taken with definitions=False
+    cdef object name_text
+    cdef uint64_t uuid_raw[2]
+    cdef int32_t number, process  # id and pid
+    cdef uint16_t state_number, reason_number
+    cdef uint8_t marks
+    cdef uint8_t damage  # 0, or what is damaged, IDENTITY or FIELDS, and not handed out
+
+    def __init__(self):
+        raise TypeError("DomainInfos come from a DomainList: peek(), list(), snapshot()")
+
+    @property
+    def id(self):
+        """The id of the running domain, -1 when it is inactive."""
+        need_sound(self)
+        return self.number
+
+    @property
+    def name(self):
+        """The domain's name."""
+        need_sound(self)
+        return self.name_text
+
+    @property
+    def uuid(self):
+        """The domain's UUID (`uuid.UUID`)."""
+        need_sound(self)
+        return uuid_object(self.uuid_raw)
+
+    @property
+    def state(self):
+        """The `DomainState`."""
+        need_sound(self)
+        return state_of(self.state_number)
+
+    @property
+    def reason(self):
+        """Why it is in this state: a member of the state's reason enumeration."""
+        need_sound(self)
+        return reason_of(self.state_number, self.reason_number)
+
+    @property
+    def persistent(self):
+        """Whether the domain outlives its deactivation."""
+        need_sound(self)
+        return self.marks & MARK_PERSISTENT != 0
+
+    @property
+    def autostart(self):
+        """Whether the domain is to be started with the host."""
+        need_sound(self)
+        return self.marks & MARK_AUTOSTART != 0
+
+    @property
+    def is_active(self):
+        """Whether it runs (``id != -1``; libvirt's virDomainObjIsActive)."""
+        need_sound(self)
+        return self.number != -1
+
+    @property
+    def pid(self):
+        """Process id of the hypervisor, or None."""
+        need_sound(self)
+        return None if self.process == -1 else self.process
+
+    @property
+    def definition(self):
+        """The live definition (`DomainDef`), decoded when first asked for."""
+        return live_definition(blobs_of(self))
+
+    @property
+    def next_definition(self):
+        """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
+        cdef Blobs blobs = blobs_of(self)
+        return decode_or_none(blobs, SD_NEXT_DEFINITION, blobs.next_definition)
+
+    @property
+    def data(self):
+        """The driver's own data, or None."""
+        cdef Blobs blobs = blobs_of(self)
+        return decode_or_none(blobs, SD_DATA, blobs.data)
+
+    def __repr__(self):
+        if self.damage:
+            return "<DomainInfo damaged>"
+        return (f"<DomainInfo {self.name_text!r} uuid={self.uuid} id={self.number} "
+                f"state={state_of(self.state_number).name}>")
+
+
+cdef int need_sound(Info info, int allowed=0) except -1:
+    if info.damage > allowed:
+        raise_code(SD_CORRUPT, "a domain")
+    return 0
+
+
+cdef Blobs blobs_of(Info info):
+    need_sound(info, IDENTITY)  # a damaged name says nothing of blobs, which have checksums
+    if info.blobs is None:
+        raise AttributeError(
+            "this DomainInfo was taken with definitions=False; take it with definitions=True")
+    return info.blobs
+
+
+cdef inline uint8_t marks_of(uint64_t flags) noexcept:
+    return ((flags & SD_FLAG_PERSISTENT != 0) * MARK_PERSISTENT
+            | (flags & SD_FLAG_AUTOSTART != 0) * MARK_AUTOSTART)
+
+
+cdef Info fill_info(Info info, const sd_view *view):
+    info.uuid_raw[0], info.uuid_raw[1] = view.uuid[0], view.uuid[1]
+    info.number, info.process = view.values.id, view.values.pid
+    info.state_number, info.reason_number = view.values.state, view.values.reason
+    info.marks = marks_of(view.values.flags)
+    info.name_text = name_object(view.name)
+    return info

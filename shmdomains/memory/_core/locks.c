@@ -1,0 +1,299 @@
+/* locks.c - the segment's locks, and what their next holder repairs.
+ *
+ *   short locks   id lock and heap lock: held by the core alone, for moments
+ *   slot lock     one domain; the user's
+ *   list lock     which domains there are; the user's
+ *
+ * To enter a lock: take the mutex, repair what a dead holder left, make the mutex consistent.  To
+ * leave: unlock.  Slot and list lock have an owner record, which the holder signs and clears; a
+ * slot's is signed after the repair, the list's before it.  The repairs:
+ *
+ *   id, heap      rebuild the index, or the map
+ *   slot          nothing is wrong with the record: remember the death, free the garbage
+ *   list          rebuild both indexes, and free the garbage in FREE slots, where nobody else looks
+ *
+ * A repair allocates nothing and can be cut off anywhere and begun again.  One that is put off sets
+ * the lock's dirty word, and the next holder does it.  If one fails the segment is poisoned, and
+ * nobody enters any more.
+ *
+ * Garbage is what a descriptor names and the current fields do not choose.
+ */
+#define _GNU_SOURCE
+#include "locks.h"
+
+#include "fields.h"
+#include "mutex.h"
+#include "rebuild.h"
+
+/* --- owner records --------------------------------------------------------------------------- */
+
+static void sign(sd_owner *owner)
+{
+    const sd_thread *self = sd_self();
+    sd_store(&owner->pid, self->pid);
+    sd_store(&owner->since, sd_now_coarse());
+    sd_publish(&owner->who, self->who);
+}
+
+int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline)
+{
+    struct timespec at = sd_slice_end(deadline);
+    if (sem_clockwait(semaphore, CLOCK_MONOTONIC, &at)) return SD_TIMEOUT;
+    sign(owner);
+    return SD_OK;
+}
+
+bool sd_take_over(sd_owner *owner, uint64_t dead)
+{
+    sd_crash_point();
+    return atomic_compare_exchange_strong(&owner->who, &dead, sd_self()->who);
+}
+
+static void note_death(uint64_t who, uint64_t pid)
+{
+    sd_repair *repair = &sd_self()->repair;
+    repair->died = true;
+    repair->who = who;
+    repair->pid = pid;
+}
+
+/* --- the core's own short locks -------------------------------------------------------------- */
+
+/* Enter a short lock: rebuild if its holder died or a repair was put off.  If that fails, unlock;
+ * the mutex is made consistent all the same. */
+static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *dirty, int locked,
+                         int (*rebuild)(sd_segment *))
+{
+    if (locked != SD_OK && locked != SD_DIED) return locked;
+    int result = SD_OK;
+    if (locked == SD_DIED) note_death(0, 0);
+    if (locked == SD_DIED || sd_load(dirty)) {
+        sd_store(dirty, 1);
+        if (rebuild(segment) == SD_OK) {
+            sd_publish(dirty, 0);
+            sd_self()->repair.repaired = true;
+        } else {
+            result = SD_POISONED;
+        }
+    }
+    if (result == SD_OK && sd_poisoned(segment)) result = SD_POISONED;
+    if (locked == SD_DIED) sd_mutex_consistent(mutex);
+    if (result != SD_OK) sd_mutex_unlock(mutex);
+    return result;
+}
+
+int sd_ids_lock(sd_segment *segment, uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    sd_thread *self = sd_self();
+    self->short_wait++;
+    int locked = sd_mutex_lock(&header->id_mutex, deadline);
+    self->short_wait--;
+    return entered_short(segment, &header->id_mutex, &header->id_dirty, locked, sd_rebuild_ids);
+}
+
+void sd_ids_unlock(sd_segment *segment)
+{
+    sd_mutex_unlock(&segment->header->id_mutex);
+}
+
+int sd_heap_lock_briefly(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    sd_thread *self = sd_self();
+    self->short_wait++;
+    int locked = sd_mutex_lock_briefly(&header->heap_mutex);
+    self->short_wait--;
+    return entered_short(segment, &header->heap_mutex, &header->heap_dirty, locked,
+                         sd_rebuild_heap);
+}
+
+void sd_heap_unlock(sd_segment *segment)
+{
+    sd_mutex_unlock(&segment->header->heap_mutex);
+}
+
+/* A wait for the heap lock that takes more than a slice begins again with the id lock. */
+int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
+{
+    for (;;) {
+        int result = ids ? sd_ids_lock(segment, deadline) : SD_OK;
+        if (result != SD_OK || !heap) return result;
+        result = sd_heap_lock_briefly(segment);
+        if (result == SD_OK) return SD_OK;
+        if (ids) sd_ids_unlock(segment);
+        if (result != SD_TIMEOUT) return result;
+        result = sd_wait_hook(NULL, deadline);
+        if (result != SD_OK) return result;
+        if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
+    }
+}
+
+/* --- garbage --------------------------------------------------------------------------------- */
+
+/* Nothing is freed if the fields, which say what is current, are damaged.  If `life` is damaged, a
+ * domain is taken to live here: what is current is kept. */
+uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot)
+{
+    sd_slot *record = &segment->slots[slot];
+    sd_values values;
+    uint64_t cells = 0;
+    uint64_t life = sd_load(&record->life);
+    bool live = life & 1 || !sd_count_sound(life);
+    if (sd_values_get(segment, slot, &values) != SD_OK && live) return 0;
+    for (int b = 0; b < SD_BLOBS; b++)
+        for (int i = 0; i < 2; i++) {
+            bool current = values.flags & SD_FLAG_PRESENT(b) && sd_choice(values.flags, b) == i;
+            if (!live || !current) cells += sd_heap_free(segment, &record->extent[b][i]);
+        }
+    sd_publish(&record->dirty, 0);
+    return cells;
+}
+
+/* The heap lock is out of reach if its holder is stopped: then the slot's next holder tidies. */
+void sd_tidy(sd_segment *segment, uint32_t slot)
+{
+    sd_publish(&segment->slots[slot].dirty, 1);
+    if (sd_heap_lock_briefly(segment) != SD_OK) return;
+    sd_self()->repair.freed += sd_free_garbage(segment, slot);
+    sd_heap_unlock(segment);
+}
+
+/* --- a slot's lock --------------------------------------------------------------------------- */
+
+/* The record itself is sound: the old one or the new one.  If the owner record is empty, either the
+ * holder died before it signed, or a recoverer got this far before it died itself: then what
+ * `died_who` says already stays. */
+void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid)
+{
+    sd_slot *record = &segment->slots[slot];
+    if (who || !sd_load(&record->died_who)) {
+        uint64_t sum = sd_load(&record->sum_and_pid) & ~0xffffffffull;
+        sd_store(&record->sum_and_pid, sum | (who ? (uint32_t)pid : 0));
+        sd_publish(&record->died_who, who ? who : 1);
+    }
+    sd_tidy(segment, slot);
+}
+
+int sd_slot_entered(sd_segment *segment, uint32_t slot)
+{
+    sd_slot *record = &segment->slots[slot];
+    if (sd_poisoned(segment)) return SD_POISONED;
+    sign(&record->owner);
+    segment->held++;
+    sd_self()->held++;
+    return SD_OK;
+}
+
+int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
+{
+    sd_slot *record = &segment->slots[slot];
+    pthread_mutex_t *mutex = &record->mutex;
+    int locked = sd_mutex_lock(mutex, deadline);
+    if (locked != SD_OK && locked != SD_DIED) return locked;
+    if (locked == SD_DIED) {
+        uint64_t who = sd_load(&record->owner.who), pid = sd_load(&record->owner.pid);
+        note_death(who, pid);
+        sd_recover_slot(segment, slot, who, pid);
+        /* We sign only after this: a recoverer that dies in between must not pass for the holder
+         * that had the domain. */
+        sd_publish(&record->owner.who, 0);
+        sd_mutex_consistent(mutex);
+    }
+    int result = sd_slot_entered(segment, slot);
+    if (result != SD_OK) sd_mutex_unlock(mutex);
+    return result;
+}
+
+void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool delivered)
+{
+    sd_slot *record = &segment->slots[slot];
+    if (delivered && sd_load(&record->died_who)) sd_publish(&record->died_who, 0);
+    sd_publish(&record->owner.who, 0);
+    segment->held--;
+    sd_self()->held--;
+}
+
+void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered)
+{
+    sd_slot_leaving(segment, slot, delivered);
+    sd_mutex_unlock(&segment->slots[slot].mutex);
+}
+
+/* --- the list lock --------------------------------------------------------------------------- */
+
+/* A process that dies between a remove's commit and its end, or while it fills a slot for an
+ * insert, leaves blobs in a FREE slot, which nobody locks until it is used again.  It dies with the
+ * list lock, so the list lock's next holder frees them.  (A living remover that could not get the
+ * heap lock leaves them, too; they wait for the slot's next user, or for this.)  A slot's lock is
+ * only tried: its holder has a handle to a domain that is gone, or waits for the heap; if it dies
+ * as well, the slot's next user frees what it leaves.  List lock held, so that no FREE slot becomes
+ * LIVE meanwhile; robust locks only, since the core does not know the others. */
+static void tidy_free_slots(sd_segment *segment)
+{
+    uint32_t slots = sd_slot_count(segment);
+    for (uint32_t slot = 0; slot < slots; slot++) {
+        const sd_slot *record = &segment->slots[slot];
+        uint64_t named = 0;
+        for (int b = 0; b < SD_BLOBS; b++)
+            named |= sd_load(&record->extent[b][0]) | sd_load(&record->extent[b][1]);
+        if (!named || sd_load(&record->life) & 1) continue;
+        if (sd_slot_lock(segment, slot, SD_TRY) != SD_OK) continue;
+        sd_tidy(segment, slot);
+        bool put_off = sd_load(&record->dirty);
+        sd_slot_unlock(segment, slot, false);
+        if (put_off) return; /* the heap's holder is stopped: one slice of waiting is enough */
+    }
+}
+
+int sd_list_entered(sd_segment *segment, bool died)
+{
+    sd_header *header = segment->header;
+    uint64_t who = sd_load(&header->list_owner.who), pid = sd_load(&header->list_owner.pid);
+    sign(&header->list_owner); /* before the repair: if we die in it, that must be seen */
+    if (died || sd_load(&header->list_dirty)) {
+        sd_store(&header->list_dirty, 1);
+        if (sd_rebuild_list(segment) != SD_OK) return SD_POISONED;
+        if (segment->kind == SD_KIND_ROBUST) tidy_free_slots(segment);
+        sd_publish(&header->list_dirty, 0);
+        /* After the free slots, whose dead holders are noted in the same place. */
+        note_death(died ? who : 0, died ? pid : 0);
+        sd_self()->repair.died = died;
+        sd_self()->repair.repaired = true;
+    }
+    if (sd_poisoned(segment)) return SD_POISONED;
+    segment->list_nonce = sd_self()->nonce;
+    segment->list_nested = sd_self()->nested;
+    segment->held++;
+    sd_self()->lists++;
+    return SD_OK;
+}
+
+int sd_list_lock(sd_segment *segment, uint64_t deadline)
+{
+    pthread_mutex_t *mutex = &segment->header->list_mutex;
+    int locked = sd_mutex_lock(mutex, deadline);
+    if (locked != SD_OK && locked != SD_DIED) return locked;
+    int result = sd_list_entered(segment, locked == SD_DIED);
+    if (locked == SD_DIED) sd_mutex_consistent(mutex);
+    if (result != SD_OK) {
+        sd_store(&segment->header->list_owner.who, 0);
+        sd_mutex_unlock(mutex);
+    }
+    return result;
+}
+
+void sd_list_leaving(sd_segment *segment)
+{
+    sd_publish(&segment->header->list_owner.who, 0);
+    segment->list_nonce = 0;
+    segment->list_taker = NULL;
+    segment->held--;
+    sd_self()->lists--;
+}
+
+void sd_list_unlock(sd_segment *segment)
+{
+    sd_list_leaving(segment);
+    sd_mutex_unlock(&segment->header->list_mutex);
+}

@@ -1,0 +1,47 @@
+/* locks.h - the segment's locks, and what their next holder repairs. */
+#ifndef SHMDOMAINS_LOCKS_H
+#define SHMDOMAINS_LOCKS_H
+
+#include "segment.h"
+
+#include <semaphore.h>
+
+/* The list lock.  lock = the mutex, then entered(); unlock = leaving(), then the mutex.  For
+ * lock="multiprocessing" the binding puts its own lock in the mutex's place. */
+int sd_list_lock(sd_segment *segment, uint64_t deadline);
+int sd_list_entered(sd_segment *segment, bool died);
+void sd_list_leaving(sd_segment *segment);
+void sd_list_unlock(sd_segment *segment);
+
+/* A slot's lock, likewise.  `delivered`: the holder's caller got the domain, so what the record
+ * says about the death of an earlier holder has been told, and is cleared. */
+int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline);
+int sd_slot_entered(sd_segment *segment, uint32_t slot);
+void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool delivered);
+void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered);
+/* Remember that its holder died, and free the garbage.  Slot lock held. */
+void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
+
+/* lock="multiprocessing": become the owner in place of a dead one.  False: somebody was faster. */
+bool sd_take_over(sd_owner *owner, uint64_t dead);
+/* Wait for the semaphore behind such a lock, a slice at most or until a signal comes, and sign if
+ * it was taken.  Without the GIL: at shutdown Python ends the threads that want it back, and a lock
+ * that was taken and not signed is locked for good.  SD_OK SD_TIMEOUT */
+int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline);
+
+int sd_ids_lock(sd_segment *segment, uint64_t deadline);
+void sd_ids_unlock(sd_segment *segment);
+/* The heap lock is the last one and may be wanted while the id lock is held.  So signals are left
+ * alone, and the wait is a slice at most; whoever has to wait longer releases the id lock first. */
+int sd_heap_lock_briefly(sd_segment *segment);
+void sd_heap_unlock(sd_segment *segment);
+/* The id lock if `ids`, and the heap lock if `heap`.  Signals are looked at only while neither is
+ * held. */
+int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline);
+
+/* Free every descriptor that is not current: how many cells.  Slot and heap lock held. */
+uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot);
+/* The same with the slot lock held, or later if the heap lock is out of reach. */
+void sd_tidy(sd_segment *segment, uint32_t slot);
+
+#endif

@@ -1,0 +1,319 @@
+# Locks: of the list and of a slot, of either kind, and what this thread may wait for.
+#
+# `lock="robust"` locks are the core's mutexes; `lock="multiprocessing"` locks are Python objects,
+# whose holder is written into the segment by hand so that a dead one's lock can be taken over. A
+# thread waits for a second domain only while it holds the list lock. A list that is closed during
+# a wait stays mapped until the wait is over, and the wait raises `ListClosed`.
+
+cimport cython
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free
+
+import warnings
+
+from shmdomains import errors
+
+
+cdef int need_open(Segment doms) except -1:
+    """Raise `ListClosed` if it is closed. In a child, the first call makes the mapping its own."""
+    if doms.closed:
+        raise errors.ListClosed("this DomainList is closed")
+    if doms.segment.epoch != sd_fork_epoch and sd_begin_in_child(doms.segment) != SD_OK:
+        raise errors.SegmentMismatch(
+            "this process lives in another PID namespace than its parent, where the thread "
+            "numbers in the locks mean nothing")
+    return 0
+
+
+cdef inline void begin_wait(Segment doms) noexcept:
+    """The mapping stays until `end_wait`, whoever closes the list meanwhile."""
+    doms.segment.inside += 1
+
+
+cdef void end_wait(Segment doms) noexcept:
+    if doms.segment.inside:  # 0: this is a child that a handler forked
+        doms.segment.inside -= 1
+    if doms.closed:
+        sd_detach(doms.segment)
+
+
+cdef int still_open(Segment doms) except -1:
+    if doms.closed:
+        raise errors.ListClosed("this DomainList was closed during the wait")
+    return 0
+
+
+cdef int need_ours(Segment doms, Record record) except -1:
+    need_open(doms)
+    if record.segment.segment != doms.segment:
+        raise errors.WrongList(
+            f"domain {uuid_object(record.uuid_raw)} is of another list; call the list that it "
+            "came from")
+    return 0
+
+
+cdef int need_list(Segment doms, object what) except -1:
+    """Raise unless this thread holds the list lock, and is not a handler that interrupted that."""
+    cdef sd_thread *thread = sd_self()
+    need_open(doms)
+    if doms.segment.list_nonce != thread.nonce:
+        raise errors.ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
+    if thread.nested > doms.segment.list_nested:
+        raise_code(SD_NESTED, what)
+    return 0
+
+
+cdef int lock_list(Segment doms, object timeout) except -1:
+    cdef uint64_t deadline = deadline_of(timeout)
+    need_open(doms)
+    if sd_self().orphans != NULL:
+        free_orphans(sd_self())
+    if doms.segment.list_nonce == sd_self().nonce:
+        raise errors.AlreadyLocked("this thread holds the list lock already")
+    if sd_self().records != NULL and holds_any(doms):
+        raise errors.LockOrder(
+            "this thread holds a domain; the list lock comes first: unlock the domain, or take "
+            "the list lock before it")
+    return acquire_list(doms, deadline, timeout)
+
+
+cdef int unlock_list(Segment doms) except -1:
+    cdef sd_thread *thread = sd_self()
+    if doms.segment != NULL and doms.segment.list_nonce == thread.nonce:
+        if thread.nested > doms.segment.list_nested:
+            raise_code(SD_NESTED, "unlock the list")
+        release_list(doms)
+        if doms.closed:
+            sd_detach(doms.segment)
+        return 0
+    need_open(doms)
+    if doms.segment.list_nonce and sd_load(&doms.segment.header.list_owner.pid) == thread.pid:
+        raise errors.NotOwner("another thread of this process holds the list lock")
+    raise errors.ListNotLocked("this thread does not hold the list lock")
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class ListHold:
+    """The list lock for a ``with`` block. No signal handler runs between the end of the wait and
+    the first line of the block, nor in `__exit__`, so Ctrl-C cannot leave the list locked.
+
+    CPython 3.14 alone may raise between `__enter__` and the block (gh-148874): then this object is
+    dropped without `__exit__`, and unlocks.
+    """
+    cdef Segment doms
+    cdef object timeout
+    cdef uint64_t nonce  # of the thread that is in the block, or 0
+
+    def __init__(self, Segment doms not None, timeout):
+        self.doms, self.timeout = doms, timeout
+
+    def __enter__(self):
+        self.doms.lock(self.timeout)
+        self.nonce = sd_self().nonce
+        return self.doms
+
+    def __exit__(self, kind, value, traceback):
+        self.nonce = 0
+        if self.doms.is_locked:
+            self.doms.unlock()
+
+    def __dealloc__(self):
+        if self.nonce and self.nonce == sd_self().nonce and self.doms.is_locked:
+            drop_list(self.doms, "what locked() of a DomainList gave")
+
+
+cdef void drop_list(Segment doms, object what) noexcept:
+    """Unlock for a list, or a `ListHold`, that is freed while this thread holds the lock."""
+    release_list(doms)
+    if doms.closed:
+        sd_detach(doms.segment)
+    if warnings is not None:
+        warnings.warn(f"{what} was dropped while this thread held its lock, which is freed: "
+                      "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
+
+
+cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_t *died_who,
+                        uint64_t *died_pid) except -1:
+    """Take a `multiprocessing.Lock`. SD_DIED: its holder was dead, and this thread took it over."""
+    cdef uint64_t who
+    cdef int result
+    cdef sem_t *semaphore
+    cdef sd_thread *thread = sd_self()
+    if lock is None:
+        raise errors.LockKindMismatch(
+            "this list uses multiprocessing locks, which only processes can have that "
+            "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
+    if lock.acquire(False):
+        return SD_OK
+    semaphore = <sem_t *><size_t>lock._semlock.handle
+    while True:
+        who = sd_load_acquire(&owner.who)
+        if who == thread.who:
+            return SD_NESTED  # this thread: a signal handler, or the collector, took and kept it
+        if who and not sd_alive(who) and sd_take_over(owner, who):
+            died_who[0], died_pid[0] = who, sd_load(&owner.pid)
+            return SD_DIED
+        if deadline != SD_FOREVER and sd_now() >= deadline:
+            return SD_TIMEOUT
+        with nogil:
+            result = sd_semaphore_slice(semaphore, owner, deadline)
+        if result == SD_OK:
+            return SD_OK
+        result = after_slice(result)
+        if result != SD_TIMEOUT:
+            return result
+
+
+cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1:
+    """The list lock, of either kind, whatever this thread holds. `timeout` is for the error."""
+    cdef int result
+    cdef bint died
+    cdef uint64_t who, pid
+    cdef sd_segment *segment = doms.segment
+    begin_wait(doms)
+    try:
+        if not doms.multiprocessing:
+            result = sd_list_lock(segment, deadline)
+        else:
+            result = lock_semaphore(doms.list_lock, &segment.header.list_owner, deadline, &who,
+                                    &pid)
+            if result == SD_OK or result == SD_DIED:
+                died = result == SD_DIED
+                result = sd_list_entered(segment, died)
+                if died:
+                    sd_self().repair.who, sd_self().repair.pid = who, pid
+                if result != SD_OK:
+                    sd_store(&segment.header.list_owner.who, 0)
+                    doms.list_lock.release()
+        if result == SD_OK:
+            segment.list_taker = <void *>doms
+            if doms.closed:
+                release_list(doms)
+    finally:
+        end_wait(doms)
+    if result == SD_OK:
+        return still_open(doms)
+    if result == SD_TIMEOUT:
+        raise_timed_out(&segment.header.list_owner, &segment.header.list_mutex,
+                        "the list lock", timeout)
+    return raise_poison_or_code(doms, result, "lock the list")
+
+
+cdef int release_list(Segment doms) except -1:
+    if not doms.multiprocessing:
+        sd_list_unlock(doms.segment)
+        return 0
+    if doms.list_lock is None:
+        raise errors.LockKindMismatch("unlock through the DomainList that locked")
+    sd_list_leaving(doms.segment)
+    doms.list_lock.release()
+    return 0
+
+
+cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
+    """Returns SD_OK or SD_TIMEOUT."""
+    cdef int result
+    cdef uint64_t who, pid
+    cdef sd_slot *at = &doms.segment.slots[slot]
+    begin_wait(doms)
+    try:
+        if not doms.multiprocessing:
+            result = sd_slot_lock(doms.segment, slot, deadline)
+        else:
+            result = lock_semaphore(None if doms.slot_locks is None else doms.slot_locks[slot],
+                                    &at.owner, deadline, &who, &pid)
+            if result == SD_DIED:
+                sd_self().repair.died = True
+                sd_self().repair.who, sd_self().repair.pid = who, pid
+                sd_recover_slot(doms.segment, slot, who, pid)
+                result = SD_OK
+            if result == SD_OK:
+                result = sd_slot_entered(doms.segment, slot)
+                if result != SD_OK:
+                    sd_store(&at.owner.who, 0)
+                    doms.slot_locks[slot].release()
+        if result == SD_OK and doms.closed:
+            release_slot(doms, slot, False)
+    finally:
+        end_wait(doms)
+    if result == SD_OK or result == SD_TIMEOUT:
+        still_open(doms)
+        return result
+    return raise_poison_or_code(doms, result, "lock a domain")
+
+
+cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
+    """`delivered`: the caller saw the domain, and with it the notice of an earlier holder's death;
+    else the next holder gets that notice."""
+    if not doms.multiprocessing:
+        sd_slot_unlock(doms.segment, slot, delivered)
+        return 0
+    sd_slot_leaving(doms.segment, slot, delivered)
+    doms.slot_locks[slot].release()
+    return 0
+
+
+cdef void *held_pointer(Segment doms, uint32_t slot, uint64_t life):
+    """This thread's locked handle to the slot, or NULL. `life` 0: any."""
+    cdef void *at = sd_self().records
+    while at != NULL:
+        if ((<Record>at).slot == slot and (<Record>at).segment.segment == doms.segment
+                and (life == 0 or (<Record>at).life == life)):
+            return at
+        at = (<Record>at).after
+    return NULL
+
+
+cdef Record held_here(Segment doms, uint32_t slot, uint64_t life):
+    """That handle, or None. A handle that is being freed still holds the slot, and code runs
+    meanwhile (callbacks of weak references): it must not get a reference again."""
+    cdef void *at = held_pointer(doms, slot, life)
+    if at == NULL or Py_REFCNT(at) == 0:
+        return None
+    return <Record>at
+
+
+cdef int need_not_held(Segment doms, uint32_t slot) except -1:
+    if sd_self().records != NULL and held_pointer(doms, slot, 0) != NULL:
+        raise errors.AlreadyLocked(f"this thread holds {describe(doms, slot)} already")
+    return 0
+
+
+cdef bint holds_any(Segment doms):
+    cdef void *at = sd_self().records
+    while at != NULL:
+        if (<Record>at).segment.segment == doms.segment:
+            return True
+        at = (<Record>at).after
+    return False
+
+
+cdef int may_wait(Segment doms, uint64_t deadline) except -1:
+    """Raise if this thread may not wait for a domain: for a second one it may wait only under the
+    list lock, or two threads could wait for each other."""
+    cdef sd_thread *thread = sd_self()
+    if thread.orphans != NULL:
+        free_orphans(thread)
+    if thread.records == NULL:
+        return 0
+    if thread.held >= SD_HELD_MAX:
+        raise errors.TooManyLocks(
+            f"this thread holds {thread.held} domains; unlock some: the kernel frees a limited "
+            "number of locks when a thread dies")
+    if deadline == SD_TRY or doms.segment.list_nonce == thread.nonce or not holds_any(doms):
+        return 0
+    raise errors.LockOrder(
+        "this thread holds a domain and would wait for another; take both with lock_many(), "
+        "or hold the list lock, or use timeout=0")
+
+
+cdef void free_orphans(sd_thread *thread) noexcept:
+    """Free the locks of this thread whose handles another thread dropped."""
+    cdef sd_orphan *orphan
+    while thread.orphans != NULL:
+        orphan = thread.orphans
+        thread.orphans = orphan.next
+        sd_slot_unlock(orphan.segment, orphan.slot, False)
+        sd_detach(orphan.segment)
+        free(orphan)

@@ -1,0 +1,212 @@
+/* mutex.c - robust, process-shared mutexes that survive what was measured to break them.
+ *
+ * 1. An untimed lock can sleep for ever after kill -9: a woken waiter may die before it sets the
+ *    waiters bit again.  So every wait is a loop of timed slices.
+ * 2. A timed lock that gives up leaves the thread's list_op_pending dangling: the kernel would
+ *    look at that address when the thread dies.  Locking and unlocking a robust mutex of the
+ *    thread's own clears it, so that is done after every slice that timed out.
+ * 3. A mutex is initialised once, before anybody can find it, and never touched by memory
+ *    functions after that.
+ * 4. After EOWNERDEAD what the mutex protects is repaired, then the mutex is made consistent, then
+ *    used or unlocked, in this order.  If a repair fails the segment is poisoned first.  Unlocking
+ *    without pthread_mutex_consistent() would make the mutex useless for ever.
+ * 5. A flipped bit can name an owner that does not exist, and the kernel walks only 2,048 locks of
+ *    a dead thread.  So a wait that lasts checks that the owner runs, and if it does not, marks its
+ *    death as the kernel would.  The kind word is compared before each lock for the same reason.
+ *
+ * Callers check whether this thread holds the mutex already; pthread is never asked.
+ */
+#define _GNU_SOURCE
+#include "mutex.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int mutex_kind; /* what glibc puts into __kind for our attributes */
+
+int sd_mutex_init(pthread_mutex_t *mutex)
+{
+    pthread_mutexattr_t attributes;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+    pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+    int error = pthread_mutex_init(mutex, &attributes);
+    pthread_mutexattr_destroy(&attributes);
+    if (!error) return SD_OK;
+    errno = error;
+    return SD_ERRNO;
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    pthread_mutex_t probe;
+    if (sd_mutex_init(&probe) == SD_OK) mutex_kind = probe.__data.__kind;
+}
+
+static int outcome(int error)
+{
+    switch (error) {
+    case 0: return SD_OK;
+    case EOWNERDEAD: return SD_DIED;
+    case EBUSY:
+    case ETIMEDOUT: return SD_TIMEOUT;
+    default: return SD_CORRUPT; /* ENOTRECOVERABLE, EINVAL: only damage leads there */
+    }
+}
+
+bool sd_mutex_sound(const pthread_mutex_t *mutex)
+{
+    return __atomic_load_n(&mutex->__data.__kind, __ATOMIC_RELAXED) == mutex_kind;
+}
+
+static int try_lock(pthread_mutex_t *mutex)
+{
+    if (!sd_mutex_sound(mutex)) return SD_CORRUPT;
+    return outcome(pthread_mutex_trylock(mutex));
+}
+
+uint32_t sd_mutex_owner(const pthread_mutex_t *mutex)
+{
+    return (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) & FUTEX_TID_MASK;
+}
+
+/* Clear list_op_pending of this thread (2. above). */
+static void forget_pending(void)
+{
+    static _Thread_local pthread_mutex_t own;
+    static _Thread_local uint64_t ready; /* fork epoch: in a child the owner word is our parent's */
+    if (ready != sd_fork_epoch) {
+        if (sd_mutex_init(&own) != SD_OK) return;
+        ready = sd_fork_epoch;
+    }
+    if (pthread_mutex_lock(&own) == 0) pthread_mutex_unlock(&own);
+}
+
+/* May this thread hold a mutex that it asks for?  Never one of the core's own short locks.  A slot
+ * or list lock, if it holds any, or if this is a signal handler in the middle of a wait: the
+ * interrupted code may hold one that is not recorded yet. */
+static bool may_be_ours(void)
+{
+    const sd_thread *self = sd_self();
+    return !self->short_wait && (self->nested || self->held || self->lists);
+}
+
+/* Mark the death of an owner that does not exist (5. above).  The kernel takes an ending thread off
+ * its locks before its number can be reused, so a number without a thread is no race.  A mutex that
+ * names *this* thread is an orphan too, unless it may be ours: then the caller is turned away.
+ * Waiters without an owner can only come from a flipped bit.
+ *
+ * What is left: between the look for the thread and the exchange the mutex is freed (by the kernel,
+ * or by another waiter's exchange), the number is given to a new thread, and that one takes this
+ * very mutex.  The word is the same again, and a lock that is held is given away.  We accept it:
+ * - We come as far as the exchange only if the owner died since the load above, a few hundred
+ *   nanoseconds ago, or the word was damaged.
+ * - A new thread needs tens of microseconds to get to a lock, so this one has to lose its processor
+ *   between these two instructions, while exactly this number, one of 32,768 to 4,194,304, is the
+ *   next to be given out, and its thread has to hold exactly this mutex when we go on.
+ * - A second look at the owner record decides nothing: a new owner has the mutex before it has
+ *   signed.  A mark in the word, "looked at", under which the thread is asked for once more, is
+ *   sound only if those who look exclude each other, for a late one would take another's mark for
+ *   its own: one more robust lock, with the same question about its owner. */
+static int bury_missing_owner(pthread_mutex_t *mutex)
+{
+    uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
+    uint32_t tid = word & FUTEX_TID_MASK;
+    if (!word || word & FUTEX_OWNER_DIED) return SD_TIMEOUT;
+    if (tid == (uint32_t)syscall(SYS_gettid)) {
+        if (may_be_ours()) return SD_NESTED;
+    } else if (tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH)) {
+        return SD_TIMEOUT;
+    }
+    uint32_t dead = (word & FUTEX_WAITERS) | FUTEX_OWNER_DIED;
+    __atomic_compare_exchange_n((uint32_t *)&mutex->__data.__lock, &word, dead, false,
+                                __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return SD_TIMEOUT;
+}
+
+struct timespec sd_slice_end(uint64_t deadline)
+{
+    uint64_t until = sd_now() + SD_SLICE_NS;
+    if (until > deadline) until = deadline;
+    return (struct timespec){(time_t)(until / SD_SECOND_NS), (long)(until % SD_SECOND_NS)};
+}
+
+int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    struct timespec at = sd_slice_end(deadline);
+    if (!sd_mutex_sound(mutex)) return SD_CORRUPT;
+    int result = outcome(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &at));
+    if (result == SD_OK || result == SD_DIED) return result;
+    forget_pending();
+    return result == SD_TIMEOUT ? bury_missing_owner(mutex) : result;
+}
+
+uint32_t sd_mutex_victim(const pthread_mutex_t *mutex)
+{
+    uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
+    /* The kernel clears the number in the word; glibc's copy stays until the next lock. */
+    uint32_t tid = (uint32_t)__atomic_load_n(&mutex->__data.__owner, __ATOMIC_RELAXED);
+    return word & FUTEX_OWNER_DIED && tid == sd_who_tid(tid) ? tid : 0;
+}
+
+bool sd_mutex_busy(const pthread_mutex_t *mutex)
+{
+    return __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) != 0;
+}
+
+static int wait_without_hook(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    return mutex ? sd_mutex_slice(mutex, deadline) : SD_OK;
+}
+
+int (*sd_wait_hook)(pthread_mutex_t *mutex, uint64_t deadline) = wait_without_hook;
+int (*sd_slice_hook)(pthread_mutex_t *mutex, uint64_t deadline) = wait_without_hook;
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ volatile("yield" ::: "memory");
+#endif
+}
+
+/* Most holders are done within a microsecond; waking a sleeper takes thirty-five. */
+static int try_and_spin(pthread_mutex_t *mutex)
+{
+    int result = try_lock(mutex);
+    for (int turn = 0; result == SD_TIMEOUT && turn < 40; turn++) {
+        for (int i = 0; i < 8; i++) relax();
+        if (!sd_mutex_owner(mutex)) result = try_lock(mutex);
+    }
+    return result;
+}
+
+int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline)
+{
+    if (deadline == SD_TRY) {
+        int result = try_lock(mutex);
+        if (result == SD_TIMEOUT) result = bury_missing_owner(mutex);
+        return result == SD_TIMEOUT ? try_lock(mutex) : result;
+    }
+    int result = try_and_spin(mutex);
+    while (result == SD_TIMEOUT) {
+        if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
+        result = sd_wait_hook(mutex, deadline);
+    }
+    return result;
+}
+
+int sd_mutex_lock_briefly(pthread_mutex_t *mutex)
+{
+    int result = try_and_spin(mutex);
+    return result == SD_TIMEOUT ? sd_slice_hook(mutex, SD_FOREVER) : result;
+}
+
+void sd_mutex_consistent(pthread_mutex_t *mutex)
+{
+    pthread_mutex_consistent(mutex);
+}

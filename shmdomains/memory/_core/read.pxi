@@ -1,0 +1,243 @@
+# Reading: what is committed, without any lock.
+#
+# A reader copies and checks that no writer came in between, else it copies again; it never waits
+# for a lock and never blocks a writer. Each record is consistent in itself, a listing is not one
+# moment's. A read that writers keep overtaking until its deadline raises `Busy`.
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from shmdomains import errors
+
+cdef enum:
+    ALL_STATES = 0xffffffff
+
+
+cdef uint32_t slot_count(Segment doms) except? 0:
+    """How many slots were ever used. Raises if that is damaged: it is not an empty list."""
+    cdef uint32_t slots
+    if sd_slots(doms.segment, &slots) != SD_OK:
+        raise errors.SegmentCorrupt("the number of slots is damaged")
+    return slots
+
+
+cdef Info read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
+    """A consistent copy of the slot. None: no domain lives there, or not the one of `key`."""
+    cdef sd_view view
+    cdef int result
+    cdef int damage = 0
+    cdef Info info = Info.__new__(Info)
+    cdef unsigned tries = 0
+    if blobs:
+        info.blobs = Blobs.__new__(Blobs)
+    while True:
+        result = sd_view_begin(doms.segment, slot, &view)
+        if result == SD_MISS:
+            return None
+        damage = FIELDS if result == SD_CORRUPT else 0
+        if damage:
+            break
+        if result == SD_OK:
+            damage = 0 if view.name[0] else IDENTITY
+            if key != NULL and not has_key(&view, key):
+                return None
+            if not blobs:
+                break
+            result = read_blobs(doms, slot, &view, info.blobs)
+            if result == SD_CORRUPT:
+                raise_code(result, "read")
+            if result == SD_OK:
+                break
+        tries += 1
+        if tries > PATIENT_READS:
+            back_off(deadline)
+    if damage and key != NULL:
+        raise_code(SD_CORRUPT, "read")
+    info.damage = damage
+    return fill_info(info, &view)
+
+
+cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs) except? -1:
+    """Copy the blobs that the view leads to. SD_DOUBT: a writer came in between, read again."""
+    cdef bytes blob
+    cdef uint64_t extent
+    cdef int b, result
+    blobs.decoded = doms.decoded
+    blobs.slot, blobs.life = slot, view.life
+    blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
+    memcpy(blobs.version, view.values.version, sizeof(blobs.version))
+    blobs.known = cached(doms.decoded, slot, view.life, view.values.version[SD_DEFINITION])
+    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, 3):
+        result = sd_view_extent(doms.segment, slot, view, b, &extent)
+        if result == SD_OK:
+            blob = copy_extent(doms.segment, extent)
+        elif result == SD_MISS:
+            blob = None
+        else:
+            return result
+        if b == SD_DEFINITION:
+            blobs.definition = blob
+        elif b == SD_NEXT_DEFINITION:
+            blobs.next_definition = blob
+        else:
+            blobs.data = blob
+    return sd_view_blobs_check(doms.segment, slot, view)
+
+
+cdef Info read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
+    """The committed state of a domain, or None. Raises `Busy` at the deadline."""
+    cdef uint32_t slot
+    cdef int result
+    cdef unsigned tries = 0
+    cdef Info info
+    while True:
+        result = sd_find(doms.segment, key, &slot)
+        if result == SD_MISS:
+            return None
+        if result == SD_OK:
+            info = read_slot(doms, slot, key, blobs, deadline)
+            if info is not None:
+                return info
+        elif result != SD_DOUBT:
+            raise_code(result, "peek")
+        tries += 1
+        if tries > PATIENT_READS:
+            wake_recovery(doms)
+            back_off(deadline)
+
+
+cdef int read_either(Segment doms, sd_key *key) noexcept:
+    """Whether a domain has the uuid of this key, or its name: as sd_find. List lock held."""
+    cdef uint32_t slot
+    cdef int result
+    key.what = SD_UUID_INDEX
+    result = sd_find(doms.segment, key, &slot)
+    if result != SD_MISS:
+        return result
+    key.what = SD_NAME_INDEX
+    return sd_find(doms.segment, key, &slot)
+
+
+cdef object read_name(Segment doms, uint32_t slot):
+    """The name of the domain in a slot. None: none lives there, or it is damaged."""
+    cdef sd_view view
+    cdef int result
+    while True:
+        result = sd_view_begin(doms.segment, slot, &view)
+        if result != SD_DOUBT:
+            return name_object(view.name) if result == SD_OK else None
+
+
+cdef int wake_recovery(Segment doms) except -1:
+    """An index that stays odd may have a dead holder: take its lock, which repairs it, if that
+    takes no waiting. Raises if a repair failed before: nobody will do it."""
+    cdef sd_segment *segment = doms.segment
+    if sd_load(&segment.header.poisoned):
+        raise_poison_or_code(doms, SD_POISONED, "find")
+    if segment.list_nonce == sd_self().nonce:
+        return 0
+    if sd_ids_lock(segment, SD_TRY) == SD_OK:
+        sd_ids_unlock(segment)
+    if not sd_load(&segment.header.list_seq) & 1:
+        return 0
+    if not doms.multiprocessing:
+        if sd_list_lock(segment, SD_TRY) == SD_OK:
+            sd_list_unlock(segment)
+    elif doms.list_lock is not None:
+        try:
+            acquire_list(doms, SD_TRY, 0)
+        except errors.LockTimeout:
+            return 0
+        release_list(doms)
+    return 0
+
+
+cdef struct listing_filter:
+    int active, persistent, autostart  # -1: either
+    unsigned states  # a bit each; ALL_STATES: any, known or not
+
+
+cdef bint matches(int32_t id, uint8_t marks, uint16_t state, const listing_filter *filter) noexcept:
+    """libvirt's virDomainObjMatchFilter."""
+    if filter.active >= 0 and (id != -1) != filter.active:
+        return False
+    if filter.persistent >= 0 and (marks & MARK_PERSISTENT != 0) != filter.persistent:
+        return False
+    if filter.autostart >= 0 and (marks & MARK_AUTOSTART != 0) != filter.autostart:
+        return False
+    # C numbers only: a Python number may find no memory, and that would read as False.
+    if filter.states == ALL_STATES:
+        return True
+    return state < 32 and (filter.states >> state & <unsigned>1) != 0
+
+
+cdef bint view_matches(const sd_view *view, const listing_filter *filter) noexcept:
+    return matches(view.values.id, marks_of(view.values.flags), view.values.state, filter)
+
+
+cdef bint may_match(Segment doms, uint32_t slot, const listing_filter *filter) noexcept:
+    """Whether it is worth a copy. What cannot be read yet, or is damaged, is."""
+    cdef sd_view view
+    cdef int result = sd_view_begin(doms.segment, slot, &view)
+    return result == SD_DOUBT or result == SD_CORRUPT or (
+        result == SD_OK and view_matches(&view, filter))
+
+
+cdef list list_infos(Segment doms, const listing_filter *filter, bint definitions):
+    cdef uint32_t slot
+    cdef Info info
+    cdef list found = []
+    cdef uint64_t deadline = sd_now() + SECOND
+    cdef bint filtered = ((filter.active & filter.persistent & filter.autostart) >= 0
+                          or filter.states != ALL_STATES)
+    need_open(doms)
+    for slot in range(slot_count(doms)):
+        if filtered and not may_match(doms, slot, filter):
+            continue
+        info = read_slot(doms, slot, NULL, definitions, deadline)
+        if info is None:
+            continue
+        if (info.damage == FIELDS
+                or matches(info.number, info.marks, info.state_number, filter)):
+            found.append(info)
+    return found
+
+
+cdef uint64_t count_domains(Segment doms, const listing_filter *filter) except? 0:
+    cdef uint32_t slot
+    cdef uint64_t total = 0
+    cdef sd_view view
+    cdef int result
+    need_open(doms)
+    for slot in range(slot_count(doms)):
+        result = sd_view_begin(doms.segment, slot, &view)
+        while result == SD_DOUBT:
+            result = sd_view_begin(doms.segment, slot, &view)
+        if result == SD_CORRUPT:
+            raise_code(result, "count")
+        if result == SD_OK and view_matches(&view, filter):
+            total += 1
+    return total
+
+
+cdef dict read_statistics(Segment doms):
+    cdef sd_header *header
+    cdef unsigned i
+    need_open(doms)
+    header = doms.segment.header
+    attached = [sd_load(&doms.segment.attached[i]) for i in range(SD_ATTACHED_MAX)
+                if sd_load(&doms.segment.attached[i])]
+    return {
+        "domains": sd_load(&header.live),
+        "active": sd_load(&header.active),
+        "max_domains": doms.segment.at.max_slots,
+        "slots": sd_slot_count(doms.segment),
+        "bytes_max": doms.segment.at.total_bytes,
+        "bytes_committed": sd_committed_bytes(doms.segment),
+        "heap_max": doms.segment.at.heap_cells * SD_CELL,
+        "heap_used": sd_load(&header.heap_used) * SD_CELL,
+        "creator": (sd_who_tid(header.creator_pid), sd_who_start(header.creator_who)),
+        "created": header.created / 1e9,
+        "poisoned": why_poisoned(doms),
+        "attached": [(sd_who_tid(word), sd_who_start(word)) for word in attached],
+    }

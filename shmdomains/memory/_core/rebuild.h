@@ -1,0 +1,12 @@
+/* rebuild.h - what is derived, made again from what is committed. */
+#ifndef SHMDOMAINS_REBUILD_H
+#define SHMDOMAINS_REBUILD_H
+
+#include "segment.h"
+
+/* With the lock concerned held.  They poison the segment when they fail: SD_CORRUPT. */
+int sd_rebuild_list(sd_segment *segment);
+int sd_rebuild_ids(sd_segment *segment);
+int sd_rebuild_heap(sd_segment *segment);
+
+#endif

@@ -1,0 +1,402 @@
+# `Record`, the handle to a domain, and `Records`, several for one ``with``.
+#
+# Methods are thin: who holds the domain, and what becomes of changes, stands in hold.pxi. Reading
+# a field needs the domain's lock, but for `uuid`; assigning one changes the handle until a commit.
+
+cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport INT32_MAX, int32_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp
+
+from shmdomains import errors
+
+cdef enum:
+    DIED_UNKNOWN = 1  # in `died_who`: a holder died, nobody knows which
+
+
+@cython.no_gc_clear
+cdef class Record:
+    """A handle to one domain's record. `Domain` adds what a domain may do.
+
+    One thread at a time holds a domain, through one handle. To that thread every other handle to
+    the same domain stands for this one.
+    """
+    cdef Segment segment
+    cdef uint32_t slot
+    cdef uint64_t life
+    cdef uint64_t uuid_raw[2]
+    cdef uint64_t nonce      # of the thread that holds it through this handle, or 0
+    cdef sd_thread *thread
+    cdef unsigned nested     # how deep in signal handlers it was locked
+    cdef unsigned depth      # of `with` blocks
+    cdef bint leads          # to a slot; not while a find is locking that
+    cdef void *before        # and `after`: neighbours among that thread's locked handles
+    cdef void *after
+    cdef sd_values values    # with the holder's changes
+    cdef bint touched        # `values` differ from what is committed
+    cdef unsigned pending    # changed blobs, one bit each
+    cdef list objects        # their values
+    cdef list blobs          # and their bytes; None clears
+    cdef object __weakref__
+
+    def __cinit__(self, *args, **kwargs):
+        self.segment = NOWHERE
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("Domains come from a DomainList: get(), find_by_name(), assign_def(), ...")
+
+    def __dealloc__(self):
+        if held_somewhere(self):
+            abandon(self)
+        if self.leads:
+            self.segment.segment.handles -= 1
+            if self.segment.closed:
+                sd_detach(self.segment.segment)
+
+    # --- who holds it ---
+
+    @property
+    def is_locked(self):
+        """Whether this thread holds the domain. Needs no lock."""
+        return locked_or_none(self) is not None
+
+    @property
+    def changed(self):
+        """Whether there are changes that were not committed. Domain lock."""
+        cdef Record mine = need_locked(self)
+        return bool(mine.touched or mine.pending)
+
+    def lock(self, timeout=None):
+        """Lock the domain (virDomainLock).
+
+        `timeout` in seconds: None waits for ever, 0 tries. Raises `LockTimeout` (it names the
+        holder), `DomainRemoved`, `AlreadyLocked`, `LockOrder` (this thread holds another domain of
+        the list, not the list lock, and would wait), `TooManyLocks`.
+        """
+        lock_record(self, deadline_of(timeout), timeout)
+
+    def try_lock(self):
+        """Lock the domain if it is free: True, else False. Always allowed, whatever is held."""
+        try:
+            lock_record(self, SD_TRY, 0)
+        except errors.LockTimeout:
+            return False
+        return True
+
+    def unlock(self, timeout=None):
+        """Commit what was changed and release the lock (virDomainUnlock).
+
+        When the commit fails (`SegmentFull`, `LockTimeout` of the core's own locks after `timeout`
+        seconds, Ctrl-C) everything is rolled back, the domain is unlocked all the same, and the
+        error is raised. Raises `DomainNotLocked`, or `NotOwner` in another thread.
+        """
+        unlock_record(self, timeout)
+
+    def _release_unseen(self):
+        """Roll back and unlock, if this thread holds it, without consuming the notice of a death:
+        the next holder still learns of it.
+
+        For the ``finally`` of a rule: one call, so that no signal handler runs in between."""
+        cdef Record mine = locked_or_none(self)
+        if mine is None:
+            return
+        mine = need_changeable(mine)
+        drop_changes(mine)
+        end_hold(mine, False)
+
+    def acquire(self, block=True, timeout=None):
+        """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
+        timeout = 0 if not block or (timeout is not None and timeout < 0) else timeout
+        try:
+            lock_record(self, deadline_of(timeout), timeout)
+        except errors.LockTimeout:
+            return False
+        return True
+
+    def release(self):
+        """`unlock` in the manner of `multiprocessing.Lock`."""
+        self.unlock()
+
+    def commit(self, timeout=None):
+        """Commit what was changed so far and keep the lock: a point of no return. Domain lock.
+
+        On failure everything since the last commit is rolled back and the error raised.
+        """
+        commit_changes(need_changeable(self), deadline_of(timeout))
+
+    def rollback(self):
+        """Forget all changes since the last commit. Domain lock."""
+        cdef Record mine = need_changeable(self)
+        drop_changes(mine)
+        reload_values(mine)
+
+    def __enter__(self):
+        cdef Record mine = locked_or_none(self)
+        if mine is None:
+            lock_record(self, SD_FOREVER, None)
+            mine = self
+        mine = need_changeable(mine)
+        mine.depth += 1
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        cdef Record mine = locked_or_none(self)
+        if mine is None:
+            return
+        if kind is not None:
+            mine = need_changeable(mine)
+            drop_changes(mine)
+            reload_values(mine)
+        if mine.depth > 1:
+            mine.depth -= 1  # an inner block; the outer one goes on
+            return
+        unlock_record(mine, None)
+
+    # --- fields ---
+
+    @property
+    def uuid(self):
+        """The domain's UUID. Needs no lock: it never changes."""
+        return uuid_object(self.uuid_raw)
+
+    @property
+    def id(self):
+        """The id of the running domain, -1 when it is inactive. Domain lock."""
+        return need_locked(self).values.id
+
+    @property
+    def is_active(self):
+        """Whether it runs: ``id != -1`` (virDomainIsActive). Domain lock."""
+        return need_locked(self).values.id != -1
+
+    @property
+    def name(self):
+        """The name. Domain lock; changed by `DomainList.rename`."""
+        cdef unsigned char raw[252]
+        cdef Record mine = need_locked(self)
+        sd_name_get(self.segment.segment, self.slot, mine.values.flags, raw)
+        if not raw[0]:
+            raise_code(SD_CORRUPT, "name")
+        return name_object(raw)
+
+    @property
+    def state(self):
+        """The `DomainState`. Domain lock. Assigning sets the reason to 0, unknown."""
+        return state_of(need_locked(self).values.state)
+
+    @state.setter
+    def state(self, value):
+        cdef Record mine = need_changeable(self)
+        cdef long number = PyNumber_Index(value)
+        if number < 0 or number >= len(STATES):
+            raise ValueError(f"{value!r} is no DomainState")
+        mine.values.state = <uint16_t>number
+        mine.values.reason = 0
+        mine.touched = True
+
+    @property
+    def reason(self):
+        """Why it is in this state: a member of the state's reason enumeration. Domain lock."""
+        cdef Record mine = need_locked(self)
+        return reason_of(mine.values.state, mine.values.reason)
+
+    @reason.setter
+    def reason(self, value):
+        cdef Record mine = need_changeable(self)
+        cdef long number = PyNumber_Index(value)
+        if number < 0 or number > 0xffff:
+            raise ValueError(f"a reason is a number from 0 to 65535, not {value!r}")
+        mine.values.reason = <uint16_t>number
+        mine.touched = True
+
+    @property
+    def persistent(self):
+        """Whether the domain outlives its deactivation. Domain lock."""
+        return need_locked(self).values.flags & SD_FLAG_PERSISTENT != 0
+
+    @persistent.setter
+    def persistent(self, bint value):
+        set_flag(need_changeable(self), SD_FLAG_PERSISTENT, value)
+
+    @property
+    def autostart(self):
+        """Whether the domain is to be started with the host. Domain lock. Assigning changes the
+        record only; `DomainList.set_autostart` makes the link on disk too."""
+        return need_locked(self).values.flags & SD_FLAG_AUTOSTART != 0
+
+    @autostart.setter
+    def autostart(self, bint value):
+        set_flag(need_changeable(self), SD_FLAG_AUTOSTART, value)
+
+    @property
+    def pid(self):
+        """Process id of the hypervisor, or None. Domain lock."""
+        cdef int32_t pid = need_locked(self).values.pid
+        return None if pid == -1 else pid
+
+    @pid.setter
+    def pid(self, value):
+        cdef Record mine = need_changeable(self)
+        cdef long number = -1 if value is None else PyNumber_Index(value)
+        if value is not None and not 0 < number <= INT32_MAX:
+            raise ValueError(f"{value!r} is no process id")
+        mine.values.pid = <int32_t>number
+        mine.touched = True
+
+    @property
+    def definition(self):
+        """The live definition (`DomainDef`). Domain lock.
+
+        The same object each time while it does not change. Assigning replaces it with the next
+        commit; its uuid and name must be the record's.
+        """
+        cdef Record mine = need_locked(self)
+        if is_pending(mine, SD_DEFINITION):
+            return mine.objects[SD_DEFINITION]
+        return read_definition(self.segment, self.slot, self.life, &mine.values)
+
+    @definition.setter
+    def definition(self, value):
+        cdef Record mine = need_changeable(self)
+        sd_prefetch_replace(self.segment.segment, self.slot)
+        set_blob(mine, SD_DEFINITION, value, ENCODE_DEFINITION(self, value))
+
+    @property
+    def next_definition(self):
+        """What becomes the definition once the domain is inactive (libvirt's newDef), or None.
+        Domain lock."""
+        return read_blob(need_locked(self), SD_NEXT_DEFINITION)
+
+    @next_definition.setter
+    def next_definition(self, value):
+        cdef Record mine = need_changeable(self)
+        if value is None:
+            set_blob(mine, SD_NEXT_DEFINITION, None, None)
+        else:
+            set_blob(mine, SD_NEXT_DEFINITION, value, ENCODE_DEFINITION(self, value))
+
+    @property
+    def data(self):
+        """The driver's own data: any MessagePack value, or None. Domain lock.
+
+        What is read is read-only (mappings are proxies, sequences tuples); assign to change it.
+        Raises `TypeError` or `ValueError` for what MessagePack cannot carry, and leaves it as it
+        was.
+        """
+        return read_blob(need_locked(self), SD_DATA)
+
+    @data.setter
+    def data(self, value):
+        cdef Record mine = need_changeable(self)
+        if value is None:
+            set_blob(mine, SD_DATA, None, None)
+            return
+        encoded = ENCODE_DATA(value)
+        set_blob(mine, SD_DATA, DECODE[SD_DATA](encoded), encoded)
+
+    @property
+    def previous_owner_died(self):
+        """The `LockHolder` that died holding this domain since it was last handed back in order, or
+        None. What it had not committed was rolled back. Domain lock."""
+        cdef sd_slot *at
+        cdef uint64_t who
+        need_locked(self)
+        at = &self.segment.segment.slots[self.slot]
+        who = sd_load(&at.died_who)
+        if not who:
+            return None
+        return HOLDERS.dead_holder(sd_who_tid(who) if who != DIED_UNKNOWN else 0,
+                                   <uint32_t>sd_load(&at.sum_and_pid), sd_who_start(who))
+
+    # --- for the rules ---
+
+    def _is(self, uuid, name):
+        """Whether these are the domain's uuid and name. Domain lock."""
+        cdef uint64_t words[2]
+        cdef unsigned char mine[252]
+        cdef unsigned char other[252]
+        sd_name_get(self.segment.segment, self.slot, need_locked(self).values.flags, mine)
+        if not mine[0]:
+            raise_code(SD_CORRUPT, "name")
+        if uuid is None or not set_name(other, name):
+            return False
+        uuid_words(uuid, words)
+        return (words[0] == self.uuid_raw[0] and words[1] == self.uuid_raw[1]
+                and memcmp(mine, other, mine[0] + 1) == 0)
+
+    def _take_id(self, timeout=None):
+        """The next id, entered into this transaction; never given out again."""
+        cdef Record mine = need_changeable(self)
+        cdef int32_t id
+        cdef int result = sd_take_id(self.segment.segment, &id, deadline_of(timeout))
+        if result == SD_FULL:
+            raise errors.SegmentFull(
+                "every id up to 2147483647 was given out; create a new segment")
+        if result != SD_OK:
+            raise_poison_or_code(self.segment, result, "next id")
+        mine.values.id = id
+        mine.touched = True
+        return id
+
+    @property
+    def _receipt(self):
+        """Life and commits of the record: they differ if a commit or a remove took effect since.
+        Needs no lock."""
+        cdef sd_slot *at
+        if not self.leads:
+            return 0, 0
+        at = &self.segment.segment.slots[self.slot]
+        return sd_load(&at.life), sd_load(&at.cur)
+
+    def _drop_id(self):
+        cdef Record mine = need_changeable(self)
+        mine.values.id = -1
+        mine.touched = True
+
+    @property
+    def _segment(self):
+        return self.segment
+
+    @property
+    def _key(self):
+        """(slot, life, uuid bytes): what a handle is in any process."""
+        return self.slot, self.life, PyBytes_FromStringAndSize(<char *>self.uuid_raw, 16)
+
+    def __eq__(self, other):
+        if not isinstance(other, Record):
+            return NotImplemented
+        return (self.slot == (<Record>other).slot and self.life == (<Record>other).life
+                and self.segment.segment == (<Record>other).segment.segment)
+
+    def __hash__(self):
+        return hash((self.slot, self.life))
+
+    def __repr__(self):
+        cdef Record mine = locked_or_none(self)
+        kind = type(self).__name__
+        if mine is None:
+            return f"<{kind} {uuid_object(self.uuid_raw)}>"
+        return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
+
+
+cdef class Records(list):
+    """Locked records for a ``with`` block, which commits and unlocks each, or rolls each back. As
+    in `ListHold`, no signal handler runs before the first line of the block, nor in `__exit__`,
+    except in the wait of a commit: then that one commit fails."""
+
+    def __enter__(self):
+        for record in self:
+            record.__enter__()
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        cdef Py_ssize_t at = len(self)
+        failure = None
+        while at:  # allocates nothing: they are unlocked even when there is no memory
+            at -= 1
+            try:
+                self[at].__exit__(kind, value, traceback)
+            except BaseException as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure

@@ -1,0 +1,157 @@
+# Recovering and salvaging: after a death, and after damage.
+#
+# Whoever takes a lock next repairs what a dead holder left. `recover_locks` takes every lock, and
+# lists what it repaired and who holds the rest; it waits for the list lock and the short ones, not
+# for domains. `salvage_slot` reads what damage left of one record, without a lock or an index.
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
+
+from shmdomains import errors
+
+cdef enum:
+    SLOTS_A_PART = 4096  # before other threads of this process run
+
+
+cdef tuple recover_locks(Segment doms, object timeout):
+    cdef uint64_t freed, deadline = deadline_of(timeout)
+    cdef list repairs = [], held = []
+    need_open(doms)
+    if doms.multiprocessing and doms.list_lock is None:
+        raise errors.LockKindMismatch(
+            "this list uses multiprocessing locks, which only processes can have that "
+            "inherited the DomainList: recover through one of them")
+    if sd_load_acquire(&doms.segment.header.poisoned):
+        raise_poison_or_code(doms, SD_POISONED, "recover")
+    if doms.segment.list_nonce != sd_self().nonce:
+        recover_list(doms, deadline, timeout, repairs, held)
+    recover_short(doms, "id", &doms.segment.header.id_mutex, deadline, timeout, repairs, held)
+    recover_short(doms, "heap", &doms.segment.header.heap_mutex, deadline, timeout, repairs,
+                  held)
+    begin_wait(doms)
+    try:
+        freed = recover_slots(doms, repairs, held)
+    finally:
+        end_wait(doms)
+    return repairs, held, freed * SD_CELL
+
+
+cdef int recover_list(Segment doms, uint64_t deadline, object timeout, list repairs,
+                      list held) except -1:
+    cdef sd_repair repair
+    if holds_any(doms):
+        raise errors.LockOrder(
+            "this thread holds a domain; the list lock comes first: unlock the domain")
+    memset(&sd_self().repair, 0, sizeof(repair))
+    try:
+        acquire_list(doms, deadline, timeout)
+    except errors.LockTimeout as exc:
+        held.append(("list", None, exc.holder))
+        return 0
+    repair = sd_self().repair
+    release_list(doms)
+    note_repair(repairs, "list", None, &repair)
+    return 0
+
+
+cdef int recover_short(Segment doms, object which, pthread_mutex_t *mutex, uint64_t deadline,
+                       object timeout, list repairs, list held) except -1:
+    cdef sd_repair repair
+    cdef bint ids = mutex == &doms.segment.header.id_mutex
+    cdef uint32_t victim = sd_mutex_victim(mutex)
+    cdef int result
+    memset(&sd_self().repair, 0, sizeof(repair))
+    begin_wait(doms)
+    result = sd_short_locks(doms.segment, ids, not ids, deadline)
+    repair = sd_self().repair
+    if result == SD_OK:
+        drop_part(doms, SD_PART_IDS if ids else SD_PART_HEAP)
+    end_wait(doms)
+    if result == SD_TIMEOUT:
+        held.append((which, None, timeout_error(NULL, mutex, which, timeout).holder))
+        return 0
+    if result != SD_OK:
+        return raise_poison_or_code(doms, result, "recover")
+    repair.who = victim
+    note_repair(repairs, which, None, &repair)
+    return still_open(doms)
+
+
+cdef uint64_t recover_slots(Segment doms, list repairs, list held) except? 1:
+    """Take the lock of each slot that is locked, or whose garbage was left. Returns cells freed."""
+    cdef uint32_t slot
+    cdef uint64_t freed = 0
+    cdef sd_slot *at
+    cdef sd_repair repair
+    cdef bint busy
+    for slot in range(slot_count(doms)):
+        if slot % SLOTS_A_PART == SLOTS_A_PART - 1:
+            between_parts(doms)
+        at = &doms.segment.slots[slot]
+        busy = sd_load(&at.owner.who) != 0 if doms.multiprocessing else sd_mutex_busy(&at.mutex)
+        if not busy and not sd_load(&at.dirty) or held_pointer(doms, slot, 0) != NULL:
+            continue
+        name = read_name(doms, slot)
+        memset(&sd_self().repair, 0, sizeof(repair))
+        if acquire_slot(doms, slot, SD_TRY) == SD_TIMEOUT:
+            error = timeout_error(&at.owner, &at.mutex, name, 0)
+            if error.holder is not None:
+                held.append(("domain", name, error.holder))
+            continue
+        if sd_load(&at.dirty):
+            sd_tidy(doms.segment, slot)
+        repair = sd_self().repair
+        release_slot(doms, slot, False)
+        freed += repair.freed
+        note_repair(repairs, "domain", name, &repair)
+    return freed
+
+
+cdef int note_repair(list repairs, object lock, object name, const sd_repair *repair) except -1:
+    cdef uint64_t who = repair.who
+    if repair.died:
+        died = HOLDERS.dead_holder(sd_who_tid(who), repair.pid, sd_who_start(who))
+        repairs.append((lock, name, died))
+    elif repair.repaired:
+        repairs.append((lock, name, None))
+    return 0
+
+
+cdef uint64_t slots_to_salvage(Segment doms) except? 0:
+    cdef uint32_t slots = 0
+    cdef uint64_t committed
+    need_open(doms)
+    if sd_slots(doms.segment, &slots) == SD_OK:
+        return slots
+    committed = sd_unsealed(sd_load_acquire(&doms.segment.header.slots_committed))
+    return committed if committed <= doms.segment.at.max_slots else 0
+
+
+cdef object salvage_slot(Segment doms, uint32_t slot):
+    cdef sd_view view
+    cdef uint64_t extent, deadline = sd_now() + SECOND
+    cdef int result, b
+    cdef unsigned tries = 0
+    cdef list blobs, damaged
+    cdef Info info = Info.__new__(Info)
+    need_open(doms)
+    if slot >= slots_to_salvage(doms):
+        return None
+    while True:
+        result = sd_view_begin(doms.segment, slot, &view)
+        if result == SD_MISS:
+            return None
+        info.damage = FIELDS if result == SD_CORRUPT else 0
+        if result == SD_OK or result == SD_CORRUPT:
+            blobs, damaged = [None, None, None], [False, False, False]
+            for b in range(3):
+                result = sd_view_extent(doms.segment, slot, &view, b, &extent)
+                if result == SD_OK:
+                    blobs[b] = unsealed_blob(b, copy_extent(doms.segment, extent), view.uuid,
+                                             view.values.version[b])
+                damaged[b] = result == SD_CORRUPT or (result == SD_OK and blobs[b] is None)
+            if sd_view_check(doms.segment, slot, &view) == SD_OK:
+                return fill_info(info, &view), blobs, damaged
+        tries += 1
+        if tries > PATIENT_READS:
+            back_off(deadline)

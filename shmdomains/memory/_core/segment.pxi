@@ -1,0 +1,341 @@
+# `Segment`: an attachment to a segment, and making a new one.
+#
+# Methods are thin: what they do stands in the file of its subject (locks, find, read, change,
+# check, recover). Attaching and closing are here, and who keeps the mapping: the list while it is
+# open, each handle, each wait.
+
+cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmdomains import errors
+
+MAX_DOMAINS = SD_SLOTS_MAX
+
+
+@cython.no_gc_clear
+cdef class Segment:
+    """A mapped segment: its locks, finding, reading. `DomainList` adds the rules."""
+    cdef sd_segment *segment
+    cdef bint multiprocessing
+    cdef readonly bint closed
+    cdef object list_lock, slot_locks  # lock="multiprocessing"
+    cdef object record_class
+    cdef Decoded decoded
+    cdef object __weakref__
+    cdef dict __dict__
+
+    def __cinit__(self, *args, **kwargs):
+        self.segment = NULL
+        self.closed = True
+
+    def __dealloc__(self):
+        if self.segment != NULL:
+            if (self.segment.list_taker == <void *>self
+                    and self.segment.list_nonce == sd_self().nonce):
+                drop_list(self, "a DomainList")
+            if not self.closed:
+                self.segment.open -= 1
+            sd_unmap(self.segment)
+            self.segment = NULL
+
+    def _attach(self, int fd, record_class, list_lock=None, slot_locks=None):
+        """Map the segment behind `fd`, which stays the caller's. Once: handles rely on it."""
+        cdef char why[200]
+        cdef sd_segment *segment
+        cdef int result
+        if self.segment != NULL:
+            raise TypeError("this DomainList has its segment; make another one")
+        self.decoded = Decoded()
+        result = sd_map(fd, &segment, why, sizeof(why))
+        if result == SD_MISMATCH:
+            raise errors.SegmentMismatch(why.decode())
+        if result == SD_CORRUPT:
+            raise errors.SegmentCorrupt(why.decode())
+        if result != SD_OK:
+            raise_code(result, "attach")
+        self.segment = segment
+        self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
+        self.list_lock, self.slot_locks = list_lock, slot_locks
+        self.record_class = record_class
+        keep_spares(record_class, <void *>vacate)
+        self.closed = False
+
+    def _close(self):
+        """Give up this attachment; the mapping stays while handles refer to it."""
+        if self.closed:
+            return
+        cdef sd_thread *thread = sd_self()
+        # A signal handler may close the list, but the code it interrupted still needs the lock.
+        if (self.segment.list_nonce == thread.nonce
+                and self.segment.list_taker == <void *>self
+                and thread.nested <= self.segment.list_nested):
+            release_list(self)
+        self.closed = True
+        self.segment.open -= 1
+        sd_detach(self.segment)
+
+    @classmethod
+    def __class_getitem__(cls, handle_type):
+        """For annotations, which name the class of the handles."""
+        return cls
+
+    # --- locks ---
+
+    def _need_list_lock(self, what):
+        """Raises `ListNotLocked`, or `ListClosed`, unless this thread holds the list lock."""
+        need_list(self, what)
+
+    def _need_ours(self, Record record not None):
+        """Raises `WrongList` for a domain of another list: its slot is somebody else's here."""
+        need_ours(self, record)
+
+    @property
+    def is_locked(self):
+        """Whether this thread holds the list lock."""
+        return self.segment != NULL and self.segment.list_nonce == sd_self().nonce
+
+    def lock(self, timeout=None):
+        """Take the list lock (the patch's driver lock).
+
+        `timeout` in seconds: None waits for ever, 0 tries. Raises `AlreadyLocked`, `LockOrder`
+        (this thread holds a domain of this list), `LockTimeout`, `ListClosed`.
+        """
+        lock_list(self, timeout)
+
+    def unlock(self):
+        """Release the list lock. Raises `ListNotLocked`, or `NotOwner` in another thread."""
+        unlock_list(self)
+
+    def locked(self, timeout=None):
+        """Hold the list lock for a ``with`` block; see `lock`.
+
+            with doms.locked():
+                dom = doms.find_by_name("web1")
+        """
+        return ListHold(self, timeout)
+
+    def acquire(self, block=True, timeout=None):
+        """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
+        try:
+            self.lock(0 if not block or (timeout is not None and timeout < 0) else timeout)
+        except errors.LockTimeout:
+            return False
+        return True
+
+    def release(self):
+        """`unlock` in the manner of `multiprocessing.Lock`."""
+        self.unlock()
+
+    # --- finding ---
+
+    def get(self, *, uuid=None, name=None, id=None, timeout=None):
+        """The domain with this uuid, name or id, locked. No list lock needed.
+
+        Exactly one key. `timeout` in seconds. Raises `DomainNotFound`, `LockTimeout`,
+        `LockOrder` (this thread holds another domain and would wait), `AlreadyLocked`.
+        """
+        cdef sd_key key
+        cdef uint64_t deadline = deadline_of(timeout)
+        cdef Record record = None
+        need_open(self)
+        if make_key(&key, uuid, name, id):
+            record = find_record(self, &key, deadline, timeout)
+        if record is None:
+            raise NOT_FOUND(uuid, name, id)
+        return record
+
+    def lookup(self, *, uuid=None, name=None, id=None, timeout=None):
+        """Like `get`, but None when there is no such domain."""
+        cdef sd_key key
+        cdef uint64_t deadline = deadline_of(timeout)
+        need_open(self)
+        if not make_key(&key, uuid, name, id):
+            return None
+        return find_record(self, &key, deadline, timeout)
+
+    def find_by_id(self, id, timeout=None):
+        """The active domain with this id, locked, or None. List lock held by the caller
+        (virDomainFindByID)."""
+        return find_with_list(self, "find_by_id", None, None, id, timeout)
+
+    def find_by_uuid(self, uuid, timeout=None):
+        """The domain with this UUID, locked, or None. List lock held by the caller
+        (virDomainFindByUUID)."""
+        return find_with_list(self, "find_by_uuid", uuid, None, None, timeout)
+
+    def find_by_name(self, name, timeout=None):
+        """The domain with this name, locked, or None. List lock held by the caller
+        (virDomainFindByName)."""
+        return find_with_list(self, "find_by_name", None, name, None, timeout)
+
+    # --- reading without any lock ---
+
+    def peek(self, *, uuid=None, name=None, id=None, timeout=1.0):
+        """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
+        for one.
+
+        `timeout`: seconds after which a read that writers keep overtaking raises `Busy`.
+        """
+        cdef sd_key key
+        cdef uint64_t deadline = deadline_of(timeout)
+        need_open(self)
+        if not make_key(&key, uuid, name, id):
+            return None
+        return read_by_key(self, &key, True, deadline)
+
+    def _who_has(self, uuid, name):
+        """The domain that has this uuid or, if none has, this name: a `DomainInfo` without
+        definitions, or None. List lock held, so that the answer stands."""
+        return read_identity(self, uuid, name)
+
+    def snapshot(self, definitions=True):
+        """All domains as `DomainInfo`s of committed state. Takes no lock; each record is
+        consistent in itself, the set is not one moment's. `definitions=False` leaves definitions
+        and data out and is faster. Raises `Busy` when writers kept overtaking it for a second."""
+        cdef listing_filter every = listing_filter(-1, -1, -1, ALL_STATES)
+        return list_infos(self, &every, definitions)
+
+    def _list(self, int active, int persistent, int autostart, unsigned states, bint definitions):
+        cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
+        return list_infos(self, &filter, definitions)
+
+    def _count_all(self, int active, int persistent, int autostart, unsigned states):
+        cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
+        return count_domains(self, &filter)
+
+    def __len__(self):
+        need_open(self)
+        cdef uint64_t live = sd_load(&self.segment.header.live)
+        if live > self.segment.at.max_slots:
+            raise_code(SD_CORRUPT, "count")
+        return live
+
+    def __contains__(self, uuid):
+        cdef sd_key key
+        need_open(self)
+        make_key(&key, uuid, None, None)
+        return read_by_key(self, &key, False, sd_now() + SECOND) is not None
+
+    def __iter__(self):
+        return iter(self.snapshot())
+
+    # --- for the rules: what a store offers ---
+
+    def _insert(self, uuid, name, bytes definition, int state, bint persistent, timeout, list made):
+        """A new record, committed and locked. List lock held. It is put into `made`, a list of one
+        place, before a signal handler can raise in the caller."""
+        made[0] = insert_record(self, uuid, name, definition, state, persistent, timeout)
+        return made[0]
+
+    def _remove(self, Record record not None, timeout=None):
+        """Remove a record that this thread has locked; its lock is released. List lock held."""
+        remove_record(self, record, timeout)
+
+    def _rename(self, Record record not None, name, bytes definition, bytes next_definition,
+                timeout=None):
+        """Name and definitions in one commit. List lock held; duplicates were looked for."""
+        rename_record(self, record, name, definition, next_definition, timeout)
+
+    def _handle(self, uint32_t slot, uint64_t life, bytes uuid):
+        """An unlocked handle, for unpickling. It may be stale; locking it says so."""
+        return handle_to(self, slot, life, uuid)
+
+    def _handles(self):
+        """Unlocked handles to every live record, in slot order."""
+        return live_handles(self)
+
+    def _set_settings(self, bytes settings):
+        """What the list remembers for the rules, replaced as a whole. List lock held."""
+        write_settings(self, settings)
+
+    def _settings(self):
+        """What `_set_settings` stored; empty before that."""
+        return read_settings(self)
+
+    @property
+    def _identity(self):
+        """Random, the segment's own: 16 bytes."""
+        if self.segment == NULL:
+            raise errors.ListClosed("this DomainList is closed")
+        return PyBytes_FromStringAndSize(<char *>self.segment.id, 16)
+
+    @property
+    def _fd(self):
+        """`DescriptorLost` when it is not the segment's any more."""
+        need_open(self)
+        cdef int fd = sd_descriptor(self.segment)
+        if fd < 0:
+            raise errors.DescriptorLost(
+                f"this process closed the descriptor of this segment (number {self.segment.fd}); "
+                "whatever has the number now is left alone. Have it kept by whoever closes "
+                "descriptors (files_preserve=[doms] for python-daemon), or attach anew by name")
+        return fd
+
+    @property
+    def _inode(self):
+        need_open(self)
+        return self.segment.device, self.segment.inode
+
+    @property
+    def _kind(self):
+        return "multiprocessing" if self.multiprocessing else "robust"
+
+    @property
+    def _locks(self):
+        return self.list_lock, self.slot_locks
+
+    def _statistics(self):
+        return read_statistics(self)
+
+    # --- after a death, or damage ---
+
+    def _check(self, timeout=None):
+        """Check every invariant: (problems, counts, without a verdict, longest hold in seconds).
+
+        Without a verdict: pairs (number, why); 0 to 4 are the sums of core.h, 5 to 7 the suspects
+        that are left of the list, the ids, the heap.
+        """
+        return check_segment(self, timeout)
+
+    def _recover(self, timeout=None):
+        """Take each lock as its next holder would: (repairs, what is held, bytes freed).
+
+        Repairs: (lock, name of the domain, `LockHolder` that died, or None if an earlier holder
+        left the repair). Held: (lock, name of the domain, `LockHolder` or None).
+        """
+        return recover_locks(self, timeout)
+
+    def _slots(self):
+        """How many slots there are to `_salvage`; all that have memory if their number is
+        damaged."""
+        return slots_to_salvage(self)
+
+    def _salvage(self, uint32_t slot):
+        """What can be read of one record, without a lock: None, or (a `DomainInfo` without
+        definitions, the three blobs as bytes or None, which of them are damaged). Damaged fields
+        may lead to an outdated blob of this domain, never to another domain's."""
+        return salvage_slot(self, slot)
+
+
+# The list of a handle that no list made, or that waits to be reused.
+cdef Segment NOWHERE = Segment()
+
+
+def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
+    """Make the empty file behind `fd` a segment. `max_bytes` None: about 16 KiB a domain."""
+    cdef uint64_t fixed = sd_geometry_fixed(max_domains)
+    cdef uint64_t cells
+    if not fixed:
+        raise ValueError(f"max_domains is 1 to {SD_SLOTS_MAX}, not {max_domains}")
+    if max_bytes is None:
+        cells = max(max_domains * 256, 1 << 20)
+    elif max_bytes < fixed + (1 << 20):
+        raise ValueError(f"max_bytes for {max_domains} domains is at least {fixed + (1 << 20)}")
+    else:
+        cells = <uint64_t>((max_bytes - fixed - 8192) * 8 // (SD_CELL * 8 + 1))
+    cdef uint64_t number = (SD_KIND_MULTIPROCESSING if kind == "multiprocessing"
+                            else SD_KIND_ROBUST)
+    cdef int result = sd_format(fd, number, max_domains, cells)
+    if result != SD_OK:
+        raise_code(result, "create the segment")

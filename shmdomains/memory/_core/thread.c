@@ -1,0 +1,187 @@
+/* thread.c - this process's threads, who else runs, and the time.
+ *
+ * Each thread has a node, found through a thread-local pointer.  Its nonce names the thread for
+ * good: it is never used again in this process or its children, so a handle that remembers a nonce
+ * can tell its owner from every later thread.  A node belongs to one fork epoch: a forked child
+ * sees its thread's node as foreign and begins it anew, owning nothing.  Nodes of ended threads go
+ * to a lock-free list and are reused, never freed.
+ *
+ * Other processes are known by /proc.  A number alone proves nothing, since it is reused: an
+ * identity adds when its process started.  If /proc cannot be read the answer is "it runs", and
+ * nothing is taken from anybody.
+ */
+#define _GNU_SOURCE
+#include "thread.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+uint64_t sd_fork_epoch = 1;
+_Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")));
+static _Atomic uint64_t nonces = 1;
+static _Atomic(sd_thread *) idle_threads;
+static pthread_key_t thread_key;
+static uint64_t start_of_self, start_epoch;
+
+/* The child owns none of its parent's locks: under a new epoch every older nonce is foreign. */
+static void after_fork_in_child(void)
+{
+    sd_fork_epoch++;
+}
+
+static void push_idle(sd_thread *thread)
+{
+    thread->next = atomic_load(&idle_threads);
+    while (!atomic_compare_exchange_weak(&idle_threads, &thread->next, thread)) {}
+}
+
+static void thread_ended(void *thread)
+{
+    sd_thread *ended = thread;
+    ended->nonce = 0;
+    ended->orphans = NULL; /* its locks die with the thread */
+    sd_this_thread = NULL;
+    push_idle(ended);
+}
+
+/* Taking the whole list and putting the rest back needs no guard against ABA. */
+static sd_thread *pop_idle(void)
+{
+    sd_thread *first = atomic_exchange(&idle_threads, NULL);
+    if (!first) return NULL;
+    for (sd_thread *rest = first->next, *next; rest; rest = next) {
+        next = rest->next;
+        push_idle(rest);
+    }
+    return first;
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+    pthread_key_create(&thread_key, thread_ended);
+}
+
+uint64_t sd_identity(uint32_t tid, uint64_t start)
+{
+    return sd_who_tid(tid) | start << SD_TID_BITS;
+}
+
+bool sd_exhausted(int error)
+{
+    return error == EMFILE || error == ENFILE || error == ENOMEM;
+}
+
+/* State letter and start (ticks since boot) from a stat file of /proc.  False: there is no such
+ * file, or errno is sd_exhausted(). */
+static bool read_stat(const char *path, char *state, uint64_t *start)
+{
+    char text[1024];
+    errno = 0;
+    FILE *file = fopen(path, "re");
+    if (!file) return false;
+    size_t n = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[n] = 0;
+    /* The command in brackets may contain anything: count fields from its end.  State is the third,
+     * the start the 22nd. */
+    char *at = strrchr(text, ')');
+    if (!at || at[1] != ' ') return false;
+    *state = at[2];
+    for (int field = 2; field < 22 && at; field++) at = strchr(at + 1, ' ');
+    *start = at ? strtoull(at + 1, NULL, 10) : 0;
+    return at != NULL;
+}
+
+uint64_t sd_process_start(uint32_t pid)
+{
+    char path[40], state;
+    uint64_t start = 0;
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    if (read_stat(path, &state, &start)) return start;
+    return sd_exhausted(errno) ? SD_START_UNKNOWN : 0;
+}
+
+bool sd_process_runs(uint32_t pid, uint64_t start)
+{
+    uint64_t now = sd_process_start(pid);
+    return now && (!start || now == start || now == SD_START_UNKNOWN);
+}
+
+uint32_t sd_process_of(uint32_t tid)
+{
+    char path[40], line[128];
+    unsigned pid = 0;
+    snprintf(path, sizeof path, "/proc/%u/status", tid);
+    FILE *file = fopen(path, "re");
+    if (!file) return 0;
+    while (fgets(line, sizeof line, file) && sscanf(line, "Tgid: %u", &pid) != 1) {}
+    fclose(file);
+    return pid;
+}
+
+bool sd_alive(uint64_t who)
+{
+    uint32_t tid = sd_who_tid(who);
+    uint32_t pid = sd_process_of(tid);
+    if (!pid) return tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH); /* /proc may be hidden */
+    if (!sd_process_runs(pid, sd_who_start(who))) return false;
+    /* A zombie has files in /proc, and the leader of a running process may be one. */
+    char path[64], state;
+    uint64_t ignored;
+    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, tid);
+    if (!read_stat(path, &state, &ignored)) return sd_exhausted(errno);
+    return state != 'Z' && state != 'X';
+}
+
+sd_thread *sd_thread_begin(void)
+{
+    sd_thread *self = sd_this_thread;
+    if (start_epoch != sd_fork_epoch) {
+        start_of_self = sd_process_start((uint32_t)getpid());
+        if (start_of_self == SD_START_UNKNOWN) start_of_self = 0; /* the next thread looks again */
+        else start_epoch = sd_fork_epoch;
+    }
+    if (!self) {
+        self = pop_idle();
+        if (!self) self = calloc(1, sizeof *self);
+        if (!self) abort(); /* a hundred bytes: nothing in this process could go on */
+        sd_this_thread = self;
+        pthread_setspecific(thread_key, self);
+    }
+    self->epoch = sd_fork_epoch;
+    self->nonce = atomic_fetch_add(&nonces, 1);
+    self->pid = (uint64_t)getpid();
+    self->who = sd_identity((uint32_t)syscall(SYS_gettid), start_of_self);
+    self->held = self->lists = self->nested = self->short_wait = 0;
+    self->records = NULL;
+    self->orphans = NULL;
+    return self;
+}
+
+static uint64_t read_clock(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * SD_SECOND_NS + (uint64_t)now.tv_nsec;
+}
+
+uint64_t sd_now(void)
+{
+    return read_clock(CLOCK_MONOTONIC);
+}
+
+uint64_t sd_now_coarse(void)
+{
+    return read_clock(CLOCK_MONOTONIC_COARSE);
+}
+
+uint64_t sd_now_real(void)
+{
+    return read_clock(CLOCK_REALTIME);
+}

@@ -1,0 +1,76 @@
+/* thread.h - this process's threads, who else runs, and the time. */
+#ifndef SHMDOMAINS_THREAD_H
+#define SHMDOMAINS_THREAD_H
+
+#include "layout.h"
+
+struct sd_segment;
+
+/* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
+typedef struct sd_orphan {
+    struct sd_segment *segment;
+    uint32_t slot;
+    struct sd_orphan *next;
+} sd_orphan;
+
+/* What this thread's recent lock calls repaired.  Clear, lock, read. */
+typedef struct {
+    bool repaired;     /* what the lock protects was rebuilt */
+    bool died;         /* its holder had died */
+    uint64_t who, pid; /* that holder as it had signed; 0: it had not */
+    uint64_t freed;    /* cells of garbage */
+} sd_repair;
+
+/* One thread of this process.  Nodes are reused when a thread ends and never freed, so a handle may
+ * look at the node of its last owner: another nonce there says that the thread is gone. */
+typedef struct sd_thread {
+    uint64_t epoch;      /* of fork */
+    uint64_t nonce;      /* this thread; never used again in this process or its children */
+    uint64_t who;        /* sd_identity() */
+    uint64_t pid;
+    unsigned held;       /* slots this thread holds, in all segments */
+    unsigned lists;      /* list locks it holds */
+    unsigned short_wait; /* it waits for one of the core's own short locks */
+    unsigned nested;     /* signal handlers running inside a wait of this thread */
+    void *records;       /* the binding's list of its locked handles */
+    sd_orphan *orphans;
+    sd_repair repair;
+    struct sd_thread *next;
+} sd_thread;
+
+extern uint64_t sd_fork_epoch;
+/* Every call reads it, many more than once, so not through __tls_get_addr().  That takes one word
+ * of the few hundred bytes that the loader keeps for modules that are loaded late. */
+extern _Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")));
+sd_thread *sd_thread_begin(void);
+
+static inline sd_thread *sd_self(void)
+{
+    sd_thread *self = sd_this_thread;
+    if (__builtin_expect(self && self->epoch == sd_fork_epoch, 1)) return self;
+    return sd_thread_begin();
+}
+
+/* What sd_who_tid() and sd_who_start() take apart. */
+uint64_t sd_identity(uint32_t tid, uint64_t start);
+/* Start of a process in clock ticks since boot, 0 when there is no such process,
+ * SD_START_UNKNOWN when this process has no descriptor or memory left to look. */
+#define SD_START_UNKNOWN UINT64_MAX
+uint64_t sd_process_start(uint32_t pid);
+/* Does the process run that started then?  With start 0, which nobody could look up, any process of
+ * this number will do.  If it cannot be found out the answer is yes: then a wait goes on, and
+ * nothing is taken. */
+bool sd_process_runs(uint32_t pid, uint64_t start);
+/* Was it this process's own lack of descriptors or memory? */
+bool sd_exhausted(int error);
+/* The process that thread `tid` belongs to, 0 when there is none. */
+uint32_t sd_process_of(uint32_t tid);
+/* Does the thread with this identity still run?  Yes if that cannot be found out. */
+bool sd_alive(uint64_t who);
+
+#define SD_SECOND_NS 1000000000ull
+uint64_t sd_now(void);        /* CLOCK_MONOTONIC, ns */
+uint64_t sd_now_coarse(void); /* CLOCK_MONOTONIC_COARSE, ns */
+uint64_t sd_now_real(void);   /* CLOCK_REALTIME, ns */
+
+#endif

@@ -1,0 +1,156 @@
+# Waiting: time-outs, what runs between two slices of a wait, and what a code of the core raises.
+#
+# The core waits in slices, each by a call of `wait_hook`: the slice without the GIL, then signal
+# handlers run, and locks are freed whose handles another thread dropped. So a wait ends when the
+# lock is free, at its deadline (SD_TIMEOUT), or at most a slice after a handler raised
+# (SD_INTERRUPTED) or forked (SD_FORKED, in the child).
+
+cimport cython
+from cpython.ref cimport PyObject
+from libc.errno cimport errno
+from libc.stdint cimport uint64_t
+from libc.string cimport strerror
+
+from shmdomains import errors
+
+cdef enum:
+    SECOND = 1000000000  # in nanoseconds, as all times of the core
+    PATIENT_READS = 100  # that writers overtook, before a reader lets other threads run
+
+# What a handler raised inside a wait passes through C that knows nothing of Python; it is kept
+# here until `raise_code` raises it. The GIL is held in between.
+cdef PyObject *kept_type = NULL
+cdef PyObject *kept_value = NULL
+cdef PyObject *kept_traceback = NULL
+
+
+cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
+    cdef int result
+    with nogil:
+        result = sd_mutex_slice(mutex, deadline)
+    return result
+
+
+cdef int wait_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
+    cdef int result = SD_OK
+    if mutex != NULL:
+        result = slice_hook(mutex, deadline)
+        if result != SD_TIMEOUT:
+            return result
+    return after_slice(result)
+
+
+cdef int after_slice(int result) noexcept:
+    """Between two slices: free what other threads dropped in our name, run signal handlers.
+    Returns `result`, SD_INTERRUPTED or SD_FORKED."""
+    cdef int raised
+    cdef unsigned nested, short_wait
+    cdef sd_thread *thread = sd_self()
+    cdef uint64_t epoch = sd_fork_epoch
+    # Whoever we wait for may be waiting for one of those locks.
+    if thread.orphans != NULL:
+        free_orphans(thread)
+    nested, short_wait = thread.nested, thread.short_wait
+    thread.nested, thread.short_wait = nested + 1, 0
+    raised = PyErr_CheckSignals()
+    sd_self()  # first: in a child that a handler forked this resets the thread
+    thread.nested, thread.short_wait = nested, short_wait
+    if raised:
+        PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
+        return SD_INTERRUPTED
+    # What was locked before the wait is the parent's, and the child cannot tell what that was.
+    return result if epoch == sd_fork_epoch else SD_FORKED
+
+
+sd_wait_hook = wait_hook
+sd_slice_hook = slice_hook
+
+
+cdef uint64_t deadline_of(timeout) except? 1:
+    """None for ever, 0 try, else seconds from now."""
+    cdef double seconds
+    if timeout is None:
+        return SD_FOREVER
+    seconds = timeout
+    if not seconds >= 0:
+        raise ValueError(f"timeout is {timeout!r}; None waits for ever, 0 tries, else seconds")
+    if seconds == 0:
+        return SD_TRY
+    if seconds > 1e9:
+        return SD_FOREVER
+    return sd_now() + <uint64_t>(seconds * SECOND)
+
+
+@cython.final
+@cython.freelist(4)
+cdef class Deadline:
+    """One time-out over several waits. `timeout` in seconds: None waits for ever, 0 tries, a
+    negative one is a `ValueError`."""
+    cdef uint64_t end
+
+    def __cinit__(self, timeout):
+        self.end = deadline_of(timeout)
+
+    def left(self):
+        """The `timeout` of the next wait."""
+        cdef uint64_t now
+        if self.end == SD_FOREVER:
+            return None
+        now = sd_now()
+        return (self.end - now) / <double>SECOND if self.end > now else 0
+
+
+cdef int raise_code(int result, object what) except -1:
+    """Raise what a code of the core means. Not for a time-out whose holder is known
+    (`raise_timed_out`), nor where the segment may be poisoned (`raise_poison_or_code`)."""
+    global kept_type, kept_value, kept_traceback
+    if result == SD_INTERRUPTED:
+        PyErr_Restore(kept_type, kept_value, kept_traceback)
+        kept_type = kept_value = kept_traceback = NULL
+        return -1
+    if result == SD_TIMEOUT:
+        raise errors.LockTimeout(
+            f"{what}: one of the segment's own short locks was not free in time")
+    if result == SD_NESTED:
+        raise errors.LockOrder(
+            f"{what}: this thread is in the middle of using it: a signal handler interrupted it "
+            "there, or kept what was waited for; set a flag in the handler and do it afterwards")
+    if result == SD_FORKED:
+        raise errors.LockOrder(
+            f"{what}: a signal handler forked in the middle of a wait, and the child holds nothing "
+            "of what its parent holds; let it end in the handler, or set a flag there and fork "
+            "afterwards")
+    if result == SD_FULL:
+        raise errors.SegmentFull(
+            f"{what}: the segment is full; create it with larger max_domains or max_bytes")
+    if result == SD_NO_MEMORY:
+        raise errors.SegmentFull(
+            f"{what}: no memory for the segment ({strerror(errno).decode()}); free some in its "
+            "file system or memory cgroup and try again")
+    if result == SD_DESCRIPTOR:
+        raise errors.DescriptorLost(
+            f"{what}: no memory for the segment: this process closed its descriptor, and before "
+            "Linux 5.14 memory is not committed without it; have it kept (files_preserve=[doms] "
+            "for python-daemon), or attach anew by name")
+    if result == SD_ERRNO:
+        raise OSError(errno, strerror(errno).decode(), what)
+    raise errors.SegmentCorrupt(
+        f"{what}: the segment holds a value that can not be right ({result})")
+
+
+cdef int back_off(uint64_t deadline) except -1:
+    """Let other threads and signal handlers run before a read is tried again."""
+    if sd_now() >= deadline:
+        raise errors.Busy("writers kept overtaking this read; try again, or lock the domain")
+    if PyErr_CheckSignals():
+        return -1
+    HOLDERS.pause()
+    return 0
+
+
+cdef int between_parts(Segment doms) except -1:
+    """Between two parts of a long look: let other threads and signal handlers run."""
+    if PyErr_CheckSignals():
+        return -1
+    HOLDERS.pause()
+    return still_open(doms)
