@@ -286,7 +286,9 @@ def _lock_holder(path: Path) -> str:
             if fields[1] == "FLOCK" and fields[5] == entry:
                 pid = int(fields[4])
                 return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())}) holds it"
-    except (OSError, ValueError, IndexError, psutil.Error):
+    except (OSError, ValueError, IndexError):  # first: psutil may be what could not be had
+        pass
+    except psutil.Error:
         pass
     return "its holder is not known"
 
