@@ -16,8 +16,7 @@ import pytest
 from helpers import xml
 
 import shmdomains
-from shmdomains import DomainList
-from shmdomains.config import change
+from shmdomains import DomainList, files
 from shmdomains.lazy import LazyModule
 from shmdomains.memory import holder
 
@@ -123,13 +122,13 @@ with shmdomains.DomainList(max_domains=8) as doms:
 def test_a_holder_is_not_known_where_psutil_can_not_be_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (change, holder):
+    for module in (files, holder):
         monkeypatch.setattr(module, "psutil", LazyModule("no_such_module"))
     assert holder.command_of(os.getpid()) is None
     assert holder.process_started(1) is None
     with open(tmp_path / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert change._lock_holder(tmp_path / "lock") == "its holder is not known"
+        assert files.flock_holder(os.fstat(file.fileno())) == "its holder is not known"
 
 
 def test_a_fork_waits_for_an_import_of_another_thread(tmp_path: Path) -> None:

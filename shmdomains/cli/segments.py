@@ -43,7 +43,6 @@ from .tables import (
     print_record,
     print_records,
     print_table,
-    print_warning,
     printable,
     size_text,
 )
@@ -146,25 +145,15 @@ def load(
     Every *.xml in DIR becomes a persistent domain. A file that is wrong is reported and skipped;
     the exit status is then 1. What is defined, renamed or undefined later is saved in DIR.
     """
-    autostart_dir = autostart_dir or _usual_autostart_dir(directory)
     with _open(target, max_domains, max_bytes) as doms, _progress() as progress:
         report = doms.load_all_configs(directory, autostart_dir, progress, workers, timeout)
     _print_load_report(target, report, form)
     end_with_failure(report.failures)
 
 
-def _usual_autostart_dir(directory: Path) -> Path | None:
-    usual = directory / "autostart"
-    return usual if usual.is_dir() else None
-
-
 def _open(target: Target, max_domains: int | None, max_bytes: int | None) -> DomainList:
     with _usage_errors():
-        doms = target.open(max_domains=max_domains, max_bytes=max_bytes)
-    info = doms.info
-    if info.creator.pid != os.getpid() and (max_domains or max_bytes):
-        print_warning(f"segment '{target.text}' exists already, with {_room(info)}")
-    return doms
+        return target.open(max_domains=max_domains, max_bytes=max_bytes)
 
 
 @contextmanager
