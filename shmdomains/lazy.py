@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -24,6 +27,18 @@ os.register_at_fork(
 )
 
 _names: set[str] = set()
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without signals: a handler that uses the list would meet a module that is half imported."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
+    try:
+        with _importing:
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def preload() -> None:
@@ -32,8 +47,9 @@ def preload() -> None:
     For a process that is going to have no access to Python's modules any more (another user, a
     chroot), or no descriptor left.
     """
-    for name in sorted(_names):
-        import_module(name)
+    with _undisturbed():
+        for name in sorted(_names):
+            import_module(name)
 
 
 class LazyModule:
@@ -53,7 +69,7 @@ class LazyModule:
         return getattr(self._module or self._load(), attribute)
 
     def _load(self) -> ModuleType:
-        with _importing:
+        with _undisturbed():
             try:
                 self._module = import_module(self._name)
             except ImportError as exc:

@@ -131,6 +131,29 @@ def test_a_holder_is_not_known_where_psutil_can_not_be_imported(
         assert files.flock_holder(os.fstat(file.fileno())) == "its holder is not known"
 
 
+def test_a_handler_waits_for_an_import_of_its_thread(tmp_path: Path) -> None:
+    """In the middle of it, it would find a module without half of its names."""
+    (tmp_path / "signalled.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGALRM)\nvalue = 7\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    code = """
+import signal
+from shmdomains.lazy import LazyModule
+lazy, seen = LazyModule("signalled"), []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(lazy.value))
+assert lazy.value == 7 and seen == [7]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_fork_waits_for_an_import_of_another_thread(tmp_path: Path) -> None:
     """Forked in the middle of it, the child would wait for ever: it does not have that thread."""
     (tmp_path / "slow.py").write_text(
