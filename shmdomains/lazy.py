@@ -26,7 +26,7 @@ os.register_at_fork(
     after_in_child=_importing.release,
 )
 
-_names: set[str] = set()
+_all: list[LazyModule] = []
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
@@ -47,9 +47,8 @@ def preload() -> None:
     For a process that is going to have no access to Python's modules any more (another user, a
     chroot), or no descriptor left.
     """
-    with _undisturbed():
-        for name in sorted(_names):
-            import_module(name)
+    for module in _all:
+        module._load()
 
 
 class LazyModule:
@@ -63,7 +62,7 @@ class LazyModule:
     def __init__(self, name: str) -> None:
         self._name = name
         self._module: ModuleType | None = None
-        _names.add(name)
+        _all.append(self)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._module or self._load(), attribute)
