@@ -28,6 +28,9 @@ RECORDED = HERE / "instructions.json"
 WITHIN = 0.15
 SHORT, LONG = 50, 250  # as in counted.py and counted.c
 LISTED = 1_000  # domains in the list whose rows are counted
+# An index doubles, so its fill, and with it the length of a probe, hangs on the number of domains;
+# these have equally full ones.
+FLAT = (LISTED, 128 * LISTED, 1024 * LISTED)
 
 Counts = dict[str, float]
 
@@ -162,7 +165,7 @@ def flatness(counter: Counter, sizes: tuple[int, ...]) -> dict[str, list[float]]
     every = []
     for domains in sizes:
         counts = per_operation(counter.core(domains))
-        if domains <= 100_000:  # a million would take Python under valgrind minutes to make
+        if domains <= FLAT[1]:  # a million would take Python under valgrind minutes to make
             counts.update(per_operation(counter.python(domains, listed=False)))
         every.append(counts)
     return {name: [counts[name] for counts in every if name in counts] for name in every[0]}
@@ -201,7 +204,7 @@ def main() -> int:
             print(profile(counter, arguments.profile))
             return 0
         if arguments.flat:
-            for name, flat in flatness(counter, (1_000, 100_000, 1_000_000)).items():
+            for name, flat in flatness(counter, FLAT).items():
                 print(f"{name:<14}", *(f"{counted:>10,.0f}" for counted in flat))
             return 0
         counts, known, ours = count(counter), recorded(), key()

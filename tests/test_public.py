@@ -1,0 +1,38 @@
+"""What ``help()`` shows: each public method has a readable signature, and says what it does."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from shmdomains import Domain, DomainInfo, DomainList, LockedDomains
+from shmdomains.memory._core import core
+
+CLASSES = [DomainList, Domain, DomainInfo, core.DomainInfo, LockedDomains]
+OWN = [
+    pytest.param(one, name, id=f"{one.__module__.rpartition('.')[2]}.{one.__name__}.{name}")
+    for one in CLASSES
+    for name in dir(one)
+    if not name.startswith("_") and not hasattr(list, name)
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), OWN)
+def test_a_public_name_explains_itself(owner: type, name: str) -> None:
+    found = inspect.getattr_static(owner, name)
+    if inspect.ismemberdescriptor(found) or name == "closed":
+        return  # a plain value: its class says what it is
+    assert (inspect.getdoc(getattr(owner, name)) or "").strip()
+    if callable(getattr(owner, name)):
+        kinds = [one.kind for one in inspect.signature(getattr(owner, name)).parameters.values()]
+        assert inspect.Parameter.VAR_POSITIONAL not in kinds
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+@pytest.mark.parametrize("name", ["get", "lookup", "peek", "undefine"])
+def test_a_key_goes_by_position_or_by_keyword(name: str) -> None:
+    parameters = inspect.signature(getattr(DomainList, name)).parameters
+    assert list(parameters)[:5] == ["self", "key", "uuid", "name", "id"]
+    assert parameters["key"].kind is inspect.Parameter.POSITIONAL_ONLY
+    assert parameters["uuid"].kind is inspect.Parameter.KEYWORD_ONLY
