@@ -126,7 +126,7 @@ endif
 endif
 endif
 
-# An environment is made anew when its pip can not be imported (the set-up was interrupted, the
+# An environment is made anew when its pip cannot be imported (the set-up was interrupted, the
 # system's Python replaced) or it says it lies elsewhere (the tree was moved or copied, and its
 # scripts and the editable install still point to the old place). It is emptied first only if it was
 # filled here: VENV may name somebody's own, made without pip.
@@ -213,7 +213,7 @@ sanitizers:
 
 # The threads of the C unit tests, each as if it were a process, on one mapping. No suppressions:
 # what is shared is atomic words and mutexes. TSan does not know fences (-Wtsan says so); what they
-# order here are atomic words again, so what it misses can not raise a false alarm, but it is no
+# order here are atomic words again, so what it misses cannot raise a false alarm, but it is no
 # proof of their order either: that is what the model and the readers among writers are for.
 sanitize-threads: $(sanitize)/core_test.tsan
 	$(say) 'sanitize: the concurrency tests of the core in one process, under TSan'

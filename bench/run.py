@@ -2,7 +2,7 @@
 
 A run has stages by number of domains. In each, every contestant that can stand that many has a host
 with a list of its own; a work is then done by one after the other, several times. What one of them
-can not do is left out; one that fails is dropped, and the results say so.
+cannot do is left out; one that fails is dropped, and the results say so.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class DefinitionError(ShmDomainsError, ValueError):
 
 
 class InvalidName(DefinitionError):
-    """The name can not be a domain's: it is empty, too long, or no file name."""
+    """The name cannot be a domain's: it is empty, too long, or no file name."""
 
 
 class ConfigError(ShmDomainsError, OSError):
@@ -162,7 +162,7 @@ class SegmentRefused(SegmentError, PermissionError):
 
 
 class SegmentCorrupt(SegmentError):
-    """A value read from the segment can not be right."""
+    """A value read from the segment cannot be right."""
 
 
 class SegmentPoisoned(SegmentError):
@@ -193,4 +193,4 @@ class InDoubt(ShmDomainsError):
 
 
 class Unavailable(ShmDomainsError):
-    """The store can not be reached. Never raised by shared memory."""
+    """The store cannot be reached. Never raised by shared memory."""

@@ -49,7 +49,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as exc:
-        if exc.errno != errno.EINVAL:  # a filesystem that can not sync directories says this
+        if exc.errno != errno.EINVAL:  # a filesystem that cannot sync directories says this
             raise
     finally:
         os.close(fd)

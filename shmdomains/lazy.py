@@ -73,6 +73,6 @@ class LazyModule:
                 self._module = import_module(self._name)
             except ImportError as exc:
                 # It is installed: what is missing is a descriptor, memory, or permission.
-                what = f"{self._name} can not be imported now: {exc}"
+                what = f"{self._name} cannot be imported now: {exc}"
                 raise OSError(errno.ELIBACC, what) from exc
         return self._module

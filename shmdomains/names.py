@@ -1,7 +1,7 @@
 """What may be a domain's name, and what is a UUID.
 
 Both rules are libvirt's (observed on 9.0.0), and one place for them means that a definition, a
-rename and a lookup can not disagree. On top of libvirt's rule a name must be usable as the file
+rename and a lookup cannot disagree. On top of libvirt's rule a name must be usable as the file
 name ``NAME.xml`` in a config directory, so it is at most 251 bytes long and is not ``.`` or ``..``.
 """
 
@@ -21,7 +21,7 @@ Uuid = str | bytes | UUID
 MAX_NAME_BYTES = 251
 """255, the longest file name, less four for ``.xml``."""
 
-# What XML 1.0 can not carry, not even escaped; lone surrogates have no UTF-8 form either.
+# What XML 1.0 cannot carry, not even escaped; lone surrogates have no UTF-8 form either.
 _NO_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 # virUUIDParse: blanks around it; before each pair of digits any number of '-' and ' '. The blanks
@@ -40,7 +40,7 @@ def check_text(what: str, text: str) -> str:
     """
     bad = _NO_XML.search(text)
     if bad:
-        raise DefinitionError(f"{what} contains {bad.group()!r}, which XML can not carry", what)
+        raise DefinitionError(f"{what} contains {bad.group()!r}, which XML cannot carry", what)
     return text
 
 

@@ -1,7 +1,7 @@
 """MessagePack by msgspec, for what may be large.
 
 Promises. `pack` is `msgspec.msgpack.encode`, but a process without memory gets a `MemoryError`: the
-original (seen in version 0.22) crashes when it can not grow its result, growing a buffer of ours
+original (seen in version 0.22) crashes when it cannot grow its result, growing a buffer of ours
 does not.
 """
 

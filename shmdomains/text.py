@@ -1,6 +1,6 @@
 """Words for people: how errors, logs and reports show what came from outside.
 
-Promises. What is shown is short, and a path or a quoted text can not break a line or speak to a
+Promises. What is shown is short, and a path or a quoted text cannot break a line or speak to a
 terminal.
 """
 

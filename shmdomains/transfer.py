@@ -146,7 +146,7 @@ def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise)
     """Write all domains to a binary stream; returns how many. Takes no lock; works on a poisoned
     segment too.
 
-    `failed` is called for what can not be read, with the domain's name and the error: without a
+    `failed` is called for what cannot be read, with the domain's name and the error: without a
     definition the domain is left out, else only the part that is damaged. Without `failed` the
     error is raised.
 
@@ -338,7 +338,7 @@ def import_domains(
     """Assign every domain of an exported stream. No lock may be held; the list lock is taken.
 
     State, data, flags and the next definition come along; an active domain stays active and gets a
-    new id. A domain that is active in the list already is left alone and reported; one that can not
+    new id. A domain that is active in the list already is left alone and reported; one that cannot
     be imported whole is not imported at all. `timeout` in seconds is for each wait. Raises
     `DefinitionError` for a stream that is no export; `ContractError` and `SegmentError` but for
     `SegmentFull`, which is that domain's failure.

@@ -1,6 +1,6 @@
 """The test build of the core, with a hook in front of each store, and the programs that run on it.
 
-That it can not be built is a failure. `driving` starts crash_driver.py or trace_driver.py as a
+That it cannot be built is a failure. `driving` starts crash_driver.py or trace_driver.py as a
 clean process that has this build first on its path, and ends it with all that it started.
 """
 
@@ -37,7 +37,7 @@ def build() -> Path:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, f"the core with crash points can not be built:\n{done.stdout}"
+    assert done.returncode == 0, f"the core with crash points cannot be built:\n{done.stdout}"
     return folder
 
 

@@ -320,7 +320,7 @@ static bool look_at_locks(sd_trace_event *event)
 /* --- from stop to stop ----------------------------------------------------------------------- */
 
 /* The caller wants to be the victim of its parent; it stops here until that one goes on.
- * Returns 0, or why it can not be. */
+ * Returns 0, or why it cannot be. */
 SEEN int sd_trace_me(void)
 {
     if (ptrace(PTRACE_TRACEME, 0, NULL, NULL)) return errno;

@@ -201,7 +201,7 @@ def _send(conn: Connection, reply: tuple[str, Any]) -> None:
     try:
         conn.send(reply)
     except (TypeError, AttributeError) as exc:
-        conn.send(("raised", TypeError(f"{reply[1]!r} can not be sent: {exc}")))
+        conn.send(("raised", TypeError(f"{reply[1]!r} cannot be sent: {exc}")))
 
 
 def party_main(address: str, given: dict[str, Any]) -> None:

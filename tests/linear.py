@@ -8,10 +8,10 @@ under way have not taken effect. An operation takes effect no sooner than somebo
 Configurations are remembered in a set, so an order that leads where another one led costs nothing.
 
 The checker knows nothing of domains: an operation says which states may follow a state (none: it
-can not have had its result there). Split a history by object before you check it (see history.py):
+cannot have had its result there). Split a history by object before you check it (see history.py):
 it is linearisable if each object's is, and the search stays small.
 
-A history that can not be explained is cut down to the fewest operations that can not be, whatever
+A history that cannot be explained is cut down to the fewest operations that cannot be, whatever
 became of all the others.
 """
 
@@ -75,7 +75,7 @@ class Contradiction:
 
 
 def contradiction(history: list[Operation], initial: State) -> Contradiction | None:
-    """What can not be explained if `initial` was the state before all of it; None: there is an
+    """What cannot be explained if `initial` was the state before all of it; None: there is an
     order."""
     history = _by_time(history)
     events = _events(history)

@@ -253,4 +253,4 @@ def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert done.returncode == 0, f"the core with bugs can not be built:\n{done.stdout}"
+    assert done.returncode == 0, f"the core with bugs cannot be built:\n{done.stdout}"

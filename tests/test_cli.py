@@ -1,7 +1,7 @@
 """The commands, as a user meets them: what they print, where, and how they end.
 
 Most run through click's runner, where anything that would be a traceback fails the test; what a
-runner can not show - pipes, terminals, signals, shells - runs as a process of its own.
+runner cannot show - pipes, terminals, signals, shells - runs as a process of its own.
 """
 
 from __future__ import annotations
@@ -591,7 +591,7 @@ def test_the_segment_is_named_by_option_or_variable(
     assert len(out("list", "--all", "--name")) == 4
     assert "two.segment: no such segment" in failure("-s", "two", "list")
     assert len(out("-s", segment_dir / "one.segment", "list", "--all", "--name")) == 4
-    assert "can not be a segment's name" in failure("-s", ".x", "list")
+    assert "cannot be a segment's name" in failure("-s", ".x", "list")
 
 
 def test_segments_shows_who_is_attached(loaded: DomainList, segment_dir: Path) -> None:
@@ -650,7 +650,7 @@ def test_a_segment_directory_that_can_not_be_used(
 ) -> None:
     monkeypatch.setenv("SHMDOMAINS_DIR", str(tmp_path / "no" / "where"))
     assert failure("load", config_dir) == (
-        f"{tmp_path}/no/where: can not make the segment directory: No such file or directory"
+        f"{tmp_path}/no/where: cannot make the segment directory: No such file or directory"
     )
     (tmp_path / "file").touch()
     monkeypatch.setenv("SHMDOMAINS_DIR", str(tmp_path / "file"))

@@ -401,7 +401,7 @@ def test_what_can_not_be_restored_is_kept_and_named(
         patch.setattr(os, "replace", refuse)
         dirs.save(domain("web1", "new"), commit=Commit(ZeroDivisionError()))
     (kept,) = temporaries(dirs.config_dir)
-    assert kept in caplog.text and "web1.xml can not be restored" in caplog.text
+    assert kept in caplog.text and "web1.xml cannot be restored" in caplog.text
     assert (dirs.config_dir / kept).read_text() == domain("web1", "old").to_xml()
 
 

@@ -279,12 +279,12 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "name index does not lead",
     ),
     "an entry twice": (stray_entry, "I5 index", "name index has 6 entries for 5 domains"),
-    "a level that can not be": (
+    "a level that cannot be": (
         header("list_level", lambda old: 99),
         "I5 index",
         "UUID index has an impossible level",
     ),
-    "a level of ids that can not be": (
+    "a level of ids that cannot be": (
         header("id_level", lambda old: 99),
         "I5 index",
         "id index has an impossible level",
@@ -522,7 +522,7 @@ def test_check_counts_what_is_there(doms: DomainList) -> None:
 def test_a_name_of_an_impossible_length_is_never_handed_out(
     doms: DomainList, planted: Planted, size: int
 ) -> None:
-    """Nor is anything read behind its buffer; what can not be told is empty, or an error."""
+    """Nor is anything read behind its buffer; what cannot be told is empty, or an error."""
     where = planted.name(0, 1)
     uses: list[Callable[[], str]] = [
         lambda: doms.peek(uuid=target).name,
@@ -750,7 +750,7 @@ def test_every_invariant_is_named_in_one_place() -> None:
 def test_core(part: str, seed: int) -> None:
     program = driver(sanitize=True)
     if program is None:
-        pytest.fail("no C compiler: the unit tests of the core can not be built")
+        pytest.fail("no C compiler: the unit tests of the core cannot be built")
     done = subprocess.run([program, part, str(seed)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -3,7 +3,7 @@ none; then the recoverer is killed at every store, too.
 
 What is done, and what must hold afterwards, stands in crash_driver.py. It runs in a process of its
 own, on a second build of the core that has a hook in front of each store into a segment. That it
-can not be built is a failure. ``SHMDOMAINS_SOAK=1`` takes every point of every recovery, and every
+cannot be built is a failure. ``SHMDOMAINS_SOAK=1`` takes every point of every recovery, and every
 point of the large operations, of which there is a selection otherwise.
 """
 

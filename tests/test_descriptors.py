@@ -2,7 +2,7 @@
 nothing of, and the file that it opens next gets the number.
 
 Each process here does that to itself. The list goes on and grows; the file that has the number now
-keeps its bytes, its size and its descriptor; what can not be done without a descriptor is a plain
+keeps its bytes, its size and its descriptor; what cannot be done without a descriptor is a plain
 error. Sandboxed, a process sees a kernel from before Linux 5.14, which commits memory through a
 descriptor only.
 """

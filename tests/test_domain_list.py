@@ -1095,7 +1095,7 @@ def test_what_becomes_of_each_uuid_and_name(
     elif uuid not in words and uuid is not None and name in owners:
         refused = DomainExists, f"domain '{name}' already exists with uuid {owners[name]}"
     elif name == NO_NAME:
-        refused = InvalidName, f"{name!r} can not be a domain's name"
+        refused = InvalidName, f"{name!r} cannot be a domain's name"
 
     with doms.locked():
         if refused is None:

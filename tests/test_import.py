@@ -88,7 +88,7 @@ def test_a_lazy_module_is_the_module() -> None:
 
 
 def test_what_can_not_be_imported_now_is_an_oserror() -> None:
-    with pytest.raises(OSError, match="no_such_module can not be imported now: No module named"):
+    with pytest.raises(OSError, match="no_such_module cannot be imported now: No module named"):
         _ = LazyModule("no_such_module").anything
 
 

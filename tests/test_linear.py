@@ -254,7 +254,7 @@ def test_what_one_after_another_did_is_accepted(
 @settings(max_examples=500 if SOAK else 80, deadline=None)
 @given(sequential(), st.integers(0, 1000))
 def test_a_result_that_is_false_is_not(history: list[Operation], at: int) -> None:
-    """What nobody wrote can not be read; neither can what was overwritten long ago."""
+    """What nobody wrote cannot be read; neither can what was overwritten long ago."""
     end = max((op.end for op in history), default=0) + 1
     false = reads("false", at, at + 5, "torn")
     assert told([*history, false]) == ["false: read torn"]

@@ -479,7 +479,7 @@ def test_a_stream_leaves_out_only_what_is_damaged(rich: DomainList, planted: Pla
     assert export_domains(rich, stream, lambda name, exc: said.append(f"{name}: {exc}")) == 2
     assert len(said) == 3
     assert "a: the definition is damaged" in said[0] and "data is damaged" in said[1]
-    assert "slot 2: " in said[2] and "can not be right" in said[2]
+    assert "slot 2: " in said[2] and "cannot be right" in said[2]
     with DomainList(max_domains=10) as other:
         stream.seek(0)
         assert sorted(import_domains(other, stream).imported) == ["b", "c"]

@@ -1,4 +1,4 @@
-"""Who can do what: another uid can not attach, read, squat a name, or make us follow a link.
+"""Who can do what: another uid cannot attach, read, squat a name, or make us follow a link.
 
 Users are real: root drops to them in processes of their own. The attacker goes first wherever a
 race would let her, and what she finds to be in her way is the kernel's answer, not the library's.

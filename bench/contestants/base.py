@@ -40,7 +40,7 @@ class Contestant(ABC):
 
     @classmethod
     def missing(cls) -> str | None:
-        """Why it can not take part here, in one plain line, or ``None``."""
+        """Why it cannot take part here, in one plain line, or ``None``."""
         return None
 
     @classmethod

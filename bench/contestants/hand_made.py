@@ -27,7 +27,7 @@ HEAD = struct.Struct("<q i i q 16s i 64s i")  # life, state, id, count, uuid, na
 STATE = struct.Struct("<i")
 COUNT = struct.Struct("<q")
 AT_LIFE, AT_STATE, AT_COUNT, AT_DEFINITION = 0, 8, 16, 108
-JOURNAL = 1 << 20  # entries that the journal holds; who is further behind reads all records
+JOURNAL = 1 << 20  # entries that the journal holds; whoever is further behind reads all records
 
 
 class HandMade(Contestant):

@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def _prepare_output() -> None:
-    # A terminal that can not show a name shall show something, not end the command.
+    # A terminal that cannot show a name shall show something, not end the command.
     if sys.stderr is not None:
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if sys.stdout is None:

@@ -217,7 +217,7 @@ def export_command(target: Target, file: str, force: bool) -> None:
     FILE is for `import`: the way to another layout version of the segment, and to another host; -
     is standard output. A DIR that exists or ends in / gets NAME.xml for each domain, and
     next/NAME.xml where there is a next definition. No lock is taken, and a poisoned or damaged
-    segment gives what can be read of it; what can not be is named, and the exit status is then 1.
+    segment gives what can be read of it; what cannot be is named, and the exit status is then 1.
     """
     failures: list[str] = []
 
@@ -282,7 +282,7 @@ def import_command(
 ) -> None:
     """Enter the domains of an export.
 
-    Makes the segment if need be. Active domains stay active and get new ids. A domain that can not
+    Makes the segment if need be. Active domains stay active and get new ids. A domain that cannot
     be entered is reported; the exit status is then 1. FILE may be - for standard input.
     """
     with to_read(file) as stream, _open(target, max_domains, max_bytes) as doms:

@@ -1,7 +1,7 @@
 """What the commands print: tables in the layout of virsh, pairs, JSON, and errors in one line.
 
 Promises: what goes into a pipe or a file is plain - no colours, nothing cut off, nothing that
-depends on a terminal's width - and a name, path or title can not break a line or speak to the
+depends on a terminal's width - and a name, path or title cannot break a line or speak to the
 terminal, since control characters are shown as escapes. The layout is virsh's (vshTablePrint), so
 that scripts which read its tables read these; wide and combining characters count as shown.
 """

@@ -163,7 +163,7 @@ class _Change:
                 self._restore(path, former)
             except OSError as exc:
                 logger.error(
-                    "%s can not be restored (%s)%s",
+                    "%s cannot be restored (%s)%s",
                     shown_path(path),
                     exc.strerror,
                     "" if former is None else f"; what it held is in {former.name}",
@@ -256,7 +256,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class _DirectoryLock:
-    """The filelock of a config directory. It exists before it is acquired, so that who was
+    """The filelock of a config directory. It exists before it is acquired, so that whoever was
     interrupted while acquiring it can release it."""
 
     def __init__(self, directory: Path) -> None:
@@ -318,7 +318,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     negative is a `ValueError`; `LockTimeout` when it has passed, `AlreadyLocked` inside the commit
     of this thread's own change. Other errors: `ConfigError` (an `OSError`: errno, strerror,
     filename) with both directories as they were before, and `InvalidName` for a name that is no
-    domain's. A name that begins with ``.`` can not be saved: dot-files are not loaded.
+    domain's. A name that begins with ``.`` cannot be saved: dot-files are not loaded.
 
     A `commit` is called with the files in place and the filelock held; they stay if it happened,
     else they are as they were before, whatever was raised. `find` is called with the filelock held
@@ -416,7 +416,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     ) -> None:
         """Remove the domain's config file and autostart link; a missing one is no error.
 
-        Source: virDomainDeleteConfig, which would go on if the link can not be removed; the link
+        Source: virDomainDeleteConfig, which would go on if the link cannot be removed; the link
         would then start the next domain of this name, so here that is an error.
         """
 

@@ -69,7 +69,7 @@ class ParsedFile(NamedTuple):
 def scan(config_dir: str | os.PathLike[str]) -> list[Path]:
     """Return every ``*.xml`` of the directory but dot-files, sorted; none if it does not exist.
 
-    `ConfigError` if it can not be read, or is no directory (virDomainObjListLoadAllConfigs).
+    `ConfigError` if it cannot be read, or is no directory (virDomainObjListLoadAllConfigs).
 
     >>> scan("/no/such/directory")
     []
@@ -113,7 +113,7 @@ def parse_file(path: str) -> ParsedFile:
     """Read one config file; whatever is wrong with it is its `LoadFailure`.
 
     Only a regular file (or a link to one) of at most 16 MiB is read, so a FIFO, a device or a
-    directory can not hang or flood the caller.
+    directory cannot hang or flood the caller.
 
     >>> print(parse_file("/no/such/file.xml").result)
     /no/such/file.xml: No such file or directory
@@ -234,9 +234,9 @@ class _Worker:
             with stdin, stdout:
                 self._requests = self._pipe(os.dup(stdin.fileno()), readable=False)
                 self._answers = self._pipe(os.dup(stdout.fileno()), writable=False)
-            with suppress(OSError):  # who has many pipes may not have large ones
+            with suppress(OSError):  # whoever has many pipes may not have large ones
                 fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
-            # Two requests that fit in are written without waiting for who may wait for us.
+            # Two requests that fit in are written without waiting for whoever may wait for us.
             self._most = fcntl.fcntl(self._requests.fileno(), fcntl.F_GETPIPE_SZ) // 2
             self._requests.send(sys.path)
         except OSError as exc:

@@ -343,7 +343,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         return self._maker == os.getpid()
 
     def unlink(self, force: bool = False, timeout: float | None = segment_file.PATIENCE) -> None:
-        """Remove the segment's name; who is attached keeps it, like this list.
+        """Remove the segment's name; whoever is attached keeps it, like this list.
 
         Names are removed under the directory's lock, for which `timeout` seconds are waited. Raises
         `LockTimeout`, `SegmentInUse` while other processes are attached, unless `force`, and
@@ -369,7 +369,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         process that becomes a daemon does: ``DaemonContext(files_preserve=[doms])``.
 
         Without it the list works, but `shmdomains.unlink` of others does not see this process, and
-        the list can not be given to a child that is spawned. This raises `DescriptorLost` then;
+        the list cannot be given to a child that is spawned. This raises `DescriptorLost` then;
         `attach` gets a named segment's back.
 
         >>> doms = DomainList(max_domains=10)
@@ -472,13 +472,13 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     def recover(self, timeout: float | None = 10.0) -> RecoverReport:
         """Take each lock once, as its next holder would, so that all repairs are done now.
 
-        Nothing needs this: who takes a lock repairs what its dead holder left. It is for people who
+        Nothing needs this: whoever takes a lock repairs what its dead holder left. It is for people who
         want to see it done, and what. The list, id and heap lock are waited for, `timeout` seconds
         in all; a domain that somebody holds is left alone. Who next locks a domain still learns
         from `Domain.previous_owner_died` what was told here.
 
         Raises `SegmentPoisoned` when a repair fails, or one did; `LockOrder` if this thread holds a
-        domain; `LockKindMismatch` for who did not inherit a list of multiprocessing locks.
+        domain; `LockKindMismatch` for whoever did not inherit a list of multiprocessing locks.
 
         >>> doms = DomainList(max_domains=10)
         >>> doms.recover()

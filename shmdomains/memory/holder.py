@@ -37,7 +37,7 @@ def process_started(start_ticks: int) -> float | None:
 def is_running(pid: int, start_ticks: int) -> bool:
     """Whether the process that started then still runs; numbers are used again, starts are not.
 
-    Yes if that can not be found out, for lack of descriptors: nobody is called dead by mistake.
+    Yes if that cannot be found out, for lack of descriptors: nobody is called dead by mistake.
     """
     return core.process_runs(pid, start_ticks)
 

@@ -2,7 +2,7 @@
 
 A segment is created in an unnamed file of its directory, filled, locked and only then linked to its
 name, so nobody ever opens half a segment, a killed creator leaves nothing and the loser of a race
-sees that the name is taken. Every attached process holds a shared `flock`; who wants to unlink asks
+sees that the name is taken. Every attached process holds a shared `flock`; whoever wants to unlink asks
 for an exclusive one on a descriptor of its own (a descriptor inherited over fork shares the lock of
 its parent, and would say yes). Names are made and removed under a `flock` of the directory.
 
@@ -117,7 +117,7 @@ def path_of(name: str | None, path: str | os.PathLike[str] | None) -> Path:
     # Printable has a UTF-8 form: lone surrogates are not.
     if not (name.isprintable() and 1 <= len(name.encode()) <= 200) or "/" in name or name[0] == ".":
         raise SegmentRefused(
-            f"{name!r} can not be a segment's name: 1 to 200 bytes of printable characters, no "
+            f"{name!r} cannot be a segment's name: 1 to 200 bytes of printable characters, no "
             "'/', no leading '.'"
         )
     for choice in candidates():
@@ -221,7 +221,7 @@ def _make_directory(path: Path, group: int | str | None) -> None:
         return
     except OSError as exc:
         raise SegmentRefused(
-            exc.errno, f"can not make the segment directory: {exc.strerror}", str(path)
+            exc.errno, f"cannot make the segment directory: {exc.strerror}", str(path)
         ) from exc
     try:
         if group is not None:
@@ -238,7 +238,7 @@ def _give_to_group(file: int | Path, path: Path, group: int | str) -> None:
         os.chown(file, -1, gid)
     except PermissionError as exc:
         raise SegmentRefused(
-            exc.errno, f"can not be given to group {gid}, of which we are no member", str(path)
+            exc.errno, f"cannot be given to group {gid}, of which we are no member", str(path)
         ) from exc
 
 
@@ -250,7 +250,7 @@ def _open_unnamed(place: int, path: Path) -> int:
             raise OSError(exc.errno, exc.strerror, str(path)) from None
         if exc.errno in _NO_ROOM:
             raise _full(path, exc) from None
-        raise SegmentRefused(f"can not create a segment in {path}: {exc.strerror}") from exc
+        raise SegmentRefused(f"cannot create a segment in {path}: {exc.strerror}") from exc
 
 
 def _full(directory: Path, exc: OSError) -> SegmentFull:
@@ -356,7 +356,7 @@ def unlink(
     inode: tuple[int, int] | None = None,
     timeout: float | None = PATIENCE,
 ) -> None:
-    """Remove the segment's name; who is attached keeps it. `SegmentInUse` unless `force`.
+    """Remove the segment's name; whoever is attached keeps it. `SegmentInUse` unless `force`.
 
     `inode`: device and number of the one that is meant; `SegmentNotFound` if it is another.
     `timeout` in seconds is for the directory's lock: `LockTimeout`.

@@ -1,6 +1,6 @@
 """Who is who in a stress run, and what its workers write down outside of the segment.
 
-The segment under test can not be its own witness. Each worker has a page in a second memfd, the
+The segment under test cannot be its own witness. Each worker has a page in a second memfd, the
 journal, that outlives it: an *intent* before it changes anything, an *acknowledgement* after the
 package said that it was done. A worker is killed between any two instructions, so a page is valid
 at each of them:
@@ -443,7 +443,7 @@ def _what_stands(record: Domain | DomainInfo, definition: DomainDef) -> tuple[ob
 def settle(doms: DomainList, journal: Journal, plan: Plan, worker: int, timeout: float) -> None:
     """Decide what a dead worker was about to do, from what is committed.
 
-    Raises `Wrong` if it is neither the old nor the new state, `Busy` or `LockTimeout` if it can not
+    Raises `Wrong` if it is neither the old nor the new state, `Busy` or `LockTimeout` if it cannot
     be read within `timeout` seconds.
     """
     page = journal.pages[worker]

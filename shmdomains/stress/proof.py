@@ -4,7 +4,7 @@ Each `Finding` is one promise of the package. Everything is looked at through th
 first without locks, as committed, then again under each domain's lock: taking it over from a dead
 holder must not change what is committed. The workers are gone by then, so nothing moves.
 
-A lock that nobody alive holds and that can not be had within its time-out is *stuck*. With
+A lock that nobody alive holds and that cannot be had within its time-out is *stuck*. With
 multiprocessing locks that is the known price of a kill and is reported without being held against
 the run (`forgiving`); everything else is.
 """
@@ -120,7 +120,7 @@ class Proof:
             except Wrong as exc:
                 self._blame(exc)
             except (Busy, LockTimeout) as exc:
-                self._stuck(f"what worker {worker} was doing can not be settled: {exc}")
+                self._stuck(f"what worker {worker} was doing cannot be settled: {exc}")
 
     def _all_expected(self) -> Iterator[_Expected]:
         plan, pages = self._plan, self._journal.pages
@@ -178,7 +178,7 @@ class Proof:
         except Wrong as exc:
             self._blame(exc)
         except Busy as exc:
-            self._stuck(f"{expected.names[0]!r} can not be read: {exc}")
+            self._stuck(f"{expected.names[0]!r} cannot be read: {exc}")
         except LockTimeout as exc:
             self._stuck(str(exc))
         except ShmDomainsError as exc:
@@ -210,7 +210,7 @@ class Proof:
             self._timeout = min(self._timeout, 0.02)  # it is settled; only count the others
         dom = self._doms.lookup(uuid=uuid, timeout=self._timeout)
         if dom is None:
-            self.indexes.blame(f"{name!r} {UUID(bytes=uuid)} was seen and can not be locked")
+            self.indexes.blame(f"{name!r} {UUID(bytes=uuid)} was seen and cannot be locked")
             return
         with dom:
             if dom.previous_owner_died is not None:

@@ -224,8 +224,8 @@ class DomainDef(
             raise DefinitionError(f"a blob with an unknown field {shown(field)}")
         try:
             writer(root, self)
-        except ValueError as error:  # only a blob says what XML can not carry
-            raise DefinitionError(f"{field} can not be written: {error}", field) from None
+        except ValueError as error:  # only a blob says what XML cannot carry
+            raise DefinitionError(f"{field} cannot be written: {error}", field) from None
 
     def replace(self, **changes: Any) -> DomainDef:
         """A copy with these fields changed, checked by the rules of `from_xml`.
@@ -334,7 +334,7 @@ class DomainDef(
 class EncodedDef(NamedTuple):
     """A definition that stays the blob it is, with what a list asks of it to enter it.
 
-    For who hands definitions on: to decode and to encode one takes as long as to enter it.
+    For whoever hands definitions on: to decode and to encode one takes as long as to enter it.
     """
 
     name: str

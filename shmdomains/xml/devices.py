@@ -2,13 +2,13 @@
 
 A definition keeps its whole document; these values are a view of part of it. Each kind is one
 class and one table, `_TABLES`, that says where each field stands in the element; reading and
-writing go by the same table, so they can not disagree.
+writing go by the same table, so they cannot disagree.
 
-Promises. Reading never refuses: what can not be read as the type that it should have is ``None``,
+Promises. Reading never refuses: what cannot be read as the type that it should have is ``None``,
 since only a hypervisor's driver can say what is wrong with a device. Writing a changed list
 (`update`) leaves the elements of unchanged devices as they are, changes what differs in the element
 of the same device (see each class for what makes it the same), removes the elements of devices that
-are gone, and makes new elements for new ones. What can not be said in typed values is refused in
+are gone, and makes new elements for new ones. What cannot be said in typed values is refused in
 advance (`check`), not dropped.
 """
 
@@ -596,7 +596,7 @@ def check(kind: str, wanted: Any, present: tuple[Any, ...] = ()) -> tuple[Any, .
     """Return `wanted` as a tuple if the document can be made to say it, `present` being there.
 
     Raises `DefinitionError` for values of the wrong type, for two devices that would be the same
-    one, and for what typed values can not say (then the XML is the way).
+    one, and for what typed values cannot say (then the XML is the way).
     """
     table = _TABLES[kind]
     devices = _typed(kind, table, wanted)
@@ -608,7 +608,7 @@ def check(kind: str, wanted: Any, present: tuple[Any, ...] = ()) -> tuple[Any, .
         unsaid = _unsaid(table, device, base)
         if unsaid:
             raise DefinitionError(
-                f"{kind}: {unsaid}={getattr(device, unsaid)!r} of {device} can not be written from "
+                f"{kind}: {unsaid}={getattr(device, unsaid)!r} of {device} cannot be written from "
                 "typed values; change the XML and use DomainDef.from_xml",
                 table.tag,
             )

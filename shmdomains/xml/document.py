@@ -113,7 +113,7 @@ def _encoded(text: str) -> bytes:
         data = text.encode()
     except UnicodeEncodeError as error:
         line = text.count("\n", 0, error.start) + 1
-        message = f"a lone surrogate, which XML can not carry (line {line})"
+        message = f"a lone surrogate, which XML cannot carry (line {line})"
         raise DefinitionError(message, line=line) from None
     _refuse_size(len(data))
     return data

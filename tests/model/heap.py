@@ -214,7 +214,7 @@ class Heap:
         yield store(("dirty", slot), 0)
 
     def tidy(self, slot: int) -> Steps:
-        """sd_tidy: whoever can not have the heap lock leaves it to the next holder."""
+        """sd_tidy: whoever cannot have the heap lock leaves it to the next holder."""
         if self.follows("commit tidies"):
             yield store(("dirty", slot), 1)
         outcome = yield attempt(HEAP)

@@ -47,7 +47,7 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     may_wait(doms, deadline)
     uuid_words(uuid, key.uuid)
     if not set_name(key.name, name):
-        raise errors.InvalidName(f"{name!r} can not be a domain's name")
+        raise errors.InvalidName(f"{name!r} cannot be a domain's name")
     memset(&values, 0, sizeof(values))
     memset(blobs, 0, sizeof(blobs))
     values.id = values.pid = -1
@@ -131,7 +131,7 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
     cdef sd_blob blobs[3]
     need_list(doms, "rename")
     if not set_name(raw, name):
-        raise errors.InvalidName(f"{name!r} can not be a domain's name")
+        raise errors.InvalidName(f"{name!r} cannot be a domain's name")
     memset(blobs, 0, sizeof(blobs))
     set_change(&blobs[SD_DEFINITION], definition)
     if next_definition is not None:

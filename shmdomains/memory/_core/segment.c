@@ -10,7 +10,7 @@
  *
  * A process that daemonises closes all descriptors, ours too, and what it opens next gets their
  * numbers.  So a number is compared with the segment's file before each use (sd_descriptor()), and
- * who has lost it commits memory through the mapping.
+ * whoever has lost it commits memory through the mapping.
  *
  * A process maps a segment once, however often it attaches: two mappings of one robust mutex in
  * one thread's list would be two locks to the kernel.
@@ -215,7 +215,7 @@ static int commit_file(int fd, uint64_t offset, uint64_t bytes)
     return SD_OK;
 }
 
-/* For who has lost the descriptor.  Not for everybody: unlike fallocate it keeps what it got before
+/* For whoever has lost the descriptor.  Not for everybody: unlike fallocate it keeps what it got before
  * the room was out, and so the rest of the file system.  That does no harm to the segment: the
  * watermark is raised after success only, and who tries again commits the same pages. */
 static int commit_mapped(sd_segment *segment, uint64_t offset, uint64_t bytes)

@@ -135,7 +135,7 @@ cdef int raise_code(int result, object what) except -1:
     if result == SD_ERRNO:
         raise OSError(errno, strerror(errno).decode(), what)
     raise errors.SegmentCorrupt(
-        f"{what}: the segment holds a value that can not be right ({result})")
+        f"{what}: the segment holds a value that cannot be right ({result})")
 
 
 cdef int back_off(uint64_t deadline) except -1:
