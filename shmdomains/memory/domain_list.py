@@ -472,9 +472,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     def recover(self, timeout: float | None = 10.0) -> RecoverReport:
         """Take each lock once, as its next holder would, so that all repairs are done now.
 
-        Nothing needs this: whoever takes a lock repairs what its dead holder left. It is for people who
-        want to see it done, and what. The list, id and heap lock are waited for, `timeout` seconds
-        in all; a domain that somebody holds is left alone. Who next locks a domain still learns
+        Nothing needs this: whoever takes a lock repairs what its dead holder left. It is for people
+        who want to see it done, and what. The list, id and heap lock are waited for, `timeout`
+        seconds in all; a domain that somebody holds is left alone. Whoever next locks it still learns
         from `Domain.previous_owner_died` what was told here.
 
         Raises `SegmentPoisoned` when a repair fails, or one did; `LockOrder` if this thread holds a

@@ -2,9 +2,9 @@
 
 A segment is created in an unnamed file of its directory, filled, locked and only then linked to its
 name, so nobody ever opens half a segment, a killed creator leaves nothing and the loser of a race
-sees that the name is taken. Every attached process holds a shared `flock`; whoever wants to unlink asks
-for an exclusive one on a descriptor of its own (a descriptor inherited over fork shares the lock of
-its parent, and would say yes). Names are made and removed under a `flock` of the directory.
+sees that the name is taken. Every attached process holds a shared `flock`; whoever wants to unlink
+asks for an exclusive one on a descriptor of its own (a descriptor inherited over fork shares the
+lock of its parent, and would say yes). Names are made and removed under a `flock` of the directory.
 
 Directories belong to us (or root) and nobody else may write there, so a name can neither be
 squatted nor be made to lead elsewhere; links are refused all the same. Another's directory (a

@@ -215,9 +215,9 @@ static int commit_file(int fd, uint64_t offset, uint64_t bytes)
     return SD_OK;
 }
 
-/* For whoever has lost the descriptor.  Not for everybody: unlike fallocate it keeps what it got before
- * the room was out, and so the rest of the file system.  That does no harm to the segment: the
- * watermark is raised after success only, and who tries again commits the same pages. */
+/* For whoever has lost the descriptor.  Not for everybody: unlike fallocate it keeps what it got
+ * before the room was out, and so the rest of the file system.  That does no harm to the segment:
+ * the watermark is raised after success only, and who tries again commits the same pages. */
 static int commit_mapped(sd_segment *segment, uint64_t offset, uint64_t bytes)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE); /* may be more than SD_PAGE */
