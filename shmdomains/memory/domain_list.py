@@ -474,8 +474,8 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
         Nothing needs this: whoever takes a lock repairs what its dead holder left. It is for people
         who want to see it done, and what. The list, id and heap lock are waited for, `timeout`
-        seconds in all; a domain that somebody holds is left alone. Whoever next locks it still learns
-        from `Domain.previous_owner_died` what was told here.
+        seconds in all; a domain that somebody holds is left alone. Whoever next locks it still
+        learns from `Domain.previous_owner_died` what was told here.
 
         Raises `SegmentPoisoned` when a repair fails, or one did; `LockOrder` if this thread holds a
         domain; `LockKindMismatch` for whoever did not inherit a list of multiprocessing locks.
