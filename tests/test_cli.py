@@ -55,7 +55,7 @@ def test_load_makes_the_segment(segment_dir: Path, config_dir: Path) -> None:
         assert len(doms) == 4
         assert doms.info.max_domains == 10
         assert doms.info.config_dir == str(config_dir)
-        assert doms.info.autostart_dir is None
+        assert doms.info.autostart_dir == str(config_dir / "autostart")
 
 
 def test_load_takes_the_usual_autostart_dir(loaded: DomainList, config_dir: Path) -> None:
@@ -86,9 +86,9 @@ def test_load_reports_each_failure_once_and_loads_the_rest(
 
 
 def test_load_passes_on_warnings(segment_dir: Path, config_dir: Path) -> None:
-    (config_dir / "other.xml").write_text(xml("another"))
+    (config_dir / ".hidden.xml").write_text(xml("another"))
     result = invoke("load", config_dir)
-    assert result.stderr.startswith("warning: 1 file is not named after the domain")
+    assert result.stderr.startswith("warning: skipped: ")
     assert result.stderr.count("\n") == 1
 
 
@@ -103,11 +103,10 @@ def test_load_as_json(segment_dir: Path, config_dir: Path) -> None:
 
 def test_load_says_that_limits_are_for_a_new_segment(segment_dir: Path, config_dir: Path) -> None:
     program("load", config_dir)  # another process, as it is in life
-    result = invoke("load", config_dir, "--max-domains", 10)
-    assert result.stderr.startswith(
-        "warning: segment 'default' exists already, with room for 65536"
+    assert "max_domains=65536, and max_domains=10 is asked" in failure(
+        "load", config_dir, "--max-domains", 10
     )
-    assert result.stdout == "4 domains loaded into segment 'default'\n"
+    assert out("load", config_dir, "--max-domains", 65536)
 
 
 def test_load_when_the_segment_is_full(segment_dir: Path, config_dir: Path) -> None:
@@ -475,9 +474,11 @@ def test_autostart(loaded: DomainList, config_dir: Path) -> None:
     assert "transient" in failure("autostart", "db1")
 
 
-def test_autostart_without_a_directory_for_it(segment_dir: Path, config_dir: Path) -> None:
+def test_autostart_makes_the_directory_for_it(segment_dir: Path, config_dir: Path) -> None:
     out("load", config_dir)
-    assert "there is no autostart directory" in failure("autostart", "web1")
+    assert not (config_dir / "autostart").exists()
+    out("autostart", "web1")
+    assert (config_dir / "autostart" / "web1.xml").is_symlink()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

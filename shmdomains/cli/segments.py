@@ -43,7 +43,6 @@ from .tables import (
     print_record,
     print_records,
     print_table,
-    print_warning,
     printable,
     size_text,
 )
@@ -160,11 +159,7 @@ def _usual_autostart_dir(directory: Path) -> Path | None:
 
 def _open(target: Target, max_domains: int | None, max_bytes: int | None) -> DomainList:
     with _usage_errors():
-        doms = target.open(max_domains=max_domains, max_bytes=max_bytes)
-    info = doms.info
-    if info.creator.pid != os.getpid() and (max_domains or max_bytes):
-        print_warning(f"segment '{target.text}' exists already, with {_room(info)}")
-    return doms
+        return target.open(max_domains=max_domains, max_bytes=max_bytes)
 
 
 @contextmanager
