@@ -70,7 +70,7 @@ def sync_directory(path: Path) -> None:
 
 def flock_holder(status: os.stat_result) -> str:
     """Say who has the flock on a file, as far as the kernel tells."""
-    with suppress(OSError, ValueError, IndexError, psutil.Error):
+    try:
         major, minor = os.major(status.st_dev), os.minor(status.st_dev)
         entry = f"{major:02x}:{minor:02x}:{status.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
@@ -78,4 +78,8 @@ def flock_holder(status: os.stat_result) -> str:
             if fields[1] == "FLOCK" and fields[5] == entry:
                 pid = int(fields[4])
                 return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())}) holds it"
+    except (OSError, ValueError, IndexError):  # first: psutil may be what could not be had
+        pass
+    except psutil.Error:
+        pass
     return "its holder is not known"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -23,7 +26,19 @@ os.register_at_fork(
     after_in_child=_importing.release,
 )
 
-_names: set[str] = set()
+_all: list[LazyModule] = []
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without signals: a handler that uses the list would meet a module that is half imported."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
+    try:
+        with _importing:
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def preload() -> None:
@@ -32,8 +47,8 @@ def preload() -> None:
     For a process that is going to have no access to Python's modules any more (another user, a
     chroot), or no descriptor left.
     """
-    for name in sorted(_names):
-        import_module(name)
+    for module in _all:
+        module._load()
 
 
 class LazyModule:
@@ -47,13 +62,13 @@ class LazyModule:
     def __init__(self, name: str) -> None:
         self._name = name
         self._module: ModuleType | None = None
-        _names.add(name)
+        _all.append(self)
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._module or self._load(), attribute)
 
     def _load(self) -> ModuleType:
-        with _importing:
+        with _undisturbed():
             try:
                 self._module = import_module(self._name)
             except ImportError as exc:

@@ -187,10 +187,11 @@ def test_json_of_a_wrong_command_line(segment_dir: Path, args: list[str]) -> Non
 
 
 def test_warnings_are_json_too(segment_dir: Path, config_dir: Path) -> None:
-    (config_dir / ".other.xml").write_text(xml("another"))
+    (config_dir / "autostart").mkdir()
+    (config_dir / "autostart" / "gone.xml").symlink_to(config_dir / "gone.xml")
     result = invoke("load", config_dir, "--format", "json")
     (line,) = result.stderr.splitlines()
-    assert json.loads(line)["warning"].startswith("skipped: ")
+    assert json.loads(line)["warning"].startswith("autostart link ")
     assert len(json.loads(result.stdout)["loaded"]) == 4
 
 

@@ -65,7 +65,8 @@ def calls_up(found: dict[str, tuple[set[str], set[str]]]) -> list[str]:
 
 
 def test_every_file_has_its_place_in_the_order() -> None:
-    there = {path.stem for path in CORE.glob("*.[ch]") if path.stem != "core"}
+    # core.h lists them; handle.h is the binding's.
+    there = {path.stem for path in CORE.glob("*.[ch]")} - {"core", "handle"}
     assert there == set(ORDER)
     assert len(ORDER) == len(set(ORDER))
 

@@ -6,6 +6,7 @@ a slow machine only.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pytest
 from helpers import xml
 
 import shmdomains
-from shmdomains import DomainList
+from shmdomains import DomainList, files
 from shmdomains.lazy import LazyModule
+from shmdomains.memory import holder
 
 ROOT = Path(shmdomains.__file__).parents[1]
 HEAVY = {"lxml", "psutil", "filelock", "rich", "multiprocessing", "subprocess", "tempfile"}
@@ -115,6 +117,41 @@ with shmdomains.DomainList(max_domains=8) as doms:
 """,
         xml("web1"),
     )
+
+
+def test_a_holder_is_not_known_where_psutil_can_not_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (files, holder):
+        monkeypatch.setattr(module, "psutil", LazyModule("no_such_module"))
+    assert holder.command_of(os.getpid()) is None
+    assert holder.process_started(1) is None
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert files.flock_holder(os.fstat(file.fileno())) == "its holder is not known"
+
+
+def test_a_handler_waits_for_an_import_of_its_thread(tmp_path: Path) -> None:
+    """In the middle of it, it would find a module without half of its names."""
+    (tmp_path / "signalled.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGALRM)\nvalue = 7\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    code = """
+import signal
+from shmdomains.lazy import LazyModule
+lazy, seen = LazyModule("signalled"), []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(lazy.value))
+assert lazy.value == 7 and seen == [7]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_fork_waits_for_an_import_of_another_thread(tmp_path: Path) -> None:

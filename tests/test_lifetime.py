@@ -36,6 +36,7 @@ from shmdomains import (
     SegmentInUse,
     ShmDomainsError,
 )
+from shmdomains.memory._core import core
 from shmdomains.rules import values
 
 XML = "<domain type='kvm'><name>{}</name><memory>1</memory><os><type>hvm</type></os></domain>"
@@ -194,7 +195,7 @@ def test_only_damage_is_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_handles_come_from_lists_only() -> None:
-    for made in (Domain, shmdomains.DomainInfo):
+    for made in (Domain, core.DomainInfo):
         with pytest.raises(TypeError, match="come from a DomainList"):
             made()
     nowhere = Domain.__new__(Domain)

@@ -145,16 +145,10 @@ def load(
     Every *.xml in DIR becomes a persistent domain. A file that is wrong is reported and skipped;
     the exit status is then 1. What is defined, renamed or undefined later is saved in DIR.
     """
-    autostart_dir = autostart_dir or _usual_autostart_dir(directory)
     with _open(target, max_domains, max_bytes) as doms, _progress() as progress:
         report = doms.load_all_configs(directory, autostart_dir, progress, workers, timeout)
     _print_load_report(target, report, form)
     end_with_failure(report.failures)
-
-
-def _usual_autostart_dir(directory: Path) -> Path | None:
-    usual = directory / "autostart"
-    return usual if usual.is_dir() else None
 
 
 def _open(target: Target, max_domains: int | None, max_bytes: int | None) -> DomainList:

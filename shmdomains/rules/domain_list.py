@@ -372,6 +372,10 @@ class DomainListRules(ListBase[D]):
                 if known is None:
                     dom = self._make(definition, persistent, deadline.left())
                     made = dom._receipt
+                elif new:
+                    raise DomainExists(
+                        f"domain '{known.name}' already exists with uuid {known.uuid}"
+                    )
                 else:
                     dom = self._redefine(known, definition, persistent, deadline.left())
                 was_persistent = dirs is not None and dom.persistent
