@@ -11,10 +11,12 @@ import errno
 import itertools
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import ConfigError, ShmDomainsError
 from .lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -26,6 +28,17 @@ TEMPORARY = re.compile(r"\.tmp-([1-9][0-9]*)-[0-9]+")
 """A temporary name; its group is the pid of the process that made it."""
 
 _numbers = itertools.count()
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Turn a plain OSError into a `ConfigError` that names `path`."""
+    try:
+        yield
+    except ShmDomainsError:
+        raise
+    except OSError as exc:
+        raise ConfigError(exc.errno, exc.strerror or str(exc), os.fspath(path)) from exc
 
 
 def temporary_name(directory: Path) -> Path:

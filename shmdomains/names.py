@@ -18,6 +18,9 @@ from .text import shortened, shown
 Uuid = str | bytes | UUID
 """What a caller may give for a UUID; see `parse_uuid`."""
 
+SUFFIX = ".xml"
+"""Of a domain's config file, NAME.xml."""
+
 MAX_NAME_BYTES = 251
 """255, the longest file name, less four for ``.xml``."""
 

@@ -1589,7 +1589,7 @@ def test_filters(zoo: DomainList, asked: dict[str, Any], expected: str | None) -
 
 def test_filters_take_any_iterable_and_refuse_unknown_states(zoo: DomainList) -> None:
     assert zoo.count(state=(state for state in (1, 3))) == 3
-    for bad in (8, -1, [1, 99], "running"):
+    for bad in (8, -1, [1, 99], "walking", ["running", "walking"], 1.5):
         with pytest.raises((ValueError, TypeError)):
             zoo.list(state=bad)
         with pytest.raises((ValueError, TypeError)):

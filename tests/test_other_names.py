@@ -139,6 +139,37 @@ def test_a_file_of_another_domain_of_that_name_stays(doms: Any, tmp_path: Path) 
     assert names(folder) == ["kept.xml"]
 
 
+@pytest.mark.parametrize("how", ["defined", "renamed"])
+def test_a_new_name_takes_no_other_ones_file(doms: Any, tmp_path: Path, how: str) -> None:
+    """web1's file has the name of a domain that is to come; neither loses its own."""
+    folder = tmp_path / "vm"
+    fill(folder)
+    doms.load_all_configs(folder)
+    if how == "defined":
+        doms.define(xml("guest"))
+    else:
+        doms.rename("other", "guest")
+    left = [] if how == "renamed" else ["other.xml"]
+    assert names(folder) == ["guest.xml", *left, "web1.xml"]
+    assert names(folder / "autostart") == ["web1.xml"]
+    with DomainList() as later:
+        assert sorted(later.load_all_configs(folder).loaded) == [
+            name.removesuffix(".xml") for name in names(folder)
+        ]
+        assert later.peek("web1").autostart and not later.peek("guest").autostart
+    doms.undefine("guest")
+    assert names(folder) == [*left, "web1.xml"]
+
+
+def test_undefine_takes_no_other_ones_file(doms: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "vm"
+    fill(folder)
+    doms.define(xml("guest"))  # in memory alone
+    doms.load_all_configs(folder)
+    doms.undefine("guest")
+    assert names(folder) == ["other.xml", "web1.xml"]
+
+
 # --- killed ------------------------------------------------------------------------------------
 
 

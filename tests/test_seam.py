@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import DICT, EVERY_STORE, Store, definition, environment, xml
+from helpers import EVERY_STORE, Store, definition, environment, xml
 
 import shmdomains
 from shmdomains import (
@@ -338,18 +338,16 @@ def test_undefine_takes_a_key_by_position(doms: Any, key: Any) -> None:
     assert doms.peek(name="b").persistent
 
 
-def test_finding_and_reading_in_python_take_a_key_by_position() -> None:
-    doms = DICT.make()
-    doms.define(xml("a", A))
+def test_finding_and_reading_take_a_key_by_position(doms: Any) -> None:
     for key in ("a", A, A.bytes, str(A), doms.peek(name="a")):
-        assert doms.peek(key).name == "a"
+        assert doms.peek(key).name == doms[key].name == "a" and key in doms
         with doms.get(key) as dom:
             assert dom.uuid == A
         with doms.lookup(key) as dom:
             assert dom.uuid == A
-    assert doms.lookup("b") is None is doms.peek(7)
-    with pytest.raises(DomainNotFound, match="no domain with matching name 'b'"):
-        doms.get("b")
+    assert doms.lookup("c") is None is doms.peek(7) and "c" not in doms
+    with pytest.raises(DomainNotFound, match="no domain with matching name 'c'"):
+        doms.get("c")
     for call in (doms.get, doms.lookup, doms.peek):
         with pytest.raises(TypeError, match="exactly one"):
             call()

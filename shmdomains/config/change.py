@@ -8,7 +8,8 @@ old or new; killed while renaming, it may leave both names' files, and the next 
 them.
 
 A file need not be named after its domain. The first change of such a domain moves its file to
-NAME.xml, and goes on as if it had always been there. That move is one rename, so a process killed
+NAME.xml, and goes on as if it had always been there; a file that another domain has in that place
+moves to that one's name before. Such a move is one rename, so a process killed
 before or after it leaves the domain in one file: it is neither lost nor loaded twice. Its autostart
 link cannot move in the same instant. The new name's link is made first and leads nowhere until the
 file is there; the old one goes last: at each instant one of them leads to the file. A process
@@ -25,20 +26,28 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from ..deadline import check_timeout
-from ..errors import AlreadyLocked, ConfigError, LockTimeout, ShmDomainsError
-from ..files import TEMPORARY, discard, flock_holder, sync_directory, temporary_name
+from ..errors import AlreadyLocked, ConfigError, LockTimeout
+from ..files import (
+    TEMPORARY,
+    discard,
+    flock_holder,
+    reported,
+    sync_directory,
+    temporary_name,
+)
 from ..lazy import LazyModule
-from ..names import check_name
+from ..names import SUFFIX, check_name
 from ..text import shown_path
 from ..xml.definition import DomainDef
+from .parse import parse_file
 
 if TYPE_CHECKING:
     import filelock
@@ -47,22 +56,10 @@ else:
 
 logger = logging.getLogger(__package__)
 
-SUFFIX = ".xml"
 LOCK_NAME = ".lock"
 
 
 # --- one atomic change ----------------------------------------------------------------------
-
-
-@contextmanager
-def reported(path: Path) -> Iterator[None]:
-    """Turn a plain OSError into a `ConfigError` that names `path`."""
-    try:
-        yield
-    except ShmDomainsError:
-        raise
-    except OSError as exc:
-        raise ConfigError(exc.errno, exc.strerror or str(exc), os.fspath(path)) from exc
 
 
 def _write_file(path: Path, data: bytes) -> None:
@@ -398,6 +395,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         data = definition.to_xml().encode()
 
         def make(change: _Change) -> None:
+            if new:
+                self._make_room(change, definition.name)
             self._adopt(change, definition.name, find)
             link = self.autostart_link(definition.name) if new else None
             if link is not None:
@@ -421,6 +420,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         """
 
         def make(change: _Change) -> None:
+            self._make_room(change, name)
             self._adopt(change, name, find)
             self._remove(change, name)
 
@@ -450,6 +450,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
 
         def make(change: _Change) -> None:
             self._adopt(change, old_name, find)
+            self._make_room(change, new_definition.name)
             moves = autostart or self.is_autostart(old_name)
             change.put(path, lambda temporary: _write_file(temporary, data))
             link = self.autostart_link(new_definition.name)
@@ -510,10 +511,24 @@ class ConfigDirs(msgspec.Struct, frozen=True):
 
     def _adopt(self, change: _Change, name: str, find: Find | None) -> None:
         """Move the domain's file to NAME.xml, if it has another name; see the head of this file."""
-        own, link = self.config_file(name), self.autostart_link(name)
+        own = self.config_file(name)
         found = None if find is None or os.path.lexists(own) else find()
-        if found is None:
+        if found is not None:
+            self._move(change, found, own)
+
+    def _make_room(self, change: _Change, name: str) -> None:
+        """Move the file of another domain, which has this one's name, to its own name: a load takes
+        it for that domain, and what is written or removed here would lose it."""
+        own = self.config_file(name)
+        found = parse_file(str(own)).result if os.path.lexists(own) else None
+        if not isinstance(found, DomainDef) or found.name == name or found.name.startswith("."):
             return
+        others = self.config_file(found.name)
+        if not os.path.lexists(others):
+            self._move(change, own, others)
+
+    def _move(self, change: _Change, found: Path, own: Path) -> None:
+        link = None if self.autostart_dir is None else self.autostart_dir / own.name
         autostart = link is not None and self.points_to(found)
         if link is not None and autostart:
             change.put(link, lambda temporary: os.symlink(own, temporary))

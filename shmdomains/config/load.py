@@ -16,9 +16,10 @@ from typing import Protocol
 
 from ..deadline import check_timeout
 from ..errors import ContractError, SegmentError, SegmentFull, ShmDomainsError
+from ..names import SUFFIX
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
-from .change import SUFFIX, ConfigDirs
+from .change import ConfigDirs
 from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_all, scan_paths
 from .report import LoadFailure, LoadReport
 
@@ -175,7 +176,7 @@ class _Loader:
                 autostart = self._dirs.points_to(Path(item.path))
                 if dom.autostart != autostart:
                     dom.autostart = autostart
-            dom.commit()
+            dom.commit(self._timeout)
         finally:
             dom._release_unseen()
         return True

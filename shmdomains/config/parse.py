@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from ..errors import ConfigError, DefinitionError
+from ..files import reported
 from ..lazy import LazyModule
+from ..names import SUFFIX
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
-from .change import SUFFIX, reported
 from .report import LoadFailure
 
 if TYPE_CHECKING:

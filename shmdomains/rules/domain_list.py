@@ -41,7 +41,7 @@ from ..xml.definition import DomainDef, EncodedDef
 from . import files
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
-from .values import key_of, not_found, one_key
+from .values import key_of, not_found
 
 logger = logging.getLogger(__name__)
 
@@ -420,9 +420,8 @@ class DomainListRules(ListBase[D]):
         `LockOrder`.
         """
         deadline = self._deadline(timeout)
-        wanted = one_key(key, uuid, name, id)
         with self._list_held(deadline.left()):
-            dom = self.get(**wanted, timeout=deadline.left())
+            dom = self.get(key, uuid=uuid, name=name, id=id, timeout=deadline.left())
             try:
                 self._undefine(dom, deadline)
             finally:

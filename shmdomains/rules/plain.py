@@ -593,8 +593,8 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
     def __len__(self) -> int:
         return self._count(Filter())
 
-    def __contains__(self, uuid: Uuid) -> bool:
-        return self.peek(uuid=uuid) is not None
+    def __contains__(self, key: Uuid | int | DomainInfo | PlainDomain[R]) -> bool:
+        return self.peek(key) is not None
 
     def __iter__(self) -> Iterator[DomainInfo]:
         return iter(self.snapshot())

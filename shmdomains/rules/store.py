@@ -247,6 +247,8 @@ class ListBase(Protocol[D]):
 
     def get(
         self,
+        key: D | DomainInfo | Uuid | int | None = None,
+        /,
         *,
         uuid: Uuid | None = None,
         name: str | None = None,
@@ -264,6 +266,8 @@ class ListBase(Protocol[D]):
 
     def peek(
         self,
+        key: D | DomainInfo | Uuid | int | None = None,
+        /,
         *,
         uuid: Uuid | None = None,
         name: str | None = None,

@@ -158,13 +158,16 @@ def one_key(key: Any, uuid: Uuid | None, name: str | None, id: int | None) -> di
     >>> one_key(None, None, None, None)
     Traceback (most recent call last):
     ...
-    TypeError: give exactly one of uuid=, name=, id=, or a key by position
+    TypeError: give exactly one key: uuid=, name= or id=, or one by position: an int is ...
     """
     keys: list[dict[str, Any]] = [] if key is None else [key_of(key)]
     named = {"uuid": uuid, "name": name, "id": id}
     keys += [{field: value} for field, value in named.items() if value is not None]
     if len(keys) != 1:
-        raise TypeError("give exactly one of uuid=, name=, id=, or a key by position")
+        raise TypeError(
+            "give exactly one key: uuid=, name= or id=, or one by position: an int is an id, a "
+            "UUID or a string in its form a uuid, any other string a name"
+        )
     return keys[0]
 
 
