@@ -1,4 +1,5 @@
-# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic, boundscheck=False, wraparound=False
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False
+# cython: embedsignature=True, embedsignature.format=clinic
 """The binding: `Segment`, `Record` and `DomainInfo` over the C core, which c.pxd declares.
 
 Only what must hold a Python object or look at a signal is here: handles, pending changes, the

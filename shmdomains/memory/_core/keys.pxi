@@ -96,8 +96,8 @@ cdef bint make_key(sd_key *key, object any, object uuid, object name, object id)
     """The one key that is given, `any` by position. False: no domain can have it."""
     if (any is not None) + (uuid is not None) + (name is not None) + (id is not None) != 1:
         raise TypeError(
-            "give exactly one key: uuid=, name= or id=, or one by position: an int is an id, a UUID "
-            "or a string in its form a uuid, any other string a name")
+            "give exactly one key: uuid=, name= or id=, or one by position: an int is an id, a "
+            "UUID or a string in its form a uuid, any other string a name")
     if any is not None:
         return make_any_key(key, any)
     if uuid is not None:

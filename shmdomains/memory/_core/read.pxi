@@ -21,7 +21,8 @@ cdef uint32_t slot_count(Segment doms) except? 0:
     return slots
 
 
-cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs, uint64_t deadline):
+cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs,
+                          uint64_t deadline):
     """A consistent copy of the slot. None: no domain lives there, or not the one of `key`."""
     cdef sd_view view
     cdef int result

@@ -177,7 +177,8 @@ cdef class Segment:
         """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
         for one.
 
-        One key, as for `get`. `timeout`: seconds after which a read that writers keep overtaking raises `Busy`.
+        One key, as for `get`. `timeout`: seconds after which a read that writers keep overtaking
+        raises `Busy`.
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
