@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .holder import LockHolder
 
 
+INTERRUPTED = 130
+"""The exit status of a command that Ctrl-C ended."""
+
+
 class ShmDomainsError(Exception):
     """Base of every exception that this package raises on purpose."""
 

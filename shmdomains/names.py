@@ -1,6 +1,6 @@
-"""What may be a domain's name, and what is a UUID.
+"""What may be a domain's name, what is a UUID, and what is a number.
 
-Both rules are libvirt's (observed on 9.0.0), and one place for them means that a definition, a
+The rules are libvirt's (observed on 9.0.0), and one place for them means that a definition, a
 rename and a lookup cannot disagree. On top of libvirt's rule a name must be usable as the file
 name ``NAME.xml`` in a config directory, so it is at most 251 bytes long and is not ``.`` or ``..``.
 """
@@ -31,6 +31,9 @@ _NO_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 # are stripped beforehand: a pattern that has them twice takes quadratic time for many.
 _BLANKS = " \t\n\v\f\r"
 _UUID = re.compile(r"(?:[- ]*[0-9a-fA-F]{2}){16}")
+
+# What strtoull takes: blanks before the number, none after it.
+_NUMBER = re.compile(r"[ \t\n\v\f\r]*\+?([0-9]+)")
 
 
 def check_text(what: str, text: str) -> str:
@@ -115,3 +118,17 @@ def parse_uuid(value: str | bytes | UUID) -> UUID:
     raise DefinitionError(
         f"malformed uuid: a uuid.UUID, str or 16 bytes, not {type(value).__name__}", "uuid"
     )
+
+
+def parse_number(text: str, most: int) -> int | None:
+    """Return the number from 0 to `most` that `text` is; ``None``: it is none.
+
+    >>> parse_number(" +7", 10), parse_number("11", 10), parse_number("-1", 10)
+    (7, None, None)
+    """
+    match = _NUMBER.fullmatch(text)
+    # More digits are more than anything here holds, and int() refuses thousands of them.
+    if match is None or len(match[1]) > 25:
+        return None
+    number = int(match[1])
+    return number if number <= most else None

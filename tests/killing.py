@@ -376,6 +376,14 @@ class Planted:
         [place] = [at for at in self.entries(index) if self.read(at) & 0xFFFFFF == slot + 1]
         return place
 
+    def leave_garbage(self, number: int) -> None:
+        """As whoever died between allocating a blob of 130 bytes for this slot and committing."""
+        cell = self.watermark(self.header("heap_committed")) - 64
+        self.write(self.slot(number, "extent") + 8 * 2, cell << 25 | 130)
+        self.write(self.at["map"] + cell // 8, 7)
+        used = self.header("heap_used")
+        self.write(used, self.read(used) + 3)
+
     # Words
 
     def read(self, at: int, size: int = 8) -> int:
@@ -429,13 +437,17 @@ def raw_mutex(path: str | os.PathLike[str], at: int) -> Iterator[int]:
 
 
 def hold(pipe: Pipe, path: str, *steps: str) -> None:
+    """`hold_in` a list that the child attaches."""
+    hold_in(pipe, DomainList.attach(path=path), *steps)
+
+
+def hold_in(pipe: Pipe, doms: DomainList, *steps: str) -> None:
     """A child that takes what the steps say, says its pid, and lets go when it is told to.
 
     ``list`` takes the list lock, ``commit`` commits every domain held, ``change=N`` sets the data
     of every domain held to N, ``new=NAME`` defines a domain and holds it; anything else is the name
     of a domain to lock.
     """
-    doms = DomainList.attach(path=path)
     held: list[Domain] = []
     for step in steps:
         what, _, value = step.partition("=")

@@ -976,16 +976,20 @@ def test_no_space_for_configs(tmp_path: Path, what: str) -> None:
         works(doms, tmp_path / "vm", what)
 
 
+def take_every_entry(directory: Path) -> list[Path]:
+    taken = []
+    with contextlib.suppress(OSError):
+        for number in range(100):
+            taken.append(directory / f"filler{number}")
+            taken[-1].touch()
+    return taken[:-1]
+
+
 @pytest.mark.parametrize("what", OPERATIONS)
 def test_no_room_for_another_entry(tmp_path: Path, what: str) -> None:
     """The inodes run out: at nothing left, at room for the new file alone, and so on."""
     with mounted(tmp_path, "size=4m,nr_inodes=60"), configured(tmp_path / "vm") as doms:
-        taken = []
-        with contextlib.suppress(OSError):
-            for number in range(100):
-                taken.append(tmp_path / f"filler{number}")
-                taken[-1].touch()
-        taken.pop()
+        taken = take_every_entry(tmp_path)
         while what not in WORKS_WHEN_FULL:
             before = state(doms), files(tmp_path / "vm")
             try:
@@ -1009,12 +1013,7 @@ def test_a_commit_that_fails_at_the_last_entry(
     begun."""
     config = tmp_path / "vm"
     with mounted(tmp_path, "size=4m,nr_inodes=60"), configured(config) as doms:
-        taken = []
-        with contextlib.suppress(OSError):
-            for number in range(100):
-                taken.append(tmp_path / f"filler{number}")
-                taken[-1].touch()
-        taken.pop()
+        taken = take_every_entry(tmp_path)
         before = state(doms), files(config)
         for _ in range(4):
             taken.pop().unlink()

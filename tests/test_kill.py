@@ -28,6 +28,7 @@ from killing import (
     counted,
     fork,
     hold,
+    hold_in,
     hold_mutex,
     soon,
     until,
@@ -365,10 +366,7 @@ def test_the_garbage_of_a_dead_holder_is_freed_by_the_next(
     used = doms.info.heap_used
     holder = start(hold, path, "b")
     holder.hear()
-    cell = planted.watermark(planted.header("heap_committed")) - 64
-    planted.write(planted.slot(1, "extent") + 8 * 2, cell << 25 | 130)
-    planted.write(planted.at["map"] + cell // 8, 7)
-    planted.write(planted.header("heap_used"), used // 64 + 3)
+    planted.leave_garbage(1)
     sound(doms)
     assert doms.check().counts["garbage"] == 1
     holder.kill()
@@ -402,29 +400,6 @@ def test_half_a_change_of_the_ids(
 # --- lock="multiprocessing" -----------------------------------------------------------------------
 
 
-def hold_inherited(pipe: Pipe, doms: DomainList, steps: list[str]) -> None:
-    held = []
-    for step in steps:
-        if step == "list":
-            doms.lock(DEADLINE)
-        elif step == "change":
-            for dom in held:
-                dom.data = 1
-        elif step == "commit":
-            for dom in held:
-                dom.commit()
-        else:
-            held.append(doms.get(name=step, timeout=DEADLINE if doms.is_locked or not held else 0))
-    pipe.say("holding")
-    pipe.listen()
-    for dom in held:
-        dom.unlock()
-    if doms.is_locked:
-        doms.unlock()
-    pipe.say("free")
-    pipe.rest()
-
-
 def inherited_list() -> DomainList:
     doms = DomainList(max_domains=20, lock="multiprocessing")
     for name in NAMES:
@@ -435,8 +410,8 @@ def inherited_list() -> DomainList:
 def take_over(pipe: Pipe, steps: list[str], when: str) -> None:
     doms = inherited_list()
     names = [step for step in steps if step in NAMES]
-    holder = fork(hold_inherited, doms, steps)
-    assert holder.hear() == "holding"
+    holder = fork(hold_in, doms, *steps)
+    assert holder.hear() == holder.pid
     if when == "later":
         holder.kill()
     taker = fork(take_inherited, doms, names)
@@ -475,10 +450,10 @@ def take_inherited(pipe: Pipe, doms: DomainList, names: list[str]) -> None:
     [
         ["list"],
         ["a"],
-        ["a", "change"],
-        ["a", "change", "commit"],
-        ["list", "a", "b", "change"],
-        ["list", "a", "b", "c", "change", "commit"],
+        ["a", "change=1"],
+        ["a", "change=1", "commit"],
+        ["list", "a", "b", "change=1"],
+        ["list", "a", "b", "c", "change=1", "commit"],
     ],
     ids="+".join,
 )
@@ -505,8 +480,8 @@ def compete_for_the_dead(pipe: Pipe) -> None:
     """They find the holder dead at the same moment."""
     doms = inherited_list()
     for turn in range(25):
-        holder = fork(hold_inherited, doms, ["a"])
-        assert holder.hear() == "holding"
+        holder = fork(hold_in, doms, "a")
+        assert holder.hear() == holder.pid
         takers = [fork(count_inherited, doms, 3) for _ in range(4)]
         for taker in takers:
             assert taker.hear() == "ready"
@@ -529,8 +504,8 @@ def test_only_one_takes_a_dead_holders_place(start: Callable[..., Child]) -> Non
 def overtaken_waiter(pipe: Pipe) -> None:
     """The holder for whom somebody began to wait is not the one who died."""
     doms = inherited_list()
-    first = fork(hold_inherited, doms, ["a"])
-    assert first.hear() == "holding"
+    first = fork(hold_in, doms, "a")
+    assert first.hear() == first.pid
     waiter = fork(take_inherited, doms, ["a"])
     assert waiter.hear() == "ready"
     until(lambda: asleep(waiter.pid), "it waits")
@@ -538,8 +513,8 @@ def overtaken_waiter(pipe: Pipe) -> None:
     until(lambda: stopped(waiter.pid), "it is stopped")
     first.tell()
     assert first.hear() == "free"
-    second = fork(hold_inherited, doms, ["a"])
-    assert second.hear() == "holding"
+    second = fork(hold_in, doms, "a")
+    assert second.hear() == second.pid
     second.kill()
     waiter.signal(signal.SIGCONT)
     pipe.say((waiter.hear(), first.pid, second.pid))
@@ -556,8 +531,8 @@ def test_the_dead_holder_is_named_not_an_earlier_one(start: Callable[..., Child]
 
 def live_holder(pipe: Pipe) -> None:
     doms = inherited_list()
-    holder = fork(hold_inherited, doms, ["a"])
-    assert holder.hear() == "holding"
+    holder = fork(hold_in, doms, "a")
+    assert holder.hear() == holder.pid
     holder.signal(signal.SIGSTOP)
     until(lambda: stopped(holder.pid), "it is stopped")
     with soon("the time-out", 3):

@@ -769,7 +769,7 @@ def fork_while_holding(
         assert doms.is_locked == (where == "here")
     else:
         assert box[0].is_locked == (where == "here")
-    looker = fork(who_holds, doms, what)
+    looker = fork(who_holds, doms, "list" if what == "list" else "a")
     assert looker.hear() == os.getpid(), "the lock was freed, or nobody knows whose it is"
     looker.join()
     if where == "here":
@@ -786,11 +786,12 @@ def fork_while_holding(
 
 
 def who_holds(pipe: Pipe, doms: DomainList, what: str) -> None:
+    """Of the list or of a domain."""
     try:
         if what == "list":
             doms.lock(timeout=0)
         else:
-            doms.get(name="a", timeout=0)
+            doms.get(name=what, timeout=0)
     except LockTimeout as exc:
         pipe.say(exc.holder and exc.holder.pid)
     else:
@@ -942,7 +943,7 @@ def use_stale_handle(pipe: Pipe, path: str | None, use: str) -> None:
     if use in ("try_old", "lock_old"):
         globals()[use](doms, old)
     assert new.is_locked
-    looker = fork(who_holds_c, doms)
+    looker = fork(who_holds, doms, "c")
     assert looker.hear() == os.getpid(), "the lock that this thread holds was freed"
     assert new.previous_owner_died is None
     new.unlock()
@@ -950,15 +951,6 @@ def use_stale_handle(pipe: Pipe, path: str | None, use: str) -> None:
     with doms.get(name="c", timeout=1) as dom:
         assert dom.previous_owner_died is None
     pipe.say("fine")
-
-
-def who_holds_c(pipe: Pipe, doms: DomainList) -> None:
-    try:
-        doms.get(name="c", timeout=0)
-    except LockTimeout as exc:
-        pipe.say(exc.holder and exc.holder.pid)
-    else:
-        pipe.say("nobody")
 
 
 @pytest.mark.parametrize("kind", ["robust", "multiprocessing"])

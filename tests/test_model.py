@@ -11,21 +11,8 @@ from collections.abc import Callable
 import pytest
 from helpers import SOAK
 from model import free_slots, growth, heap, ids, index, slots, sums
-from model.explorer import (
-    DIED,
-    Explorer,
-    Memory,
-    Model,
-    Outcome,
-    Steps,
-    after_all,
-    call,
-    consistent,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from model.explorer import DIED, Explorer, Memory, Model, Outcome, Steps
+from model.operations import after_all, call, consistent, load, lock, store, unlock
 
 SUBJECTS = {
     "heap": heap,
@@ -116,9 +103,9 @@ def cases(kind: str) -> list[tuple[str, str]]:
     return [(name, case) for name, subject in SUBJECTS.items() for case in getattr(subject, kind)]
 
 
-def walk(model: Model, say: Callable[[str], None], limit: int = LIMIT) -> Outcome:
-    outcome = Explorer(model).walk(limit)
-    say(str(outcome))
+def walk(name: str, model: Model, say: Callable[[str], None]) -> Outcome:
+    outcome = Explorer(model).walk(LIMIT)
+    say(f"{name}: {outcome}")
     return outcome
 
 
@@ -132,12 +119,12 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
 
 
 def holds(subject: str, case: str, model: Model, say: Callable[[str], None]) -> None:
-    model.name = f"{subject}: {case}"
-    outcome = walk(model, say)
+    name = f"{subject}: {case}"
+    outcome = walk(name, model, say)
     assert outcome.violation is None, "\n".join([outcome.violation or "", *outcome.schedule])
     assert not outcome.truncated
     assert outcome.ends
-    assert outcome.states >= FEWEST[model.name]
+    assert outcome.states >= FEWEST[name]
 
 
 @pytest.mark.parametrize(("subject", "case"), cases("MODELS"))
@@ -156,8 +143,7 @@ def test_the_protocol_holds_for_more(subject: str, case: str, say: Callable[[str
 @pytest.mark.parametrize(("subject", "rule"), cases("CONTROLS"))
 def test_a_dropped_rule_is_noticed(subject: str, rule: str, say: Callable[[str], None]) -> None:
     model = SUBJECTS[subject].CONTROLS[rule](dropped=rule)
-    model.name = f"{subject} without '{rule}'"
-    outcome = walk(model, say)
+    outcome = walk(f"{subject} without '{rule}'", model, say)
     assert outcome.violation
     assert outcome.schedule
 
@@ -193,7 +179,7 @@ def counting(kills: int = 0, locked: bool = True, repaired: bool = True) -> Mode
         return "one was lost" if memory["ended"] and memory["count"] < 2 and not kills else None
 
     words = {"count": 0, "begun": 0, "ended": 0}
-    return Model("counting", words, ["lock"], [process, process, last], claim, kills, audited=True)
+    return Model(words, ["lock"], [process, process, last], claim, kills, audited=True)
 
 
 def test_the_explorer_finds_the_schedule_of_a_lost_update() -> None:
@@ -224,7 +210,7 @@ def test_the_explorer_notices_who_waits_for_ever() -> None:
         return process
 
     processes = [grab("a", "b"), grab("b", "a")]
-    crossed = Model("crossed", {}, ["a", "b"], processes, lambda memory: None, kills=0)
+    crossed = Model({}, ["a", "b"], processes, lambda memory: None, kills=0)
     assert Explorer(crossed).walk().violation == "nobody can go on"
 
 

@@ -140,10 +140,7 @@ def test_garbage_is_freed_and_measured(
     used = doms.info.heap_used
     child = start(hold, path, "b")
     child.hear()
-    cell = planted.watermark(planted.header("heap_committed")) - 64
-    planted.write(planted.slot(1, "extent") + 8 * 2, cell << 25 | 130)
-    planted.write(planted.at["map"] + cell // 8, 7)
-    planted.write(planted.header("heap_used"), used // 64 + 3)
+    planted.leave_garbage(1)
     if dead:
         child.kill()
     else:

@@ -13,10 +13,8 @@ from typing import Any
 
 import click
 
-from ..errors import ShmDomainsError
+from ..errors import INTERRUPTED, ShmDomainsError
 from .tables import JSON, Failure, UsageFailure, describe, is_broken_pipe
-
-INTERRUPTED = 130
 
 EXIT_STATUS = """\b
 Exit status:

@@ -23,13 +23,12 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from ..errors import DefinitionError, DomainNotFound
 from ..memory import segment_file
 from ..memory.domain_list import DomainList, unlink
-from ..names import parse_uuid
+from ..names import parse_number, parse_uuid
 from ..rules.info import DomainInfo
 
 SEGMENT_VARIABLE = "SHMDOMAINS_SEGMENT"
 COMPLETE_VARIABLE = "_SHMDOMAINS_COMPLETE"
 
-_NUMBER = re.compile(r"[ \t\n\v\f\r]*\+?([0-9]+)")
 _MAX_ID = 2**31 - 1
 _UUID_LENGTH = 36
 
@@ -68,11 +67,8 @@ def find_domain(doms: DomainList, key: str) -> DomainInfo:
 
 
 def _by_id(doms: DomainList, key: str) -> DomainInfo | None:
-    match = _NUMBER.fullmatch(key)
-    # Twenty digits are more than an id has, and int() refuses thousands of them.
-    if match is None or len(match[1]) > 20 or int(match[1]) > _MAX_ID:
-        return None
-    return doms.peek(id=int(match[1]))
+    id = parse_number(key, _MAX_ID)
+    return None if id is None else doms.peek(id=id)
 
 
 def _by_uuid(doms: DomainList, key: str) -> DomainInfo | None:

@@ -36,7 +36,14 @@ from ..rules.store import Filter
 from . import holder, mp_locks, segment_file
 from ._core import core
 from .domain import Domain
-from .invariants import CheckReport, HeldLock, RecoverReport, Repair, unsettled
+from .invariants import (
+    CheckReport,
+    HeldLock,
+    RecoverReport,
+    Repair,
+    listing_invariants,
+    unsettled,
+)
 
 if TYPE_CHECKING:
     from multiprocessing import context as mp_context
@@ -428,6 +435,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         except DescriptorLost:
             return by_watermarks
 
+    @listing_invariants
     def check(self, timeout: float | None = 10.0) -> CheckReport:
         """Look at every invariant of the segment; nobody waits for it longer than a lock slice.
 
@@ -436,29 +444,11 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         waited for these in all, and what they were not free for stands in `CheckReport.unsettled`.
         Whoever takes the lock of a dead holder repairs what it protects, and so does this.
 
-        ==============  ================================================  ========================
-        invariant       what it means                                     repaired, after a death,
-                                                                          by the next holder of
-        ==============  ================================================  ========================
-        I1 identity     every domain has a UUID and a name                 nobody: export
-        I2 extents      what a record names in the heap is there, once    nobody: export
-        I2 map          the map of used space is what records name        the heap lock
-        I3 fields       a record is whole, its state exists               nobody: export
-        I4 ids          no id is in use that was not given out            nobody: export
-        I5 index        UUID, name, id lead to their domain, no more      the list lock, the id lock
-        I5 sequence     no index is being changed without its lock        the list lock, the id lock
-        free list       every slot without a domain is on it, once        the list lock
-        counts          domains, active domains, slots are counted right  the list lock, the id lock
-        locks           every lock is of the kind that it was made as     nobody: export
-        heap            its committed end lies within it                  nobody: export
-        settings        the remembered config directories can be read     load_all_configs()
-        poisoned        no repair has ever failed                         nobody: export
-        ==============  ================================================  ========================
-
-        `shmdomains.INVARIANTS` has the same for programs.
-
         >>> bool(DomainList(max_domains=10).check())
         True
+
+        The invariants, as `shmdomains.INVARIANTS` has them; where nobody repairs one, export,
+        unlink and create anew:
         """
         problems, counts, open, longest = self._check(timeout)
         poisoned = self._statistics()["poisoned"]

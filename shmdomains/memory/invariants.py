@@ -7,11 +7,15 @@ people.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from ..holder import LockHolder
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 INVARIANTS: dict[str, str] = {
     "I1 identity": "A slot says for sure whether a domain lives in it, and each has a UUID and a "
@@ -41,6 +45,16 @@ INVARIANTS: dict[str, str] = {
 >>> list(INVARIANTS)[:2]
 ['I1 identity', 'I2 extents']
 """
+
+
+def listing_invariants(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the docstring of a method end with `INVARIANTS`."""
+    lines = [(function.__doc__ or "").rstrip() + "\n"]
+    for name, text in INVARIANTS.items():
+        lines += [f"        {name}", *(f"            {part}" for part in text.split("\n"))]
+    function.__doc__ = "\n".join(lines)
+    return function
+
 
 # What is open when the core has no verdict: on its sums, on the suspects of list, ids, heap.
 _OPEN = (

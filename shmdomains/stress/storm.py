@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from rich.console import Console
 
 from .. import config
-from ..errors import LockTimeout, ShmDomainsError
+from ..errors import INTERRUPTED, LockTimeout, ShmDomainsError
 from ..memory.domain_list import DomainList
 from . import proof, worker
 from .journal import OWN, Journal, Page, Plan, Word, separator_for
@@ -50,8 +50,6 @@ MEAN_LIFE_PER_DOMAIN = 2e-6
 QUIET_STEPS = 200  # what the last worker still has to do once the others are dead
 TICK = 0.05
 BATCH = 1000  # clones per hold of the list lock
-
-INTERRUPTED = 130
 
 
 def run(

@@ -14,7 +14,6 @@ memory: MessagePack, typed view and document text side by side, so that decoding
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
@@ -24,7 +23,7 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from ..errors import DefinitionError
-from ..names import check_name, check_text, parse_uuid
+from ..names import check_name, check_text, parse_number, parse_uuid
 from ..packing import pack
 from ..text import shortened, shown
 from . import devices, document
@@ -375,21 +374,11 @@ _ACTIONS: dict[str, tuple[str, ...]] = {
 
 # --- rules: text in, value out --------------------------------------------------------------
 
-# What strtoull takes: blanks before the number, none after it.
-_NUMBER = re.compile(r"[ \t\n\v\f\r]*\+?([0-9]+)")
 _MAX_BYTES_OF_MEMORY = 2**63 - 1
 _SCALES = {"b": 1, "byte": 1, "bytes": 1}
 for _power, _letter in enumerate("kmgtpe", 1):
     _SCALES[_letter] = _SCALES[_letter + "ib"] = 1024**_power
     _SCALES[_letter + "b"] = 1000**_power
-
-
-def _number(text: str, limit: int) -> int | None:
-    match = _NUMBER.fullmatch(text)
-    if match is None or len(digits := match[1]) > 25:
-        return None
-    number = int(digits)
-    return number if number <= limit else None
 
 
 def parse_memory(text: str, unit: str | None = None) -> int:
@@ -402,7 +391,7 @@ def parse_memory(text: str, unit: str | None = None) -> int:
     >>> parse_memory("1", "GB"), parse_memory("3", "mib"), parse_memory("1025", "bytes")
     (976563, 3072, 2)
     """
-    value = _number(text, 2**64 - 1)
+    value = parse_number(text, 2**64 - 1)
     if value is None:
         raise DefinitionError(f"Invalid value {shown(text)} for a memory size")
     scale = _SCALES.get((unit or "KiB").lower())
@@ -537,7 +526,7 @@ def _read_vcpus(root: Element, top: document.Children) -> tuple[int, int]:
 
 
 def _read_count(element: Element, text: str, what: str) -> int:
-    count = _number(text, 2**32 - 1)
+    count = parse_number(text, 2**32 - 1)
     if count is None:
         raise document.refusal(f"{what} must be an integer, not {shown(text)}", element)
     return count

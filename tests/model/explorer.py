@@ -43,42 +43,6 @@ REPAIRING = 64
 """Added to the holder's number from DIED until `consistent`."""
 
 
-def load(word: Word) -> Operation:
-    return "load", word
-
-
-def store(word: Word, value: Value, *also: tuple[Word, Value]) -> Operation:
-    return "store", word, value, also
-
-
-def lock(word: Word) -> Operation:
-    return "lock", word
-
-
-def attempt(word: Word) -> Operation:
-    return "attempt", word
-
-
-def consistent(word: Word) -> Operation:
-    return "consistent", word
-
-
-def unlock(word: Word) -> Operation:
-    return "unlock", word
-
-
-def call(routine: Routine, *arguments: Hashable) -> Operation:
-    return "call", routine, arguments
-
-
-def after_all() -> Operation:
-    return "after all", None
-
-
-def fail(text: str) -> Operation:
-    return "fail", text
-
-
 class Memory:
     """The words by name, for claims and observers."""
 
@@ -106,7 +70,6 @@ class Model:
     changed memory and may note facts in it; `bury` likewise, with the number of the process, after
     a kill. The last of `processes` is the auditor if `audited`: it is not killed."""
 
-    name: str
     words: Mapping[Word, Value]
     locks: Sequence[Word]
     processes: Sequence[Routine]
@@ -121,7 +84,6 @@ class Model:
 class Outcome:
     """What a walk found. `schedule` leads to the violation, step by step."""
 
-    name: str
     states: int = 0
     ends: int = 0
     seconds: float = 0.0
@@ -133,7 +95,7 @@ class Outcome:
         found = "holds" if self.violation is None else f"violated: {self.violation}"
         if self.truncated:
             found = "cut off before its end"
-        return f"{self.name}: {self.states:,} states, {self.seconds:.1f} s, {found}"
+        return f"{self.states:,} states, {self.seconds:.1f} s, {found}"
 
 
 class Violation(Exception):
@@ -172,7 +134,7 @@ class Explorer:
 
     def walk(self, limit: int = 3_000_000) -> Outcome:
         """Look at every state that can be reached, at most `limit` of them."""
-        outcome, began = Outcome(self.model.name), time.monotonic()
+        outcome, began = Outcome(), time.monotonic()
         state = self._first()
         self._came_from[state] = None
         waiting = [state]

@@ -20,29 +20,13 @@ indexes is the business of `index`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from . import heap
-from .explorer import (
-    BUSY,
-    DEAD,
-    DIED,
-    FREE,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    attempt,
-    call,
-    consistent,
-    fail,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import BUSY, DEAD, DIED, FREE, Memory, Model, Routine, Steps, Word
 from .heap import HEAP, Heap
+from .operations import after_all, attempt, call, consistent, fail, load, lock, store, unlock
+from .subject import process
 
 RULES = {
     "tidied": "who repairs the list lock frees what FREE slots name",
@@ -73,26 +57,22 @@ class FreeSlots(Heap):
     """Slots with one blob each under a list lock; a process's number says what it may be blamed
     for: `changers` insert and remove, `finders` have a slot's lock without the list's."""
 
-    def __init__(self, slots: int = 1, cells: int = 3, dropped: str = ""):
-        assert not dropped or dropped in RULES or dropped in UNNEEDED, dropped
-        super().__init__(slots, cells)
-        self.dropped = dropped
-        self.changers: set[int] = set()
-        self.finders: set[int] = set()
+    rules = heap.RULES | heap.UNNEEDED | RULES | UNNEEDED
+    changers: range
+    finders: range
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES or rule in UNNEEDED or rule in heap.RULES | heap.UNNEEDED, rule
-        return rule != self.dropped
+    def __init__(self, slots: int = 1, cells: int = 3, free: int = 0, dropped: str = ""):
+        super().__init__(slots, cells, free=free, dropped=dropped)
 
-    def words(self, free: int = 0) -> dict[object, object]:
+    def words(self) -> dict[Word, Any]:
         """Facts: `stale`, a finder was killed with the slot's lock; `put off`, a repair ended
         early."""
-        words = super().words(free)
+        words = super().words()
         words["put off"] = 0
         words.update({("stale", slot): 0 for slot in range(self.slots)})
         return words
 
-    def locks(self) -> list[object]:
+    def locks(self) -> list[Word]:
         return [LIST, *super().locks()]
 
     def bury(self, memory: Memory, process: int) -> None:
@@ -184,7 +164,7 @@ class FreeSlots(Heap):
         uncounted = yield call(self.uncounted, slot)
         for _, extent in uncounted:
             yield call(self.mark, extent, False)
-            yield call(self.count, -extent[1])
+            yield call(self.add, "used", -extent[1])
         yield unlock(HEAP)
         for which, _ in uncounted:
             yield store(("extent", slot, which), None)
@@ -213,64 +193,65 @@ class FreeSlots(Heap):
 
     # --- processes ---
 
-    def removal(self, slot: int) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_list)
-            yield call(self.lock_slot, slot)
-            if (yield load(("life", slot))):
-                yield store(("life", slot), 0)
-                if not self.follows("freed with the list"):
-                    yield unlock(LIST)
-                yield call(self.tidy, slot)
-                if not self.follows("freed with the list"):
-                    yield call(self.lock_list)
-            yield unlock(("slot lock", slot))
-            yield unlock(LIST)
+    @process
+    def removal(self, slot: int) -> Steps:
+        yield call(self.lock_list)
+        yield call(self.lock_slot, slot)
+        if (yield load(("life", slot))):
+            yield store(("life", slot), 0)
+            if not self.follows("freed with the list"):
+                yield unlock(LIST)
+            yield call(self.tidy, slot)
+            if not self.follows("freed with the list"):
+                yield call(self.lock_list)
+        yield unlock(("slot lock", slot))
+        yield unlock(LIST)
 
-        return process
-
-    def insertion(self, slot: int, size: int) -> Callable[[], Steps]:
+    @process
+    def insertion(self, slot: int, size: int) -> Steps:
         """Into this slot, if its lock is to be had at once (the code would try another slot)."""
-
-        def process() -> Steps:
-            yield call(self.lock_list)
-            free = not (yield load(("life", slot)))
-            if free and (yield call(self.try_slot, slot)) != BUSY:
-                yield call(self.insert_blob, slot, size)
-                yield unlock(("slot lock", slot))
-            yield unlock(LIST)
-
-        return process
+        yield call(self.lock_list)
+        free = not (yield load(("life", slot)))
+        if free and (yield call(self.try_slot, slot)) != BUSY:
+            yield call(self.insert_blob, slot, size)
+            yield unlock(("slot lock", slot))
+        yield unlock(LIST)
 
     def repair(self) -> Steps:
         """Anybody who takes the list lock."""
         yield call(self.lock_list)
         yield unlock(LIST)
 
-    def finder(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def finder(self, slot: int) -> Steps:
         """Locks what it found, sees that it is gone, lets go. (Not `lock_slot`: a process is not
         killed before its own first step, and so never without the lock.)"""
+        if (yield lock(("slot lock", slot))) == DIED:
+            yield call(self.tidy, slot)
+            yield consistent(("slot lock", slot))
+        yield unlock(("slot lock", slot))
 
-        def process() -> Steps:
-            if (yield lock(("slot lock", slot))) == DIED:
-                yield call(self.tidy, slot)
-                yield consistent(("slot lock", slot))
-            yield unlock(("slot lock", slot))
-
-        return process
-
-    def stopped(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def stopped(self, slot: int) -> Steps:
         """The same, stopped when it has the lock of a FREE slot, until it gets the list lock."""
+        if (yield lock(("slot lock", slot))) == DIED:
+            yield call(self.tidy, slot)
+            yield consistent(("slot lock", slot))
+        if not (yield load(("life", slot))):
+            yield call(self.repair)
+        yield unlock(("slot lock", slot))
 
-        def process() -> Steps:
-            if (yield lock(("slot lock", slot))) == DIED:
-                yield call(self.tidy, slot)
-                yield consistent(("slot lock", slot))
-            if not (yield load(("life", slot))):
-                yield call(self.repair)
-            yield unlock(("slot lock", slot))
+    def audit(self) -> Steps:
+        yield after_all()
+        yield call(self.repair)
+        yield call(super().audit)
 
-        return process
+    def walked(
+        self, changers: list[Routine], finders: list[Routine], *others: Routine, kills: int
+    ) -> Model:
+        self.changers = range(len(changers))
+        self.finders = range(len(changers), len(changers) + len(finders))
+        return self.model(*changers, *finders, *others, kills=kills)
 
     # --- what must hold ---
 
@@ -294,119 +275,62 @@ class FreeSlots(Heap):
         return None
 
 
-def model(
-    slots: FreeSlots,
-    name: str,
-    changers: list[Callable[[], Steps]],
-    finders: list[Callable[[], Steps]],
-    *others: Callable[[], Steps],
-    kills: int,
-    free: int = 0,
-) -> Model:
-    slots.changers = set(range(len(changers)))
-    slots.finders = set(range(len(changers), len(changers) + len(finders)))
-
-    def audit() -> Steps:
-        yield after_all()
-        yield call(slots.repair)
-        yield call(slots.audit)
-
-    return Model(
-        name=f"free slots, {name}",
-        words=slots.words(free),
-        locks=slots.locks(),
-        processes=[*changers, *finders, *others, audit],
-        claim=slots.claim,
-        bury=slots.bury,
-        kills=kills,
-        audited=True,
-    )
-
-
 def removed(kills: int = 2, **how: Any) -> Model:
     """A remover, who repairs after it, a look-up that comes too late."""
     slots = FreeSlots(**how)
-    return model(slots, "removed", [slots.removal(0)], [slots.finder(0)], slots.repair, kills=kills)
+    return slots.walked([slots.removal(0)], [slots.finder(0)], slots.repair, kills=kills)
 
 
 def two_repair(kills: int = 3, **how: Any) -> Model:
     """A repair of the repair."""
     slots = FreeSlots(**how)
-    return model(
-        slots, "two repair", [slots.removal(0)], [], slots.repair, slots.repair, kills=kills
-    )
+    return slots.walked([slots.removal(0)], [], slots.repair, slots.repair, kills=kills)
 
 
 def reused(kills: int = 2, **how: Any) -> Model:
     slots = FreeSlots(**how)
-    return model(
-        slots,
-        "reused",
-        [slots.removal(0), slots.insertion(0, 1)],
-        [slots.finder(0)],
-        slots.repair,
-        kills=kills,
+    return slots.walked(
+        [slots.removal(0), slots.insertion(0, 1)], [slots.finder(0)], slots.repair, kills=kills
     )
 
 
 def two_inserts(kills: int = 2, **how: Any) -> Model:
-    slots = FreeSlots(**how)
-    return model(
-        slots,
-        "two inserts",
-        [slots.insertion(0, 1), slots.insertion(0, 1)],
-        [slots.finder(0)],
-        kills=kills,
-        free=1,
+    slots = FreeSlots(free=1, **how)
+    return slots.walked(
+        [slots.insertion(0, 1), slots.insertion(0, 1)], [slots.finder(0)], kills=kills
     )
 
 
 def stopped(kills: int = 1, **how: Any) -> Model:
     """Who has the slot's lock goes on only when the list has been repaired."""
     slots = FreeSlots(**how)
-    return model(
-        slots, "stopped", [slots.removal(0)], [slots.stopped(0)], slots.repair, kills=kills
-    )
+    return slots.walked([slots.removal(0)], [slots.stopped(0)], slots.repair, kills=kills)
 
 
 def beside(kills: int = 2, **how: Any) -> Model:
     """The heap lock is busy or dead: a neighbour commits."""
     slots = FreeSlots(2, 4, **how)
-    return model(
-        slots, "beside", [slots.removal(0)], [], slots.commit(1, 1), slots.repair, kills=kills
-    )
+    return slots.walked([slots.removal(0)], [], slots.commit(1, 1), slots.repair, kills=kills)
 
 
 def put_off(kills: int = 1, **how: Any) -> Model:
     """A remover does not get the heap lock; its slot is used again, garbage and all."""
     slots = FreeSlots(2, 4, **how)
-    return model(
-        slots,
-        "put off",
-        [slots.removal(0), slots.insertion(0, 1)],
-        [],
-        slots.commit(1, 1),
-        kills=kills,
+    return slots.walked(
+        [slots.removal(0), slots.insertion(0, 1)], [], slots.commit(1, 1), kills=kills
     )
 
 
 def two_free(kills: int = 2, **how: Any) -> Model:
     slots = FreeSlots(2, 3, **how)
-    return model(
-        slots,
-        "two free",
-        [slots.removal(0), slots.removal(1)],
-        [slots.finder(0)],
-        slots.repair,
-        kills=kills,
+    return slots.walked(
+        [slots.removal(0), slots.removal(1)], [slots.finder(0)], slots.repair, kills=kills
     )
 
 
 def crowd(kills: int = 2, **how: Any) -> Model:
     slots = FreeSlots(2, 4, **how)
-    return model(
-        slots,
-        "crowd",
+    return slots.walked(
         [slots.removal(0), slots.insertion(0, 1)],
         [slots.finder(0)],
         slots.commit(1, 1),

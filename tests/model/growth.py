@@ -13,23 +13,11 @@ add_slots: watermark (if it has to rise), mutex, next_free, count, head of the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from .explorer import (
-    DIED,
-    FREE,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    call,
-    consistent,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import FREE, Memory, Model, Steps, Word
+from .operations import after_all, call, load, store, unlock
+from .subject import Subject
 
 RULES = {
     "one look": "a repair compares the watermark with the count that it read, not a later one",
@@ -42,28 +30,23 @@ RULES = {
 LIST, OTHER = "list lock", "id or heap lock"
 
 
-class Growth:
+class Growth(Subject):
     """One slot that is in use, and room for more. `used` holds the slots that a repair must see."""
 
-    def __init__(self, dropped: str = ""):
-        assert not dropped or dropped in RULES, dropped
-        self.dropped = dropped
+    rules = RULES
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES, rule
-        return rule != self.dropped
+    def locks(self) -> list[Word]:
+        return [LIST, OTHER]
 
-    def words(self) -> dict[object, object]:
-        words: dict[object, object] = {"count": 1, "watermark": 1, "head": 0, "poisoned": 0}
+    def words(self) -> dict[Word, Any]:
+        words: dict[Word, Any] = {"count": 1, "watermark": 1, "head": 0, "poisoned": 0}
         words.update({"mutexes": frozenset({0}), "used": frozenset({0}), "table": frozenset({0})})
         return words
 
     # --- the other lock ---
 
     def lock_other(self) -> Steps:
-        if (yield lock(OTHER)) == DIED:
-            yield call(self.rebuild)
-            yield consistent(OTHER)
+        yield from self.enter(OTHER, self.rebuild)
 
     def slot_count(self) -> Steps:
         """sd_slot_count: (count or 0, count as read)."""
@@ -91,9 +74,7 @@ class Growth:
 
     def insert(self) -> Steps:
         """A new slot, then an entry or extent of its own."""
-        if (yield lock(LIST)) == DIED:
-            yield call(self.rebuild_list)
-            yield consistent(LIST)
+        yield from self.enter(LIST, self.rebuild_list)
         slot = yield call(self.free_slot)
         yield call(self.use, slot)
         yield unlock(LIST)
@@ -156,9 +137,7 @@ class Growth:
 
     def audit(self) -> Steps:
         yield after_all()
-        if (yield lock(LIST)) == DIED:
-            yield call(self.rebuild_list)
-            yield consistent(LIST)
+        yield from self.enter(LIST, self.rebuild_list)
         yield unlock(LIST)
         yield call(self.lock_other)
         yield unlock(OTHER)
@@ -180,28 +159,14 @@ class Growth:
         return None
 
 
-def model(growth: Growth, name: str, *processes: Callable[[], Steps], kills: int) -> Model:
-    return Model(
-        name=f"growth, {name}",
-        words=growth.words(),
-        locks=[LIST, OTHER],
-        processes=[*processes, growth.audit],
-        claim=growth.claim,
-        kills=kills,
-        audited=True,
-    )
-
-
 def one_grows(kills: int = 2, **how: Any) -> Model:
     growth = Growth(**how)
-    return model(growth, "one grows", growth.insert, growth.holder, growth.holder, kills=kills)
+    return growth.model(growth.insert, growth.holder, growth.holder, kills=kills)
 
 
 def two_grow(kills: int = 2, **how: Any) -> Model:
     growth = Growth(**how)
-    return model(
-        growth, "two grow", growth.insert, growth.insert, growth.holder, growth.holder, kills=kills
-    )
+    return growth.model(growth.insert, growth.insert, growth.holder, growth.holder, kills=kills)
 
 
 MODELS = {"one grows": one_grows, "two grow": two_grow}

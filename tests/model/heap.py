@@ -20,26 +20,11 @@ it in, so that every byte says where it belongs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from .explorer import (
-    BUSY,
-    DIED,
-    FREE,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    attempt,
-    call,
-    consistent,
-    fail,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import BUSY, DIED, FREE, Memory, Model, Steps, Word
+from .operations import after_all, attempt, call, consistent, fail, load, lock, store, unlock
+from .subject import Subject, process
 
 RULES = {
     "named at once": "an extent is named by a descriptor before the heap lock is freed",
@@ -71,20 +56,20 @@ Extent = tuple[int, int] | None  # first cell, cells
 HEAP = "heap lock"
 
 
-class Heap:
-    """Slots with one blob each, over a few cells. `dropped` names the rule that is not followed."""
+class Heap(Subject):
+    """Slots over a few cells. The first `free` are FREE; the others have a blob of one cell."""
 
-    def __init__(self, slots: int = 2, cells: int = 4, width: int = 64, dropped: str = ""):
-        assert not dropped or dropped in RULES or dropped in UNNEEDED, dropped
-        self.slots, self.cells, self.width, self.dropped = slots, cells, width, dropped
+    rules = RULES | UNNEEDED
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES or rule in UNNEEDED, rule
-        return rule != self.dropped
+    def __init__(
+        self, slots: int = 2, cells: int = 4, width: int = 64, free: int = 0, dropped: str = ""
+    ):
+        super().__init__(dropped)
+        self.slots, self.cells, self.width, self.free_slots = slots, cells, width, free
 
-    def words(self, free: int = 0) -> dict[object, object]:
-        """The first `free` slots are FREE; the others live and have a blob of one cell."""
-        words: dict[object, object] = {"used": self.slots - free}
+    def words(self) -> dict[Word, Any]:
+        free = self.free_slots
+        words: dict[Word, Any] = {"used": self.slots - free}
         for w in range(0, self.cells, self.width):
             words["map", w] = frozenset(range(max(w, free), min(self.slots, w + self.width)))
         for slot in range(self.slots):
@@ -96,8 +81,8 @@ class Heap:
             words["cell", cell] = (cell, 0)
         return words
 
-    def locks(self) -> list[object]:
-        return [HEAP, *(("slot lock", slot) for slot in range(self.slots))]
+    def locks(self) -> list[Word]:
+        return [HEAP, *self.slot_locks()]
 
     # --- the heap ---
 
@@ -145,10 +130,6 @@ class Heap:
                 word = yield load(("map", w))
                 yield store(("map", w), word | bits if used else word - bits)
 
-    def count(self, by: int) -> Steps:
-        used = yield load("used")
-        yield store("used", used + by)
-
     def find_room(self, size: int) -> Steps:
         used: set[int] = set()
         for w in range(0, self.cells, self.width):
@@ -170,7 +151,7 @@ class Heap:
         else:
             yield call(self.mark, (first, size), True)
             yield call(self.name_extent, slot, which, (first, size))
-        yield call(self.count, size)
+        yield call(self.add, "used", size)
         return first, size
 
     def name_extent(self, slot: int, which: int, extent: tuple[int, int]) -> Steps:
@@ -189,7 +170,7 @@ class Heap:
         else:
             yield call(self.mark, extent, False)
             yield store(("extent", slot, which), None)
-        yield call(self.count, -extent[1])
+        yield call(self.add, "used", -extent[1])
 
     # --- a slot ---
 
@@ -252,17 +233,14 @@ class Heap:
 
     # --- processes ---
 
-    def commit(self, slot: int, *sizes: int) -> Callable[[], Steps]:
+    @process
+    def commit(self, slot: int, *sizes: int) -> Steps:
         """Hold the slot's lock and commit a blob of each of these sizes in turn; 0: fields only."""
-
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            if (yield load(("life", slot))) & 1:
-                for size in sizes:
-                    yield call(*((self.commit_blob, slot, size) if size else (self.reflip, slot)))
-            yield unlock(("slot lock", slot))
-
-        return process
+        yield call(self.lock_slot, slot)
+        if (yield load(("life", slot))) & 1:
+            for size in sizes:
+                yield call(*((self.commit_blob, slot, size) if size else (self.reflip, slot)))
+        yield unlock(("slot lock", slot))
 
     def commit_blob(self, slot: int, size: int) -> Steps:
         version = (yield load(("cur", slot))) + 1
@@ -293,40 +271,32 @@ class Heap:
             yield call(self.flip, slot, 1 - old, version)
             yield call(self.fill, slot, 1 - old, version)
 
-    def touch(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def touch(self, slot: int) -> Steps:
         """A commit without a blob; it asks for the heap lock only to free what was left over."""
-
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            dirty = yield load(("dirty", slot))
-            if dirty and self.follows("dirty remembered"):
-                yield call(self.tidy, slot)
-            elif dirty:
-                yield store(("dirty", slot), 0)
-            yield unlock(("slot lock", slot))
-
-        return process
-
-    def remove(self, slot: int) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            life = yield load(("life", slot))
-            yield store(("life", slot), (life | 1) + 1)
+        yield call(self.lock_slot, slot)
+        dirty = yield load(("dirty", slot))
+        if dirty and self.follows("dirty remembered"):
             yield call(self.tidy, slot)
-            yield unlock(("slot lock", slot))
+        elif dirty:
+            yield store(("dirty", slot), 0)
+        yield unlock(("slot lock", slot))
 
-        return process
+    @process
+    def remove(self, slot: int) -> Steps:
+        yield call(self.lock_slot, slot)
+        life = yield load(("life", slot))
+        yield store(("life", slot), (life | 1) + 1)
+        yield call(self.tidy, slot)
+        yield unlock(("slot lock", slot))
 
-    def insert(self, slot: int, size: int) -> Callable[[], Steps]:
+    @process
+    def insert(self, slot: int, size: int) -> Steps:
         """Into a FREE slot (that nobody else picks it is the list lock's business: see `index`)."""
-
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            if not (yield load(("life", slot))) & 1:
-                yield call(self.insert_blob, slot, size)
-            yield unlock(("slot lock", slot))
-
-        return process
+        yield call(self.lock_slot, slot)
+        if not (yield load(("life", slot))) & 1:
+            yield call(self.insert_blob, slot, size)
+        yield unlock(("slot lock", slot))
 
     def insert_blob(self, slot: int, size: int) -> Steps:
         version = (yield load(("cur", slot))) + 1
@@ -341,49 +311,40 @@ class Heap:
         if self.follows("insert commits last"):
             yield store(("life", slot), life)
 
-    def read(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def read(self, slot: int) -> Steps:
         """sd_view_begin, the blob's bytes, sd_view_blobs_check."""
-
-        def process() -> Steps:
-            life = yield load(("life", slot))
-            cur = yield load(("cur", slot))
-            if not life & 1:
+        life = yield load(("life", slot))
+        cur = yield load(("cur", slot))
+        if not life & 1:
+            return
+        which, version, written_for = yield load(("copy", slot, cur & 1))
+        if self.follows("look again"):
+            if (yield load(("life", slot))) != life:
                 return
-            which, version, written_for = yield load(("copy", slot, cur & 1))
-            if self.follows("look again"):
-                if (yield load(("life", slot))) != life:
-                    return
-                if self.moved(cur, (yield load(("cur", slot)))):
-                    return
-            if written_for != cur:
-                yield fail(f"accepts the fields of {written_for} as those of {cur}")
-            extent = yield load(("extent", slot, which))
-            found = []
-            for cell in range(extent[0], extent[0] + extent[1]) if extent else ():
-                found.append((yield load(("cell", cell))))
-            if self.follows("version again"):
-                if (yield call(self.settled, slot)) != version:
-                    return
-                if (yield load(("life", slot))) != life:
-                    return
-            if not found or set(found) != {(slot, version)} or version > cur:
-                yield fail(f"accepts {found} as version {version} of slot {slot} at {cur}")
+            if self.moved(cur, (yield load(("cur", slot)))):
+                return
+        if written_for != cur:
+            yield fail(f"accepts the fields of {written_for} as those of {cur}")
+        extent = yield load(("extent", slot, which))
+        found = []
+        for cell in range(extent[0], extent[0] + extent[1]) if extent else ():
+            found.append((yield load(("cell", cell))))
+        if self.follows("version again"):
+            if (yield call(self.settled_version, slot)) != version:
+                return
+            if (yield load(("life", slot))) != life:
+                return
+        if not found or set(found) != {(slot, version)} or version > cur:
+            yield fail(f"accepts {found} as version {version} of slot {slot} at {cur}")
 
-        return process
-
-    def settled(self, slot: int) -> Steps:
-        """sd_values_settled: the version that a `cur` chooses that stands still."""
-        while True:
-            cur = yield load(("cur", slot))
-            version = (yield load(("copy", slot, cur & 1)))[1]
-            if (yield load(("cur", slot))) == cur:
-                return version
+    def settled_version(self, slot: int) -> Steps:
+        return (yield from self.settled("copy", slot))[1]
 
     def moved(self, before: int, after: int) -> bool:
         return before != after if self.follows("counter") else (before ^ after) & 1 != 0
 
     def audit(self) -> Steps:
-        """After everybody: take each lock once. Then the claims about free locks are about all."""
         yield after_all()
         yield call(self.lock_heap)
         yield unlock(HEAP)
@@ -439,104 +400,60 @@ class Heap:
         return None if memory["used"] == len(named) else "the count of used cells is wrong"
 
 
-def model(
-    heap: Heap, name: str, *processes: Callable[[], Steps], kills: int, free: int = 0
-) -> Model:
-    return Model(
-        name=f"heap, {name}",
-        words=heap.words(free),
-        locks=heap.locks(),
-        processes=[*processes, heap.audit],
-        claim=heap.claim,
-        kills=kills,
-        audited=True,
-    )
-
-
 def two_holders(kills: int = 2, **how: Any) -> Model:
     heap = Heap(2, 4, **how)
-    return model(heap, "two holders", heap.commit(0, 2, 1), heap.commit(1, 1), kills=kills)
+    return heap.model(heap.commit(0, 2, 1), heap.commit(1, 1), kills=kills)
 
 
 def hand_over(kills: int = 2, **how: Any) -> Model:
     """One slot, from dead hand to dead hand, beside somebody who has the heap lock at times."""
     heap = Heap(2, 4, **how)
-    return model(
-        heap, "hand-over", heap.commit(0, 1), heap.touch(0), heap.commit(1, 1), kills=kills
-    )
+    return heap.model(heap.commit(0, 1), heap.touch(0), heap.commit(1, 1), kills=kills)
 
 
 def reuse(kills: int = 1, **how: Any) -> Model:
     heap = Heap(2, 5, **how)
-    return model(
-        heap, "remove and insert", heap.remove(0), heap.insert(0, 2), heap.commit(1, 1), kills=kills
-    )
+    return heap.model(heap.remove(0), heap.insert(0, 2), heap.commit(1, 1), kills=kills)
 
 
 def reader(kills: int = 0, **how: Any) -> Model:
     heap = Heap(2, 4, **how)
     writer = heap.commit(0, 0, 1, 1)
-    return model(heap, "reader", writer, heap.commit(1, 1), heap.read(0), kills=kills)
+    return heap.model(writer, heap.commit(1, 1), heap.read(0), kills=kills)
 
 
 def reader_of_reused(kills: int = 1, **how: Any) -> Model:
     heap = Heap(1, 3, **how)
-    return model(
-        heap,
-        "reader of a reused slot",
-        heap.remove(0),
-        heap.insert(0, 2),
-        heap.read(0),
-        kills=kills,
-    )
+    return heap.model(heap.remove(0), heap.insert(0, 2), heap.read(0), kills=kills)
 
 
 def beside(kills: int = 1, **how: Any) -> Model:
     """A repair of the heap while another holder is between allocating and committing."""
     heap = Heap(2, 4, **how)
-    return model(
-        heap, "repair beside", heap.commit(0, 1), heap.commit(1, 1), heap.touch(1), kills=kills
-    )
+    return heap.model(heap.commit(0, 1), heap.commit(1, 1), heap.touch(1), kills=kills)
 
 
 def inserts(kills: int = 1, **how: Any) -> Model:
     """Two for the same FREE slot, beside somebody who has the heap lock at times."""
-    heap = Heap(2, 5, **how)
-    return model(
-        heap,
-        "two inserts",
-        heap.insert(0, 1),
-        heap.insert(0, 1),
-        heap.commit(1, 1),
-        kills=kills,
-        free=1,
-    )
+    heap = Heap(2, 5, free=1, **how)
+    return heap.model(heap.insert(0, 1), heap.insert(0, 1), heap.commit(1, 1), kills=kills)
 
 
 def full(kills: int = 2, **how: Any) -> Model:
     """Room for one of them only."""
     heap = Heap(2, 3, **how)
-    return model(heap, "full", heap.commit(0, 1), heap.commit(1, 1), heap.touch(1), kills=kills)
+    return heap.model(heap.commit(0, 1), heap.commit(1, 1), heap.touch(1), kills=kills)
 
 
 def three_holders(kills: int = 2, **how: Any) -> Model:
     heap = Heap(3, 6, width=2, **how)
-    return model(
-        heap, "three holders", heap.commit(0, 2), heap.commit(1, 1), heap.commit(2, 2), kills=kills
-    )
+    return heap.model(heap.commit(0, 2), heap.commit(1, 1), heap.commit(2, 2), kills=kills)
 
 
 def quick_writers(**how: Any) -> Model:
     """Four commits in one hold, so that the same field copy and extent come round again."""
     heap = Heap(2, 4, **how)
-    return model(
-        heap,
-        "reader of a quick writer",
-        heap.commit(0, 1, 0, 1, 1),
-        heap.read(0),
-        heap.commit(1, 1),
-        kills=0,
-    )
+    return heap.model(heap.commit(0, 1, 0, 1, 1), heap.read(0), heap.commit(1, 1), kills=0)
 
 
 MODELS = {

@@ -20,21 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .explorer import (
-    DIED,
-    FREE,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    call,
-    consistent,
-    fail,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import FREE, Memory, Model, Steps, Word
+from .operations import after_all, call, fail, load, store, unlock
+from .subject import Subject, process
 
 RULES = {
     "held from the entry on": "the id lock is not let go between the new entry and the flip",
@@ -57,26 +45,23 @@ believes a miss; a hit is not believed unverified."""
 IDS, LIST = "id lock", "list lock"
 
 
-class Ids:
-    """Slots that live; if `active`, slot 0 has id 1 already, else all are inactive."""
+class Ids(Subject):
+    """Two slots that live; if `active`, slot 0 has id 1 already, else both are inactive."""
 
-    def __init__(self, slots: int = 2, ids: int = 3, active: bool = False, dropped: str = ""):
-        assert not dropped or dropped in RULES or dropped in UNNEEDED, dropped
-        self.slots, self.ids, self.dropped = slots, range(1, ids + 1), dropped
-        self.active = int(active)
+    rules = RULES | UNNEEDED
+    slots = 2
+
+    def __init__(self, ids: int = 3, active: bool = False, dropped: str = ""):
+        super().__init__(dropped)
+        self.ids, self.active = range(1, ids + 1), int(active)
         self.sought: set[int] = set()
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES or rule in UNNEEDED, rule
-        return rule != self.dropped
+    def locks(self) -> list[Word]:
+        return [IDS, LIST, *self.slot_locks()]
 
-    def words(self) -> dict[object, object]:
+    def words(self) -> dict[Word, Any]:
         """`absent` are facts: whether the id was nobody's at some moment of the look-up."""
-        words: dict[object, object] = {
-            "next": 1 + self.active,
-            "sequence": 0,
-            "active": self.active,
-        }
+        words: dict[Word, Any] = {"next": 1 + self.active, "sequence": 0, "active": self.active}
         words.update({("entry", i): 0 if i <= self.active else None for i in self.ids})
         words.update({("absent", i): 0 for i in self.sought})
         for slot in range(self.slots):
@@ -101,13 +86,7 @@ class Ids:
     # --- locks and repair ---
 
     def lock_ids(self) -> Steps:
-        if (yield lock(IDS)) == DIED:
-            yield call(self.rebuild)
-            yield consistent(IDS)
-
-    def lock_slot(self, slot: int) -> Steps:
-        if (yield lock(("slot lock", slot))) == DIED:
-            yield consistent(("slot lock", slot))
+        yield from self.enter(IDS, self.rebuild)
 
     def rebuild(self) -> Steps:
         """sd_rebuild_ids."""
@@ -131,33 +110,19 @@ class Ids:
     def enter_committed(self, slot: int) -> Steps:
         if self.follows("living only") and not (yield load(("life", slot))):
             return None
-        i = yield call(self.settled, slot)
+        i = yield call(self.settled, "copy", slot)
         if i:
             yield store(("entry", i), slot)
         return i
-
-    def settled(self, slot: int) -> Steps:
-        """sd_values_settled: the copy that a `cur` chose which stood still."""
-        while True:
-            cur = yield load(("cur", slot))
-            i = yield load(("copy", slot, cur & 1))
-            if (yield load(("cur", slot))) == cur:
-                return i
 
     # --- changes ---
 
     def begin(self) -> Steps:
         if self.follows("odd"):
-            was = yield load("sequence")
-            yield store("sequence", was | 1)
+            yield from super().begin()
 
     def end(self) -> Steps:
-        was = yield load("sequence")
-        yield store("sequence", was + 1 if self.follows("odd") else was + 2)
-
-    def count(self, by: int) -> Steps:
-        active = yield load("active")
-        yield store("active", active + by)
+        yield from self.add("sequence", 1 if self.follows("odd") else 2)
 
     def take_id(self) -> Steps:
         """sd_take_id."""
@@ -189,32 +154,32 @@ class Ids:
         yield call(self.lock_ids)
         yield call(self.begin)
         if self.follows("entered first") and self.follows("odd"):
-            yield call(self.enter, new, slot)
+            yield call(self.enter_id, new, slot)
             yield call(self.flip, slot, cur, new)
         else:
             yield call(self.flip, slot, cur, new)
-            yield call(self.enter, new, slot)
-        yield call(self.leave, old)
+            yield call(self.enter_id, new, slot)
+        yield call(self.leave_id, old)
         yield call(self.end)
         yield unlock(IDS)
 
     def enter_alone(self, slot: int, old: int | None, new: int | None) -> Steps:
         yield call(self.lock_ids)
         yield call(self.begin)
-        yield call(self.enter, new, slot)
-        yield call(self.leave, old)
+        yield call(self.enter_id, new, slot)
+        yield call(self.leave_id, old)
         yield call(self.end)
         yield unlock(IDS)
 
-    def enter(self, i: int | None, slot: int) -> Steps:
+    def enter_id(self, i: int | None, slot: int) -> Steps:
         if i:
             yield store(("entry", i), slot)
-            yield call(self.count, 1)
+            yield call(self.add, "active", 1)
 
-    def leave(self, i: int | None) -> Steps:
+    def leave_id(self, i: int | None) -> Steps:
         if i:
             yield store(("entry", i), None)
-            yield call(self.count, -1)
+            yield call(self.add, "active", -1)
 
     def flip(self, slot: int, cur: int, i: int | None) -> Steps:
         yield store(("copy", slot, 1 - (cur & 1)), i)
@@ -222,15 +187,13 @@ class Ids:
 
     # --- processes ---
 
-    def activate(self, slot: int, then_stop: bool = False) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            yield call(self.start, slot)
-            if then_stop:
-                yield call(self.change, slot, None)
-            yield unlock(("slot lock", slot))
-
-        return process
+    @process
+    def activate(self, slot: int, then_stop: bool = False) -> Steps:
+        yield call(self.lock_slot, slot)
+        yield call(self.start, slot)
+        if then_stop:
+            yield call(self.change, slot, None)
+        yield unlock(("slot lock", slot))
 
     def start(self, slot: int) -> Steps:
         cur = yield load(("cur", slot))
@@ -241,29 +204,23 @@ class Ids:
             yield call(self.change, slot, i)
             yield call(self.used, i)
 
-    def give_up(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def give_up(self, slot: int) -> Steps:
         """Takes an id and rolls back."""
+        yield call(self.lock_slot, slot)
+        yield call(self.take_id)
+        yield unlock(("slot lock", slot))
 
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            yield call(self.take_id)
-            yield unlock(("slot lock", slot))
-
-        return process
-
-    def replace(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def replace(self, slot: int) -> Steps:
         """Remove the domain, active or not, and insert another into its slot."""
-
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            if (yield load(("life", slot))):
-                yield call(self.remove, slot)
-            cur = yield load(("cur", slot))
-            yield call(self.flip, slot, cur, None)
-            yield store(("life", slot), 1)
-            yield unlock(("slot lock", slot))
-
-        return process
+        yield call(self.lock_slot, slot)
+        if (yield load(("life", slot))):
+            yield call(self.remove, slot)
+        cur = yield load(("cur", slot))
+        yield call(self.flip, slot, cur, None)
+        yield store(("life", slot), 1)
+        yield unlock(("slot lock", slot))
 
     def remove(self, slot: int) -> Steps:
         cur = yield load(("cur", slot))
@@ -274,7 +231,7 @@ class Ids:
         yield call(self.lock_ids)
         yield call(self.begin)
         yield store(("life", slot), 0)
-        yield call(self.leave, i)
+        yield call(self.leave_id, i)
         yield call(self.end)
         yield unlock(IDS)
 
@@ -310,13 +267,13 @@ class Ids:
     def matches(self, slot: int, i: int) -> Steps:
         if not (yield load(("life", slot))):
             return False
-        return (yield call(self.settled, slot)) == i
+        return (yield call(self.settled, "copy", slot)) == i
 
     def find_for_sure(self, i: int) -> Steps:
         if self.follows("id lock"):
             yield call(self.lock_ids)
-        elif (yield lock(LIST)) == DIED:
-            yield consistent(LIST)
+        else:
+            yield from self.enter(LIST)
         slot = (yield call(self.find, i))[0]
         yield unlock(IDS if self.follows("id lock") else LIST)
         return slot
@@ -346,53 +303,36 @@ class Ids:
         return None
 
 
-def model(ids: Ids, name: str, *processes: Callable[[], Steps], kills: int) -> Model:
-    return Model(
-        name=f"ids, {name}",
-        words=ids.words(),
-        locks=[IDS, LIST, *(("slot lock", slot) for slot in range(ids.slots))],
-        processes=[*processes, ids.audit],
-        claim=ids.claim,
-        observe=ids.observe if ids.sought else None,
-        kills=kills,
-        audited=True,
-    )
-
-
 def start_stop(kills: int = 1, **how: Any) -> Model:
     ids = Ids(**how)
-    return model(
-        ids, "start, stop", ids.activate(0, True), ids.activate(1), ids.get(1), kills=kills
-    )
+    return ids.model(ids.activate(0, True), ids.activate(1), ids.get(1), kills=kills)
 
 
 def rolled_back(kills: int = 1, **how: Any) -> Model:
     ids = Ids(**how)
-    return model(ids, "rolled back", ids.give_up(0), ids.activate(0), ids.activate(1), kills=kills)
+    return ids.model(ids.give_up(0), ids.activate(0), ids.activate(1), kills=kills)
 
 
 def replaced(kills: int = 1, **how: Any) -> Model:
     """A slot that is removed and reused while another's death has the index rebuilt."""
     ids = Ids(ids=2, **how)
-    return model(ids, "replaced", ids.activate(0), ids.replace(0), ids.activate(1), kills=kills)
+    return ids.model(ids.activate(0), ids.replace(0), ids.activate(1), kills=kills)
 
 
 def three(kills: int = 2, **how: Any) -> Model:
     ids = Ids(**how)
-    return model(ids, "three", ids.activate(0), ids.activate(1, True), ids.activate(1), kills=kills)
+    return ids.model(ids.activate(0), ids.activate(1, True), ids.activate(1), kills=kills)
 
 
 def repair_seen(kills: int = 1, **how: Any) -> Model:
     """A look-up while the index is repaired."""
     ids = Ids(active=True, **how)
-    return model(ids, "repair seen", ids.activate(1), ids.activate(1), ids.get(1), kills=kills)
+    return ids.model(ids.activate(1), ids.activate(1), ids.get(1), kills=kills)
 
 
 def looked_up(kills: int = 2, **how: Any) -> Model:
     ids = Ids(**how)
-    return model(
-        ids, "looked up", ids.activate(0), ids.activate(1), ids.activate(1), ids.get(1), kills=kills
-    )
+    return ids.model(ids.activate(0), ids.activate(1), ids.activate(1), ids.get(1), kills=kills)
 
 
 MODELS = {

@@ -22,21 +22,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .explorer import (
-    DIED,
-    FREE,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    call,
-    consistent,
-    fail,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import FREE, Memory, Model, Steps, Word
+from .operations import after_all, call, fail, load, store, unlock
+from .subject import Subject, process
 
 RULES = {
     "spare buffer": "a name is written where it does not count, and `cur` chooses it",
@@ -57,22 +45,23 @@ NAMES, UUIDS = ("a", "b", "c"), ("A", "B", "C")
 NOTHING = ("", "")
 
 
-class Index:
+class Index(Subject):
     """Two slots: slot 0 is domain a (UUID A), slot 1 is FREE."""
 
+    rules = RULES
+
     def __init__(self, slots: int = 2, names: int = 3, dropped: str = ""):
-        assert not dropped or dropped in RULES, dropped
-        self.slots, self.dropped = slots, dropped
+        super().__init__(dropped)
+        self.slots = slots
         self.keys = (*NAMES[:names], *UUIDS[:names])
         self.sought: set[str] = set()
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES, rule
-        return rule != self.dropped
+    def locks(self) -> list[Word]:
+        return [LIST, *self.slot_locks()]
 
-    def words(self) -> dict[object, object]:
+    def words(self) -> dict[Word, Any]:
         """`absent` are facts: whether nobody had the name at some moment of the look-up."""
-        words: dict[object, object] = {"sequence": 0, "number": 1}
+        words: dict[Word, Any] = {"sequence": 0, "number": 1}
         words["head"] = 2 if self.slots > 1 else 0
         words.update({("entry", key): None for key in self.keys})
         words.update({("entry", "a"): 0, ("entry", "A"): 0})
@@ -103,13 +92,7 @@ class Index:
     # --- locks and repair ---
 
     def lock_list(self) -> Steps:
-        if (yield lock(LIST)) == DIED:
-            yield call(self.rebuild)
-            yield consistent(LIST)
-
-    def lock_slot(self, slot: int) -> Steps:
-        if (yield lock(("slot lock", slot))) == DIED:
-            yield consistent(("slot lock", slot))
+        yield from self.enter(LIST, self.rebuild)
 
     def rebuild(self) -> Steps:
         """sd_rebuild_list."""
@@ -137,7 +120,7 @@ class Index:
         if (yield load(("life", slot))) & 1:
             uuid = yield load(("uuid", slot))
             name = yield call(self.settled_name, slot)
-            yield call(self.enter, slot, uuid, name[0])
+            yield call(self.enter_keys, slot, uuid, name[0])
             return True
         if self.follows("free list rebuilt"):
             yield store(("next", slot), head)
@@ -145,31 +128,15 @@ class Index:
 
     def settled_name(self, slot: int) -> Steps:
         """sd_values_settled, then sd_name_get: two loads, as the halves are two words."""
-        while True:
-            cur = yield load(("cur", slot))
-            choice = yield load(("choice", slot, cur & 1))
-            if (yield load(("cur", slot))) == cur:
-                break
+        choice = yield from self.settled("choice", slot)
         first = (yield load(("name", slot, choice)))[0]
         return first, (yield load(("name", slot, choice)))[1]
 
     # --- changes ---
 
-    def enter(self, slot: int, uuid: str, name: str) -> Steps:
+    def enter_keys(self, slot: int, uuid: str, name: str) -> Steps:
         yield store(("entry", uuid), slot)
         yield store(("entry", name), slot)
-
-    def begin(self) -> Steps:
-        was = yield load("sequence")
-        yield store("sequence", was | 1)
-
-    def end(self) -> Steps:
-        was = yield load("sequence")
-        yield store("sequence", was + 1)
-
-    def count(self, by: int) -> Steps:
-        number = yield load("number")
-        yield store("number", number + by)
 
     def write_name(self, slot: int, which: int, name: str) -> Steps:
         old = yield load(("name", slot, which))
@@ -187,19 +154,17 @@ class Index:
 
     # --- processes ---
 
-    def insert(self, name: str, uuid: str) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_list)
-            slot = yield call(self.room_for, name, uuid)
-            if slot is None:
-                yield unlock(LIST)
-                return
-            yield call(self.lock_slot, slot)
-            yield call(self.fill, slot, name, uuid)
+    @process
+    def insert(self, name: str, uuid: str) -> Steps:
+        yield call(self.lock_list)
+        slot = yield call(self.room_for, name, uuid)
+        if slot is None:
             yield unlock(LIST)
-            yield unlock(("slot lock", slot))
-
-        return process
+            return
+        yield call(self.lock_slot, slot)
+        yield call(self.fill, slot, name, uuid)
+        yield unlock(LIST)
+        yield unlock(("slot lock", slot))
 
     def room_for(self, name: str, uuid: str) -> Steps:
         """The first FREE slot, unless the list has that name or UUID."""
@@ -221,8 +186,8 @@ class Index:
         yield call(self.take_off, slot)
         if not self.follows("even last"):
             yield call(self.end)
-        yield call(self.enter, slot, uuid, name)
-        yield call(self.count, 1)
+        yield call(self.enter_keys, slot, uuid, name)
+        yield call(self.add, "number", 1)
         if self.follows("even last"):
             yield call(self.end)
 
@@ -240,17 +205,15 @@ class Index:
         following = yield load(("next", slot))
         yield store("head", following)
 
-    def rename(self, old: str, new: str) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_list)
-            slot = yield load(("entry", old))
-            if slot is not None and (yield load(("entry", new))) is None:
-                yield call(self.lock_slot, slot)
-                yield call(self.change_name, slot, old, new)
-                yield unlock(("slot lock", slot))
-            yield unlock(LIST)
-
-        return process
+    @process
+    def rename(self, old: str, new: str) -> Steps:
+        yield call(self.lock_list)
+        slot = yield load(("entry", old))
+        if slot is not None and (yield load(("entry", new))) is None:
+            yield call(self.lock_slot, slot)
+            yield call(self.change_name, slot, old, new)
+            yield unlock(("slot lock", slot))
+        yield unlock(LIST)
 
     def change_name(self, slot: int, old: str, new: str) -> Steps:
         """sd_commit with a name."""
@@ -269,17 +232,15 @@ class Index:
         if self.follows("even last"):
             yield call(self.end)
 
-    def remove(self, name: str) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_list)
-            slot = yield load(("entry", name))
-            if slot is not None:
-                yield call(self.lock_slot, slot)
-                yield call(self.take_out, slot, name)
-                yield unlock(("slot lock", slot))
-            yield unlock(LIST)
-
-        return process
+    @process
+    def remove(self, name: str) -> Steps:
+        yield call(self.lock_list)
+        slot = yield load(("entry", name))
+        if slot is not None:
+            yield call(self.lock_slot, slot)
+            yield call(self.take_out, slot, name)
+            yield unlock(("slot lock", slot))
+        yield unlock(LIST)
 
     def take_out(self, slot: int, name: str) -> Steps:
         """sd_remove."""
@@ -292,22 +253,19 @@ class Index:
             yield call(self.begin)
         yield store(("entry", uuid), None)
         yield store(("entry", name), None)
-        yield call(self.count, -1)
+        yield call(self.add, "number", -1)
         head = yield load("head")
         yield store(("next", slot), head)
         yield store("head", slot + 1)
         yield call(self.end)
 
-    def commit(self, slot: int) -> Callable[[], Steps]:
+    @process
+    def commit(self, slot: int) -> Steps:
         """By a holder of the slot's lock alone, in the middle of whatever others do to the list."""
-
-        def process() -> Steps:
-            yield call(self.lock_slot, slot)
-            choice = yield call(self.choice, slot)
-            yield call(self.flip, slot, choice)
-            yield unlock(("slot lock", slot))
-
-        return process
+        yield call(self.lock_slot, slot)
+        choice = yield call(self.choice, slot)
+        yield call(self.flip, slot, choice)
+        yield unlock(("slot lock", slot))
 
     def get(self, name: str) -> Callable[[], Steps]:
         """`DomainList.get(name=...)`; a hit that is another domain by then: once more."""
@@ -405,83 +363,45 @@ class Index:
         return free
 
 
-def model(index: Index, name: str, *processes: Callable[[], Steps], kills: int) -> Model:
-    return Model(
-        name=f"index, {name}",
-        words=index.words(),
-        locks=[LIST, *(("slot lock", slot) for slot in range(index.slots))],
-        processes=[*processes, index.audit],
-        claim=index.claim,
-        observe=index.observe if index.sought else None,
-        kills=kills,
-        audited=True,
-    )
-
-
 def renamed(kills: int = 1, **how: Any) -> Model:
     index = Index(names=2, **how)
-    return model(index, "renamed", index.rename("a", "b"), index.get("b"), kills=kills)
+    return index.model(index.rename("a", "b"), index.get("b"), kills=kills)
 
 
 def rename_insert(kills: int = 2, **how: Any) -> Model:
     """Somebody takes the name that another one gives up."""
     index = Index(names=2, **how)
-    return model(
-        index, "rename and insert", index.rename("a", "b"), index.insert("a", "B"), kills=kills
-    )
+    return index.model(index.rename("a", "b"), index.insert("a", "B"), kills=kills)
 
 
 def remove_insert(kills: int = 2, **how: Any) -> Model:
     index = Index(names=2, **how)
-    return model(
-        index,
-        "remove and insert",
-        index.remove("a"),
-        index.insert("a", "B"),
-        index.insert("b", "A"),
-        kills=kills,
+    return index.model(
+        index.remove("a"), index.insert("a", "B"), index.insert("b", "A"), kills=kills
     )
 
 
 def rename_commit(kills: int = 2, **how: Any) -> Model:
     """A holder of the slot commits while the list is repaired."""
     index = Index(names=3, **how)
-    return model(
-        index,
-        "rename and commit",
-        index.rename("a", "b"),
-        index.commit(0),
-        index.insert("c", "C"),
-        kills=kills,
-    )
+    return index.model(index.rename("a", "b"), index.commit(0), index.insert("c", "C"), kills=kills)
 
 
 def repair_seen(kills: int = 1, **how: Any) -> Model:
     """A look-up while somebody dies in a rename or an insert, and another one repairs."""
     index = Index(names=3, **how)
-    return model(
-        index,
-        "repair seen",
-        index.rename("a", "b"),
-        index.insert("c", "C"),
-        index.get("b"),
-        kills=kills,
-    )
+    return index.model(index.rename("a", "b"), index.insert("c", "C"), index.get("b"), kills=kills)
 
 
 def reused(kills: int = 1, **how: Any) -> Model:
     """A look-up of a name that leaves one slot and comes back in it."""
     index = Index(slots=1, names=2, **how)
-    return model(
-        index, "reused", index.remove("a"), index.insert("a", "B"), index.get("a"), kills=kills
-    )
+    return index.model(index.remove("a"), index.insert("a", "B"), index.get("a"), kills=kills)
 
 
 def crowd(kills: int = 2, **how: Any) -> Model:
     index = Index(names=3, **how)
-    return model(
-        index,
-        "crowd",
+    return index.model(
         index.rename("a", "b"),
         index.remove("a"),
         index.insert("c", "C"),

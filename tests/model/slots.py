@@ -17,28 +17,11 @@ holder who was given the domain, owner empty, unlock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from .explorer import (
-    BUSY,
-    DEAD,
-    DIED,
-    FREE,
-    REPAIRING,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    attempt,
-    call,
-    consistent,
-    fail,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import BUSY, DEAD, DIED, FREE, REPAIRING, Memory, Model, Routine, Steps, Word
+from .operations import after_all, attempt, call, consistent, fail, load, lock, store, unlock
+from .subject import Subject, process
 
 RULES = {
     "recorded": "a death is recorded in the slot, not only told to who locks next",
@@ -68,20 +51,17 @@ UNKNOWN = "somebody"
 NOBODY = None
 
 
-class Slot:
+class Slot(Subject):
     """One slot; process `n` is thread n + 1 of process n + 1 (0 is nobody)."""
 
-    def __init__(self, dropped: str = ""):
-        assert not dropped or dropped in RULES or dropped in UNNEEDED, dropped
-        self.dropped = dropped
+    rules = RULES | UNNEEDED
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES or rule in UNNEEDED, rule
-        return rule != self.dropped
+    def locks(self) -> list[Word]:
+        return [SLOT, HEAP]
 
-    def words(self) -> dict[object, object]:
+    def words(self) -> dict[Word, Any]:
         """Facts: `dead`; `died`: one of them with the lock; `victim`: it had signed, too."""
-        words: dict[object, object] = {"who": NOBODY, "pid": NOBODY}
+        words: dict[Word, Any] = {"who": NOBODY, "pid": NOBODY}
         words.update({"died_who": NOBODY, "died_pid": NOBODY, "dirty": 0, "garbage": 0})
         words.update({"victim": NOBODY, "died": 0, "dead": frozenset()})
         return words
@@ -95,7 +75,7 @@ class Slot:
 
     # --- lock and unlock ---
 
-    def enter(self, me: int) -> Steps:
+    def lock_and_sign(self, me: int) -> Steps:
         if (yield lock(SLOT)) == DIED:
             yield call(self.recover, me)
         yield call(self.sign, me)
@@ -164,8 +144,7 @@ class Slot:
     # --- garbage ---
 
     def lock_heap(self) -> Steps:
-        if (yield lock(HEAP)) == DIED:
-            yield consistent(HEAP)
+        yield from self.enter(HEAP)
 
     def free_garbage(self) -> Steps:
         first, last = ("garbage", "dirty")
@@ -195,25 +174,19 @@ class Slot:
 
     # --- processes ---
 
-    def holder(self, me: int) -> Callable[[], Steps]:
+    @process
+    def holder(self, me: int) -> Steps:
         """Is given the domain, looks who died, changes it."""
+        yield call(self.lock_and_sign, me)
+        yield call(self.look, me)
+        yield call(self.change)
+        yield call(self.leave, True)
 
-        def process() -> Steps:
-            yield call(self.enter, me)
-            yield call(self.look, me)
-            yield call(self.change)
-            yield call(self.leave, True)
-
-        return process
-
-    def passer(self, me: int) -> Callable[[], Steps]:
+    @process
+    def passer(self, me: int) -> Steps:
         """Locks, finds that it is another domain than it meant, and lets go."""
-
-        def process() -> Steps:
-            yield call(self.enter, me)
-            yield call(self.leave, False)
-
-        return process
+        yield call(self.lock_and_sign, me)
+        yield call(self.leave, False)
 
     def neighbour(self) -> Steps:
         """Has the heap lock for a while."""
@@ -231,18 +204,19 @@ class Slot:
         if who is not NOBODY and not self.follows("cleared at unlock"):
             yield store("died_who", NOBODY)
 
-    def audit(self, me: int) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield after_all()
-            yield call(self.lock_heap)
-            yield unlock(HEAP)
-            yield call(self.enter, me)
-            yield call(self.look, me)
-            if (yield load("dirty")):
-                yield call(self.tidy)
-            yield call(self.leave, True)
+    def audit(self) -> Steps:
+        yield after_all()
+        yield call(self.lock_heap)
+        yield unlock(HEAP)
+        yield call(self.lock_and_sign, self.auditor)
+        yield call(self.look, self.auditor)
+        if (yield load("dirty")):
+            yield call(self.tidy)
+        yield call(self.leave, True)
 
-        return process
+    def model(self, *processes: Routine, kills: int) -> Model:
+        self.auditor = len(processes)
+        return super().model(*processes, kills=kills)
 
     # --- what must hold ---
 
@@ -277,35 +251,20 @@ class Slot:
         return None
 
 
-def model(slot: Slot, name: str, *processes: Callable[[], Steps], kills: int) -> Model:
-    return Model(
-        name=f"slots, {name}",
-        words=slot.words(),
-        locks=[SLOT, HEAP],
-        processes=[*processes, slot.audit(len(processes))],
-        claim=slot.claim,
-        bury=slot.bury,
-        kills=kills,
-        audited=True,
-    )
-
-
 def hand_over(kills: int = 2, **how: Any) -> Model:
     """From a dead one, by way of one who passes it on, to one who is given it."""
     slot = Slot(**how)
-    return model(slot, "hand-over", slot.holder(0), slot.passer(1), slot.holder(2), kills=kills)
+    return slot.model(slot.holder(0), slot.passer(1), slot.holder(2), kills=kills)
 
 
 def busy_heap(kills: int = 2, **how: Any) -> Model:
     slot = Slot(**how)
-    return model(slot, "busy heap", slot.holder(0), slot.holder(1), slot.neighbour, kills=kills)
+    return slot.model(slot.holder(0), slot.holder(1), slot.neighbour, kills=kills)
 
 
 def four(kills: int = 3, **how: Any) -> Model:
     slot = Slot(**how)
-    return model(
-        slot, "four", slot.holder(0), slot.passer(1), slot.holder(2), slot.neighbour, kills=kills
-    )
+    return slot.model(slot.holder(0), slot.passer(1), slot.holder(2), slot.neighbour, kills=kills)
 
 
 MODELS = {

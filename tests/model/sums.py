@@ -19,23 +19,11 @@ the entry, sequence even. A sum is here what it is of, so that two never agree b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from .explorer import (
-    DIED,
-    Memory,
-    Model,
-    Steps,
-    after_all,
-    call,
-    consistent,
-    fail,
-    load,
-    lock,
-    store,
-    unlock,
-)
+from .explorer import Memory, Model, Steps, Word
+from .operations import after_all, call, fail, load, store, unlock
+from .subject import Subject, process
 
 RULES = {
     "sum, then flip": "the sum of a field copy is stored before `cur` lets it count",
@@ -62,21 +50,18 @@ def sum_of(*what: object) -> object:
     return ("sum", *what)
 
 
-class Record:
+class Record(Subject):
     """One slot; at first domain a (UUID A), committed by `cur` 0 with the tag "first"."""
 
-    def __init__(self, dropped: str = ""):
-        assert not dropped or dropped in RULES, dropped
-        self.dropped = dropped
+    rules = RULES
 
-    def follows(self, rule: str) -> bool:
-        assert rule in RULES, rule
-        return rule != self.dropped
+    def locks(self) -> list[Word]:
+        return [LIST, SLOT]
 
-    def words(self) -> dict[object, object]:
+    def words(self) -> dict[Word, Any]:
         """`committed` is a fact: every (life, cur, name, UUID, tag) that ever counted."""
         name, uuid = FIRST
-        words: dict[object, object] = {"life": 1, "cur": (0, 0), "sequence": 0, "entry": True}
+        words: dict[Word, Any] = {"life": 1, "cur": (0, 0), "sequence": 0, "entry": True}
         words.update({("uuid", half): uuid for half in (0, 1)})
         for which in (0, 1):
             words.update({("ids", which): "", ("version", which): ""})
@@ -138,9 +123,8 @@ class Record:
     # --- locks ---
 
     def lock_list(self) -> Steps:
-        if self.follows("list lock") and (yield lock(LIST)) == DIED:
-            yield call(self.repair)
-            yield consistent(LIST)
+        if self.follows("list lock"):
+            yield from self.enter(LIST, self.repair)
 
     def unlock_list(self) -> Steps:
         if self.follows("list lock"):
@@ -156,9 +140,8 @@ class Record:
             yield store("entry", True)
         yield store("sequence", (was | 1) + 1)
 
-    def lock_slot(self) -> Steps:
-        if (yield lock(SLOT)) == DIED:
-            yield consistent(SLOT)
+    def lock_record(self) -> Steps:
+        yield from self.enter(SLOT)
         yield call(self.check)
 
     def check(self) -> Steps:
@@ -203,38 +186,25 @@ class Record:
             halves = (yield load(("name", 1 - which, 0))), (yield load(("name", 1 - which, 1)))[0]
         yield store(("name", which, 1), (name, sum_of(*halves, uuid, uuid)))
 
-    def begin(self) -> Steps:
-        was = yield load("sequence")
-        yield store("sequence", was | 1)
-
-    def end(self) -> Steps:
-        was = yield load("sequence")
-        yield store("sequence", was + 1)
-
     # --- processes ---
 
-    def commit(self, *tags: str) -> Callable[[], Steps]:
+    @process
+    def commit(self, *tags: str) -> Steps:
         """All in one hold."""
+        yield call(self.lock_record)
+        for tag in tags if (yield load("life")) & 1 else ():
+            choice = yield call(self.choice)
+            yield call(self.flip, tag, choice)
+        yield unlock(SLOT)
 
-        def process() -> Steps:
-            yield call(self.lock_slot)
-            for tag in tags if (yield load("life")) & 1 else ():
-                choice = yield call(self.choice)
-                yield call(self.flip, tag, choice)
-            yield unlock(SLOT)
-
-        return process
-
-    def rename(self, *names: str) -> Callable[[], Steps]:
-        def process() -> Steps:
-            yield call(self.lock_list)
-            yield call(self.lock_slot)
-            for name in names if (yield load("life")) & 1 else ():
-                yield call(self.change_name, name)
-            yield unlock(SLOT)
-            yield call(self.unlock_list)
-
-        return process
+    @process
+    def rename(self, *names: str) -> Steps:
+        yield call(self.lock_list)
+        yield call(self.lock_record)
+        for name in names if (yield load("life")) & 1 else ():
+            yield call(self.change_name, name)
+        yield unlock(SLOT)
+        yield call(self.unlock_list)
 
     def change_name(self, name: str) -> Steps:
         uuid = yield load(("uuid", 0))
@@ -245,19 +215,16 @@ class Record:
         yield call(self.flip, name, spare)
         yield call(self.end)
 
-    def replace(self, name: str, uuid: str) -> Callable[[], Steps]:
+    @process
+    def replace(self, name: str, uuid: str) -> Steps:
         """Remove what is there, then insert into the slot."""
-
-        def process() -> Steps:
-            yield call(self.lock_list)
-            yield call(self.lock_slot)
-            if (yield load("life")) & 1:
-                yield call(self.remove)
-            yield call(self.insert, name, uuid)
-            yield unlock(SLOT)
-            yield call(self.unlock_list)
-
-        return process
+        yield call(self.lock_list)
+        yield call(self.lock_record)
+        if (yield load("life")) & 1:
+            yield call(self.remove)
+        yield call(self.insert, name, uuid)
+        yield unlock(SLOT)
+        yield call(self.unlock_list)
 
     def remove(self) -> Steps:
         life = yield load("life")
@@ -324,97 +291,51 @@ class Record:
     def audit(self) -> Steps:
         yield after_all()
         yield call(self.lock_list)
-        yield call(self.lock_slot)
+        yield call(self.lock_record)
         yield unlock(SLOT)
         yield call(self.unlock_list)
 
 
-def model(record: Record, name: str, *processes: Callable[[], Steps], kills: int) -> Model:
-    return Model(
-        name=f"sums, {name}",
-        words=record.words(),
-        locks=[LIST, SLOT],
-        processes=[*processes, record.audit],
-        claim=lambda memory: None,
-        observe=record.observe,
-        kills=kills,
-        audited=True,
-    )
-
-
 def read(kills: int = 1, **how: Any) -> Model:
     record = Record(**how)
-    return model(
-        record, "read", record.commit("x", "y"), record.rename("b"), record.view, kills=kills
-    )
+    return record.model(record.commit("x", "y"), record.rename("b"), record.view, kills=kills)
 
 
 def read_replaced(kills: int = 2, **how: Any) -> Model:
     record = Record(**how)
-    return model(
-        record,
-        "read, replaced",
-        record.replace("b", "B"),
-        record.rename("c"),
-        record.view,
-        kills=kills,
-    )
+    return record.model(record.replace("b", "B"), record.rename("c"), record.view, kills=kills)
 
 
 def handed_on(kills: int = 3, **how: Any) -> Model:
     record = Record(**how)
-    return model(
-        record,
-        "handed on",
-        record.commit("x", "y"),
-        record.rename("b"),
-        record.replace("c", "C"),
-        kills=kills,
+    return record.model(
+        record.commit("x", "y"), record.rename("b"), record.replace("c", "C"), kills=kills
     )
 
 
 def repaired(kills: int = 1, **how: Any) -> Model:
     """The list is repaired beside who holds the slot."""
     record = Record(**how)
-    return model(
-        record,
-        "repaired",
-        record.commit("x"),
-        record.rename("b", "c"),
-        record.repair_list,
-        kills=kills,
+    return record.model(
+        record.commit("x"), record.rename("b", "c"), record.repair_list, kills=kills
     )
 
 
 def ids_repaired(kills: int = 1, **how: Any) -> Model:
     record = Record(**how)
-    return model(
-        record,
-        "ids repaired",
-        record.commit("x", "y"),
-        record.replace("b", "B"),
-        record.beside,
-        kills=kills,
+    return record.model(
+        record.commit("x", "y"), record.replace("b", "B"), record.beside, kills=kills
     )
 
 
 def passed(kills: int = 1, **how: Any) -> Model:
     record = Record(**how)
-    return model(
-        record,
-        "passed",
-        record.rename("b"),
-        record.replace("c", "C"),
-        record.pass_by,
-        kills=kills,
-    )
+    return record.model(record.rename("b"), record.replace("c", "C"), record.pass_by, kills=kills)
 
 
 def crowd(kills: int = 2, **how: Any) -> Model:
     record = Record(**how)
-    return model(
-        record,
-        "crowd",
+    return record.model(
         record.commit("x", "y"),
         record.rename("b"),
         record.replace("c", "C"),
