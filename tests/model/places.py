@@ -21,8 +21,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .explorer import DIED, Memory, Model, Steps, after_all, call, consistent, fail, load, lock
-from .explorer import store, unlock
+from .explorer import (
+    DIED,
+    Memory,
+    Model,
+    Steps,
+    after_all,
+    call,
+    consistent,
+    fail,
+    load,
+    lock,
+    store,
+    unlock,
+)
 
 RULES = {
     "born next": "a version says whether its blob came in as the next definition",
@@ -167,9 +179,13 @@ class Places:
         fields: Fields = memory["copy", memory["cur"] & 1]
         return fields if self.follows("in the copy") else (memory["swapped"], *fields[1:])
 
+    def cell(self, memory: Memory, at: tuple[int, int]) -> int | None:
+        cell: int | None = memory["extent", at[0], at[1]]
+        return cell
+
     def observe(self, memory: Memory) -> None:
         fields = self.fields(memory)
-        cell = memory["extent", *self.place(DEFINITION, fields)]
+        cell = self.cell(memory, self.place(DEFINITION, fields))
         what = None if cell is None else memory["cell", cell][1]
         known = memory["known", fields[2][DEFINITION]]
         if known is None:
@@ -183,10 +199,10 @@ class Places:
             version = fields[2][kind]
             if version is None:
                 continue
-            cell = memory["extent", *self.place(kind, fields)]
+            cell = self.cell(memory, self.place(kind, fields))
             if cell is None or memory["cell", cell] is None or memory["cell", cell][0] != version:
                 return f"blob {kind} of version {version} is not in cell {cell}"
-        named = [memory["extent", *at] for at in PLACES if memory["extent", *at] is not None]
+        named = [cell for at in PLACES if (cell := self.cell(memory, at)) is not None]
         if len(set(named)) < len(named):
             return f"a cell is named twice: {named}"
         twice: str | None = memory["twice"]
