@@ -402,7 +402,7 @@ def activate(doms: DomainList) -> Iterator[None]:
     yield
 
 
-@operation(points=64)
+@operation(points=21)
 def deactivate(doms: DomainList) -> Iterator[None]:
     """The next definition becomes the live one."""
     with doms.get(name="vm1") as dom:
@@ -410,7 +410,7 @@ def deactivate(doms: DomainList) -> Iterator[None]:
     yield
 
 
-@operation(points=67)
+@operation(points=24)
 def restart(doms: DomainList) -> Iterator[None]:
     """Another id in one commit."""
     with doms.get(name="vm1") as dom:
@@ -420,6 +420,19 @@ def restart(doms: DomainList) -> Iterator[None]:
 
 
 # Remove
+
+
+@operation(points=73)
+def deactivate_and_back(doms: DomainList) -> Iterator[None]:
+    """The two definitions change places, and a next one comes into the other; then again."""
+    with doms.get(name="vm1") as dom:
+        dom.deactivate()
+        dom.next_definition = definition(1, 4000)
+        dom.commit()
+        yield
+        dom.activate()
+        dom.deactivate()
+    yield
 
 
 @operation(points=32, locks=3)

@@ -406,6 +406,70 @@ def test_a_full_heap_while_renaming(tmp_path: Path) -> None:
         assert [info.name for info in doms] == ["web2"] and doms.check().problems == []
 
 
+@pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+def test_a_restart_in_a_full_list(lock: Any) -> None:
+    """With 512 domains the id index is as full as it may get; one id takes another one's place."""
+    with DomainList(max_domains=512, lock=lock) as doms:
+        made_of = definition("vm")
+        for number in range(512):
+            doms.define(made_of.replace(name=f"vm{number}", uuid=None))
+            with doms.get(name=f"vm{number}") as dom:
+                dom.activate()
+        for name in ("vm0", "vm511", "vm0"):
+            with doms.get(name=name) as dom:
+                before = dom.id
+                dom.deactivate()
+                after = dom.activate(pid=7)
+            assert doms.peek(id=before) is None and doms.peek(id=after).name == name
+        assert doms.check().problems == [] and doms.count(active=True) == 512
+
+
+@pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+def test_a_domain_is_stopped_in_a_full_heap(lock: Any) -> None:
+    """Its next definition becomes live where it lies."""
+    with DomainList(max_domains=64, max_bytes=2 * MIB, lock=lock) as doms:
+        doms.define(definition("web1"))
+        uuid = doms.peek(name="web1").uuid
+        with doms.get(name="web1") as dom:
+            dom.activate(pid=7)
+        doms.define(definition("web1", uuid, description="y" * 40_000))
+        names = refill(doms, 64)
+        for size in (1 << n for n in range(15, 0, -1)):  # to the last cell
+            with contextlib.suppress(SegmentFull):
+                while True:
+                    doms.define(definition(f"fill{len(doms)}", description="z" * size))
+        with doms.get(name=names[0]) as dom:
+            dom.data = b"x" * 100
+            with pytest.raises(SegmentFull):
+                dom.commit()
+        info = doms.peek(name="web1")
+        live, following = info.definition, info.next_definition
+        with doms.get(name="web1") as dom:
+            dom.deactivate()
+            with pytest.raises(SegmentFull):
+                dom.next_definition = live.replace(description="w" * 80_000)
+                dom.commit()
+            dom.deactivate()
+            dom.commit()
+            assert dom.definition == following and dom.next_definition is None
+        info = doms.peek(name="web1")
+        assert info.definition == following != live and info.next_definition is None
+        assert doms.check().problems == []
+        # There and back: each place holds either kind.
+        doms.undefine(name=names[0])
+        for turn in range(4):
+            with doms.get(name="web1") as dom:
+                dom.activate()
+                dom.next_definition = live.replace(description=f"turn {turn}")
+            with doms.get(name="web1") as dom:
+                dom.deactivate()
+                dom.next_definition = live.replace(description=f"after {turn}")
+            info = doms.peek(name="web1")
+            assert info.definition.description == f"turn {turn}"
+            assert info.next_definition.description == f"after {turn}"
+            assert doms.check().problems == []
+
+
 # --- descriptors -------------------------------------------------------------------------------
 
 

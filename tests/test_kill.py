@@ -35,7 +35,7 @@ from killing import (
     xml,
 )
 
-from shmdomains import Busy, DomainDef, DomainList, LockTimeout
+from shmdomains import Busy, DomainDef, DomainList, LockTimeout, SegmentFull
 
 NAMES = ["a", "b", "c"]
 
@@ -585,3 +585,77 @@ def test_definitions_survive_their_definers(
     with doms.get(name="d", timeout=DEADLINE) as dom:
         assert dom.data == 1
         assert dom.persistent
+
+
+# --- room ----------------------------------------------------------------------------------------
+
+
+def leave_garbage(planted: Planted, slot: int, cells: int) -> None:
+    """As a holder leaves it that dies between allocating and committing."""
+    cell = planted.watermark(planted.header("heap_committed")) - cells & ~63
+    planted.write(planted.slot(slot, "extent") + 8 * 4, cell << 25 | cells * 64)
+    first = planted.at["map"] + cell // 8
+    for word in range(first, first + cells // 8, 8):
+        assert planted.read(word) == 0
+        planted.write(word, (1 << 64) - 1)
+    used = planted.header("heap_used")
+    planted.write(used, planted.read(used) + cells)
+    planted.write(planted.slot(slot, "dirty"), 1)
+
+
+def want_room(pipe: Pipe, path: str, left: str, what: str, lock: Any) -> None:
+    def change() -> None:
+        if what == "define":
+            doms.define(large.replace(name="new", uuid=None))
+        elif what == "change":
+            with doms.get(name="a", timeout=0) as dom:
+                dom.data = "x" * 400_000
+        else:
+            with doms.locked(), doms.find_by_name("a", timeout=0) as dom:
+                doms.rename(dom, "new")
+
+    doms = DomainList.create(path=path, max_domains=40, max_bytes=3 << 20, lock=lock)
+    large = DomainDef.from_xml(xml("a", title="x" * 200_000))
+    for name in NAMES:
+        doms.define(xml(name))
+    if what == "rename":
+        doms.define(large.replace(uuid=doms.peek(name="a").uuid))
+    with doms.get(name="c") as dom:
+        dom.data = "x" * 1_200_000
+        dom.commit()
+        dom.data = None
+    holder = fork(hold_in, doms, "b")
+    assert holder.hear() == holder.pid
+    with Planted(path) as planted:
+        leave_garbage(planted, 1, 8192)
+    with pytest.raises(SegmentFull):
+        for number in range(40):
+            doms.define(xml(f"more{number}", title="x" * 100_000))
+    for _ in range(2):
+        with pytest.raises(SegmentFull):
+            change()  # its holder lives
+        assert doms.check().counts["garbage"] == 1
+    if left == "dead":
+        holder.kill()
+    else:
+        holder.tell("let go")
+        assert holder.hear() == "free"
+    with soon("the room"):
+        change()
+    assert doms.check().counts["garbage"] == 0
+    sound(doms)
+    with doms.get(name="b", timeout=DEADLINE) as dom:
+        died = dom.previous_owner_died
+        assert (died and died.pid) == (holder.pid if left == "dead" else None)
+    pipe.say("fine")
+    pipe.rest()
+
+
+@pytest.mark.parametrize("what", ["define", "change", "rename"])
+@pytest.mark.parametrize("left", ["dead", "put off"])
+@pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+def test_room_that_only_the_dead_hold(
+    start: Callable[..., Child], path: str, what: str, left: str, lock: str
+) -> None:
+    """What finds no room takes back garbage first: of the dead, and what was put off."""
+    assert start(want_room, path, left, what, lock).hear(3 * DEADLINE) == "fine"

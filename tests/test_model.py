@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from helpers import SOAK
-from model import free_slots, growth, heap, ids, index, slots, sums
+from model import free_slots, growth, heap, ids, index, places, slots, sums
 from model.explorer import DIED, Explorer, Memory, Model, Outcome, Steps
 from model.operations import after_all, call, consistent, load, lock, store, unlock
 
@@ -22,6 +22,7 @@ SUBJECTS = {
     "ids": ids,
     "slots": slots,
     "growth": growth,
+    "places": places,
 }
 LIMIT = 20_000_000 if SOAK else 400_000
 
@@ -92,6 +93,9 @@ FEWEST = {
     "slots: unneeded: garbage, then dirty 0": 4_090,
     "slots: hand-over, three kills": 7_330,
     "slots: four": 30_100,
+    "places: stopped": 4_700,
+    "places: at once": 5_270,
+    "places: crowd": 103_500,
     "growth: one grows": 1_570,
     "growth: two grow": 14_900,
     "growth: two grow, four kills": 17_800,

@@ -66,6 +66,8 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
         raise_code(result, f"define domain {name!r}")
     lock_free_slot(doms, &slot, &link, deadline, timeout)
     result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
+    if no_room(result) and reclaim(doms, slot):
+        result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
     if result != SD_OK:
         if epoch == sd_fork_epoch:  # else the lock is the parent's
             release_slot(doms, slot, False)
@@ -137,6 +139,8 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
     if next_definition is not None:
         set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
     cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
+    if no_room(result) and reclaim(doms, mine.slot):
+        result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
     if result != SD_OK:
         raise_poison_or_code(doms, result, f"rename to {name!r}")
     reload_values(mine)

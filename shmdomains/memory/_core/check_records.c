@@ -85,7 +85,7 @@ static unsigned check_blobs(const sd_check *check, uint32_t slot, const sd_view 
                      b);
         if (extents[b] == SD_MISMATCH)
             sd_fault(check, "I2 extents", "slot %u: blob %d does not fit its checksum", slot, b);
-        if (view->values.version[b] > sd_count_value(view->cur))
+        if (sd_version_count(view->values.version[b]) > sd_count_value(view->cur))
             sd_fault(check, "I3 fields", "slot %u: blob %d is newer than its record", slot, b);
     }
     if (extents[SD_DEFINITION] == SD_MISS)

@@ -136,7 +136,7 @@ uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const v
                      uint64_t size)
 {
     const unsigned char *at = bytes;
-    uint64_t p = uuid[0] ^ size, q = uuid[1], r = (uint64_t)blob, s = version, h;
+    uint64_t p = uuid[0] ^ size, q = uuid[1], r = blob == SD_DATA, s = version, h;
     for (; size >= 32; size -= 32, at += 32) {
         p = stir(p, sd_bytes(at, 8));
         q = stir(q, sd_bytes(at + 8, 8));
@@ -152,6 +152,13 @@ uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const v
     return h ^ h >> 32;
 }
 
+static const sd_word *current_extent(const sd_segment *segment, uint32_t slot,
+                                     const sd_values *values, int blob)
+{
+    const uint64_t flags = values->flags;
+    return &segment->slots[slot].extent[sd_place(flags, blob)][sd_choice(flags, blob)];
+}
+
 static bool holds_blob(const sd_segment *segment, uint64_t extent)
 {
     return sd_extent_valid(segment, extent) && SD_EXTENT_BYTES(extent) > 8;
@@ -160,7 +167,7 @@ static bool holds_blob(const sd_segment *segment, uint64_t extent)
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
                 uint64_t *extent)
 {
-    *extent = sd_load(&segment->slots[slot].extent[blob][sd_choice(values->flags, blob)]);
+    *extent = sd_load(current_extent(segment, slot, values, blob));
     return holds_blob(segment, *extent) ? SD_OK : SD_CORRUPT;
 }
 
@@ -185,7 +192,7 @@ int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view
                    uint64_t *extent)
 {
     if (!(view->values.flags & SD_FLAG_PRESENT(blob))) return SD_MISS;
-    *extent = sd_load(&segment->slots[slot].extent[blob][sd_choice(view->values.flags, blob)]);
+    *extent = sd_load(current_extent(segment, slot, &view->values, blob));
     if (holds_blob(segment, *extent)) return SD_OK;
     return sd_view_check(segment, slot, view) == SD_OK ? SD_CORRUPT : SD_DOUBT;
 }

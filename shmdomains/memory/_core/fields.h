@@ -27,6 +27,18 @@ static inline int sd_choice(uint64_t flags, int blob)
     return (flags & SD_FLAG_CHOICE(blob)) != 0;
 }
 
+/* Where a blob's descriptors are (I6). */
+static inline int sd_place(uint64_t flags, int blob)
+{
+    return blob == SD_DATA ? blob : blob ^ ((flags & SD_FLAG_SWAPPED) != 0);
+}
+
+/* The value of `cur` in a version. */
+static inline uint64_t sd_version_count(uint64_t version)
+{
+    return version & ~SD_BORN_NEXT;
+}
+
 /* name: 252 bytes, length first; length 0, which no domain has: name or uuid is damaged.  The truth
  * with the slot's or the list lock held; without them a hint, or part of sd_view_begin(). */
 void sd_name_get(const sd_segment *segment, uint32_t slot, uint64_t flags, unsigned char *name);
@@ -37,7 +49,7 @@ void sd_name_set(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_
 bool sd_uuid_sound(const sd_slot *record);
 
 /* What stands in front of a blob, so that no other bytes pass for it: another domain's, of another
- * kind, or of another time. */
+ * kind, or of another time.  The version tells the two kinds of definition apart. */
 uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
                      uint64_t size);
 /* The extent of a blob that is present, checksum first; slot lock held.  SD_CORRUPT. */

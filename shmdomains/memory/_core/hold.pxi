@@ -130,6 +130,9 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
             if record.blobs[b] is not None:
                 set_change(&changes[b], record.blobs[b])
     result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, deadline)
+    if no_room(result) and reclaim(record.segment, record.slot):
+        result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
+                           deadline)
     if result != SD_OK:
         _objects, _blobs = record.objects, record.blobs  # freed later: that may run anything
         drop_changes(record)

@@ -39,6 +39,11 @@
  *     index store, and never while waiting for a lock.  Repair: seq |= 1, rebuild, seq + 1.  A
  *     lock-free hit is verified under the slot lock; a lock-free miss is believed only if the
  *     sequence was even and unchanged.
+ * I6  A next definition becomes the definition where it lies: the commit toggles SWAPPED in the
+ *     spare copy, and so `cur` says that the two blobs have changed places.  No descriptor, map or
+ *     byte of the heap changes, so a domain can be stopped when the heap is full.  A dead writer
+ *     has done it or not; the old definition is garbage like any other.  The blob keeps its version
+ *     and with it its checksum.
  *
  * Damage.  A flipped bit must not make a wrong domain under a right name.  So what says which
  * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
@@ -63,7 +68,7 @@
 #include <string.h>
 
 #define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
-#define SD_LAYOUT 4u
+#define SD_LAYOUT 5u
 
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
@@ -95,14 +100,19 @@ enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
 typedef struct {
     sd_word ids;               /* low half: id (int32, -1 inactive); high half: pid (int32, -1) */
     sd_word status;            /* bits 0-15 state, 16-31 reason, 32-50 SD_FLAG_*, 51.. checksum */
-    sd_word version[SD_BLOBS]; /* value of `cur` that brought this blob in: decoders cache by it */
+    sd_word version[SD_BLOBS]; /* value of `cur` that brought this blob in, and whether as the next
+                                  definition (SD_BORN_NEXT): decoders cache by it */
 } sd_fields;
 
 #define SD_FLAG_PERSISTENT (1ull << 32)
 #define SD_FLAG_AUTOSTART (1ull << 33)
 #define SD_FLAG_NAME (1ull << 34)               /* which name buffer is current */
+#define SD_FLAG_SWAPPED (1ull << 35)            /* the two definitions have changed places, I6 */
 #define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b is current */
 #define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
+
+/* One commit may bring in both definitions; this tells their versions apart, for good. */
+#define SD_BORN_NEXT (1ull << 48)
 
 #define SD_SUM_SHIFT 51
 #define SD_SUM_BITS 13
@@ -162,7 +172,8 @@ typedef struct {
     sd_fields copy1; /* Slot lock (I3) */
     sd_owner owner;  /* Slot lock */
     /* line 3 */
-    sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  Slot + heap lock
+    sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  By place, which is
+                                    the blob's number unless SD_FLAG_SWAPPED.  Slot + heap lock
                                     (I2); a dead writer's is whole, named and kept.  Garbage is
                                     freed by the slot's next holder, in a FREE slot also by whoever
                                     repairs the list */

@@ -144,7 +144,8 @@ uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot)
     for (int b = 0; b < SD_BLOBS; b++)
         for (int i = 0; i < 2; i++) {
             bool current = values.flags & SD_FLAG_PRESENT(b) && sd_choice(values.flags, b) == i;
-            if (!live || !current) cells += sd_heap_free(segment, &record->extent[b][i]);
+            sd_word *descriptor = &record->extent[sd_place(values.flags, b)][i];
+            if (!live || !current) cells += sd_heap_free(segment, descriptor);
         }
     sd_publish(&record->dirty, 0);
     return cells;

@@ -43,7 +43,7 @@ void sd_prefetch_insert(const sd_segment *segment)
 /* --- commit ---------------------------------------------------------------------------------- */
 
 /* Allocate the new blobs into the spare descriptors, all or nothing.  Heap lock held. */
-static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *values,
+static int allocate_blobs(sd_segment *segment, uint32_t slot, uint64_t flags,
                           const sd_blob blobs[SD_BLOBS])
 {
     sd_slot *record = &segment->slots[slot];
@@ -51,7 +51,7 @@ static int allocate_blobs(sd_segment *segment, uint32_t slot, const sd_values *v
     sd_free_garbage(segment, slot);
     for (int b = 0; b < SD_BLOBS && result == SD_OK; b++) {
         if (!blobs[b].change || !blobs[b].bytes) continue;
-        sd_word *spare = &record->extent[b][!sd_choice(values->flags, b)];
+        sd_word *spare = &record->extent[sd_place(flags, b)][!sd_choice(flags, b)];
         result = sd_heap_allocate(segment, spare, blobs[b].size + 8);
     }
     if (result != SD_OK) sd_free_garbage(segment, slot);
@@ -66,17 +66,45 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
     uint64_t version = sd_count_value(sd_load(&record->cur)) + 1;
     for (int b = 0; b < SD_BLOBS; b++) {
         if (!blobs[b].change) continue;
-        values->version[b] = version;
+        values->version[b] = b == SD_NEXT_DEFINITION ? version | SD_BORN_NEXT : version;
         values->flags &= ~SD_FLAG_PRESENT(b);
         if (!blobs[b].bytes) continue;
         values->flags ^= SD_FLAG_CHOICE(b);
         values->flags |= SD_FLAG_PRESENT(b);
-        uint64_t extent = sd_load(&record->extent[b][sd_choice(values->flags, b)]);
+        int place = sd_place(values->flags, b);
+        uint64_t extent = sd_load(&record->extent[place][sd_choice(values->flags, b)]);
         sd_word *to = sd_extent_at(segment, extent);
         sd_prefetch_write(to, blobs[b].size + 8); /* arrives while the sum is computed */
-        sd_store(to, sd_blob_sum(uuid, b, version, blobs[b].bytes, blobs[b].size));
+        sd_store(to, sd_blob_sum(uuid, b, values->version[b], blobs[b].bytes, blobs[b].size));
         sd_copy_in(to + 1, blobs[b].bytes, blobs[b].size);
     }
+}
+
+/* Does the new definition lie in the heap already, sound, as the next definition that goes? */
+static bool is_next(const sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
+                    const sd_values *now, const sd_blob blobs[SD_BLOBS])
+{
+    const sd_blob *wanted = &blobs[SD_DEFINITION];
+    uint64_t extent, version = now->version[SD_NEXT_DEFINITION];
+    if (!wanted->bytes || !blobs[SD_NEXT_DEFINITION].change) return false;
+    if (!(now->flags & SD_FLAG_PRESENT(SD_NEXT_DEFINITION))) return false;
+    if (sd_blob_get(segment, slot, now, SD_NEXT_DEFINITION, &extent) != SD_OK) return false;
+    if (SD_EXTENT_BYTES(extent) != wanted->size + 8) return false;
+    const sd_word *there = sd_extent_at(segment, extent);
+    if (memcmp((const void *)(there + 1), wanted->bytes, wanted->size)) return false;
+    return sd_load(there) == sd_blob_sum(uuid, SD_NEXT_DEFINITION, version, wanted->bytes,
+                                         wanted->size);
+}
+
+/* The next definition becomes the definition where it lies (I6); it leaves no next one. */
+static void change_places(sd_values *values)
+{
+    const uint64_t both = SD_FLAG_CHOICE(SD_DEFINITION) | SD_FLAG_CHOICE(SD_NEXT_DEFINITION);
+    uint64_t chosen = values->flags & both;
+    values->flags ^= SD_FLAG_SWAPPED;
+    if (chosen && chosen != both) values->flags ^= both;
+    values->flags &= ~SD_FLAG_PRESENT(SD_NEXT_DEFINITION);
+    values->version[SD_DEFINITION] = values->version[SD_NEXT_DEFINITION];
 }
 
 /* The flip together with what the id index says (I4); id lock held, room reserved. */
@@ -117,8 +145,9 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
 }
 
 int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
-              const sd_blob blobs[SD_BLOBS], const unsigned char *name, uint64_t deadline)
+              const sd_blob changes[SD_BLOBS], const unsigned char *name, uint64_t deadline)
 {
+    sd_blob blobs[SD_BLOBS] = {changes[0], changes[1], changes[2]};
     sd_slot *record = &segment->slots[slot];
     sd_values now, next = *values;
     unsigned char old_name[SD_NAME_MAX + 1];
@@ -132,6 +161,11 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     }
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
+    bool moved = blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs);
+    if (moved) {
+        change_places(&next);
+        blobs[SD_DEFINITION].change = false;
+    }
     for (int b = 0; b < SD_BLOBS; b++) {
         blob_changes |= blobs[b].change;
         new_blobs |= blobs[b].change && blobs[b].bytes;
@@ -141,10 +175,12 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     int result = sd_short_locks(segment, ids, new_blobs, deadline);
     if (result != SD_OK) return result;
     if (new_blobs) {
-        result = allocate_blobs(segment, slot, &now, blobs);
+        result = allocate_blobs(segment, slot, next.flags, blobs);
         sd_heap_unlock(segment);
     }
-    if (result == SD_OK && ids && next.id >= 0) result = sd_index_reserve(segment, SD_ID_INDEX);
+    /* An id that takes another one's place needs no room: a table is half empty at least. */
+    if (result == SD_OK && next.id >= 0 && now.id < 0)
+        result = sd_index_reserve(segment, SD_ID_INDEX);
     if (result != SD_OK) {
         int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
         if (ids) sd_ids_unlock(segment);
@@ -239,10 +275,11 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     sd_values_get(segment, slot, &now); /* the slot is FREE: any choice will do */
     int result = sd_short_locks(segment, false, true, deadline);
     if (result != SD_OK) return result;
-    result = allocate_blobs(segment, slot, &now, blobs);
+    result = allocate_blobs(segment, slot, now.flags, blobs);
     sd_heap_unlock(segment);
     if (result != SD_OK) return result;
     next.flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART;
+    next.flags |= now.flags & SD_FLAG_SWAPPED;
     for (int b = 0; b < SD_BLOBS; b++) next.flags |= now.flags & SD_FLAG_CHOICE(b);
     fill_blobs(segment, slot, uuid, &next, blobs);
     sd_name_set(segment, slot, uuid, &next, name);

@@ -2,8 +2,10 @@
 #
 # Whoever takes a lock next repairs what a dead holder left. `recover_locks` takes every lock, and
 # lists what it repaired and who holds the rest; it waits for the list lock and the short ones, not
-# for domains. `salvage_slot` reads what damage left of one record, without a lock or an index.
+# for domains. A change that finds no room has `reclaim` free what the dead hold, and is tried once
+# more. `salvage_slot` reads what damage left of one record, without a lock or an index.
 
+cimport libc.errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -105,6 +107,44 @@ cdef uint64_t recover_slots(Segment doms, list repairs, list held) except? 1:
         freed += repair.freed
         note_repair(repairs, "domain", name, &repair)
     return freed
+
+
+cdef bint reclaim(Segment doms, uint32_t held) noexcept:
+    """Room was wanted and not there: free what only the dead hold, and garbage that was put off.
+    Whether there was any. The caller holds slot `held`; the others' locks are only tried, so it
+    waits for nobody, and who died there is told to the next holder all the same."""
+    cdef uint64_t before = sd_self().repair.freed
+    cdef int error = libc.errno.errno  # says why there is no memory
+    try:
+        reclaim_slots(doms, held)
+    except Exception:  # the list was closed or poisoned: what is raised is why there is no room
+        return False
+    finally:
+        libc.errno.errno = error
+    return sd_self().repair.freed != before
+
+
+cdef int reclaim_slots(Segment doms, uint32_t held) except -1:
+    cdef uint32_t slot
+    cdef sd_slot *at
+    cdef bint busy
+    for slot in range(slot_count(doms)):
+        at = &doms.segment.slots[slot]
+        busy = sd_load(&at.owner.who) != 0 if doms.multiprocessing else sd_mutex_busy(&at.mutex)
+        if not busy and not sd_load(&at.dirty):
+            continue
+        if slot == held or sd_self().held >= SD_HELD_MAX or held_pointer(doms, slot, 0) != NULL:
+            continue
+        if acquire_slot(doms, slot, SD_TRY) == SD_TIMEOUT:
+            continue
+        if sd_load(&at.dirty):
+            sd_tidy(doms.segment, slot)
+        release_slot(doms, slot, False)
+    return 0
+
+
+cdef inline bint no_room(int result) noexcept:
+    return result == SD_FULL or result == SD_NO_MEMORY
 
 
 cdef int note_repair(list repairs, object lock, object name, const sd_repair *repair) except -1:
