@@ -20,10 +20,29 @@ from typing import Any
 # A child that is forked while another thread imports would wait for ever for that thread to finish
 # the module. So a fork waits for it instead.
 _importing = threading.RLock()
+_PATIENCE = 10.0  # seconds; for whoever forks in the middle of what the import itself waits for
+_held_for_fork = False
+
+
+def _before_fork() -> None:
+    global _held_for_fork
+    _held_for_fork = _importing.acquire(timeout=_PATIENCE)
+
+
+def _after_fork_in_parent() -> None:
+    if _held_for_fork:
+        _importing.release()
+
+
+def _after_fork_in_child() -> None:
+    global _importing
+    _importing = threading.RLock()  # whoever else held it is not here
+
+
 os.register_at_fork(
-    before=_importing.acquire,
-    after_in_parent=_importing.release,
-    after_in_child=_importing.release,
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
 )
 
 _all: list[LazyModule] = []

@@ -110,7 +110,7 @@ class DictStore:
         if record in self._records:
             self._records[record].lock.release()
 
-    def insert(self, new: NewDomain, timeout: float | None) -> int:
+    def insert(self, new: NewDomain, timeout: float | None) -> tuple[int, DomainInfo]:
         if len(self._records) == self._room:
             raise SegmentFull(f"define a domain: there is room for {self._room}")
         record = Record(
@@ -131,12 +131,13 @@ class DictStore:
         record.lock.acquire("a new domain", 0)
         number = next(self._numbers)
         self._records[number] = record
-        return number
+        return number, record.info()
 
-    def commit(self, record: int, changes: Changes, timeout: float | None) -> None:
+    def commit(self, record: int, changes: Changes, timeout: float | None) -> DomainInfo:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
+        return there.info()
 
     def remove(self, record: int, timeout: float | None) -> None:
         there = self._records.pop(record)

@@ -8,6 +8,7 @@ this in a way of its own (`rules/store.py` names it), so each is asked.
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import shmdomains
 from shmdomains import (
     AlreadyLocked,
     DefinitionError,
+    DomainDef,
     DomainInfo,
     DomainLocked,
     DomainNotFound,
@@ -405,3 +407,50 @@ def test_the_rules_import_without_the_core() -> None:
     loaded = ast.literal_eval(found.stdout)
     assert "shmdomains.rules.domain_list" in loaded
     assert [name for name in loaded if ".memory." in name] == []
+
+
+# --- what runs in the middle of a setter -------------------------------------------------------
+
+
+class Unlocks:
+    """A number whose look-up unlocks the domain that it is to be assigned to."""
+
+    def __init__(self, dom: Any) -> None:
+        self._dom = dom
+
+    def __index__(self) -> int:
+        self._dom.unlock()
+        return 1
+
+
+@pytest.mark.parametrize("field", ["pid", "state", "reason"])
+def test_a_value_that_unlocks_the_domain_changes_nothing(doms: Any, field: str) -> None:
+    dom = doms.get(name="a")
+    before = doms.peek(name="a")
+    with pytest.raises(DomainNotLocked):
+        setattr(dom, field, Unlocks(dom))
+    assert not dom.is_locked and doms.peek(name="a") == before
+
+
+def test_a_definition_that_goes_may_unlock(doms: Any) -> None:
+    """The end of the pending definition that is replaced runs after the change is whole."""
+    ended = []
+
+    class Last(DomainDef):
+        def __del__(self) -> None:
+            if armed:
+                armed.clear()
+                dom.unlock()
+                ended.append(doms.peek(name="a").definition.memory)
+
+    armed: list[bool] = []
+    dom = doms.get(name="a")
+    dom.definition = Last.from_xml(xml("a", A, memory=2048))
+    armed.append(True)
+    dom.definition = dom.definition.replace(memory=4096)
+    gc.collect()
+    assert not armed
+    if dom.is_locked:  # it went later: with the commit
+        dom.unlock()
+    assert doms.peek(name="a").definition.memory == 4096
+    assert set(ended) <= {4096}

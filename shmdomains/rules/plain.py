@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -141,13 +141,14 @@ class PlainDomain(DomainRules, Generic[R]):
 
         Raises `DomainNotLocked`, or `NotOwner` in another thread.
         """
+        deadline = Deadline(timeout)
         hold = self._list._mine.holds.get(self._record)
         if hold is None:
             if self._record in self._list._held_by:
                 raise NotOwner(f"another thread of this process holds domain {self._uuid}")
             raise DomainNotLocked(f"domain {self._uuid} is not locked by this thread")
         try:
-            self._list._commit(hold, timeout)
+            self._list._commit(hold, deadline.left())
         finally:
             self._list._give_back(hold, seen=True)
 
@@ -210,6 +211,11 @@ class PlainDomain(DomainRules, Generic[R]):
         hold = self._held()
         return hold.changes[field] if field in hold.changes else getattr(hold.info, field)  # type: ignore[literal-required]
 
+    def _change(self, field: str, check: Callable[[Any], Any], value: Any) -> None:
+        self._held()
+        checked = check(value)  # may run anything, an unlock, too
+        self._held().changes[field] = checked  # type: ignore[literal-required]
+
     @property
     def id(self) -> int:
         return int(self._value("id"))
@@ -224,7 +230,8 @@ class PlainDomain(DomainRules, Generic[R]):
 
     @state.setter
     def state(self, value: int) -> None:
-        self._held().changes.update({"state": checked_state(value), "reason": 0})
+        self._change("state", checked_state, value)
+        self._held().changes["reason"] = 0
 
     @property
     def reason(self) -> int:
@@ -232,7 +239,7 @@ class PlainDomain(DomainRules, Generic[R]):
 
     @reason.setter
     def reason(self, value: int) -> None:
-        self._held().changes["reason"] = checked_reason(value)
+        self._change("reason", checked_reason, value)
 
     @property
     def pid(self) -> int | None:
@@ -241,7 +248,7 @@ class PlainDomain(DomainRules, Generic[R]):
 
     @pid.setter
     def pid(self, value: int | None) -> None:
-        self._held().changes["pid"] = checked_pid(value)
+        self._change("pid", checked_pid, value)
 
     @property
     def persistent(self) -> bool:
@@ -397,8 +404,9 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
             if self._list_held_by is not None:
                 raise NotOwner("another thread of this process holds the list lock")
             raise ListNotLocked("this thread does not hold the list lock")
-        self._mine.list_held, self._list_held_by = False, None
+        self._list_held_by = None
         self._store.unlock_list()
+        self._mine.list_held = False
 
     @contextmanager
     def locked(self, timeout: float | None = None) -> Iterator[Self]:
@@ -537,22 +545,16 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         return hold
 
     def _give_back(self, hold: _Hold[R], seen: bool) -> None:
-        self._drop(hold)
+        self._held_by.pop(hold.record, None)  # who holds it next may say so at once
         self._store.unlock(hold.record, seen)
-
-    def _drop(self, hold: _Hold[R]) -> None:
-        del self._mine.holds[hold.record]
-        self._held_by.pop(hold.record, None)
+        del self._mine.holds[hold.record]  # if unlocking failed it is still ours
 
     def _commit(self, hold: _Hold[R], timeout: float | None) -> None:
         deadline = Deadline(timeout)
         changes, hold.changes = hold.changes, {}
         if not changes:
             return
-        self._store.commit(hold.record, changes, deadline.left())
-        info = self._store.read(hold.record)
-        assert info is not None  # we hold it
-        hold.info = info
+        hold.info = self._store.commit(hold.record, changes, deadline.left())
 
     # --- reading ---
 
@@ -627,9 +629,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
                 f"domain '{known.name}' was defined meanwhile with uuid {known.uuid}"
             )
         new = NewDomain(uuid, name, DomainDef.decode(definition), persistent, state)
-        record = self._store.insert(new, deadline.left())
-        info = self._store.read(record)
-        assert info is not None  # we hold it
+        record, info = self._store.insert(new, deadline.left())
         made[0] = dom = self._handle(record, self._hold(record, info))
         return dom
 
@@ -638,7 +638,8 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         self._need_ours(dom)
         hold = dom._held()
         self._store.remove(hold.record, timeout)
-        self._drop(hold)
+        self._held_by.pop(hold.record, None)
+        del self._mine.holds[hold.record]
 
     def _rename(
         self,

@@ -407,12 +407,13 @@ class Store(Protocol[R]):
         """`seen` false keeps the notice of a death for the next holder. Nothing if it is gone."""
         ...
 
-    def insert(self, new: NewDomain, timeout: float | None) -> R:
-        """List held, uuid and name free. Committed and locked."""
+    def insert(self, new: NewDomain, timeout: float | None) -> tuple[R, DomainInfo]:
+        """List held, uuid and name free. Committed and locked; and as it is committed."""
         ...
 
-    def commit(self, record: R, changes: Changes, timeout: float | None) -> None:
-        """Record locked; with a new name the list held as well. All or none of it."""
+    def commit(self, record: R, changes: Changes, timeout: float | None) -> DomainInfo:
+        """Record locked; with a new name the list held as well. All or none of it, and what is
+        committed then: in one call, so that an error never leaves its holder in doubt."""
         ...
 
     def remove(self, record: R, timeout: float | None) -> None:

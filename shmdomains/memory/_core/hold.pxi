@@ -211,11 +211,13 @@ cdef int set_flag(Record record, uint64_t flag, bint value) except -1:
 
 
 cdef int set_blob(Record record, int which, object value, bytes encoded) except -1:
+    """A change that waits for the commit. What it replaces goes last: its end may run anything."""
     if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
         raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
     if not record.pending:
         record.objects = [None, None, None]
         record.blobs = [None, None, None]
+    _former = record.objects[which]
     record.objects[which] = value
     record.blobs[which] = encoded
     record.pending |= 1 << which

@@ -186,8 +186,9 @@ cdef class Record:
 
     @state.setter
     def state(self, value):
+        need_changeable(self)
+        cdef long number = PyNumber_Index(value)  # may run anything, an unlock, too
         cdef Record mine = need_changeable(self)
-        cdef long number = PyNumber_Index(value)
         if number < 0 or number >= len(STATES):
             raise ValueError(f"{value!r} is no DomainState")
         mine.values.state = <uint16_t>number
@@ -202,8 +203,9 @@ cdef class Record:
 
     @reason.setter
     def reason(self, value):
+        need_changeable(self)
+        cdef long number = PyNumber_Index(value)  # may run anything, an unlock, too
         cdef Record mine = need_changeable(self)
-        cdef long number = PyNumber_Index(value)
         if number < 0 or number > 0xffff:
             raise ValueError(f"a reason is a number from 0 to 65535, not {value!r}")
         mine.values.reason = <uint16_t>number
@@ -236,8 +238,9 @@ cdef class Record:
 
     @pid.setter
     def pid(self, value):
-        cdef Record mine = need_changeable(self)
+        need_changeable(self)
         cdef long number = -1 if value is None else PyNumber_Index(value)
+        cdef Record mine = need_changeable(self)
         if value is not None and not 0 < number <= INT32_MAX:
             raise ValueError(f"{value!r} is no process id")
         mine.values.pid = <int32_t>number
@@ -257,9 +260,10 @@ cdef class Record:
 
     @definition.setter
     def definition(self, value):
-        cdef Record mine = need_changeable(self)
+        need_changeable(self)
         sd_prefetch_replace(self.segment.segment, self.slot)
-        set_blob(mine, SD_DEFINITION, value, ENCODE_DEFINITION(self, value))
+        encoded = ENCODE_DEFINITION(self, value)
+        set_blob(need_changeable(self), SD_DEFINITION, value, encoded)
 
     @property
     def next_definition(self):
@@ -269,11 +273,9 @@ cdef class Record:
 
     @next_definition.setter
     def next_definition(self, value):
-        cdef Record mine = need_changeable(self)
-        if value is None:
-            set_blob(mine, SD_NEXT_DEFINITION, None, None)
-        else:
-            set_blob(mine, SD_NEXT_DEFINITION, value, ENCODE_DEFINITION(self, value))
+        need_changeable(self)
+        encoded = None if value is None else ENCODE_DEFINITION(self, value)
+        set_blob(need_changeable(self), SD_NEXT_DEFINITION, value, encoded)
 
     @property
     def data(self):
@@ -287,12 +289,10 @@ cdef class Record:
 
     @data.setter
     def data(self, value):
-        cdef Record mine = need_changeable(self)
-        if value is None:
-            set_blob(mine, SD_DATA, None, None)
-            return
-        encoded = ENCODE_DATA(value)
-        set_blob(mine, SD_DATA, DECODE[SD_DATA](encoded), encoded)
+        need_changeable(self)
+        encoded = None if value is None else ENCODE_DATA(value)
+        decoded = None if encoded is None else DECODE[SD_DATA](encoded)
+        set_blob(need_changeable(self), SD_DATA, decoded, encoded)
 
     @property
     def previous_owner_died(self):
