@@ -67,6 +67,8 @@ FEWEST = {
     "sums: repaired, three kills": 40_600,
     "sums: passed, two kills": 102_300,
     "sums: crowd": 1_196_400,
+    "index: scanned": 50_500,
+    "index: scanned, reused": 71_000,
     "index: renamed": 1_370,
     "index: rename and insert": 2_900,
     "index: remove and insert": 12_900,

@@ -35,6 +35,8 @@ RULES = {
     "repair is odd": "the sequence is odd while a repair empties and fills the tables",
     "doubt": "a miss counts only if the sequence was even and unchanged",
     "verified": "a hit is verified under the slot's lock",
+    "whole records": "a scan looks at life and `cur` again after it has read a record",
+    "all records": "a scan looks at every record before it says that there is none",
     "list lock": "a doubtful miss looks again under the list lock",
     "free list rebuilt": "a repair makes the free list anew",
     "number rebuilt": "a repair counts the domains anew",
@@ -60,12 +62,13 @@ class Index(Subject):
         return [LIST, *self.slot_locks()]
 
     def words(self) -> dict[Word, Any]:
-        """`absent` are facts: whether nobody had the name at some moment of the look-up."""
+        """`absent` and `present` are facts: whether nobody, or somebody, had the name at some moment
+        of the look-up."""
         words: dict[Word, Any] = {"sequence": 0, "number": 1}
         words["head"] = 2 if self.slots > 1 else 0
         words.update({("entry", key): None for key in self.keys})
         words.update({("entry", "a"): 0, ("entry", "A"): 0})
-        words.update({("absent", name): 0 for name in self.sought})
+        words.update({(fact, name): 0 for fact in ("absent", "present") for name in self.sought})
         for slot in range(self.slots):
             words.update({("life", slot): int(not slot), ("cur", slot): 0, ("uuid", slot): ""})
             words.update({("choice", slot, 0): 0, ("choice", slot, 1): 0})
@@ -77,8 +80,7 @@ class Index(Subject):
     def observe(self, memory: Memory) -> None:
         names = [self.name_of(memory, slot) for slot in self.living(memory)]
         for name in self.sought:
-            if (name, name) not in names:
-                memory["absent", name] = 1
+            memory["absent" if (name, name) not in names else "present", name] = 1
 
     def living(self, memory: Memory) -> list[int]:
         return [slot for slot in range(self.slots) if memory["life", slot] & 1]
@@ -320,6 +322,43 @@ class Index(Subject):
         yield unlock(LIST)
         return slot
 
+    def peek(self, name: str) -> Callable[[], Steps]:
+        """Reads without a lock; a doubtful miss asks the records. Nobody is waited for."""
+        self.sought.add(name)
+
+        def process() -> Steps:
+            yield store(("absent", name), 0, (("present", name), 0))
+            slot, sure = yield call(self.find, name)
+            if slot is None and not sure:
+                slot = yield call(self.scan, name)
+                if slot is not None and not (yield load(("present", name))):
+                    yield fail(f"sees {name}, which was never there")
+            if slot is None and not (yield load(("absent", name))):
+                yield fail(f"does not see {name}, which was there all the time")
+
+        return process
+
+    def scan(self, name: str) -> Steps:
+        """sd_scan."""
+        for slot in range(self.slots if self.follows("all records") else 1):
+            if (yield call(self.view, slot)) == (name, name):
+                return slot
+        return None
+
+    def view(self, slot: int) -> Steps:
+        """sd_view_begin, until it is whole: the name, or None."""
+        while True:
+            life, cur = (yield load(("life", slot))), (yield load(("cur", slot)))
+            if not life & 1:
+                return None
+            choice = yield load(("choice", slot, cur & 1))
+            first = (yield load(("name", slot, choice)))[0]
+            name = first, (yield load(("name", slot, choice)))[1]
+            if not self.follows("whole records"):
+                return name
+            if (yield load(("life", slot))) == life and (yield load(("cur", slot))) == cur:
+                return name
+
     def audit(self) -> Steps:
         yield after_all()
         yield call(self.lock_list)
@@ -410,7 +449,36 @@ def crowd(kills: int = 2, **how: Any) -> Model:
     )
 
 
+def scanned(kills: int = 1, **how: Any) -> Model:
+    """A reader while a domain is renamed and another one comes into the index."""
+    index = Index(names=3, **how)
+    return model(
+        index,
+        "scanned",
+        index.rename("a", "b"),
+        index.insert("c", "C"),
+        index.peek("c"),
+        kills=kills,
+    )
+
+
+def scanned_reused(kills: int = 1, **how: Any) -> Model:
+    """A reader while a slot is used again, for a name that may never get there."""
+    index = Index(slots=1, names=2, **how)
+    return model(
+        index,
+        "scanned, reused",
+        index.remove("a"),
+        index.insert("b", "B"),
+        index.commit(0),
+        index.peek("b"),
+        kills=kills,
+    )
+
+
 MODELS = {
+    "scanned": scanned,
+    "scanned, reused": scanned_reused,
     "renamed": renamed,
     "rename and insert": rename_insert,
     "remove and insert": remove_insert,
@@ -433,6 +501,8 @@ CONTROLS = {
     "repair is odd": repair_seen,
     "doubt": renamed,
     "verified": reused,
+    "whole records": scanned_reused,
+    "all records": scanned,
     "list lock": repair_seen,
     "free list rebuilt": remove_insert,
     "number rebuilt": remove_insert,

@@ -1,8 +1,9 @@
 # Reading: what is committed, without any lock.
 #
 # A reader copies and checks that no writer came in between, else it copies again; it never waits
-# for a lock and never blocks a writer. Each record is consistent in itself, a listing is not one
-# moment's. A read that writers keep overtaking until its deadline raises `Busy`.
+# for a lock and never blocks a writer, and a writer that was stopped does not stop it. Each record
+# is consistent in itself, a listing is not one moment's. A record that is written all the time
+# until the deadline raises `Busy`.
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
@@ -86,13 +87,16 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
 
 
 cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
-    """The committed state of a domain, or None. Raises `Busy` at the deadline."""
+    """The committed state of a domain, or None. An index that is in the middle of a change, maybe of
+    somebody who was stopped, is passed by. Raises `Busy` at the deadline."""
     cdef uint32_t slot
     cdef int result
     cdef unsigned tries = 0
     cdef DomainInfo info
     while True:
         result = sd_find(doms.segment, key, &slot)
+        if result == SD_DOUBT and tries > PATIENT_READS:
+            result = sd_scan(doms.segment, key, &slot)
         if result == SD_MISS:
             return None
         if result == SD_OK:
@@ -104,6 +108,7 @@ cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_
         tries += 1
         if tries > PATIENT_READS:
             wake_recovery(doms)
+        if tries > PATIENT_READS + 1:
             back_off(deadline)
 
 
