@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from helpers import SOAK
-from model import free_slots, growth, heap, ids, index, slots, sums
+from model import free_slots, growth, heap, ids, index, semaphore, slots, sums
 from model.explorer import (
     DIED,
     Explorer,
@@ -35,6 +35,7 @@ SUBJECTS = {
     "ids": ids,
     "slots": slots,
     "growth": growth,
+    "semaphore": semaphore,
 }
 LIMIT = 20_000_000 if SOAK else 400_000
 
@@ -108,6 +109,9 @@ FEWEST = {
     "growth: one grows": 1_570,
     "growth: two grow": 14_900,
     "growth: two grow, four kills": 17_800,
+    "semaphore: two": 2_500,
+    "semaphore: three": 10_000,
+    "semaphore: three, three kills": 10_100,
 }
 """States that each model had when it was written. Fewer: something is left out by now."""
 

@@ -7,6 +7,7 @@ rules, files and processes: creating, attaching, pickling, who is attached, `che
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import zlib
 from contextlib import suppress
@@ -45,6 +46,8 @@ else:
     multiprocessing = LazyModule("multiprocessing")
     mp_context = LazyModule("multiprocessing.context")
     reduction = LazyModule("multiprocessing.reduction")
+
+logger = logging.getLogger(__name__)
 
 DomainInfo.register(core.DomainInfo)
 
@@ -156,7 +159,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         max_domains = _checked_limit(max_domains, lock)
         fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            core.format_segment(fd, lock, max_domains, max_bytes)
+            _format(fd, lock, max_domains, max_bytes)
             # Nobody can truncate it under our feet.
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
@@ -195,7 +198,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
         def fill(fd: int) -> None:
             # Attached before it has a name: what fails here leaves none.
-            core.format_segment(fd, lock, limit, max_bytes)
+            _format(fd, lock, limit, max_bytes)
             doms._begin_file(fd, file, name, path, *locks)
 
         try:
@@ -491,6 +494,19 @@ def _checked_limit(max_domains: int | None, lock: str) -> int:
     if not 1 <= max_domains <= core.MAX_DOMAINS:
         raise ValueError(f"max_domains is 1 to {core.MAX_DOMAINS}, not {max_domains}")
     return max_domains
+
+
+_said: set[str] = set()
+
+
+def _format(fd: int, lock: str, max_domains: int, max_bytes: int | None) -> None:
+    core.format_segment(fd, lock, max_domains, max_bytes)
+    if "deaths" not in _said and not core.deaths_are_told():
+        _said.add("deaths")
+        logger.warning(
+            "this kernel does not know robust futexes (get_robust_list: not implemented); whose "
+            "holder died is found out by looking, so that a wait may take 50 ms longer"
+        )
 
 
 def _make_locks(lock: str, count: int, context: mp_context.BaseContext | None) -> tuple[Any, Any]:

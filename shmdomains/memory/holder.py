@@ -66,13 +66,13 @@ def lock_timeout(
     waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
     if not tid:
         return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
-    start = start_ticks or (core.process_start(pid) if pid else 0)
+    start = start_ticks or core.process_start(tid)
     holder = LockHolder(
         pid=pid or None,
         tid=tid,
         started=process_started(start),
         held_for=None if held_for is None else max(held_for, 0.0),
-        alive=is_running(pid, start),
+        alive=core.thread_runs(tid, start_ticks),
         command=command_of(pid) if pid else None,
     )
     return LockTimeout(f"{what} {waited}; held by {holder}", holder)

@@ -277,8 +277,8 @@ cdef void abandon(Record record) noexcept:
     if record.segment.multiprocessing:
         record.thread.held -= 1
         thread.held += 1
-        sd_slot_leaving(record.segment.segment, slot, False)
-        record.segment.slot_locks[slot].release()
+        sd_slot_leave(record.segment.segment, slot, False, record.thread.who,
+                      semaphore_of(record.segment.slot_locks[slot]))
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
