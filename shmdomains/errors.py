@@ -149,7 +149,7 @@ class SegmentInUse(SegmentError):
 
 
 class SegmentMismatch(SegmentError):
-    """The segment was made by another layout, machine, boot or PID namespace."""
+    """The segment was made by another layout, machine, boot, PID or time namespace."""
 
 
 class SegmentRefused(SegmentError, PermissionError):

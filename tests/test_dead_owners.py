@@ -228,6 +228,54 @@ def test_a_zombie_where_the_kernel_walks_no_list(doms: DomainList, path: str) ->
             assert dom.previous_owner_died.pid == holder.pid
 
 
+def spin(pipe: Pipe, path: str) -> None:
+    """Hold a domain on the last processor, which has no time for our end (`hog`)."""
+    doms = DomainList.attach(path=path)
+    dom = doms.get(name="a")
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    pipe.say("holding")
+    while dom:
+        pass
+
+
+def hog(pipe: Pipe) -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    except OSError as exc:
+        pipe.say(f"no real-time processes here: {exc.strerror}")
+        pipe.rest()
+    pipe.say("running")
+    end = time.monotonic() + 0.4
+    while time.monotonic() < end:
+        pass
+    pipe.rest()
+
+
+def test_whose_memory_was_taken_before_it_ended(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    """process_mrelease() takes the robust list, too, so the kernel marks nothing."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor: the holder ends before its memory is taken")
+    release = 448
+    libc = ctypes.CDLL(None, use_errno=True)
+    holder = start(spin, path)
+    assert holder.hear() == "holding"
+    said = start(hog).hear()
+    if said != "running":
+        pytest.skip(said)
+    holder.signal(signal.SIGKILL)
+    if libc.syscall(release, holder.pidfd, 0):
+        pytest.skip(f"process_mrelease: {os.strerror(ctypes.get_errno())}")
+    holder.join()
+    at = planted.slot(0, "mutex") + planted.at["mutex.__data.__lock"]
+    assert planted.read(at, 4) == holder.pid, "the kernel has marked it"
+    with soon("the burial"), doms.get(name="a", timeout=DEADLINE) as dom:
+        assert dom.previous_owner_died
+        assert dom.previous_owner_died.pid == holder.pid
+
+
 CREATE = """
 import sys, logging
 logging.basicConfig(format="%(name)s %(levelname)s %(message)s")

@@ -215,7 +215,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         """Attach to a segment by name or file.
 
         Raises `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode), `SegmentMismatch`
-        (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError` when this process
+        (another layout, boot or namespace), `SegmentCorrupt`, and `OSError` when this process
         has no descriptor left, or no address space for the largest size. A list with
         multiprocessing locks can only be read by those who did not inherit it.
         """

@@ -23,13 +23,16 @@ cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, 
     """The error that names the holder. `owner` NULL: only the mutex knows."""
     cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
     cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
+    cdef bint dropped = since & SD_SINCE_DROPPED != 0
+    since &= ~SD_SINCE_DROPPED
     cdef uint32_t tid = sd_who_tid(who) if who else sd_mutex_owner(mutex)
     # Asking the kernel takes a descriptor; if there is none, the owner wrote its pid down.
     cdef uint32_t pid = sd_process_of(tid) if tid else 0
     if not pid and who:
         pid = sd_owner_pid(owner, who)
     return HOLDERS.lock_timeout(what, timeout, tid, pid, sd_who_start(who),
-                                (sd_now() - since) / 1e9 if who and since else None)
+                                (sd_now() - since) / 1e9 if who and since else None,
+                                dropped and who)
 
 
 cdef object why_poisoned(Segment doms):

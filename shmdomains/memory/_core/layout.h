@@ -143,8 +143,13 @@ typedef struct {
     sd_word who;   /* sd_identity() */
     sd_word pid;   /* low half: the process's id; high half: the low half of the `who` that it
                       belongs to */
-    sd_word since; /* CLOCK_MONOTONIC_COARSE, ns */
+    sd_word since; /* CLOCK_MONOTONIC_COARSE, ns; above: SD_SINCE_DROPPED */
 } sd_owner;
+
+/* Another thread of the holder's process dropped the handle; the holder frees the lock when it next
+ * locks something, or ends.  Stored by that other thread while the lock is held, for people only:
+ * if the holder dies at this very moment the next one may be called so in a message. */
+#define SD_SINCE_DROPPED (1ull << 63)
 
 /* One domain.  Four cache lines; a find touches the first two or three. */
 typedef struct {

@@ -11,7 +11,9 @@
  *    used or unlocked, in this order.  If a repair fails the segment is poisoned first.  Unlocking
  *    without pthread_mutex_consistent() would make the mutex useless for ever.
  * 5. A flipped bit can name an owner that does not exist, the kernel walks only 2,048 locks of a
- *    dead thread, and some sandboxes' kernels walk none.  So a wait that lasts checks that the owner
+ *    dead thread, some sandboxes' kernels walk none, and after process_mrelease() (or the kernel's
+ *    own OOM reaper, if the dead thread does not get to its end within two seconds) there is no list
+ *    to walk any more.  So a wait that lasts checks that the owner
  *    runs, and if it does not, marks its death as the kernel would.  The kind word is compared
  *    before each lock for the same reason.
  *
