@@ -157,8 +157,8 @@ class SegmentInUse(SegmentError):
 
 
 class SegmentMismatch(SegmentError):
-    """The segment was made by another layout, machine, boot or PID namespace, or with other options
-    than `open` asks for."""
+    """The segment was made by another layout, machine, boot, PID or time namespace, or with other
+    options than `open` asks for."""
 
 
 class SegmentRefused(SegmentError, PermissionError):

@@ -12,8 +12,9 @@ import msgspec
 class LockHolder(msgspec.Struct, frozen=True):
     """A process and thread that hold, or held, a lock. What is not known is ``None``.
 
-    `started` is the process's start in seconds since the epoch, `held_for` seconds, `command` its
-    command line. The process may have gone between the look and your reading of it.
+    `started` is the thread's start in seconds since the epoch, `held_for` seconds, `command` the
+    process's command line, `alive` whether the thread runs. The process may have gone between the
+    look and your reading of it.
 
     >>> LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command="qemu-agent")
     LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command='qemu-agent')

@@ -22,9 +22,8 @@ and more is to come; what is committed between two yields is committed by one st
 the number of points that it is known to have. It may rise; when it falls, stores bypass the hook,
 or the operation does not do any more what it did.
 
-With ``lock="multiprocessing"`` there is an instant that is not covered, as the README says: a
-holder that dies before it has signed leaves its lock taken. Such points are counted; here the lock
-is freed by hand, and all the rest must hold.
+With ``lock="multiprocessing"`` all of it holds, too: the semaphores are not in the segment, so each
+death begins with fresh ones, and what it did to them is left as it is for who comes next.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ from shmdomains.rules.values import encode_data
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
 SUM = 8  # bytes of the checksum in front of a blob
-UNSIGNED = 3  # points between taking a multiprocessing lock and having signed
 UUIDS = [str(uuid.UUID(int=i + 1)) for i in range(2000)]
 
 
@@ -605,13 +603,11 @@ class Found:
     points: int = 0
     cases: int = 0
     recoveries: int = 0
-    unsigned: int = 0  # deaths that left a multiprocessing lock taken
     failures: list[str] = field(default_factory=list)
 
     def add(self, other: Found) -> None:
         self.cases += other.cases
         self.recoveries += other.recoveries
-        self.unsigned += other.unsigned
         self.failures += other.failures
 
 
@@ -728,9 +724,8 @@ class Trial:
         broken = self.place.read() if step and self.place.path.exists() else None
         done = sum(mark < point for mark in self.marks)
         allowed = self.states if self.what.like else self.states[done : done + 2]
-        unsigned = self.survive(allowed)
-        self.found.unsigned += unsigned
-        if broken is None or unsigned:
+        self.survive(allowed)
+        if broken is None:
             return
         while True:
             self.second += step if self.second else 1
@@ -749,55 +744,35 @@ class Trial:
 
     # What must hold afterwards
 
-    def survive(self, allowed: list[State | None]) -> int:
-        """Returns how many locks had to be freed by hand."""
+    def survive(self, allowed: list[State | None]) -> None:
         if not self.place.path.exists():
             assert None in allowed, "the segment is gone"
             assert list(self.place.folder.iterdir()) == [], "something is left of it"
             self.place.create().close()
-            return 0
+            return
         with self.place.attach() as doms:
             state = state_of(doms)
             assert state in allowed, difference(state, allowed)
             self.look_up(doms, state)
-            unsigned = self.take_every_lock(doms)
+            self.take_every_lock(doms)
             report = doms.check()
             assert report, report.problems
             assert state_of(doms) == state, difference(state_of(doms), [state])
             self.look_up(doms, state)
             self.work(doms, state)
-        return unsigned
 
-    def take_every_lock(self, doms: DomainList) -> int:
-        unsigned = 0
-        if not take(doms):
-            self.place.locks[0].release()
-            unsigned += 1
-            assert take(doms)
+    def take_every_lock(self, doms: DomainList) -> None:
+        assert take(doms)
         for dom in doms._handles():
-            if not take(dom):
-                self.place.locks[1 + dom._key[0]].release()
-                unsigned += 1
-                assert take(dom)
+            assert take(dom)
         if doms._kind == "multiprocessing":
-            unsigned += self.take_free_slots(doms)
+            doms.recover(0)  # free slots, too
         with doms.locked(0):
             held = doms.recover(0).held
             report = doms.check(0)
         assert report and not report.unsettled and not held, (report, held)
         if doms._kind == "robust":  # the core tidies free slots only if their locks are its own
             assert report.counts["garbage"] == 0, f"{report.counts['garbage']} blobs are garbage"
-        return unsigned
-
-    def take_free_slots(self, doms: DomainList) -> int:
-        """These locks are not in the segment that is written anew for each death: one that a death
-        left taken would be in the way of the next. Returns how many had to be freed by hand."""
-        unsigned = 0
-        doms.recover(0)
-        for lock in self.place.locks[1 : 1 + doms._statistics()["slots"]]:
-            unsigned += not lock.acquire(False)
-            lock.release()
-        return unsigned
 
     def look_up(self, doms: DomainList, state: State) -> None:
         """The keys of this state lead to its domains, those of other states nowhere."""

@@ -21,8 +21,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing.connection import wait
@@ -61,7 +60,6 @@ class Tally:
     kills: int = 0
     stops: int = 0
     changes: int = 0  # of shared domains, acknowledged
-    stuck: int = 0  # multiprocessing locks whose holder died before it could say that it has them
 
     def __iadd__(self, other: Tally) -> Tally:
         for what, number in vars(other).items():
@@ -97,7 +95,6 @@ class Round:
         self.chance = random.Random(shape.seed)
         self.ledger = Ledger(shape)
         self.tally = Tally()
-        self.blocked = False  # a multiprocessing lock that all want stays locked
         self.begun: list[Child] = []
         self.living: list[Child] = []
         crowd(self.chance.choice(sorted(CPUS))) if shape.crowded else spread()
@@ -158,7 +155,9 @@ class Round:
             self.pause(0.01)
             if self.shape.fused:
                 self.let_burn(doomed)
-            elif self.shape.aimed and self.can_be_had(wanted := self.what_all_want()):
+            elif self.shape.aimed:
+                wanted = self.what_all_want()
+                wanted.lock(DEADLINE)
                 self.strike_after_a_wake_up(wanted, self.blows(doomed), doomed)
             else:
                 self.strike(self.blows(doomed), self.chance.choice([0, 0.0002, 0.003]))
@@ -221,18 +220,6 @@ class Round:
         wanted = shared_uuid(self.chance.randrange(domains))
         return next(dom for dom in self.doms._handles() if dom.uuid == wanted)
 
-    def can_be_had(self, wanted: DomainList | Domain) -> bool:
-        """Lock it; no, if it stays locked for good, which is then waited for once only."""
-        if self.blocked:
-            return False
-        try:
-            wanted.lock(DEADLINE)
-        except LockTimeout:
-            if self.shape.lock == "robust":
-                raise
-            self.blocked = True
-        return not self.blocked
-
     def pause(self, longest: float) -> None:
         """Up to so many seconds; not at all when somebody has failed and says so."""
         wait([child.conn for child in self.living], self.chance.random() * longest)
@@ -241,30 +228,17 @@ class Round:
 
     def finish(self) -> None:
         """The survivors do what they have to do; then nobody is left."""
-        words = [child.hear() for child in self.living]
-        stuck = [word for word in words if word != "done"]
+        assert {child.hear() for child in self.living} <= {"done"}
         bury(self.living)
         self.take_every_lock()
-        # Who waited in vain may have waited for somebody who did; but one lock has no holder.
-        assert self.tally.stuck or not (stuck or self.blocked), stuck
 
     def take_every_lock(self) -> None:
         """Nobody is alive, so each can be had at once; what the dead left goes with it."""
-        with self.had_at_once(), self.doms.locked(timeout=0):
+        with self.doms.locked(timeout=0):
             pass
         for info in self.doms.snapshot():
-            with self.had_at_once(), self.doms.get(uuid=info.uuid, timeout=0):
+            with self.doms.get(uuid=info.uuid, timeout=0):
                 pass
-
-    @contextmanager
-    def had_at_once(self) -> Iterator[None]:
-        """But for a multiprocessing lock whose holder died before it could say that it has it."""
-        try:
-            yield
-        except LockTimeout as exc:
-            if self.shape.lock == "robust" or exc.holder is not None:
-                raise
-            self.tally.stuck += 1
 
     def prove(self) -> None:
         """What was acknowledged is there, what nobody asked for is not, and all of it is sound."""
@@ -292,8 +266,6 @@ class Round:
         report = self.doms.check()
         assert report, report.problems
         assert self.doms.info.heap_used == report.counts["cells"] * 64
-        if self.tally.stuck:
-            return
         # What is left of who died while it inserted goes with the next insert there.
         for number in range(self.shape.room - len(self.doms)):
             self.doms.define(xml(f"filler-{number}"), DEADLINE)

@@ -86,8 +86,8 @@ class Shape:
 
     @property
     def patience(self) -> float:
-        """For one lock. A multiprocessing lock may stick (see the README), which should be soon."""
-        return (0.8 if self.lock == "robust" else 0.4) * DEADLINE
+        """For one lock."""
+        return 0.8 * DEADLINE
 
 
 # --- what was asked for, and what was acknowledged ------------------------------------------------
@@ -372,14 +372,8 @@ def work(pipe: Pipe, doms: DomainList, shape: Shape, ledger: Ledger, number: int
     """The life of a worker. It says when it is ready, and how it ended unless it is killed."""
     worker = Worker(doms, shape, ledger, number)
     pipe.say("ready")
-    try:
-        worker.work()
-    except LockTimeout as exc:
-        if shape.lock == "robust":
-            raise
-        pipe.say(str(exc))
-    else:
-        pipe.say("done")
+    worker.work()
+    pipe.say("done")
     pipe.rest()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from crash_build import Driver, driving
-from crash_driver import OPERATIONS, UNSIGNED
+from crash_driver import OPERATIONS
 from helpers import SOAK
 
 PATIENCE = 3600 if SOAK else 60  # seconds for one operation
@@ -51,8 +51,6 @@ def test_killed_at_every_store(
     assert points >= what.points, f"{what.points} points are known, {points} were found"
     assert points == 0 or what.points, "what only reads has begun to store"
     assert found["cases"] == points or (what.large and not SOAK)
-    # What is not covered is no wider than it is said to be.
-    assert found["unsigned"] == (UNSIGNED * (what.locks or 0) if lock != "robust" else 0)
     covered["operations"] += 1
     covered["cases"] += found["cases"]
     covered["recoveries"] += found["recoveries"]

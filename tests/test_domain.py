@@ -232,12 +232,21 @@ def test_a_handle_that_another_thread_drops(doms: DomainList, other: Party) -> N
     doms.define(xml("web2"))
     box = [doms.get(name="web1")]
     box[0].pid = 3
-    with pytest.warns(ResourceWarning, match="still locked"):
+    me = threading.get_native_id()
+    with pytest.warns(ResourceWarning, match="still locked") as warned:
         thread = threading.Thread(target=box.clear)
         thread.start()
         thread.join(20)
+    if doms._kind == "robust":
+        assert f"when thread {me} next locks something" in str(warned[0].message)
+        with pytest.raises(LockTimeout, match="dropped in another thread") as caught:
+            other.tell("doms.get(name='web1', timeout=0)")
+        assert caught.value.holder and caught.value.holder.tid == me
     with doms.get(name="web2"):
         pass
+    with doms.get(name="web1"), pytest.raises(LockTimeout) as caught:
+        other.tell("doms.get(name='web1', timeout=0)")
+    assert "dropped" not in str(caught.value)
     assert other.tell("with doms.get(name='web1', timeout=5) as dom: seen = dom.pid\nseen") is None
     with doms.get(name="web1", timeout=0) as dom:
         assert dom.pid is None and dom.previous_owner_died is None

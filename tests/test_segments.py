@@ -52,7 +52,7 @@ pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.usefixtures("
 MAGIC, LAYOUT, SIGNATURE, BOOT, PID_NAMESPACE, KIND, TOTAL, MAX_SLOTS, HEAP_CELLS = (
     0, 8, 16, 24, 40, 48, 56, 64, 72,
 )  # fmt: skip
-POISONED, LIST_SEQUENCE = 128, 256
+POISONED, LIST_SEQUENCE = 192, 320
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 
@@ -685,6 +685,37 @@ def test_a_forked_child_is_attached(home: Home, stranger: Party, segment_name: s
     child.leave()
     home.party.tell("reap()")
     stranger.tell("doms.unlink(); doms.close()")
+
+
+def test_a_forked_child_that_has_not_used_it_has_it_in_use(home: Home, segment_name: str) -> None:
+    home.party.tell(f"doms = DomainList.create({segment_name!r}, max_domains=8)")
+    child = home.begin("fork", doms="doms")
+    with pytest.raises(SegmentInUse, match=str(child.pid)):
+        home.party.tell("doms.unlink()")
+    child.tell("with doms.locked(): pass")  # it still has a name
+    child.leave()
+    home.party.tell("reap()\ndoms.unlink(); doms.close(); del doms")
+
+
+def test_a_killed_child_that_nobody_waited_for_has_nothing_in_use(
+    home: Home, segment_name: str
+) -> None:
+    home.party.tell(f"doms = DomainList.create({segment_name!r}, max_domains=8)")
+    pid = home.party.tell(
+        "told, tell = os.pipe()\n"
+        "pid = os.fork()\n"
+        "if not pid: len(doms); os.write(tell, b'.'); signal.pause()\n"
+        "os.read(told, 1)\n"
+        "assert pid in [one.pid for one in doms.info.attached]\n"
+        "os.kill(pid, signal.SIGKILL)\n"
+        "os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)\n"
+        "pid"
+    )
+    assert Path(f"/proc/{pid}").exists()
+    home.party.tell(
+        "assert pid not in [one.pid for one in doms.info.attached]\n"
+        "doms.unlink(); doms.close(); del doms; os.waitpid(pid, 0); os.close(told); os.close(tell)"
+    )
 
 
 def test_a_pickle_of_a_segment_that_was_made_anew(party: Party) -> None:

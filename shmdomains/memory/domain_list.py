@@ -7,6 +7,7 @@ rules, files and processes: creating, attaching, pickling, who is attached, `che
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import zlib
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 else:
     mp_context = LazyModule("multiprocessing.context")
     reduction = LazyModule("multiprocessing.reduction")
+
+logger = logging.getLogger(__name__)
 
 DomainInfo.register(core.DomainInfo)
 
@@ -168,7 +171,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         max_domains = _checked_limit(max_domains, lock)
         fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            core.format_segment(fd, lock, max_domains, max_bytes)
+            _format(fd, lock, max_domains, max_bytes)
             # Nobody can truncate it under our feet.
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
@@ -210,7 +213,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
         def fill(fd: int) -> None:
             # Attached before it has a name: what fails here leaves none.
-            core.format_segment(fd, lock, limit, max_bytes)
+            _format(fd, lock, limit, max_bytes)
             doms._begin_file(fd, file, name, path, *locks)
 
         try:
@@ -233,7 +236,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
         An `unlink` locks the file for a moment; `timeout` seconds are waited for it. Raises
         `LockTimeout`, `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode),
-        `SegmentMismatch` (another layout, boot or PID namespace), `SegmentCorrupt`, and `OSError`
+        `SegmentMismatch` (another layout, boot or namespace), `SegmentCorrupt`, and `OSError`
         when this process has no descriptor left, or no address space for the largest size. A list
         with multiprocessing locks can only be read by those who did not inherit it.
         """
@@ -571,6 +574,19 @@ def _options(values: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(
         f"{key}={values[key]:#o}" if key == "mode" else f"{key}={values[key]!r}" for key in keys
     )
+
+
+_said: set[str] = set()
+
+
+def _format(fd: int, lock: str, max_domains: int, max_bytes: int | None) -> None:
+    core.format_segment(fd, lock, max_domains, max_bytes)
+    if "deaths" not in _said and not core.deaths_are_told():
+        _said.add("deaths")
+        logger.warning(
+            "this kernel does not know robust futexes (get_robust_list: not implemented); whose "
+            "holder died is found out by looking, so that a wait may take 50 ms longer"
+        )
 
 
 def unlink(

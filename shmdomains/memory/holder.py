@@ -61,21 +61,31 @@ def lock_timeout(
     pid: int,
     start_ticks: int,
     held_for: float | None,
+    dropped: bool = False,
 ) -> LockTimeout:
-    """Make the error for a wait that was too long. `tid` 0: it was free again by then."""
+    """Make the error for a wait that was too long. `tid` 0: it was free again by then.
+
+    `dropped`: another thread than the holder's dropped the handle.
+    """
     waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
     if not tid:
         return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
-    start = start_ticks or (core.process_start(pid) if pid else 0)
+    start = start_ticks or core.process_start(tid)
     holder = LockHolder(
         pid=pid or None,
         tid=tid,
         started=process_started(start),
         held_for=None if held_for is None else max(held_for, 0.0),
-        alive=is_running(pid, start),
+        alive=core.thread_runs(tid, start_ticks),
         command=command_of(pid) if pid else None,
     )
-    return LockTimeout(f"{what} {waited}; held by {holder}", holder)
+    text = f"{what} {waited}; held by {holder}"
+    if dropped and holder.alive:
+        text += (
+            "; its handle was dropped in another thread, so it is free when this thread next locks "
+            "something, or ends"
+        )
+    return LockTimeout(text, holder)
 
 
 def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:

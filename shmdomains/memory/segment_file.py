@@ -380,7 +380,7 @@ def unlink_attached(
 ) -> None:
     """`unlink` by a process that is attached through `fd` itself, and stays so.
 
-    Children that inherited `fd` share its `flock` and do not count as others here.
+    Children that inherited `fd` share its `flock`, so for them we look who has the file mapped.
     """
     deadline = Deadline(timeout)
     with _existing(path) as place, _names_locked(place, path.parent, deadline):
@@ -389,6 +389,7 @@ def unlink_attached(
         try:
             if not force:
                 _lock_exclusively(path, fd)
+                _need_no_heirs(path, fd)
             os.unlink(path.name, dir_fd=place)
         finally:
             # Asking for the exclusive lock gave up the shared one, whatever the answer was.
@@ -445,6 +446,35 @@ def _lock_exclusively(path: Path, fd: int) -> None:
                     "force unlinks it all the same"
                 ) from None
             time.sleep(0.01)
+
+
+def _need_no_heirs(path: Path, fd: int) -> None:
+    # Whoever is forked to run another program lets go at once; the others stay.
+    for attempt in range(3):
+        if attempt:
+            time.sleep(0.01)
+        heirs = _heirs(fd)
+        if not heirs:
+            return
+    raise SegmentInUse(
+        f"segment {path} is in use by process {', '.join(map(str, heirs))}, forked from one that "
+        "was attached; force unlinks it all the same"
+    )
+
+
+def _heirs(fd: int) -> list[int]:
+    """The other processes that have the file mapped, as far as /proc shows them to us."""
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    mapped = f" {device} {status.st_ino} ".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdecimal() or int(entry) == os.getpid():
+            continue
+        with suppress(OSError):  # it ended, or is another user's, who has a `flock` of his own
+            if mapped in Path("/proc", entry, "maps").read_bytes():
+                found.append(int(entry))
+    return sorted(found)
 
 
 def segments() -> list[SegmentFile]:

@@ -8,6 +8,7 @@ so, as by a robust mutex. A death before a load is one before what follows it: n
 
     value = yield load(word)
     yield store(word, value)             the same step may note facts for the claim in other words
+    found = yield exchange(word, {old: new, ...})   in one step; another value stays
     died = yield lock(word)              waits; OK or DIED
     outcome = yield attempt(word)        does not wait; OK, DIED or BUSY
     yield consistent(word)               what DIED asks for before the unlock
@@ -116,7 +117,7 @@ class Place:
 
 DEATH = Place(None, (), (), None)
 END = Place(None, (), (), None)
-VISIBLE = ("store", "lock", "attempt", "consistent", "unlock")
+VISIBLE = ("store", "exchange", "lock", "attempt", "consistent", "unlock")
 State = tuple[tuple[Value, ...], tuple[Place, ...], int]
 
 
@@ -222,6 +223,13 @@ class Explorer:
             for word, value in operation[3]:
                 changed[word] = value
             return self._observed(changed), None
+        if kind == "exchange":
+            table = dict(operation[2])
+            if memory[at] not in table:
+                return memory, memory[at]
+            changed = list(memory)
+            changed[at] = table[memory[at]]
+            return self._observed(changed), memory[at]
         if kind in ("lock", "attempt"):
             return self._take(memory, process, at, kind == "attempt")
         if kind == "after all":
@@ -316,6 +324,8 @@ class Explorer:
         kind, word = operation[:2]
         if kind in ("fail", "after all"):
             return operation
+        if kind == "exchange":
+            return kind, self.places[word], operation[2]
         if kind != "store":
             return kind, self.places[word]
         also = tuple((self.places[other], value) for other, value in operation[3])
@@ -344,7 +354,9 @@ class Explorer:
         kind, at = operation[:2]
         if kind in ("fail", "after all"):
             return kind
-        return f"{kind} {names[at]}" + (f" = {operation[2]}" if kind == "store" else "")
+        return f"{kind} {names[at]}" + (
+            f" = {operation[2]}" if kind in ("store", "exchange") else ""
+        )
 
     def _result(self, place: Place, after: Place) -> str:
         return "".join(f" -> {value}" for value, there in place.following.items() if there is after)

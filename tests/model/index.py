@@ -62,8 +62,8 @@ class Index(Subject):
         return [LIST, *self.slot_locks()]
 
     def words(self) -> dict[Word, Any]:
-        """`absent` and `present` are facts: whether nobody, or somebody, had the name at some moment
-        of the look-up."""
+        """`absent` and `present` are facts: whether nobody, or somebody, had the name at some
+        moment of the look-up."""
         words: dict[Word, Any] = {"sequence": 0, "number": 1}
         words["head"] = 2 if self.slots > 1 else 0
         words.update({("entry", key): None for key in self.keys})
@@ -452,9 +452,7 @@ def crowd(kills: int = 2, **how: Any) -> Model:
 def scanned(kills: int = 1, **how: Any) -> Model:
     """A reader while a domain is renamed and another one comes into the index."""
     index = Index(names=3, **how)
-    return model(
-        index,
-        "scanned",
+    return index.model(
         index.rename("a", "b"),
         index.insert("c", "C"),
         index.peek("c"),
@@ -465,9 +463,7 @@ def scanned(kills: int = 1, **how: Any) -> Model:
 def scanned_reused(kills: int = 1, **how: Any) -> Model:
     """A reader while a slot is used again, for a name that may never get there."""
     index = Index(slots=1, names=2, **how)
-    return model(
-        index,
-        "scanned, reused",
+    return index.model(
         index.remove("a"),
         index.insert("b", "B"),
         index.commit(0),

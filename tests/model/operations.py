@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 from .explorer import Operation, Routine, Value, Word
 
@@ -13,6 +13,10 @@ def load(word: Word) -> Operation:
 
 def store(word: Word, value: Value, *also: tuple[Word, Value]) -> Operation:
     return "store", word, value, also
+
+
+def exchange(word: Word, table: Mapping[Value, Value]) -> Operation:
+    return "exchange", word, tuple(table.items())
 
 
 def lock(word: Word) -> Operation:

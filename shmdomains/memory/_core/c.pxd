@@ -122,6 +122,7 @@ cdef extern from "core.h" nogil:
         SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
         SD_SUM_CELLS, SD_SUMS
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
+    uint64_t SD_SINCE_DROPPED
     uint64_t SD_FOREVER, SD_TRY, SD_CHECK_HOLD_NS, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
     uint64_t SD_FLAG_PRESENT(int)
 
@@ -129,6 +130,8 @@ cdef extern from "core.h" nogil:
     sd_thread *sd_self()
     uint32_t sd_who_tid(uint64_t)
     uint64_t sd_who_start(uint64_t)
+    uint64_t sd_identity(uint32_t, uint64_t)
+    uint32_t sd_owner_pid(const sd_owner *, uint64_t)
     uint64_t sd_load(const sd_word *)
     uint64_t sd_load_acquire(const sd_word *)
     void sd_store(sd_word *, uint64_t)
@@ -145,21 +148,24 @@ cdef extern from "core.h" nogil:
     uint64_t sd_committed_bytes(const sd_segment *)
     void sd_detach(sd_segment *)
     void sd_unmap(sd_segment *)
-    int sd_begin_in_child(sd_segment *)
+    int sd_begin_in_child(sd_segment *, char *, size_t)
     int sd_mutex_slice(pthread_mutex_t *, uint64_t)
     uint32_t sd_mutex_owner(const pthread_mutex_t *)
     uint32_t sd_mutex_victim(const pthread_mutex_t *)
     bint sd_mutex_busy(const pthread_mutex_t *)
+    bint sd_mutex_watched()
     int sd_list_lock(sd_segment *, uint64_t)
     int sd_list_entered(sd_segment *, bint)
-    void sd_list_leaving(sd_segment *)
     void sd_list_unlock(sd_segment *)
+    bint sd_list_leave(sd_segment *, sem_t *)
     int sd_slot_lock(sd_segment *, uint32_t, uint64_t)
     int sd_slot_entered(sd_segment *, uint32_t)
-    void sd_slot_leaving(sd_segment *, uint32_t, bint)
     void sd_slot_unlock(sd_segment *, uint32_t, bint)
+    bint sd_slot_leave(sd_segment *, uint32_t, bint, uint64_t, sem_t *)
     bint sd_take_over(sd_owner *, uint64_t)
+    int sd_semaphore_try(sem_t *, sd_owner *)
     int sd_semaphore_slice(sem_t *, sd_owner *, uint64_t)
+    bint sd_semaphore_leave(sem_t *, sd_owner *, uint64_t)
     void sd_recover_slot(sd_segment *, uint32_t, uint64_t, uint64_t)
     int sd_ids_lock(sd_segment *, uint64_t)
     void sd_ids_unlock(sd_segment *)

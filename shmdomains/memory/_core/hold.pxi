@@ -9,9 +9,20 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memset
 
+import sys
 import warnings
 
 from shmdomains import errors
+
+
+# A task runs in a context of its own, and so do most greenlets. Plain code has none.
+cdef extern from *:
+    """
+    static inline int sd_has_context(void) { return PyThreadState_Get()->context != NULL; }
+    """
+    bint sd_has_context()
+
+cdef bint GREENLETS = False  # whether they were imported when a list was last attached
 
 
 cdef void lead_to(Record record, uint32_t slot) noexcept:
@@ -81,6 +92,48 @@ cdef void enter_thread(Record record) noexcept:
     record.pending = 0
     record.touched = False
     record.depth = 0
+    record.inside = 0
+
+
+cdef int enter_block(Record record) except -1:
+    """One more `with` block of the handle that this thread holds. Tasks and greenlets of one thread
+    are not told apart by the lock, so the first block notes who is in it: only where there can be
+    several. Raises `AlreadyLocked` in another one."""
+    cdef size_t here
+    if record.depth == 0:
+        if sd_has_context() or GREENLETS:
+            record.inside = running_here()
+    elif record.inside:
+        here = running_here()
+        if here != record.inside:
+            raise errors.AlreadyLocked(
+                f"another task of this thread is in a 'with' block of domain "
+                f"{uuid_object(record.uuid_raw)}; locks are a thread's: let no task await, or "
+                "greenlet switch, while it holds a domain")
+    record.depth += 1
+    return 0
+
+
+cdef void note_greenlets() noexcept:
+    global GREENLETS
+    GREENLETS = "greenlet" in sys.modules
+
+
+cdef size_t running_here() except? 0:
+    """The asyncio task that this thread runs, or else the greenlet; 0: no such thing. Good for
+    comparing while it has a block open, which keeps it alive."""
+    get = sys.modules.get
+    running = getattr(get("asyncio.events"), "_get_running_loop", None)
+    if running is not None and running() is not None:
+        current = getattr(get("asyncio.tasks"), "current_task", None)
+        task = None if current is None else current()
+        if task is not None:
+            return <size_t><void *>task
+    current = getattr(get("greenlet"), "getcurrent", None)
+    if current is None:
+        return 0
+    task = current()
+    return <size_t><void *>task
 
 
 cdef void leave_thread(Record record) noexcept:
@@ -278,12 +331,14 @@ cdef void abandon(Record record) noexcept:
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
     cdef bint here = record.nonce == thread.nonce
+    cdef uint32_t holder = sd_who_tid(record.thread.who)
+    cdef sd_word *since = &record.segment.segment.slots[slot].owner.since
     leave_thread(record)
     if record.segment.multiprocessing:
         record.thread.held -= 1
         thread.held += 1
-        sd_slot_leaving(record.segment.segment, slot, False)
-        record.segment.slot_locks[slot].release()
+        sd_slot_leave(record.segment.segment, slot, False, record.thread.who,
+                      semaphore_of(record.segment.slot_locks[slot]))
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
@@ -293,6 +348,14 @@ cdef void abandon(Record record) noexcept:
             orphan.slot = slot
             orphan.next = record.thread.orphans
             record.thread.orphans = orphan
-    if warnings is not None:  # the interpreter may be going down
+        sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+    if warnings is None:  # the interpreter may be going down
+        return
+    if here or record.segment.multiprocessing:
         warnings.warn("a Domain that was still locked was dropped; its changes are rolled back "
                       "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)
+        return
+    warnings.warn("a Domain that was still locked was dropped in another thread than the one that "
+                  f"holds it; its changes are rolled back, and the lock is freed when thread "
+                  f"{holder} next locks something, or ends: lock, use and unlock in one thread",
+                  ResourceWarning, stacklevel=1)

@@ -1,7 +1,7 @@
 # Holders: who holds a lock, as errors name them, and why a segment is poisoned.
 #
-# A holder is one word in the segment, `who`: the thread's number and the start of its process, for
-# the kernel reuses numbers. Everything here only reads; nothing waits.
+# A holder is one word in the segment, `who`: the thread's number and its start, for the kernel
+# reuses numbers. Everything here only reads; nothing waits.
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -23,13 +23,16 @@ cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, 
     """The error that names the holder. `owner` NULL: only the mutex knows."""
     cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
     cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
+    cdef bint dropped = since & SD_SINCE_DROPPED != 0
+    since &= ~SD_SINCE_DROPPED
     cdef uint32_t tid = sd_who_tid(who) if who else sd_mutex_owner(mutex)
     # Asking the kernel takes a descriptor; if there is none, the owner wrote its pid down.
     cdef uint32_t pid = sd_process_of(tid) if tid else 0
     if not pid and who:
-        pid = <uint32_t>sd_load(&owner.pid)
+        pid = sd_owner_pid(owner, who)
     return HOLDERS.lock_timeout(what, timeout, tid, pid, sd_who_start(who),
-                                (sd_now() - since) / 1e9 if who and since else None)
+                                (sd_now() - since) / 1e9 if who and since else None,
+                                dropped and who)
 
 
 cdef object why_poisoned(Segment doms):
@@ -58,6 +61,16 @@ def process_start(uint32_t pid):
     """When a process started, in clock ticks since boot; 0: there is none, or it is not known."""
     cdef uint64_t start = sd_process_start(pid)
     return 0 if start == SD_START_UNKNOWN else start
+
+
+def deaths_are_told():
+    """Whether the kernel marks the robust mutexes of a thread that dies."""
+    return sd_mutex_watched()
+
+
+def thread_runs(uint32_t tid, uint64_t start):
+    """Whether the thread that started then still runs. A start of 0, not known, fits any."""
+    return sd_alive(sd_identity(tid, start))
 
 
 def process_runs(uint32_t pid, uint64_t start):

@@ -54,8 +54,8 @@
  * is verified against the record, and rebuilt.
  *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
- * the end of this file; only the attached table and an owner taken over are written by
- * compare-and-swap, and the mutexes by glibc.
+ * the end of this file; only the attached table and the owners of lock="multiprocessing" are
+ * written by compare-and-swap, and the mutexes by glibc.
  */
 #ifndef SHMDOMAINS_LAYOUT_H
 #define SHMDOMAINS_LAYOUT_H
@@ -124,8 +124,9 @@ static inline uint64_t sd_uuid_sum(const uint64_t uuid[2])
     return (sum ^ sum << 32) & ~0xffffffffull;
 }
 
-/* A thread's identity: its number, and when its process started, which tells it apart from later
- * threads of the same number.  tid | start in clock ticks since boot << 22. */
+/* A thread's identity: its number, and when it started, which tells it apart from later threads of
+ * the same number, those of its own process included.  tid | start in clock ticks since boot << 22.
+ * A process's identity is that of its first thread. */
 #define SD_TID_BITS 22 /* PID_MAX_LIMIT of the kernel is 1 << 22 */
 
 static inline uint32_t sd_who_tid(uint64_t who)
@@ -138,14 +139,27 @@ static inline uint64_t sd_who_start(uint64_t who)
     return who >> SD_TID_BITS;
 }
 
-/* Who holds a lock.  Written by the holder after it has the lock, `who` last; `who` = 0 again just
- * before unlock, so empty means unknown, never an older owner.  A dead holder leaves its own
- * identity there, and the next one moves it to `died_*`. */
+/* Who holds a lock.  A dead holder leaves its own identity there, and the next one moves it to
+ * `died_*`.
+ *
+ * lock="robust": written by the holder after it has the lock, `who` last; `who` = 0 again just
+ * before unlock, so empty means unknown, never an older owner.
+ *
+ * lock="multiprocessing": `who` *is* the lock.  0 -> me takes it, dead -> me takes it over, me -> 0
+ * frees it, each by compare-and-swap; the semaphore is only where one sleeps (locks.c).  So there
+ * is no instruction at which a death leaves the lock with nobody's name on it.  `pid` and `since`
+ * are stored after `who` there; a dead one leaves those of an older owner, which `pid` shows. */
 typedef struct {
     sd_word who;   /* sd_identity() */
-    sd_word pid;   /* the process's id */
-    sd_word since; /* CLOCK_MONOTONIC_COARSE, ns */
+    sd_word pid;   /* low half: the process's id; high half: the low half of the `who` that it
+                      belongs to */
+    sd_word since; /* CLOCK_MONOTONIC_COARSE, ns; above: SD_SINCE_DROPPED */
 } sd_owner;
+
+/* Another thread of the holder's process dropped the handle; the holder frees the lock when it next
+ * locks something, or ends.  Stored by that other thread while the lock is held, for people only:
+ * if the holder dies at this very moment the next one may be called so in a message. */
+#define SD_SINCE_DROPPED (1ull << 63)
 
 /* One domain.  Four cache lines; a find touches the first two or three. */
 typedef struct {
@@ -196,12 +210,13 @@ typedef struct {
     /* page 0, line 0..: written by the creator before the file has a name; constant since */
     uint64_t magic, layout, signature;
     uint64_t boot[2];
-    uint64_t pid_namespace;
+    uint64_t pid_namespace; /* inode; 0: no /proc */
     uint64_t kind;
     uint64_t total_bytes, max_slots, heap_cells;
     uint64_t id[2]; /* of this segment, random */
     uint64_t seed;  /* of the hash functions, random */
     uint64_t creator_who, creator_pid, created; /* created: CLOCK_REALTIME, ns */
+    uint64_t time_namespace; /* inode; 0: no /proc, or before Linux 5.6 */
 
     /* Set once, by the holder of the lock whose repair failed; never cleared.  `poisoned` is stored
      * last: whoever dies before it leaves words that nobody reads, and the next one that fails
@@ -274,6 +289,13 @@ static inline uint64_t sd_load(const sd_word *word)
 static inline uint64_t sd_load_acquire(const sd_word *word)
 {
     return atomic_load_explicit(word, memory_order_acquire);
+}
+
+/* The process of an owner that was read as `who`; 0: unknown. */
+static inline uint32_t sd_owner_pid(const sd_owner *owner, uint64_t who)
+{
+    uint64_t pid = sd_load(&owner->pid);
+    return pid >> 32 == (uint32_t)who ? (uint32_t)pid : 0;
 }
 
 static inline void sd_store(sd_word *word, uint64_t value)

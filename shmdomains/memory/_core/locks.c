@@ -25,28 +25,60 @@
 #include "mutex.h"
 #include "rebuild.h"
 
+#include <errno.h>
+
 /* --- owner records --------------------------------------------------------------------------- */
 
 static void sign(sd_owner *owner)
 {
     const sd_thread *self = sd_self();
-    sd_store(&owner->pid, self->pid);
+    sd_store(&owner->pid, self->pid | self->who << 32);
     sd_store(&owner->since, sd_now_coarse());
     sd_publish(&owner->who, self->who);
+}
+
+/* lock="multiprocessing".  Whoever's name is in `who` has the lock, whatever the semaphore says;
+ * tests/model/semaphore.py has every interleaving of it.  A death leaves `who` empty, and the lock
+ * free, or it leaves a name, and sd_take_over() asks whether that thread lives.
+ *
+ * The semaphore keeps those who wait asleep, and its value is a hint.  It should be 1 while the
+ * lock is free.  A death after me -> 0 and before the post, or between the wait and 0 -> me, leaves
+ * it 0: then who waits finds the empty name at the end of its slice, and its unlock posts again.
+ * Who takes the lock without a token - over, or from between those two - leaves one too many:
+ * that wakes somebody for nothing, and is used up by it. */
+static bool exchange(sd_owner *owner, uint64_t from, uint64_t to)
+{
+    sd_crash_point();
+    return atomic_compare_exchange_strong(&owner->who, &from, to);
+}
+
+bool sd_take_over(sd_owner *owner, uint64_t dead)
+{
+    if (!exchange(owner, dead, sd_self()->who)) return false;
+    sign(owner);
+    return true;
+}
+
+int sd_semaphore_try(sem_t *semaphore, sd_owner *owner)
+{
+    while (sem_trywait(semaphore) && errno == EINTR) {}
+    return sd_take_over(owner, 0) ? SD_OK : SD_TIMEOUT;
 }
 
 int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline)
 {
     struct timespec at = sd_slice_end(deadline);
-    if (sem_clockwait(semaphore, CLOCK_MONOTONIC, &at)) return SD_TIMEOUT;
-    sign(owner);
-    return SD_OK;
+    sem_clockwait(semaphore, CLOCK_MONOTONIC, &at); /* woken or not: the name decides */
+    return sd_take_over(owner, 0) ? SD_OK : SD_TIMEOUT;
 }
 
-bool sd_take_over(sd_owner *owner, uint64_t dead)
+bool sd_semaphore_leave(sem_t *semaphore, sd_owner *owner, uint64_t who)
 {
+    int value = 0;
+    if (!exchange(owner, who, 0)) return false;
     sd_crash_point();
-    return atomic_compare_exchange_strong(&owner->who, &dead, sd_self()->who);
+    if (sem_getvalue(semaphore, &value) || value <= 0) sem_post(semaphore);
+    return true;
 }
 
 static void note_death(uint64_t who, uint64_t pid)
@@ -87,7 +119,7 @@ int sd_ids_lock(sd_segment *segment, uint64_t deadline)
     sd_header *header = segment->header;
     sd_thread *self = sd_self();
     self->short_wait++;
-    int locked = sd_mutex_lock(&header->id_mutex, deadline);
+    int locked = sd_mutex_lock(&header->id_mutex, NULL, deadline);
     self->short_wait--;
     return entered_short(segment, &header->id_mutex, &header->id_dirty, locked, sd_rebuild_ids);
 }
@@ -190,10 +222,10 @@ int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
 {
     sd_slot *record = &segment->slots[slot];
     pthread_mutex_t *mutex = &record->mutex;
-    int locked = sd_mutex_lock(mutex, deadline);
+    int locked = sd_mutex_lock(mutex, &record->owner, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
     if (locked == SD_DIED) {
-        uint64_t who = sd_load(&record->owner.who), pid = sd_load(&record->owner.pid);
+        uint64_t who = sd_load(&record->owner.who), pid = sd_owner_pid(&record->owner, who);
         note_death(who, pid);
         sd_recover_slot(segment, slot, who, pid);
         /* We sign only after this: a recoverer that dies in between must not pass for the holder
@@ -206,19 +238,27 @@ int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
     return result;
 }
 
-void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool delivered)
+static inline void leave_slot(sd_segment *segment, sd_slot *record, bool delivered)
 {
-    sd_slot *record = &segment->slots[slot];
     if (delivered && sd_load(&record->died_who)) sd_publish(&record->died_who, 0);
-    sd_publish(&record->owner.who, 0);
     segment->held--;
     sd_self()->held--;
 }
 
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered)
 {
-    sd_slot_leaving(segment, slot, delivered);
-    sd_mutex_unlock(&segment->slots[slot].mutex);
+    sd_slot *record = &segment->slots[slot];
+    leave_slot(segment, record, delivered);
+    sd_publish(&record->owner.who, 0);
+    sd_mutex_unlock(&record->mutex);
+}
+
+bool sd_slot_leave(sd_segment *segment, uint32_t slot, bool delivered, uint64_t who,
+                   sem_t *semaphore)
+{
+    sd_slot *record = &segment->slots[slot];
+    leave_slot(segment, record, delivered && sd_load(&record->owner.who) == who);
+    return sd_semaphore_leave(semaphore, &record->owner, who);
 }
 
 /* --- the list lock --------------------------------------------------------------------------- */
@@ -250,7 +290,7 @@ static void tidy_free_slots(sd_segment *segment)
 int sd_list_entered(sd_segment *segment, bool died)
 {
     sd_header *header = segment->header;
-    uint64_t who = sd_load(&header->list_owner.who), pid = sd_load(&header->list_owner.pid);
+    uint64_t who = sd_load(&header->list_owner.who), pid = sd_owner_pid(&header->list_owner, who);
     sign(&header->list_owner); /* before the repair: if we die in it, that must be seen */
     if (died || sd_load(&header->list_dirty)) {
         sd_store(&header->list_dirty, 1);
@@ -273,7 +313,7 @@ int sd_list_entered(sd_segment *segment, bool died)
 int sd_list_lock(sd_segment *segment, uint64_t deadline)
 {
     pthread_mutex_t *mutex = &segment->header->list_mutex;
-    int locked = sd_mutex_lock(mutex, deadline);
+    int locked = sd_mutex_lock(mutex, &segment->header->list_owner, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = sd_list_entered(segment, locked == SD_DIED);
     if (locked == SD_DIED) sd_mutex_consistent(mutex);
@@ -284,9 +324,8 @@ int sd_list_lock(sd_segment *segment, uint64_t deadline)
     return result;
 }
 
-void sd_list_leaving(sd_segment *segment)
+static inline void leave_list(sd_segment *segment)
 {
-    sd_publish(&segment->header->list_owner.who, 0);
     segment->list_nonce = 0;
     segment->list_taker = NULL;
     segment->held--;
@@ -295,6 +334,13 @@ void sd_list_leaving(sd_segment *segment)
 
 void sd_list_unlock(sd_segment *segment)
 {
-    sd_list_leaving(segment);
+    leave_list(segment);
+    sd_publish(&segment->header->list_owner.who, 0);
     sd_mutex_unlock(&segment->header->list_mutex);
+}
+
+bool sd_list_leave(sd_segment *segment, sem_t *semaphore)
+{
+    leave_list(segment);
+    return sd_semaphore_leave(semaphore, &segment->header->list_owner, sd_self()->who);
 }

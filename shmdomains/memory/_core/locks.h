@@ -6,28 +6,33 @@
 
 #include <semaphore.h>
 
-/* The list lock.  lock = the mutex, then entered(); unlock = leaving(), then the mutex.  For
- * lock="multiprocessing" the binding puts its own lock in the mutex's place. */
+/* The list lock.  lock = the mutex, then entered().  For lock="multiprocessing" the binding puts a
+ * semaphore in the mutex's place, and unlocks by leave(), which answers false if another thread
+ * has taken the lock over: only a damaged owner record leads there. */
 int sd_list_lock(sd_segment *segment, uint64_t deadline);
 int sd_list_entered(sd_segment *segment, bool died);
-void sd_list_leaving(sd_segment *segment);
 void sd_list_unlock(sd_segment *segment);
+bool sd_list_leave(sd_segment *segment, sem_t *semaphore);
 
 /* A slot's lock, likewise.  `delivered`: the holder's caller got the domain, so what the record
  * says about the death of an earlier holder has been told, and is cleared. */
 int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline);
 int sd_slot_entered(sd_segment *segment, uint32_t slot);
-void sd_slot_leaving(sd_segment *segment, uint32_t slot, bool delivered);
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered);
+bool sd_slot_leave(sd_segment *segment, uint32_t slot, bool delivered, uint64_t who,
+                   sem_t *semaphore); /* `who`: a thread of ours, which has it */
 /* Remember that its holder died, and free the garbage.  Slot lock held. */
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
 
-/* lock="multiprocessing": become the owner in place of a dead one.  False: somebody was faster. */
+/* lock="multiprocessing": become the owner in place of a dead one (0: of nobody), and sign.  False:
+ * somebody was faster. */
 bool sd_take_over(sd_owner *owner, uint64_t dead);
-/* Wait for the semaphore behind such a lock, a slice at most or until a signal comes, and sign if
- * it was taken.  Without the GIL: at shutdown Python ends the threads that want it back, and a lock
- * that was taken and not signed is locked for good.  SD_OK SD_TIMEOUT */
+/* Take such a lock if it is free; slice: sleep on its semaphore before, a slice at most or until a
+ * signal comes, without the GIL.  SD_OK SD_TIMEOUT */
+int sd_semaphore_try(sem_t *semaphore, sd_owner *owner);
 int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline);
+/* Free such a lock.  False: it is not `who`'s. */
+bool sd_semaphore_leave(sem_t *semaphore, sd_owner *owner, uint64_t who);
 
 int sd_ids_lock(sd_segment *segment, uint64_t deadline);
 void sd_ids_unlock(sd_segment *segment);

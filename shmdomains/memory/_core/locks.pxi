@@ -1,7 +1,8 @@
 # Locks: of the list and of a slot, of either kind, and what this thread may wait for.
 #
-# `lock="robust"` locks are the core's mutexes; `lock="multiprocessing"` locks are Python objects,
-# whose holder is written into the segment by hand so that a dead one's lock can be taken over. A
+# `lock="robust"` locks are the core's mutexes; `lock="multiprocessing"` locks are Python objects, on
+# whose semaphores the core lets threads sleep, and whose holder is written into the segment so that
+# a dead one's lock can be taken over. A
 # thread waits for a second domain only while it holds the list lock. A list that is closed during
 # a wait stays mapped until the wait is over, and the wait raises `ListClosed`.
 
@@ -18,11 +19,17 @@ cdef int need_open(Segment doms) except -1:
     """Raise `ListClosed` if it is closed. In a child, the first call makes the mapping its own."""
     if doms.closed:
         raise errors.ListClosed("this DomainList is closed")
-    if doms.segment.epoch != sd_fork_epoch and sd_begin_in_child(doms.segment) != SD_OK:
-        raise errors.SegmentMismatch(
-            "this process lives in another PID namespace than its parent, where the thread "
-            "numbers in the locks mean nothing")
+    if doms.segment.epoch != sd_fork_epoch:
+        return begin_in_child(doms)
     return 0
+
+
+cdef int begin_in_child(Segment doms) except -1:
+    cdef char why[200]
+    if sd_begin_in_child(doms.segment, why, sizeof(why)) == SD_OK:
+        return 0
+    raise errors.SegmentMismatch(f"this process was forked from one that had attached: "
+                                 f"{why.decode()}")
 
 
 cdef inline void begin_wait(Segment doms) noexcept:
@@ -87,9 +94,14 @@ cdef int unlock_list(Segment doms) except -1:
             sd_detach(doms.segment)
         return 0
     need_open(doms)
-    if doms.segment.list_nonce and sd_load(&doms.segment.header.list_owner.pid) == thread.pid:
+    if doms.segment.list_nonce and list_owner_pid(doms) == thread.pid:
         raise errors.NotOwner("another thread of this process holds the list lock")
     raise errors.ListNotLocked("this thread does not hold the list lock")
+
+
+cdef uint32_t list_owner_pid(Segment doms) noexcept:
+    cdef sd_owner *owner = &doms.segment.header.list_owner
+    return sd_owner_pid(owner, sd_load(&owner.who))
 
 
 @cython.final
@@ -137,6 +149,7 @@ cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_
                         uint64_t *died_pid) except -1:
     """Take a `multiprocessing.Lock`. SD_DIED: its holder was dead, and this thread took it over."""
     cdef uint64_t who
+    cdef uint32_t pid
     cdef int result
     cdef sem_t *semaphore
     cdef sd_thread *thread = sd_self()
@@ -144,15 +157,16 @@ cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_
         raise errors.LockKindMismatch(
             "this list uses multiprocessing locks, which only processes can have that "
             "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
-    if lock.acquire(False):
+    semaphore = semaphore_of(lock)
+    if sd_semaphore_try(semaphore, owner) == SD_OK:
         return SD_OK
-    semaphore = <sem_t *><size_t>lock._semlock.handle
     while True:
         who = sd_load_acquire(&owner.who)
         if who == thread.who:
             return SD_NESTED  # this thread: a signal handler, or the collector, took and kept it
+        pid = sd_owner_pid(owner, who)
         if who and not sd_alive(who) and sd_take_over(owner, who):
-            died_who[0], died_pid[0] = who, sd_load(&owner.pid)
+            died_who[0], died_pid[0] = who, pid
             return SD_DIED
         if deadline != SD_FOREVER and sd_now() >= deadline:
             return SD_TIMEOUT
@@ -163,6 +177,20 @@ cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_
         result = after_slice(result)
         if result != SD_TIMEOUT:
             return result
+
+
+cdef inline sem_t *semaphore_of(object lock) except NULL:
+    return <sem_t *><size_t>lock._semlock.handle
+
+
+cdef int need_kept(bint kept, object what) except -1:
+    """Raise if another thread took over what this one held and released."""
+    if kept:
+        return 0
+    raise errors.NotOwner(
+        f"{what} was no longer this thread's when it unlocked: another one found its owner record "
+        "damaged, took this thread for dead and took over; both may have changed it: look with "
+        "check()")
 
 
 cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1:
@@ -184,8 +212,8 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
                 if died:
                     sd_self().repair.who, sd_self().repair.pid = who, pid
                 if result != SD_OK:
-                    sd_store(&segment.header.list_owner.who, 0)
-                    doms.list_lock.release()
+                    sd_semaphore_leave(semaphore_of(doms.list_lock), &segment.header.list_owner,
+                                       sd_self().who)
         if result == SD_OK:
             segment.list_taker = <void *>doms
             if doms.closed:
@@ -206,9 +234,7 @@ cdef int release_list(Segment doms) except -1:
         return 0
     if doms.list_lock is None:
         raise errors.LockKindMismatch("unlock through the DomainList that locked")
-    sd_list_leaving(doms.segment)
-    doms.list_lock.release()
-    return 0
+    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_lock)), "the list lock")
 
 
 cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
@@ -231,8 +257,8 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
             if result == SD_OK:
                 result = sd_slot_entered(doms.segment, slot)
                 if result != SD_OK:
-                    sd_store(&at.owner.who, 0)
-                    doms.slot_locks[slot].release()
+                    sd_semaphore_leave(semaphore_of(doms.slot_locks[slot]), &at.owner,
+                                       sd_self().who)
         if result == SD_OK and doms.closed:
             release_slot(doms, slot, False)
     finally:
@@ -249,8 +275,9 @@ cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
     if not doms.multiprocessing:
         sd_slot_unlock(doms.segment, slot, delivered)
         return 0
-    sd_slot_leaving(doms.segment, slot, delivered)
-    doms.slot_locks[slot].release()
+    if not sd_slot_leave(doms.segment, slot, delivered, sd_self().who,
+                         semaphore_of(doms.slot_locks[slot])):
+        need_kept(False, describe(doms, slot))
     return 0
 
 

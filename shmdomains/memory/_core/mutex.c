@@ -10,9 +10,12 @@
  * 4. After EOWNERDEAD what the mutex protects is repaired, then the mutex is made consistent, then
  *    used or unlocked, in this order.  If a repair fails the segment is poisoned first.  Unlocking
  *    without pthread_mutex_consistent() would make the mutex useless for ever.
- * 5. A flipped bit can name an owner that does not exist, and the kernel walks only 2,048 locks of
- *    a dead thread.  So a wait that lasts checks that the owner runs, and if it does not, marks its
- *    death as the kernel would.  The kind word is compared before each lock for the same reason.
+ * 5. A flipped bit can name an owner that does not exist, the kernel walks only 2,048 locks of a
+ *    dead thread, some sandboxes' kernels walk none, and after process_mrelease() (or the kernel's
+ *    own OOM reaper, if the dead thread does not get to its end within two seconds) there is no list
+ *    to walk any more.  So a wait that lasts checks that the owner
+ *    runs, and if it does not, marks its death as the kernel would.  The kind word is compared
+ *    before each lock for the same reason.
  *
  * Callers check whether this thread holds the mutex already; pthread is never asked.
  */
@@ -21,7 +24,6 @@
 
 #include <errno.h>
 #include <linux/futex.h>
-#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -94,33 +96,60 @@ static bool may_be_ours(void)
     return !self->short_wait && (self->nested || self->held || self->lists);
 }
 
-/* Mark the death of an owner that does not exist (5. above).  The kernel takes an ending thread off
- * its locks before its number can be reused, so a number without a thread is no race.  A mutex that
- * names *this* thread is an orphan too, unless it may be ours: then the caller is turned away.
- * Waiters without an owner can only come from a flipped bit.
+/* Whom the mutex names: who signed, if that is a thread of this number, else any of this number.
  *
- * What is left: between the look for the thread and the exchange the mutex is freed (by the kernel,
- * or by another waiter's exchange), the number is given to a new thread, and that one takes this
- * very mutex.  The word is the same again, and a lock that is held is given away.  We accept it:
- * - We come as far as the exchange only if the owner died since the load above, a few hundred
- *   nanoseconds ago, or the word was damaged.
- * - A new thread needs tens of microseconds to get to a lock, so this one has to lose its processor
- *   between these two instructions, while exactly this number, one of 32,768 to 4,194,304, is the
- *   next to be given out, and its thread has to hold exactly this mutex when we go on.
- * - A second look at the owner record decides nothing: a new owner has the mutex before it has
- *   signed.  A mark in the word, "looked at", under which the thread is asked for once more, is
+ * A signature is never an older owner's, but for one moment: who takes the mutex of a dead holder
+ * has the mutex and has not signed yet.  If its number is the dead one's, given out again, it would
+ * pass for dead.  So the signature counts only while glibc's own copy of the owner is that number,
+ * which means "consistent": glibc takes the copy away in the next instruction but one or two after
+ * it took a dead one's mutex, and gives it back in pthread_mutex_consistent(), which comes after the
+ * record was cleared or signed.  What is left are those one or two instructions, of exactly that
+ * thread. */
+static uint64_t named(const pthread_mutex_t *mutex, uint32_t tid, const sd_owner *owner)
+{
+    uint64_t who = owner ? sd_load(&owner->who) : 0;
+    uint32_t copy = (uint32_t)__atomic_load_n(&mutex->__data.__owner, __ATOMIC_RELAXED);
+    return sd_who_tid(who) == tid && copy == tid ? who : tid;
+}
+
+/* A mutex that names this very thread, and was signed by an earlier one of the same number: then it
+ * cannot be one that interrupted code has taken and not recorded. */
+static bool is_namesakes(uint64_t who)
+{
+    const sd_thread *self = sd_self();
+    return !self->nested && sd_who_start(who) && sd_who_start(self->who) && who != self->who;
+}
+
+/* Mark the death of an owner that does not run (5. above): there is no thread of its number, or one
+ * that started at another time than the owner, or a zombie.  The kernel takes an ending thread off
+ * its locks before it is a zombie, and before its number can be reused, so none of these is a race.
+ * A mutex that names *this* thread is an orphan too, unless it may be ours: then the caller is
+ * turned away.  Waiters without an owner can only come from a flipped bit.  A short lock has no
+ * signature: there a number that was given out again hides a death.
+ *
+ * What is left: between the last look and the exchange the mutex is freed (by the kernel, or by
+ * another waiter's exchange), and a thread of the same number takes this very mutex.  The word is
+ * the same again, and a lock that is held is given away.  We accept it:
+ * - We come as far as the exchange only if the owner died and the kernel let it be, or died during
+ *   this look, or the word was damaged.
+ * - What the mutex names is looked up again right before the exchange, after /proc was read, so this
+ *   thread has to lose its processor between these few instructions, and a thread with exactly this
+ *   number, one of 32,768 to 4,194,304, has to hold exactly this mutex when we go on.
+ * - A mark in the word, "looked at", under which the thread is asked for once more, is
  *   sound only if those who look exclude each other, for a late one would take another's mark for
  *   its own: one more robust lock, with the same question about its owner. */
-static int bury_missing_owner(pthread_mutex_t *mutex)
+static int bury_missing_owner(pthread_mutex_t *mutex, const sd_owner *owner)
 {
     uint32_t word = (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
     uint32_t tid = word & FUTEX_TID_MASK;
     if (!word || word & FUTEX_OWNER_DIED) return SD_TIMEOUT;
+    uint64_t who = named(mutex, tid, owner);
     if (tid == (uint32_t)syscall(SYS_gettid)) {
-        if (may_be_ours()) return SD_NESTED;
-    } else if (tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH)) {
+        if (may_be_ours() && !is_namesakes(who)) return SD_NESTED;
+    } else if (tid && sd_alive(who)) {
         return SD_TIMEOUT;
     }
+    if (named(mutex, tid, owner) != who) return SD_TIMEOUT;
     uint32_t dead = (word & FUTEX_WAITERS) | FUTEX_OWNER_DIED;
     __atomic_compare_exchange_n((uint32_t *)&mutex->__data.__lock, &word, dead, false,
                                 __ATOMIC_RELAXED, __ATOMIC_RELAXED);
@@ -141,7 +170,14 @@ int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline)
     int result = outcome(pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &at));
     if (result == SD_OK || result == SD_DIED) return result;
     forget_pending();
-    return result == SD_TIMEOUT ? bury_missing_owner(mutex) : result;
+    return result == SD_TIMEOUT ? bury_missing_owner(mutex, sd_self()->awaited) : result;
+}
+
+bool sd_mutex_watched(void)
+{
+    void *head;
+    size_t size;
+    return !syscall(SYS_get_robust_list, 0, &head, &size) || errno != ENOSYS;
 }
 
 uint32_t sd_mutex_victim(const pthread_mutex_t *mutex)
@@ -185,16 +221,17 @@ static int try_and_spin(pthread_mutex_t *mutex)
     return result;
 }
 
-int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline)
+int sd_mutex_lock(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadline)
 {
     if (deadline == SD_TRY) {
         int result = try_lock(mutex);
-        if (result == SD_TIMEOUT) result = bury_missing_owner(mutex);
+        if (result == SD_TIMEOUT) result = bury_missing_owner(mutex, owner);
         return result == SD_TIMEOUT ? try_lock(mutex) : result;
     }
     int result = try_and_spin(mutex);
     while (result == SD_TIMEOUT) {
         if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
+        sd_self()->awaited = owner; /* each time: a handler in the hook may wait for another one */
         result = sd_wait_hook(mutex, deadline);
     }
     return result;
@@ -203,7 +240,9 @@ int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline)
 int sd_mutex_lock_briefly(pthread_mutex_t *mutex)
 {
     int result = try_and_spin(mutex);
-    return result == SD_TIMEOUT ? sd_slice_hook(mutex, SD_FOREVER) : result;
+    if (result != SD_TIMEOUT) return result;
+    sd_self()->awaited = NULL;
+    return sd_slice_hook(mutex, SD_FOREVER);
 }
 
 void sd_mutex_consistent(pthread_mutex_t *mutex)

@@ -18,13 +18,18 @@ extern int (*sd_slice_hook)(pthread_mutex_t *mutex, uint64_t deadline);
 int sd_mutex_init(pthread_mutex_t *mutex);
 /* SD_OK SD_DIED SD_TIMEOUT SD_CORRUPT SD_NESTED; lock also SD_INTERRUPTED, SD_FORKED. */
 int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline); /* no signals, no hook */
-int sd_mutex_lock(pthread_mutex_t *mutex, uint64_t deadline);
+/* `owner`: the record that holders of this mutex sign after they have it, and clear before they
+ * unlock; NULL: there is none. */
+int sd_mutex_lock(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadline);
 int sd_mutex_lock_briefly(pthread_mutex_t *mutex); /* one slice, signals left alone */
 void sd_mutex_consistent(pthread_mutex_t *mutex);
 bool sd_mutex_sound(const pthread_mutex_t *mutex); /* its kind word is the one we gave it */
 uint32_t sd_mutex_owner(const pthread_mutex_t *mutex); /* tid, 0 if free */
 /* The thread that died holding it; 0: nobody did, or it is not known. */
 uint32_t sd_mutex_victim(const pthread_mutex_t *mutex);
+/* Does the kernel tell the next holder of a robust mutex that its holder died?  If not it is found
+ * out by looking, a slice later. */
+bool sd_mutex_watched(void);
 bool sd_mutex_busy(const pthread_mutex_t *mutex); /* held, or left by a dead holder */
 
 static inline void sd_mutex_unlock(pthread_mutex_t *mutex)

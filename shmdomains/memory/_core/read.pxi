@@ -87,8 +87,8 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
 
 
 cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
-    """The committed state of a domain, or None. An index that is in the middle of a change, maybe of
-    somebody who was stopped, is passed by. Raises `Busy` at the deadline."""
+    """The committed state of a domain, or None. An index that is in the middle of a change, maybe
+    of somebody who was stopped, is passed by. Raises `Busy` at the deadline."""
     cdef uint32_t slot
     cdef int result
     cdef unsigned tries = 0

@@ -29,6 +29,7 @@ cdef class Record:
     cdef sd_thread *thread
     cdef unsigned nested     # how deep in signal handlers it was locked
     cdef unsigned depth      # of `with` blocks
+    cdef size_t inside       # the task or greenlet that is in them, or 0
     cdef bint leads          # to a slot; not while a find is locking that
     cdef void *before        # and `after`: neighbours among that thread's locked handles
     cdef void *after
@@ -135,8 +136,7 @@ cdef class Record:
         if mine is None:
             lock_record(self, SD_FOREVER, None)
             mine = self
-        mine = need_changeable(mine)
-        mine.depth += 1
+        enter_block(need_changeable(mine))
         return self
 
     def __exit__(self, kind, value, traceback):

@@ -137,10 +137,33 @@ static int read_boot(uint64_t boot[2])
     return SD_OK;
 }
 
-static uint64_t read_pid_namespace(void)
+/* 0: unknown.  Before Linux 5.6 there is one time for all. */
+static uint64_t read_namespace(const char *path)
 {
     struct stat status;
-    return stat("/proc/self/ns/pid", &status) ? 0 : (uint64_t)status.st_ino;
+    return stat(path, &status) ? 0 : (uint64_t)status.st_ino;
+}
+
+/* In another PID namespace the number of a thread means another one.  In another time namespace the
+ * same thread seems to have started at another time, so whoever lives seems to be dead. */
+static int compare_namespaces(uint64_t pid, uint64_t time, char *why, size_t n)
+{
+    uint64_t here = read_namespace("/proc/self/ns/pid");
+    if (!here && pid) {
+        snprintf(why, n, "cannot read /proc/self/ns/pid (%s), which says whether thread numbers "
+                 "mean the same threads here; mount /proc here", strerror(errno));
+        return SD_MISMATCH;
+    }
+    if (here != pid) {
+        snprintf(why, n, "made in another PID namespace, where thread numbers mean other threads");
+        return SD_MISMATCH;
+    }
+    if (read_namespace("/proc/self/ns/time") != time) {
+        snprintf(why, n, "made in another time namespace, where threads seem to have started at "
+                 "other times, and the living would pass for dead");
+        return SD_MISMATCH;
+    }
+    return SD_OK;
 }
 
 static int validate(const sd_header *header, uint64_t size, sd_geometry *at, char *why, size_t n)
@@ -166,10 +189,8 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
         snprintf(why, n, "made before this boot");
         return SD_MISMATCH;
     }
-    if (header->pid_namespace != read_pid_namespace()) {
-        snprintf(why, n, "made in another PID namespace, where thread numbers mean other threads");
+    if (compare_namespaces(header->pid_namespace, header->time_namespace, why, n) != SD_OK)
         return SD_MISMATCH;
-    }
     if (header->kind != SD_KIND_ROBUST && header->kind != SD_KIND_MULTIPROCESSING) {
         snprintf(why, n, "unknown kind of lock %llu", (unsigned long long)header->kind);
         return SD_CORRUPT;
@@ -278,13 +299,14 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     header->layout = SD_LAYOUT;
     header->signature = signature();
     if (read_boot(header->boot) != SD_OK) return SD_ERRNO;
-    header->pid_namespace = read_pid_namespace();
+    header->pid_namespace = read_namespace("/proc/self/ns/pid");
+    header->time_namespace = read_namespace("/proc/self/ns/time");
     header->kind = kind;
     header->total_bytes = at->total_bytes;
     header->max_slots = at->max_slots;
     header->heap_cells = at->heap_cells;
     if (getrandom(header->id, 16, 0) != 16 || getrandom(&header->seed, 8, 0) != 8) return SD_ERRNO;
-    header->creator_who = self->who;
+    header->creator_who = self->process;
     header->creator_pid = self->pid;
     header->created = sd_now_real();
     sd_store(&header->list_level[0], sd_seal(0));
@@ -326,7 +348,7 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells)
 static void enter_attached(sd_segment *segment)
 {
     const sd_thread *self = sd_self();
-    uint64_t me = sd_identity((uint32_t)self->pid, sd_who_start(self->who));
+    uint64_t me = self->process;
     for (int pass = 0; pass < 2; pass++) {
         for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
             uint64_t word = sd_load(&segment->attached[i]);
@@ -342,7 +364,7 @@ static void enter_attached(sd_segment *segment)
 static void leave_attached(sd_segment *segment)
 {
     const sd_thread *self = sd_self();
-    uint64_t me = sd_identity((uint32_t)self->pid, sd_who_start(self->who));
+    uint64_t me = self->process;
     for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
         uint64_t word = me;
         if (sd_load(&segment->attached[i]) != me) continue;
@@ -374,17 +396,28 @@ static int read_header(int fd, const struct stat *status, sd_header *header, cha
 
 /* A mapping keeps the open file that it was made from, and with it that file's flock.  So it is
  * made from an open file of its own: then closing `fd` releases the flock.  A process that may not
- * open the file anew (after setuid; without /proc) uses `fd`. */
+ * open the file anew (after setuid; without /proc) uses `fd`.
+ *
+ * Whoever reads all of a mapping fills the holes of its file, up to the largest size.  A core dump
+ * does, so it leaves this mapping out: all of it, since what is committed grows, and one madvise
+ * more each time would be no better a dump than a copy of the file.  mlockall(MCL_FUTURE) does, when
+ * a mapping is made; it gives up on one that nobody may access, and does not come back when that
+ * is allowed.  (mlockall(MCL_CURRENT) does it later; nothing here can keep it off.) */
 static void *map_file(int fd, uint64_t bytes)
 {
     char path[40];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     int own = open(path, O_RDWR | O_CLOEXEC);
     if (own < 0 && sd_exhausted(errno)) return MAP_FAILED;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
-                      own < 0 ? fd : own, 0);
+    void *base = mmap(NULL, bytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, own < 0 ? fd : own, 0);
     if (own >= 0) close(own);
-    return base;
+    if (base == MAP_FAILED) return base;
+    madvise(base, bytes, MADV_DONTDUMP);
+    if (!mprotect(base, bytes, PROT_READ | PROT_WRITE)) return base;
+    int error = errno;
+    munmap(base, bytes);
+    errno = error;
+    return MAP_FAILED;
 }
 
 static void unmap_left(void);
@@ -431,6 +464,7 @@ int sd_map(int fd, sd_segment **out, char *why, size_t why_size)
     segment->kind = header.kind;
     segment->seed = header.seed;
     segment->pid_namespace = header.pid_namespace;
+    segment->time_namespace = header.time_namespace;
     segment->epoch = sd_fork_epoch;
     memcpy(segment->id, header.id, sizeof segment->id);
     set_pointers(segment);
@@ -521,9 +555,10 @@ static void unmap_left(void)
     }
 }
 
-int sd_begin_in_child(sd_segment *segment)
+int sd_begin_in_child(sd_segment *segment, char *why, size_t why_size)
 {
-    if (read_pid_namespace() != segment->pid_namespace) return SD_MISMATCH;
+    int result = compare_namespaces(segment->pid_namespace, segment->time_namespace, why, why_size);
+    if (result != SD_OK) return result;
     forget_parent(segment);
     segment->epoch = sd_fork_epoch;
     enter_attached(segment);

@@ -27,7 +27,7 @@ typedef struct sd_segment {
     dev_t device;
     ino_t inode;
     sd_geometry at;
-    uint64_t kind, seed, id[2], pid_namespace;
+    uint64_t kind, seed, id[2], pid_namespace, time_namespace;
     sd_header *header;
     sd_slot *slots;
     sd_names *names;
@@ -63,9 +63,9 @@ void sd_detach(sd_segment *segment);
 /* Drop one use; unmaps after the last one unless a lock of ours is held: then a later sd_map()
  * does, once that lock's thread has ended. */
 void sd_unmap(sd_segment *segment);
-/* First use in a forked child: nothing of its parent's is held.  SD_MISMATCH: the child lives in
- * another PID namespace, where the thread numbers in locks mean nothing. */
-int sd_begin_in_child(sd_segment *segment);
+/* First use in a forked child: nothing of its parent's is held.  SD_MISMATCH with a reason in `why`:
+ * the child lives in another PID or time namespace, or that cannot be told. */
+int sd_begin_in_child(sd_segment *segment, char *why, size_t why_size);
 
 /* The segment's descriptor, or -1 when this process closed it, whoever has its number now. */
 int sd_descriptor(const sd_segment *segment);

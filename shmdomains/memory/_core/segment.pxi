@@ -59,6 +59,7 @@ cdef class Segment:
         self.list_lock, self.slot_locks = list_lock, slot_locks
         self.record_class = record_class
         keep_spares(record_class, <void *>vacate)
+        note_greenlets()
         self.closed = False
 
     def _close(self):

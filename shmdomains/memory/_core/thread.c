@@ -6,9 +6,10 @@
  * sees its thread's node as foreign and begins it anew, owning nothing.  Nodes of ended threads go
  * to a lock-free list and are reused, never freed.
  *
- * Other processes are known by /proc.  A number alone proves nothing, since it is reused: an
- * identity adds when its process started.  If /proc cannot be read the answer is "it runs", and
- * nothing is taken from anybody.
+ * Other threads are known by /proc.  A number alone proves nothing, since it is reused, also within
+ * one process: an identity adds when the thread started, in ticks of 10 ms.  The kernel gives
+ * numbers in turn and comes back to one after 32,768 others at the earliest, so not within a tick.
+ * If /proc cannot be read the answer is "it runs", and nothing is taken from anybody.
  */
 #define _GNU_SOURCE
 #include "thread.h"
@@ -77,11 +78,18 @@ bool sd_exhausted(int error)
     return error == EMFILE || error == ENFILE || error == ENOMEM;
 }
 
-/* State letter and start (ticks since boot) from a stat file of /proc.  False: there is no such
- * file, or errno is sd_exhausted(). */
-static bool read_stat(const char *path, char *state, uint64_t *start)
+/* What a stat file of /proc says of a thread. */
+typedef struct {
+    char state;
+    unsigned threads; /* of its process, as long as they are not reaped */
+    uint64_t start;   /* ticks since boot */
+} stat_line;
+
+/* False: there is no such file, or errno is sd_exhausted(). */
+static bool read_stat(uint32_t tid, stat_line *line)
 {
-    char text[1024];
+    char path[40], text[1024];
+    snprintf(path, sizeof path, "/proc/%u/stat", tid);
     errno = 0;
     FILE *file = fopen(path, "re");
     if (!file) return false;
@@ -89,28 +97,38 @@ static bool read_stat(const char *path, char *state, uint64_t *start)
     fclose(file);
     text[n] = 0;
     /* The command in brackets may contain anything: count fields from its end.  State is the third,
-     * the start the 22nd. */
+     * the number of threads the 20th, the start the 22nd. */
     char *at = strrchr(text, ')');
     if (!at || at[1] != ' ') return false;
-    *state = at[2];
-    for (int field = 2; field < 22 && at; field++) at = strchr(at + 1, ' ');
-    *start = at ? strtoull(at + 1, NULL, 10) : 0;
+    line->state = at[2];
+    for (int field = 2; field < 22 && at; field++) {
+        at = strchr(at + 1, ' ');
+        if (at && field == 19) line->threads = (unsigned)strtoul(at + 1, NULL, 10);
+    }
+    line->start = at ? strtoull(at + 1, NULL, 10) : 0;
     return at != NULL;
+}
+
+/* A thread that has ended, and is not reaped. */
+static bool has_ended(const stat_line *line)
+{
+    return line->state == 'Z' || line->state == 'X';
 }
 
 uint64_t sd_process_start(uint32_t pid)
 {
-    char path[40], state;
-    uint64_t start = 0;
-    snprintf(path, sizeof path, "/proc/%u/stat", pid);
-    if (read_stat(path, &state, &start)) return start;
+    stat_line line;
+    if (read_stat(pid, &line)) return line.start;
     return sd_exhausted(errno) ? SD_START_UNKNOWN : 0;
 }
 
 bool sd_process_runs(uint32_t pid, uint64_t start)
 {
-    uint64_t now = sd_process_start(pid);
-    return now && (!start || now == start || now == SD_START_UNKNOWN);
+    stat_line line;
+    if (!read_stat(pid, &line)) return sd_exhausted(errno);
+    /* The first thread may have ended before the others. */
+    if (has_ended(&line) && line.threads <= 1) return false;
+    return !start || line.start == start;
 }
 
 uint32_t sd_process_of(uint32_t tid)
@@ -125,18 +143,17 @@ uint32_t sd_process_of(uint32_t tid)
     return pid;
 }
 
+/* The file of a number is that of the thread, also where it is not its process's first; only the
+ * list of /proc leaves the others out.  A zombie has one, and the first thread of a running process
+ * may be one.  The kernel walks a thread's robust list before it makes it a zombie. */
 bool sd_alive(uint64_t who)
 {
     uint32_t tid = sd_who_tid(who);
-    uint32_t pid = sd_process_of(tid);
-    if (!pid) return tid && (kill((pid_t)tid, 0) == 0 || errno != ESRCH); /* /proc may be hidden */
-    if (!sd_process_runs(pid, sd_who_start(who))) return false;
-    /* A zombie has files in /proc, and the leader of a running process may be one. */
-    char path[64], state;
-    uint64_t ignored;
-    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, tid);
-    if (!read_stat(path, &state, &ignored)) return sd_exhausted(errno);
-    return state != 'Z' && state != 'X';
+    uint64_t then = sd_who_start(who);
+    stat_line line;
+    if (!tid) return false;
+    if (read_stat(tid, &line)) return !has_ended(&line) && (!then || line.start == then);
+    return sd_exhausted(errno) || kill((pid_t)tid, 0) == 0 || errno != ESRCH; /* may be hidden */
 }
 
 sd_thread *sd_thread_begin(void)
@@ -156,11 +173,15 @@ sd_thread *sd_thread_begin(void)
     }
     self->epoch = sd_fork_epoch;
     self->nonce = atomic_fetch_add(&nonces, 1);
+    uint32_t tid = (uint32_t)syscall(SYS_gettid);
+    uint64_t start = sd_process_start(tid); /* any thread's: see sd_alive() */
     self->pid = (uint64_t)getpid();
-    self->who = sd_identity((uint32_t)syscall(SYS_gettid), start_of_self);
+    self->process = sd_identity((uint32_t)self->pid, start_of_self);
+    self->who = sd_identity(tid, start == SD_START_UNKNOWN ? 0 : start);
     self->held = self->lists = self->nested = self->short_wait = 0;
     self->records = NULL;
     self->orphans = NULL;
+    self->awaited = NULL;
     return self;
 }
 

@@ -28,6 +28,7 @@ typedef struct sd_thread {
     uint64_t nonce;      /* this thread; never used again in this process or its children */
     uint64_t who;        /* sd_identity() */
     uint64_t pid;
+    uint64_t process;    /* its sd_identity() */
     unsigned held;       /* slots this thread holds, in all segments */
     unsigned lists;      /* list locks it holds */
     unsigned short_wait; /* it waits for one of the core's own short locks */
@@ -35,6 +36,7 @@ typedef struct sd_thread {
     void *records;       /* the binding's list of its locked handles */
     sd_orphan *orphans;
     sd_repair repair;
+    const sd_owner *awaited; /* signs for the mutex that this thread waits for; NULL: nobody does */
     struct sd_thread *next;
 } sd_thread;
 
@@ -57,7 +59,7 @@ uint64_t sd_identity(uint32_t tid, uint64_t start);
  * SD_START_UNKNOWN when this process has no descriptor or memory left to look. */
 #define SD_START_UNKNOWN UINT64_MAX
 uint64_t sd_process_start(uint32_t pid);
-/* Does the process run that started then?  With start 0, which nobody could look up, any process of
+/* Does the process run that started then, and was not killed?  With start 0, which nobody could look up, any process of
  * this number will do.  If it cannot be found out the answer is yes: then a wait goes on, and
  * nothing is taken. */
 bool sd_process_runs(uint32_t pid, uint64_t start);
