@@ -158,12 +158,12 @@ def test_a_core_dump_fills_nothing(tmp_path: Path, path: str) -> None:
 def lock_what_comes(pipe: Pipe) -> None:
     """mlockall(MCL_FUTURE), then a list."""
     if libc.mlockall(MCL_FUTURE):
-        pipe.say(f"memory can not be locked here: {os.strerror(ctypes.get_errno())}")
+        pipe.say(f"memory cannot be locked here: {os.strerror(ctypes.get_errno())}")
         return
     try:
         doms = DomainList()
     except OSError as exc:  # RLIMIT_MEMLOCK
-        pipe.say(f"so much memory can not be locked here: {exc}")
+        pipe.say(f"so much memory cannot be locked here: {exc}")
         return
     assert "lo" in flags_of(doms)
     doms.define(xml("a"))

@@ -119,7 +119,7 @@ class Lock:
             if not (yield load("dead")) and (yield load(TOKENS)) < 1:
                 yield fail("nobody has the lock, nobody died, and nobody would be woken")
             if not (yield call(self.hold, me)):
-                yield fail("can not have a lock that nobody alive has")
+                yield fail("cannot have a lock that nobody alive has")
 
         return process
 

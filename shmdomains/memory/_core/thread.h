@@ -59,9 +59,9 @@ uint64_t sd_identity(uint32_t tid, uint64_t start);
  * SD_START_UNKNOWN when this process has no descriptor or memory left to look. */
 #define SD_START_UNKNOWN UINT64_MAX
 uint64_t sd_process_start(uint32_t pid);
-/* Does the process run that started then, and was not killed?  With start 0, which nobody could look up, any process of
- * this number will do.  If it cannot be found out the answer is yes: then a wait goes on, and
- * nothing is taken. */
+/* Does the process run that started then, and was not killed?  With start 0, which nobody could
+ * look up, any process of this number will do.  If it cannot be found out the answer is yes: then
+ * a wait goes on, and nothing is taken. */
 bool sd_process_runs(uint32_t pid, uint64_t start);
 /* Was it this process's own lack of descriptors or memory? */
 bool sd_exhausted(int error);
