@@ -40,7 +40,6 @@ from shmdomains import (
     SegmentNotFound,
     SegmentPoisoned,
     SegmentRefused,
-    ShmDomainsError,
 )
 from shmdomains.memory import segment_file
 

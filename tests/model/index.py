@@ -73,7 +73,7 @@ class Index:
         return rule != self.dropped
 
     def words(self) -> dict[object, object]:
-        """`absent` and `present` are facts: whether nobody, or somebody, had the name at some moment
+        """`absent` and `present` are facts: whether nobody, or somebody, had the name at a moment
         of the look-up."""
         words: dict[object, object] = {"sequence": 0, "number": 1}
         words["head"] = 2 if self.slots > 1 else 0
