@@ -150,7 +150,7 @@ static uint64_t crowded_hash(void)
 {
     uint64_t low = (0u - 4u + (uint32_t)roll(8)) & 0xfffff;
     if (roll(4) == 0) return low;
-    return low | roll(1 << 20) << 20;
+    return low | roll(1 << 12) << 20;
 }
 
 static bool leads_to(const sd_segment *segment, uint32_t key)
@@ -214,7 +214,7 @@ static int test_index(void)
         if (present[key]) toggle(segment, key);
     /* Growing over several levels, with deletions in between. */
     for (uint32_t key = 0; key < KEYS; key++)
-        hash[key] = roll(10) ? roll(1ull << 40) : crowded_hash();
+        hash[key] = roll(10) ? roll(1ull << 32) : crowded_hash();
     for (int round = 0; round < 8; round++) {
         uint32_t until = KEYS * (uint32_t)(round + 1) / 8;
         for (int step = 0; step < 2000; step++) toggle(segment, (uint32_t)roll(until));

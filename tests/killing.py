@@ -313,6 +313,12 @@ def counted(value: int) -> int:
     return value | ((value ^ value >> 16 ^ value >> 32) & 0xFFFF) << 48
 
 
+def listed(value: int) -> int:
+    """An entry of an index, as the core writes it: 56 bits, and 8 to check them."""
+    value &= (1 << 56) - 1
+    return value | (value * 0x9E3779B97F4A7C15 >> 56 & 0xFF) << 56
+
+
 class Planted:
     """The words of a segment, to be read and damaged through its file."""
 

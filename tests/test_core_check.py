@@ -16,6 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -30,12 +31,20 @@ from killing import (
     counted,
     driver,
     hold,
+    listed,
     sealed,
     soon,
     xml,
 )
 
-from shmdomains import INVARIANTS, DomainDef, DomainList, DomainRemoved, SegmentCorrupt
+from shmdomains import (
+    INVARIANTS,
+    DomainDef,
+    DomainExists,
+    DomainList,
+    DomainRemoved,
+    SegmentCorrupt,
+)
 
 UUIDS, NAMES, IDS = 0, 1, 2
 DEFINITION, NEXT, DATA = 0, 1, 2
@@ -78,7 +87,7 @@ def slot(number: int, field: str, change: Callable[[int], int], offset: int = 0)
 
 
 def entry(index: int, number: int, change: Callable[[int], int]) -> Plant:
-    return word(lambda at: at.entry(index, number), change)
+    return word(lambda at: at.entry(index, number), lambda old: listed(change(old)))
 
 
 def field(number: int, name: str, change: Callable[[int], int], offset: int = 0) -> Plant:
@@ -274,9 +283,19 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "name index does not lead",
     ),
     "an entry under another hash": (
-        entry(NAMES, 0, lambda old: old ^ 1 << 63),
+        entry(NAMES, 0, lambda old: old ^ 1 << 55),
         "I5 index",
         "name index does not lead",
+    ),
+    "a flipped bit in an entry": (
+        word(lambda at: at.entry(NAMES, 0), lambda old: old ^ 1 << 40),
+        "I5 index",
+        "name index has a damaged entry",
+    ),
+    "a flipped bit in an empty place": (
+        lambda at: (stray_entry(at)[0], 1 << 30),
+        "I5 index",
+        "name index has a damaged entry",
     ),
     "an entry twice": (stray_entry, "I5 index", "name index has 6 entries for 5 domains"),
     "a level that cannot be": (
@@ -496,6 +515,64 @@ def test_nothing_is_defined_where_an_index_is_damaged(
     with planted.changed(where, 99), doms.locked(), pytest.raises(SegmentCorrupt):
         doms.assign_def(new, timeout=0)
     assert doms.peek(name="new") is None and doms.check()
+
+
+@pytest.mark.parametrize("index", [UUIDS, NAMES, IDS], ids=["uuids", "names", "ids"])
+def test_a_flipped_bit_in_an_entry_hides_nobody(
+    doms: DomainList, planted: Planted, index: int
+) -> None:
+    """Whoever misses past a damaged entry asks the records; nothing is defined a second time."""
+    infos = [info for info in doms if index != IDS or info.id >= 0]
+    for info in infos:
+        [number] = [n for n in range(6) if n != FREE_SLOT and info.name == f"d{n}"]
+        where = planted.entry(index, number)
+        key: dict[str, Any] = [{"uuid": info.uuid}, {"name": info.name}, {"id": info.id}][index]
+        for bit in range(64):
+            with planted.changed(where, planted.read(where) ^ 1 << bit):
+                assert doms.peek(**key).uuid == info.uuid and info.uuid in doms
+                with doms.get(**key, timeout=0) as dom:
+                    assert dom.name == info.name
+                for name, uuid in (("another", info.uuid), (info.name, UUID(int=77))):
+                    with pytest.raises(DomainExists):
+                        doms.define(xml(name, uuid), timeout=0)
+                assert not doms.check()
+        assert doms.check()
+
+
+@pytest.mark.parametrize("index", [UUIDS, NAMES])
+def test_a_define_makes_a_damaged_index_anew(
+    doms: DomainList, planted: Planted, index: int
+) -> None:
+    table = planted.at[f"table.{index}.0"]
+    for where in range(table, table + 8192, 8):
+        if not planted.read(where):
+            planted.write(where, 1 << 30)
+    assert doms.peek(name="new") is None and UUID(int=77) not in doms
+    assert doms.lookup(name="new", timeout=0) is None
+    doms.define(xml("new", UUID(int=77)), timeout=0)
+    assert doms.peek(name="new").uuid == UUID(int=77) and doms.check()
+
+
+@pytest.mark.parametrize("index", [UUIDS, NAMES, IDS], ids=["uuids", "names", "ids"])
+def test_a_damaged_index_that_grows_is_made_anew(
+    doms: DomainList, planted: Planted, index: int
+) -> None:
+    """With 512 entries a table is half full."""
+    for number in range(6, 512):
+        doms.define(xml(f"d{number}"))
+        if index == IDS:
+            with doms.get(name=f"d{number}") as dom:
+                dom.activate()
+    missing = 512 - (doms.count(active=True) if index == IDS else len(doms))
+    for number in range(missing + 1):
+        if number == missing:
+            where = planted.entry(index, 1)
+            planted.write(where, planted.read(where) ^ 1 << 45)
+        doms.define(xml(f"e{number}"), timeout=1)
+        if index == IDS:
+            with doms.get(name=f"e{number}") as dom:
+                dom.activate()
+    assert doms.peek(name="d1") and doms.peek(id=1) and doms.check()
 
 
 def test_the_pid_of_a_dead_holder_says_nothing_of_a_uuid(

@@ -173,6 +173,7 @@ cdef extern from "core.h" nogil:
     int sd_short_locks(sd_segment *, bint, bint, uint64_t)
     void sd_tidy(sd_segment *, uint32_t)
     int sd_find(sd_segment *, const sd_key *, uint32_t *)
+    int sd_mend(sd_segment *, int)
     int sd_scan(const sd_segment *, const sd_key *, uint32_t *)
     int sd_find_to_lock(sd_segment *, const sd_key *, uint32_t *)
     int sd_verify(const sd_segment *, uint32_t, const sd_key *, sd_values *)

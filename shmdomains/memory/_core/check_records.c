@@ -169,6 +169,11 @@ static void judge_entry(const sd_check *check, int index, uint32_t where)
     if (sd_probe_begin(segment, index, 0, &probe) != SD_OK || where > probe.mask) return;
     uint64_t entry = sd_load_acquire(&probe.table[where]);
     if (!entry) return;
+    if (!sd_entry_sound(entry)) {
+        sd_fault(check, "I5 index", "%s index has a damaged entry at place %u",
+                 SD_INDEX_NAMES[index], where);
+        return;
+    }
     uint32_t slot = SD_ENTRY_SLOT(entry);
     bool lives = slot < sd_slot_count(segment) &&
                  (index == SD_ID_INDEX ? has_id(segment, slot, &id)

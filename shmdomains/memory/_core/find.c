@@ -143,6 +143,7 @@ __attribute__((always_inline)) static inline int find(
         if (result != SD_OK) break;
         ask(segment, *slot, key);
         if (sd_matches(segment, *slot, key)) return SD_OK;
+        sd_probe_in_vain(&probe);
         uint64_t life = sd_load(&segment->slots[*slot].life);
         damaged |= !sd_count_sound(life) || (life & 1 && !identity_sound(segment, *slot));
     }

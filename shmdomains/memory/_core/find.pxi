@@ -41,6 +41,8 @@ cdef Record find_record(Segment doms, const sd_key *key, uint64_t deadline, obje
         may_wait(doms, deadline)
     while True:
         result = sd_find_to_lock(doms.segment, key, &slot)
+        if result == SD_CORRUPT:
+            result = sd_scan(doms.segment, key, &slot)
         if result == SD_DOUBT:
             if doms.segment.list_nonce == sd_self().nonce and key.what != SD_ID_INDEX:
                 raise_code(SD_CORRUPT, "find")
@@ -73,6 +75,8 @@ cdef int find_under_lock(Segment doms, const sd_key *key, uint32_t *slot, uint64
         acquire_list(doms, SD_TRY if holds_any(doms) else deadline, timeout)
         result = sd_find(doms.segment, key, slot)
         release_list(doms)
+    if result == SD_CORRUPT:
+        result = sd_scan(doms.segment, key, slot)
     if result == SD_OK or result == SD_MISS:
         return result
     return raise_code(result, "find")

@@ -2,10 +2,13 @@
  *
  * Open addressing, linear probing, one 64-bit word an entry:
  *
- *     hash (40 bits) << 24 | slot + 1        0: empty
+ *     check (8 bits) << 56 | hash (32 bits) << 24 | slot + 1        0: empty
  *
  * The hash carries the home position (its low bits) and rejects nearly every other key without a
- * look at the slot; growing and deleting need no look at the slots either.  Deletion shifts later
+ * look at the slot; growing and deleting need no look at the slots either.  The check is of the
+ * entry's other bits: each flipped bit of an entry, or of an empty place, is seen, and no entry
+ * becomes an empty place by one.  A probe that passes a damaged entry is no miss but SD_CORRUPT:
+ * that might be the key's.  Whoever moves entries gives up when there is one, and it is rebuilt.  Deletion shifts later
  * entries back instead of leaving tombstones, so tables never wear out.  That moves entries while
  * lock-free readers probe, which the sequence covers: a hit is verified under the slot's lock, a
  * miss is believed only if the sequence was even and unchanged (I5).
@@ -16,9 +19,12 @@
  */
 #include "index.h"
 
-#define HASH_BITS 40
+#define HASH_BITS 32
 #define HASH_MASK ((1ull << HASH_BITS) - 1)
 #define SLOT_BITS 24
+#define CHECK_AT (SLOT_BITS + HASH_BITS)
+
+_Static_assert(SD_INDEX_BITS + SD_INDEX_LEVELS - 1 <= HASH_BITS, "a hash has the home position");
 
 static inline uint64_t mix(uint64_t a, uint64_t b)
 {
@@ -58,9 +64,28 @@ uint64_t sd_hash_id(const sd_segment *segment, int32_t id)
     return finish(mix(segment->seed, (uint32_t)id));
 }
 
+/* The top of a product.  A flipped bit i of the entry changes the product by the factor << i; no 8
+ * bits of the factor in a row are all 0 or all 1, so the top changes, whatever is carried. */
+static inline uint64_t check_of(uint64_t entry)
+{
+    entry &= (1ull << CHECK_AT) - 1;
+    return entry * 0x9e3779b97f4a7c15ull >> CHECK_AT << CHECK_AT;
+}
+
+static inline bool is_sound(uint64_t entry)
+{
+    return !((entry ^ check_of(entry)) >> CHECK_AT);
+}
+
+static inline uint64_t hash_of(uint64_t entry)
+{
+    return entry >> SLOT_BITS & HASH_MASK;
+}
+
 static inline uint64_t entry_of(uint64_t hash, uint32_t slot)
 {
-    return hash << SLOT_BITS | (slot + 1);
+    uint64_t entry = hash << SLOT_BITS | (slot + 1);
+    return entry | check_of(entry);
 }
 
 sd_word *sd_index_sequence(sd_segment *segment, int index)
@@ -107,6 +132,7 @@ int sd_probe_begin(const sd_segment *segment, int index, uint64_t hash, sd_probe
     probe->at = hash & probe->mask;
     probe->left = probe->mask + 1;
     probe->tag = hash;
+    probe->damaged = false;
     return SD_OK;
 }
 
@@ -115,19 +141,37 @@ int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot)
     for (; probe->left; probe->left--) {
         uint64_t entry = sd_load_acquire(&probe->table[probe->at]);
         probe->at = (probe->at + 1) & probe->mask;
-        if (!entry) return SD_MISS;
-        if (entry >> SLOT_BITS != probe->tag) continue;
-        probe->left--;
-        *slot = SD_ENTRY_SLOT(entry);
+        if (!entry) break;
+        if (hash_of(entry) != probe->tag) {
+            probe->damaged |= !is_sound(entry);
+            continue;
+        }
         /* An entry is stored after its slot is counted; a larger number is damage. */
-        return *slot < sd_slot_count(segment) ? SD_OK : SD_CORRUPT;
+        *slot = SD_ENTRY_SLOT(entry);
+        if (*slot >= sd_slot_count(segment)) {
+            probe->damaged = true;
+            continue;
+        }
+        probe->left--;
+        probe->entry = entry;
+        return SD_OK;
     }
-    return SD_MISS;
+    return probe->damaged ? SD_CORRUPT : SD_MISS;
+}
+
+void sd_probe_in_vain(sd_probe *probe)
+{
+    probe->damaged |= !is_sound(probe->entry);
+}
+
+bool sd_entry_sound(uint64_t entry)
+{
+    return is_sound(entry);
 }
 
 static int put(sd_word *table, uint64_t mask, uint64_t entry)
 {
-    uint64_t at = entry >> SLOT_BITS & mask;
+    uint64_t at = hash_of(entry) & mask;
     for (uint64_t left = mask + 1; left; left--, at = (at + 1) & mask) {
         if (sd_load(&table[at])) continue;
         sd_publish(&table[at], entry);
@@ -146,19 +190,21 @@ int sd_index_insert(sd_segment *segment, int index, uint64_t hash, uint32_t slot
 
 /* Close the gap at `hole`: move back each later entry of the run whose home does not lie behind the
  * hole.  Each is copied before it is overwritten, so no entry is ever out of the table. */
-static void shift_back(sd_word *table, uint64_t mask, uint64_t hole)
+static int shift_back(sd_word *table, uint64_t mask, uint64_t hole)
 {
     uint64_t at = hole;
     for (uint64_t left = mask; left; left--) {
         at = (at + 1) & mask;
         uint64_t entry = sd_load(&table[at]);
         if (!entry) break;
-        uint64_t home = entry >> SLOT_BITS & mask;
+        if (!is_sound(entry)) return SD_CORRUPT;
+        uint64_t home = hash_of(entry) & mask;
         if (((at - home) & mask) < ((at - hole) & mask)) continue;
         sd_publish(&table[hole], entry);
         hole = at;
     }
     sd_publish(&table[hole], 0);
+    return SD_OK;
 }
 
 int sd_index_delete(sd_segment *segment, int index, uint64_t hash, uint32_t slot)
@@ -172,8 +218,7 @@ int sd_index_delete(sd_segment *segment, int index, uint64_t hash, uint32_t slot
         uint64_t found = sd_load(&table[at]);
         if (!found) return SD_CORRUPT;
         if (found != entry) continue;
-        shift_back(table, mask, at);
-        return SD_OK;
+        return shift_back(table, mask, at);
     }
     return SD_CORRUPT;
 }
@@ -196,6 +241,8 @@ static int grow(sd_segment *segment, int index, const sd_word *table, uint64_t m
     if (next >= segment->at.levels) return SD_FULL;
     int result = sd_commit_memory(segment, segment->at.table[index][next], (wider + 1) * 8);
     if (result != SD_OK) return result;
+    for (uint64_t i = 0; i <= mask; i++)
+        if (!is_sound(sd_load(&table[i]))) return SD_CORRUPT;
     sd_word *target = segment->table[index][next];
     sd_sequence_begin(sequence);
     /* An earlier grower may have died and left entries here. */

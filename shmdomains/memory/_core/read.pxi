@@ -88,14 +88,14 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
 
 cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
     """The committed state of a domain, or None. An index that is in the middle of a change, maybe
-    of somebody who was stopped, is passed by. Raises `Busy` at the deadline."""
+    of somebody who was stopped, or that is damaged, is passed by. Raises `Busy` at the deadline."""
     cdef uint32_t slot
     cdef int result
     cdef unsigned tries = 0
     cdef DomainInfo info
     while True:
         result = sd_find(doms.segment, key, &slot)
-        if result == SD_DOUBT and tries > PATIENT_READS:
+        if result == SD_DOUBT and tries > PATIENT_READS or result == SD_CORRUPT:
             result = sd_scan(doms.segment, key, &slot)
         if result == SD_MISS:
             return None
@@ -113,7 +113,15 @@ cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_
 
 
 cdef int read_either(Segment doms, sd_key *key) noexcept:
-    """Whether a domain has the uuid of this key, or its name: as sd_find. List lock held."""
+    """Whether a domain has the uuid of this key, or its name: as sd_find. An index that is damaged
+    is made anew. List lock held."""
+    cdef int result = find_either(doms, key)
+    if result == SD_CORRUPT and sd_mend(doms.segment, SD_UUID_INDEX) == SD_OK:
+        result = find_either(doms, key)
+    return result
+
+
+cdef int find_either(Segment doms, sd_key *key) noexcept:
     cdef uint32_t slot
     cdef int result
     key.what = SD_UUID_INDEX

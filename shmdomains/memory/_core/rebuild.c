@@ -90,6 +90,33 @@ int sd_rebuild_ids(sd_segment *segment)
     return SD_OK;
 }
 
+static bool is_sound(const sd_segment *segment, uint32_t slot, int index)
+{
+    const sd_slot *record = &segment->slots[slot];
+    unsigned char name[SD_NAME_MAX + 1];
+    sd_values values;
+    uint64_t life = sd_load_acquire(&record->life);
+    if (!sd_count_sound(life)) return false;
+    if (!(life & 1)) return true;
+    if (sd_values_settled(segment, slot, &values) != SD_OK) return false;
+    if (index == SD_ID_INDEX) return true;
+    sd_name_get(segment, slot, values.flags, name);
+    return name[0];
+}
+
+int sd_mend(sd_segment *segment, int index)
+{
+    sd_probe there; /* is there a table, or is the level damaged? */
+    uint32_t slots;
+    int last = index == SD_ID_INDEX ? SD_ID_INDEX : SD_NAME_INDEX;
+    for (int i = index == SD_ID_INDEX ? SD_ID_INDEX : SD_UUID_INDEX; i <= last; i++)
+        if (sd_probe_begin(segment, i, 0, &there) != SD_OK) return SD_CORRUPT;
+    if (sd_slots(segment, &slots) != SD_OK) return SD_CORRUPT;
+    for (uint32_t slot = 0; slot < slots; slot++)
+        if (!is_sound(segment, slot, index)) return SD_CORRUPT;
+    return index == SD_ID_INDEX ? sd_rebuild_ids(segment) : sd_rebuild_list(segment);
+}
+
 int sd_rebuild_heap(sd_segment *segment)
 {
     sd_header *header = segment->header;

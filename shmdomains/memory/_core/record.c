@@ -40,6 +40,15 @@ void sd_prefetch_insert(const sd_segment *segment)
     sd_prefetch_store(&segment->names[next - 1]);
 }
 
+/* Room for one more entry; the index's lock held. */
+static int reserve(sd_segment *segment, int index)
+{
+    int result = sd_index_reserve(segment, index);
+    if (result == SD_CORRUPT && sd_mend(segment, index) == SD_OK)
+        result = sd_index_reserve(segment, index);
+    return result;
+}
+
 /* --- commit ---------------------------------------------------------------------------------- */
 
 /* Allocate the new blobs into the spare descriptors, all or nothing.  Heap lock held. */
@@ -179,8 +188,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
         sd_heap_unlock(segment);
     }
     /* An id that takes another one's place needs no room: a table is half empty at least. */
-    if (result == SD_OK && next.id >= 0 && now.id < 0)
-        result = sd_index_reserve(segment, SD_ID_INDEX);
+    if (result == SD_OK && next.id >= 0 && now.id < 0) result = reserve(segment, SD_ID_INDEX);
     if (result != SD_OK) {
         int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
         if (ids) sd_ids_unlock(segment);
@@ -297,8 +305,8 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
-    int result = sd_index_reserve(segment, SD_UUID_INDEX);
-    if (result == SD_OK) result = sd_index_reserve(segment, SD_NAME_INDEX);
+    int result = reserve(segment, SD_UUID_INDEX);
+    if (result == SD_OK) result = reserve(segment, SD_NAME_INDEX);
     if (result == SD_OK) result = prepare(segment, slot, uuid, name, values, blobs, deadline);
     if (result != SD_OK) return result;
     sd_sequence_begin(&header->list_seq);
