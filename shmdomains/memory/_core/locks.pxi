@@ -1,10 +1,10 @@
 # Locks: of the list and of a slot, of either kind, and what this thread may wait for.
 #
-# `lock="robust"` locks are the core's mutexes. `lock="multiprocessing"` locks are Python objects,
-# on whose semaphores the core lets threads sleep, and whose holder is written into the segment so
-# that a dead one's lock can be taken over. A thread waits for a second domain only while it holds the
-# list lock. A list that is closed during a wait stays mapped until the wait is over, and the wait
-# raises `ListClosed`.
+# `lock="robust"` locks are the core's mutexes. `lock="multiprocessing"` locks are Python
+# objects, on whose semaphores the core lets threads sleep, and whose holder is written into the
+# segment so that a dead one's lock can be taken over. A thread waits for a second domain only
+# while it holds the list lock. A list that is closed during a wait stays mapped until the wait
+# is over, and the wait raises `ListClosed`.
 
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
