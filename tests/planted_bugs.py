@@ -33,6 +33,7 @@ BUGS = {
     "commits in two steps": 5,
     "misses without looking at the sequence": 6,
     "undoes a commit when it repairs": 7,
+    "stores next_id after it gave the id out": 8,
 }
 
 _SWITCH = '__attribute__((visibility("default"))) long sd_planted;'
@@ -109,6 +110,20 @@ int sd_commit(""",
 }
 
 int sd_commit(""",
+        ),
+        (
+            """
+    else sd_publish(&header->next_id, sd_seal(next + 1));
+    sd_ids_unlock(segment);
+""",
+            """
+    else if (sd_planted != 8) sd_publish(&header->next_id, sd_seal(next + 1));
+    sd_ids_unlock(segment);
+    if (sd_planted == 8 && result == SD_OK) {
+        usleep(1000);
+        sd_publish(&header->next_id, sd_seal(next + 1));
+    }
+""",
         ),
         (
             """
