@@ -370,11 +370,15 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
             known = doms._known(definition)
             dom = doms.assign_def(definition, entry.persistent, timeout)
             made = dom._receipt if known is None else None
-        with dom:
+        try:
             if dom.is_active:
-                dom.rollback()
                 raise DefinitionError(f"domain '{entry.name}' is active; it was left as it is")
+            if entry.active:
+                dom.activate(entry.pid, timeout=timeout)
             _fill(dom, entry, next_definition, data)
+            dom.unlock(timeout)  # the end of a `with` block would wait for ever
+        finally:
+            dom._release_unseen()
     except BaseException:
         if dom is not None:
             doms._take_back(dom, made, timeout)
@@ -397,8 +401,6 @@ def _data(entry: _Entry) -> Any:
 
 
 def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None, data: Any) -> None:
-    if entry.active:
-        dom.activate(entry.pid)
     dom.set_state(entry.state, entry.reason)
     dom.autostart = entry.autostart
     dom.next_definition = next_definition

@@ -18,10 +18,11 @@ import pytest
 from helpers import EVERY_STORE
 from killing import Child, Pipe, xml
 
-from shmdomains import DomainList
+from shmdomains import ConfigError, DomainDef, DomainList
 from shmdomains.config import parse
 
 WEB1 = UUID(int=1)
+A, B = UUID(int=10), UUID(int=11)
 STEPS = ["open", "mkdir", "rename", "link", "unlink", "symlink"]
 
 RULES: dict[str, Callable[[Any], object]] = {
@@ -168,6 +169,145 @@ def test_undefine_takes_no_other_ones_file(doms: Any, tmp_path: Path) -> None:
     doms.load_all_configs(folder)
     doms.undefine("guest")
     assert names(folder) == ["other.xml", "web1.xml"]
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "redefine": lambda doms: doms.define(xml("b", B)),
+    "save": lambda doms: doms.save_config("b"),
+    "undefine": lambda doms: doms.undefine("b"),
+    "delete": lambda doms: doms.delete_config("b"),
+    "rename": lambda doms: doms.rename("b", "c"),
+    "autostart": lambda doms: doms.set_autostart("b", True),
+    "no autostart": lambda doms: doms.set_autostart("b", False),
+}
+"""Of a domain b, whose place another domain's file has."""
+
+
+def without_a_file(doms: Any, folder: Path, *, autostart: bool) -> None:
+    """b.xml holds a, and b is persistent and has no file: `assign_def` makes none."""
+    (folder / "autostart").mkdir(parents=True)
+    (folder / "b.xml").write_text(xml("a", A))
+    if autostart:
+        (folder / "autostart" / "b.xml").symlink_to(folder / "b.xml")
+    doms.load_all_configs(folder)
+    with doms.locked():
+        dom = doms.assign_def(DomainDef.from_xml(xml("b", B)), persistent=True)
+    dom.unlock()
+
+
+def loaded_with_autostart(folder: Path) -> dict[str, bool]:
+    with DomainList() as later:
+        later.load_all_configs(folder)
+        return {info.name: info.autostart for info in later}
+
+
+@pytest.mark.parametrize("autostart", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_takes_another_ones_file(
+    doms: Any, tmp_path: Path, change: str, autostart: bool
+) -> None:
+    folder = tmp_path / "vm"
+    without_a_file(doms, folder, autostart=autostart)
+    if change == "autostart":
+        with pytest.raises(ConfigError, match="no config file to link to"):
+            CHANGES[change](doms)
+        assert not doms["b"].autostart
+    else:
+        CHANGES[change](doms)
+    written = {"redefine": {"b": False}, "save": {"b": False}, "rename": {"c": False}}
+    assert loaded_with_autostart(folder) == {"a": autostart, **written.get(change, {})}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_cannot_move_stays_and_is_not_written_over(
+    doms: Any, tmp_path: Path, change: str
+) -> None:
+    """a has a file of its own name as well, which another program put there."""
+    folder = tmp_path / "vm"
+    without_a_file(doms, folder, autostart=True)
+    (folder / "a.xml").write_text(xml("a", A, memory=2048))
+    if change in ("redefine", "save", "autostart"):
+        with pytest.raises(ConfigError, match=r"it holds domain 'a'.*b\.xml"):
+            CHANGES[change](doms)
+        assert not doms["b"].autostart and doms["b"].definition.memory == 1024
+    else:
+        CHANGES[change](doms)
+    assert (folder / "b.xml").read_text() == xml("a", A)
+    assert (folder / "a.xml").read_text() == xml("a", A, memory=2048)
+    assert names(folder / "autostart") == ["b.xml"]
+
+
+def test_a_copy_does_not_move_to_the_place_of_a_domains_file(doms: Any, tmp_path: Path) -> None:
+    """A load took aa.xml for a, and goes on to do so."""
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    (folder / "aa.xml").write_text(xml("a", A))
+    (folder / "b.xml").write_text(xml("a", A, memory=2048))
+    doms.load_all_configs(folder)
+    with pytest.raises(ConfigError, match="it holds domain 'a'"):
+        doms.define(xml("b", B))
+    assert names(folder) == ["aa.xml", "b.xml"] and "b" not in doms
+
+
+def test_what_a_killed_rename_left_is_no_other_ones_file(doms: Any, tmp_path: Path) -> None:
+    """It was killed with both names' files there: the new name is free, and so is its file. With
+    the new one's alone it is the only file of a domain that has its old name."""
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    (folder / "a.xml").write_text(xml("a", A))
+    doms.load_all_configs(folder)
+    (folder / "b.xml").write_text(xml("b", A))
+    (folder / "a.xml").rename(tmp_path / "a.xml")
+    with pytest.raises(ConfigError, match="it holds domain 'a'"):
+        doms.define(xml("b", B))
+    assert "b" not in doms
+    (tmp_path / "a.xml").rename(folder / "a.xml")
+    doms.define(xml("b", B))
+    assert loaded_with_autostart(folder) == {"a": False, "b": False}
+
+
+def test_a_file_that_cannot_be_parsed_is_whose_name_it_has(doms: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    (folder / "b.xml").write_text("<domain>")
+    doms.load_all_configs(folder)
+    doms.define(xml("b", B))
+    assert loaded_with_autostart(folder) == {"b": False}
+
+
+@pytest.mark.parametrize("how", ["save", "define"])
+def test_a_first_file_is_not_armed_by_a_former_ones_link(
+    doms: Any, tmp_path: Path, how: str
+) -> None:
+    folder = tmp_path / "vm"
+    (folder / "autostart").mkdir(parents=True)
+    (folder / "autostart" / "b.xml").symlink_to(folder / "b.xml")
+    doms.load_all_configs(folder)
+    with doms.locked():
+        dom = doms.assign_def(DomainDef.from_xml(xml("b", B)), persistent=True)
+    with dom:
+        if how == "save":
+            doms.save_config(dom)
+    if how == "define":
+        doms.define(xml("b", B))
+    assert loaded_with_autostart(folder) == {"b": False}
+
+
+def test_a_rename_takes_along_what_a_killed_define_left(doms: Any, tmp_path: Path) -> None:
+    """A define killed between file and commit leaves a file of a record that is not persistent."""
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    doms.load_all_configs(folder)
+    for name, uuid in (("a", A), ("b", B)):
+        with doms.locked():
+            doms.assign_def(DomainDef.from_xml(xml(name, uuid))).unlock()
+    (folder / "a.xml").write_text(xml("a", A))
+    (folder / "b.xml").write_text(xml("b", WEB1))
+    doms.rename("a", "c")
+    doms.rename("b", "d")
+    assert names(folder) == ["b.xml"]  # which holds another one
+    doms.define(xml("c", A))
+    assert loaded_with_autostart(folder) == {"b": False, "c": False}
 
 
 # --- killed ------------------------------------------------------------------------------------

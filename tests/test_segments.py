@@ -8,6 +8,7 @@ Every segment lies in `segment_dir`, a folder on tmpfs of the test's own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import pickle
@@ -254,6 +255,27 @@ def test_a_stopped_unlink_is_not_waited_for_without_end(place: Path, stranger: P
     with DomainList.attach("s") as doms, pytest.raises(LockTimeout):
         doms.unlink(timeout=0)
     stranger.do("os.close(fd)")
+    gc.collect()
+    shmdomains.unlink("s", timeout=0)
+
+
+@pytest.mark.timeout(60)
+def test_an_unlink_that_is_refused_does_not_wait_for_its_own_lock(
+    place: Path, stranger: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask for the exclusive lock gives up the shared one, and then somebody else may have it."""
+    made()
+
+    def another_one_is_faster(path: Path, fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        stranger.do(STOPPED.format(path=str(path)))
+        raise SegmentInUse("made to fail")
+
+    with DomainList.attach("s") as doms, monkeypatch.context() as patch:
+        patch.setattr(segment_file, "_lock_exclusively", another_one_is_faster)
+        with pytest.raises(LockTimeout, match=f"{place} is kept locked.*pid {stranger.pid} "):
+            doms.unlink(timeout=0.05)
+        stranger.do("os.close(fd)")
     gc.collect()
     shmdomains.unlink("s", timeout=0)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from killing import Child, Planted, hold_mutex
 
 from shmdomains import DefinitionError, DomainDef, DomainList, DomainState
+from shmdomains.config import ConfigDirs, load_all
 from shmdomains.transfer import export_domains, import_domains
 
 XML = """<domain type='kvm'><name>{}</name><memory>1024</memory><os><type>hvm</type></os>
@@ -89,3 +93,40 @@ def test_definition_in_the_list_is_the_exported_one(exported: bytes) -> None:
     assert info.definition == DomainDef.from_xml(XML.format("größe", "live")).replace(
         uuid=info.uuid
     )
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("lock", ["heap", "id"])
+def test_no_wait_of_an_import_or_a_load_is_without_end(
+    start: Callable[..., Child], tmp_path: Path, lock: str
+) -> None:
+    """The domains are in the list already, so the first that needs a short lock is their commit, or
+    the new id of one that was active."""
+    path = tmp_path / "segment"
+    with DomainList(max_domains=10) as source:
+        uuid = source.define(XML.format("web1", "new")).uuid
+        with source.get("web1") as dom:
+            if lock == "id":
+                dom.activate(pid=77)
+        stream = io.BytesIO()
+        export_domains(source, stream)
+        stream.seek(0)
+    document = XML.format("web1", "old").replace("<memory>", f"<uuid>{uuid}</uuid><memory>")
+    (tmp_path / "vm").mkdir()
+    (tmp_path / "vm" / "web1.xml").write_text(document.replace("old", "new"))
+    with DomainList.create(path=path, max_domains=10) as doms, Planted(path) as planted:
+        doms.define(document)
+        holder = start(hold_mutex, str(path), planted.header(f"{lock}_mutex"))
+        assert holder.hear() == 0
+        failures = import_domains(doms, stream, timeout=0.05).failures
+        assert [name for name, _ in failures] == ["web1"]
+        if lock == "heap":
+            not_loaded = load_all(doms, ConfigDirs(tmp_path / "vm"), timeout=0.05).failures
+            assert [failure.path.name for failure in not_loaded] == ["web1.xml"]
+        info = doms["web1"]
+        assert info.definition.description == "old" and not info.is_active
+        with doms.get("web1", timeout=0):
+            pass
+        holder.tell()
+        assert holder.hear() == 0
+        doms.unlink(force=True)

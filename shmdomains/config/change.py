@@ -9,11 +9,12 @@ them.
 
 A file need not be named after its domain. The first change of such a domain moves its file to
 NAME.xml, and goes on as if it had always been there; a file that another domain has in that place
-moves to that one's name before. Such a move is one rename, so a process killed
-before or after it leaves the domain in one file: it is neither lost nor loaded twice. Its autostart
-link cannot move in the same instant. The new name's link is made first and leads nowhere until the
-file is there; the old one goes last: at each instant one of them leads to the file. A process
-killed just before that leaves a link that leads nowhere, and the next load warns of it.
+moves to that one's name before, or is left alone where that cannot be. Such a move is one rename,
+so a process killed before or after it leaves the domain in one file: it is neither lost nor loaded
+twice. Its autostart link cannot move in the same instant. The new name's link is made first and
+leads nowhere until the file is there; the old one goes last: at each instant one of them leads to
+the file. A process killed just before that leaves a link that leads nowhere, and the next load
+warns of it.
 
 Semantics are libvirt's: virDomainDefSave, virDomainDeleteConfig, qemuDomainSetAutostart,
 qemuDomainRenameCallback. Lock order: list, domain, the filelock here.
@@ -29,7 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -47,7 +48,6 @@ from ..lazy import LazyModule
 from ..names import SUFFIX, check_name
 from ..text import shown_path
 from ..xml.definition import DomainDef
-from .parse import parse_file
 
 if TYPE_CHECKING:
     import filelock
@@ -94,8 +94,24 @@ class Commit(Protocol):
     def happened(self) -> bool: ...
 
 
-Find = Callable[[], Path | None]
-"""Returns the file that holds the domain under another name than its own; ``None``: none does."""
+class Other(NamedTuple):
+    """Another domain, which has its file in this one's place."""
+
+    name: str
+    may_move: bool
+    """Whether the file, under that one's own name, is what the next load takes for it."""
+
+
+class Owner(Protocol):
+    """Tells whose the files are; asked with the filelock held."""
+
+    def find(self) -> Path | None:
+        """The file that holds the domain under another name than its own; ``None``: none does."""
+        ...
+
+    def other(self, path: Path) -> Other | None:
+        """Whose the file in the domain's place is; ``None``: it may be written over."""
+        ...
 
 
 class _Change:
@@ -318,8 +334,9 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     domain's. A name that begins with ``.`` cannot be saved: dot-files are not loaded.
 
     A `commit` is called with the files in place and the filelock held; they stay if it happened,
-    else they are as they were before, whatever was raised. `find` is called with the filelock held
-    where there is no NAME.xml; the file that it returns becomes that.
+    else they are as they were before, whatever was raised. Where there is no NAME.xml the file that
+    the `owner` finds becomes that; where another domain's file is in that place it gets its own
+    name, and if it cannot, it is left alone: what would be written over it is a `ConfigError`.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
@@ -376,12 +393,14 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         commit: Commit | None = None,
         *,
         new: bool = False,
-        find: Find | None = None,
+        keep_link: bool = True,
+        owner: Owner | None = None,
     ) -> None:
         """Write the definition to NAME.xml, mode 0600, making the directory if need be.
 
         It is on disk for good when this returns (virDomainDefSave). Call it with the domain locked.
-        The autostart link of a `new` domain's name was a former one's, and goes.
+        The autostart link of a `new` domain's name was a former one's, and goes; without
+        `keep_link` also one that has led to no file.
 
         >>> from tempfile import TemporaryDirectory
         >>> xml = "<name>web1</name><memory>1</memory><os><type>hvm</type></os>"
@@ -395,11 +414,11 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         data = definition.to_xml().encode()
 
         def make(change: _Change) -> None:
-            if new:
-                self._make_room(change, definition.name)
-            self._adopt(change, definition.name, find)
-            link = self.autostart_link(definition.name) if new else None
-            if link is not None:
+            self._need_room(change, definition.name, owner)
+            if not new:
+                self._adopt(change, definition.name, owner)
+            link = self.autostart_link(definition.name)
+            if link is not None and (new or not (keep_link or os.path.lexists(path))):
                 change.remove(link)
             change.put(path, lambda temporary: _write_file(temporary, data))
 
@@ -411,18 +430,19 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         timeout: float | None = None,
         commit: Commit | None = None,
         *,
-        find: Find | None = None,
+        owner: Owner | None = None,
     ) -> None:
         """Remove the domain's config file and autostart link; a missing one is no error.
 
-        Source: virDomainDeleteConfig, which would go on if the link cannot be removed; the link
+        A file there that holds another domain stays, and so does its link. Source:
+        virDomainDeleteConfig, which would go on if the link cannot be removed; the link
         would then start the next domain of this name, so here that is an error.
         """
 
         def make(change: _Change) -> None:
-            self._make_room(change, name)
-            self._adopt(change, name, find)
-            self._remove(change, name)
+            if self._make_room(change, name, owner) is None:
+                self._adopt(change, name, owner)
+                self._remove(change, name)
 
         self._change(self.config_file(name), timeout, make, commit)
 
@@ -434,7 +454,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         commit: Commit | None = None,
         *,
         autostart: bool = False,
-        find: Find | None = None,
+        owner: Owner | None = None,
     ) -> None:
         """Write the new definition under its name, then remove the old name's file and link.
 
@@ -445,13 +465,15 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         path = self._file_to_write(new_definition.name)
         data = new_definition.to_xml().encode()
         if self.config_file(old_name) == path:
-            self.save(new_definition, timeout, commit, find=find)
+            self.save(new_definition, timeout, commit, owner=owner)
             return
 
         def make(change: _Change) -> None:
-            self._adopt(change, old_name, find)
-            self._make_room(change, new_definition.name)
-            moves = autostart or self.is_autostart(old_name)
+            has_place = self._make_room(change, old_name, owner) is None
+            if has_place:
+                self._adopt(change, old_name, owner)
+            self._need_room(change, new_definition.name, owner)
+            moves = autostart or (has_place and self.is_autostart(old_name))
             change.put(path, lambda temporary: _write_file(temporary, data))
             link = self.autostart_link(new_definition.name)
             if link is not None and moves:
@@ -461,7 +483,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
                 change.put(link, lambda temporary: os.symlink(path, temporary))
             elif link is not None:
                 change.remove(link)
-            self._remove(change, old_name)
+            if has_place:
+                self._remove(change, old_name)
 
         self._change(path, timeout, make, commit, create=True)
 
@@ -472,7 +495,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         timeout: float | None = None,
         commit: Commit | None = None,
         *,
-        find: Find | None = None,
+        owner: Owner | None = None,
     ) -> None:
         """Make the autostart link, or remove it (virDomainSetAutostart).
 
@@ -489,7 +512,12 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             return
 
         def make(change: _Change) -> None:
-            self._adopt(change, name, find)
+            other = self._make_room(change, name, owner)
+            if other is not None:
+                if enabled:
+                    raise _held(target, other)
+                return
+            self._adopt(change, name, owner)
             if not enabled:
                 change.remove(link)
             elif not target.is_file():
@@ -509,23 +537,30 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             raise ConfigError(errno.EINVAL, "a name that begins with '.' is not loaded", str(path))
         return path
 
-    def _adopt(self, change: _Change, name: str, find: Find | None) -> None:
+    def _adopt(self, change: _Change, name: str, owner: Owner | None) -> None:
         """Move the domain's file to NAME.xml, if it has another name; see the head of this file."""
         own = self.config_file(name)
-        found = None if find is None or os.path.lexists(own) else find()
+        found = None if owner is None or os.path.lexists(own) else owner.find()
         if found is not None:
             self._move(change, found, own)
 
-    def _make_room(self, change: _Change, name: str) -> None:
-        """Move the file of another domain, which has this one's name, to its own name: a load takes
-        it for that domain, and what is written or removed here would lose it."""
+    def _make_room(self, change: _Change, name: str, owner: Owner | None) -> Other | None:
+        """Move the file of another domain, which has this one's name, to its own name; returns the
+        other one if its file has to stay."""
         own = self.config_file(name)
-        found = parse_file(str(own)).result if os.path.lexists(own) else None
-        if not isinstance(found, DomainDef) or found.name == name or found.name.startswith("."):
-            return
-        others = self.config_file(found.name)
-        if not os.path.lexists(others):
-            self._move(change, own, others)
+        other = None if owner is None or not os.path.lexists(own) else owner.other(own)
+        if other is None or not other.may_move:
+            return other
+        others = self.config_file(other.name)
+        if os.path.lexists(others):
+            return other
+        self._move(change, own, others)
+        return None
+
+    def _need_room(self, change: _Change, name: str, owner: Owner | None) -> None:
+        other = self._make_room(change, name, owner)
+        if other is not None:
+            raise _held(self.config_file(name), other)
 
     def _move(self, change: _Change, found: Path, own: Path) -> None:
         link = None if self.autostart_dir is None else self.autostart_dir / own.name
@@ -598,6 +633,11 @@ class ConfigDirs(msgspec.Struct, frozen=True):
                 except BaseException:  # a signal handler raised before it did
                     lock.release()
                     raise
+
+
+def _held(path: Path, other: Other) -> ConfigError:
+    what = f"it holds domain {other.name!r}; move it away, or save that domain and remove it"
+    return ConfigError(errno.EEXIST, what, str(path))
 
 
 def _is_directory(path: Path) -> bool:

@@ -95,7 +95,7 @@ def scan_all(directory: Path) -> tuple[list[str], list[Path]]:
     return [inside + name for name in names if not name.startswith(".")], skipped
 
 
-def file_of(directory: Path, name: str, uuid: UUID, others: Container[str]) -> Path | None:
+def file_of(directory: Path, name: str, uuid: UUID | None, others: Container[str]) -> Path | None:
     """Return the file that holds the domain and is not named after it; ``None``: there is none.
 
     `others`: the names of the other domains. A load takes the file of such a name for that domain

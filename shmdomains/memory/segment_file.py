@@ -386,14 +386,22 @@ def unlink_attached(
     with _existing(path) as place, _names_locked(place, path.parent, deadline):
         if not is_same_file(path, fd):
             raise _another(path)
+        unlinked = False
         try:
             if not force:
                 _lock_exclusively(path, fd)
                 _need_no_heirs(path, fd)
             os.unlink(path.name, dir_fd=place)
+            unlinked = True
         finally:
-            # Asking for the exclusive lock gave up the shared one, whatever the answer was.
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            # Asking for the exclusive lock gave up the shared one, whatever the answer was. Where
+            # somebody else keeps it locked the shared one stays lost: then others see by the list
+            # of the attached alone that this process is here. Without a name nobody asks.
+            try:
+                _flock(fd, fcntl.LOCK_SH, f"segment {path}", deadline)
+            except LockTimeout:
+                if not unlinked:
+                    raise
 
 
 def _another(path: Path) -> SegmentNotFound:

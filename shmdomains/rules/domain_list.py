@@ -413,11 +413,11 @@ class DomainListRules(ListBase[D]):
         an active one becomes transient (virDomainUndefine).
 
         Exactly one key, by position as `get` takes it or by keyword. No lock is needed; the list
-        lock is taken. The file goes also where it is not named after the domain. A worker killed
-        after that and before the record went leaves the domain without a file. Raises
-        `DomainNotFound`,
-        `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
-        `LockOrder`.
+        lock is taken. The file goes also where it is not named after the domain. A second file of
+        the domain (a forgotten ``web1-backup.xml``), which the load reported as a failure, stays:
+        the next load takes the domain from it. A worker killed after the file and before the record
+        went leaves the domain without a file. Raises `DomainNotFound`, `DomainTransient` (an active
+        domain that is not persistent), `ConfigError`, `LockTimeout`, `LockOrder`.
         """
         deadline = self._deadline(timeout)
         with self._list_held(deadline.left()):

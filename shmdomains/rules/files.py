@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from ..config.change import ConfigDirs, Find
-from ..config.parse import file_of
+from ..config.change import ConfigDirs, Other
+from ..config.parse import file_of, parse_file
 from ..errors import DomainTransient, UncommittedChanges
+from ..names import SUFFIX
 from ..xml.definition import DomainDef
+from .info import DomainInfo
 from .store import D, Deadline, DomainBase, Filter, ListBase
 
 
@@ -33,21 +36,65 @@ class Commit:
         return bool(self._dom._receipt != self._before)
 
 
-def _finder(doms: ListBase[Any], dom: DomainBase, dirs: ConfigDirs) -> Find | None:
-    """Finds the domain's file if it is not named after it. A transient domain has none.
+class Owner:
+    """Tells which files are this domain's; see `config.change.Owner`.
 
-    Where such files are is not remembered: it is told from what lies on the disk and who is in the
-    list, which every process sees alike.
+    Where they are is not remembered: it is told from what lies on the disk and who is in the list,
+    which every process sees alike. A file that cannot be parsed is whose name it has.
     """
-    if not dom.persistent:
-        return None
-    uuid, name = dom.uuid, dom.name
 
-    def find() -> Path | None:
-        others = {info.name for info in doms._scan(Filter(persistent=True), False)}
-        return file_of(dirs.config_dir, name, uuid, others - {name})
+    def __init__(self, doms: ListBase[Any], dom: DomainBase, dirs: ConfigDirs) -> None:
+        self._doms = doms
+        self._dirs = dirs
+        self._uuid, self._name, self._persistent = dom.uuid, dom.name, dom.persistent
 
-    return find
+    def find(self) -> Path | None:
+        """A transient domain has none."""
+        if not self._persistent:
+            return None
+        return self._file_of(self._name, self._uuid, {self._name})
+
+    def other(self, path: Path) -> Other | None:
+        found, place = _definition(path), path.name.removesuffix(SUFFIX)
+        if found is None or found.uuid == self._uuid:
+            return None
+        if found.uuid is None and found.name in (place, self._name):
+            return None
+        known = self._known(found)
+        if found.name != place:
+            uuid = found.uuid if known is None else known.uuid
+            taken = self._file_of(found.name, uuid, {found.name, place})
+            return Other(found.name, path == taken and not found.name.startswith("."))
+        if known is None or known.uuid == self._uuid or self._has_file(known):
+            return None
+        # Its rename died before the record had the name: no other file is left of it.
+        return Other(known.name, False)
+
+    def has_file(self) -> bool:
+        """Whether NAME.xml holds this UUID."""
+        found = _definition(self._dirs.config_file(self._name))
+        return found is not None and found.uuid == self._uuid
+
+    def _known(self, found: DomainDef) -> DomainInfo | None:
+        infos = self._infos()
+        by_uuid = next((info for info in infos if info.uuid == found.uuid), None)
+        return by_uuid or next((info for info in infos if info.name == found.name), None)
+
+    def _has_file(self, info: DomainInfo) -> bool:
+        found = _definition(self._dirs.config_file(info.name))
+        return found is not None and found.name == info.name and found.uuid in (None, info.uuid)
+
+    def _file_of(self, name: str, uuid: UUID | None, to_read: set[str]) -> Path | None:
+        others = {info.name for info in self._infos()}
+        return file_of(self._dirs.config_dir, name, uuid, others - to_read)
+
+    def _infos(self) -> list[DomainInfo]:
+        return self._doms._scan(Filter(persistent=True), False)
+
+
+def _definition(path: Path) -> DomainDef | None:
+    found = parse_file(str(path)).result
+    return found if isinstance(found, DomainDef) else None
 
 
 def save(
@@ -59,9 +106,14 @@ def save(
     new: bool = False,
 ) -> None:
     """Write what the domain will be after its next start; a `new` one had no file before."""
-    find = None if new else _finder(doms, dom, dirs)
-    definition = dom.next_definition or dom.definition
-    dirs.save(definition, deadline.left(), commit, new=new, find=find)
+    dirs.save(
+        dom.next_definition or dom.definition,
+        deadline.left(),
+        commit,
+        new=new,
+        keep_link=dom.autostart,
+        owner=Owner(doms, dom, dirs),
+    )
 
 
 def save_config(doms: ListBase[D], dom: D, deadline: Deadline) -> None:
@@ -87,7 +139,7 @@ def delete(
     name = dom.name
     commit = None if make is None else Commit(dom, make)
     if dirs is not None:
-        dirs.delete(name, deadline.left(), commit, find=_finder(doms, dom, dirs))
+        dirs.delete(name, deadline.left(), commit, owner=Owner(doms, dom, dirs))
     elif commit is not None:
         commit()
 
@@ -102,13 +154,18 @@ def rename(
     """Give the domain's file and link the name of the new definition; `make` renames the record."""
     dirs = doms._remembered()
     commit = Commit(dom, make)
-    if dirs is None or not dom.persistent:
+    owner = None if dirs is None else Owner(doms, dom, dirs)
+    if dirs is None or owner is None:
         commit()
+    elif dom.persistent:
+        left, autostart = deadline.left(), dom.autostart
+        dirs.rename(dom.name, definition, left, commit, autostart=autostart, owner=owner)
+    elif owner.has_file():
+        # Its define died before the record was persistent. Under the old name a load would find
+        # this UUID a second time.
+        dirs.delete(dom.name, deadline.left(), commit, owner=owner)
     else:
-        find = _finder(doms, dom, dirs)
-        dirs.rename(
-            dom.name, definition, deadline.left(), commit, autostart=dom.autostart, find=find
-        )
+        commit()
 
 
 def set_autostart(doms: ListBase[D], dom: D, enabled: bool, deadline: Deadline) -> None:
@@ -126,8 +183,8 @@ def set_autostart(doms: ListBase[D], dom: D, enabled: bool, deadline: Deadline) 
     commit = Commit(dom, change)
     try:
         if dirs is not None and (dirs.autostart_dir is not None or enabled):
-            find = _finder(doms, dom, dirs)
-            dirs.set_autostart(dom.name, enabled, deadline.left(), commit, find=find)
+            owner = Owner(doms, dom, dirs)
+            dirs.set_autostart(dom.name, enabled, deadline.left(), commit, owner=owner)
         else:
             commit()
     except BaseException:
