@@ -636,7 +636,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
 
 
 def _held(path: Path, other: Other) -> ConfigError:
-    what = f"it holds domain {other.name!r}; move it away, or save that domain and remove it"
+    what = f"it holds domain {other.name!r}; save that domain, then move the file away"
     return ConfigError(errno.EEXIST, what, str(path))
 
 
