@@ -316,7 +316,7 @@ def counted(value: int) -> int:
 def listed(value: int) -> int:
     """An entry of an index, as the core writes it: 56 bits, and 8 to check them."""
     value &= (1 << 56) - 1
-    return value | (value * 0x9E3779B97F4A7C15 >> 56 & 0xFF) << 56
+    return value | ((value << 8) * 0x9E3779B97F4A7C15 >> 56 & 0xFF) << 56
 
 
 class Planted:

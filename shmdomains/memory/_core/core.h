@@ -23,6 +23,7 @@
 #include "rebuild.h"        /* what is derived, from what is committed */
 #include "locks.h"          /* short locks, slot lock, list lock, and their repairs */
 #include "find.h"           /* from a key to a slot */
+#include "scan.h"           /* the same without an index */
 #include "record.h"         /* commit, insert, remove */
 #include "check.h"          /* every invariant, from outside: what was seen so far */
 #include "check_records.h"  /* record by record */

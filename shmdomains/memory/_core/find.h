@@ -16,10 +16,6 @@ typedef struct {
 int sd_find(sd_segment *segment, const sd_key *key, uint32_t *slot);
 /* The same, faster if the caller is going to lock what it finds. */
 int sd_find_to_lock(sd_segment *segment, const sd_key *key, uint32_t *slot);
-/* The same from the records themselves, without an index: slow, and never stopped by who stopped in
- * the middle of a change.  A hit is a hint, a miss is true at some moment of the scan.  SD_DOUBT: a
- * record was being written all the time. */
-int sd_scan(const sd_segment *segment, const sd_key *key, uint32_t *slot);
 /* Is it that domain?  A hint. */
 bool sd_matches(const sd_segment *segment, uint32_t slot, const sd_key *key);
 /* The same once its lock is held, and then the truth: SD_OK, and its committed values; SD_MISS;

@@ -64,17 +64,17 @@ uint64_t sd_hash_id(const sd_segment *segment, int32_t id)
     return finish(mix(segment->seed, (uint32_t)id));
 }
 
-/* The top of a product.  A flipped bit i of the entry changes the product by the factor << i; no 8
- * bits of the factor in a row are all 0 or all 1, so the top changes, whatever is carried. */
+/* The top of a product, of all but the check itself.  A flipped bit i changes the product by the
+ * factor << i + 8; no 8 bits of the factor in a row are all 0 or all 1, nor are those that are left
+ * of it at its end, so the top changes, whatever is carried. */
 static inline uint64_t check_of(uint64_t entry)
 {
-    entry &= (1ull << CHECK_AT) - 1;
-    return entry * 0x9e3779b97f4a7c15ull >> CHECK_AT << CHECK_AT;
+    return (entry << (64 - CHECK_AT)) * 0x9e3779b97f4a7c15ull >> CHECK_AT;
 }
 
 static inline bool is_sound(uint64_t entry)
 {
-    return !((entry ^ check_of(entry)) >> CHECK_AT);
+    return check_of(entry) == entry >> CHECK_AT;
 }
 
 static inline uint64_t hash_of(uint64_t entry)
@@ -85,7 +85,7 @@ static inline uint64_t hash_of(uint64_t entry)
 static inline uint64_t entry_of(uint64_t hash, uint32_t slot)
 {
     uint64_t entry = hash << SLOT_BITS | (slot + 1);
-    return entry | check_of(entry);
+    return entry | check_of(entry) << CHECK_AT;
 }
 
 sd_word *sd_index_sequence(sd_segment *segment, int index)
@@ -153,7 +153,6 @@ int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot)
             continue;
         }
         probe->left--;
-        probe->entry = entry;
         return SD_OK;
     }
     return probe->damaged ? SD_CORRUPT : SD_MISS;
@@ -161,7 +160,7 @@ int sd_probe_next(const sd_segment *segment, sd_probe *probe, uint32_t *slot)
 
 void sd_probe_in_vain(sd_probe *probe)
 {
-    probe->damaged |= !is_sound(probe->entry);
+    probe->damaged |= !is_sound(sd_load(&probe->table[(probe->at - 1) & probe->mask]));
 }
 
 bool sd_entry_sound(uint64_t entry)

@@ -10,7 +10,7 @@ uint64_t sd_hash_id(const sd_segment *segment, int32_t id);
 
 typedef struct {
     const sd_word *table;
-    uint64_t mask, at, left, tag, entry;
+    uint64_t mask, at, left, tag;
     bool damaged; /* an entry on the way, maybe the key's */
 } sd_probe;
 

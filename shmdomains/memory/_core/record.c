@@ -156,7 +156,8 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
 int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
               const sd_blob changes[SD_BLOBS], const unsigned char *name, uint64_t deadline)
 {
-    sd_blob blobs[SD_BLOBS] = {changes[0], changes[1], changes[2]};
+    const sd_blob *blobs = changes;
+    sd_blob without[SD_BLOBS];
     sd_slot *record = &segment->slots[slot];
     sd_values now, next = *values;
     unsigned char old_name[SD_NAME_MAX + 1];
@@ -173,7 +174,9 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     bool moved = blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs);
     if (moved) {
         change_places(&next);
-        blobs[SD_DEFINITION].change = false;
+        memcpy(without, changes, sizeof without);
+        without[SD_DEFINITION].change = false;
+        blobs = without;
     }
     for (int b = 0; b < SD_BLOBS; b++) {
         blob_changes |= blobs[b].change;
