@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from helpers import thread_party, xml
+from killing import Planted
 from lxml import etree
 from shell import (
     DEADLINE,
@@ -727,8 +728,8 @@ def test_recover(loaded: DomainList, segment_dir: Path) -> None:
 
 
 def poison(segment_dir: Path) -> None:
-    with open(segment_dir / "default.segment", "r+b") as file:
-        os.pwrite(file.fileno(), b"\3", 128)
+    with Planted(segment_dir / "default.segment") as planted:
+        planted.write(planted.header("poisoned"), 3)
 
 
 def test_a_poisoned_segment(loaded: DomainList, segment_dir: Path, tmp_path: Path) -> None:

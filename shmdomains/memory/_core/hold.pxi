@@ -95,16 +95,18 @@ cdef void enter_thread(Record record) noexcept:
     record.inside = 0
 
 
-cdef int enter_block(Record record) except -1:
+cdef inline size_t entering() except? 0:
+    """Who enters a block, where there can be several; 0: there cannot, or nobody in particular."""
+    return running_here() if sd_has_context() or GREENLETS else 0
+
+
+cdef int enter_block(Record record, size_t here) except -1:
     """One more `with` block of the handle that this thread holds. Tasks and greenlets of one thread
-    are not told apart by the lock, so the first block notes who is in it: only where there can be
-    several. Raises `AlreadyLocked` in another one."""
-    cdef size_t here
+    are not told apart by the lock, so the first block notes who is in it (`entering`, which may
+    raise and so is asked before the lock is taken). Raises `AlreadyLocked` in another one."""
     if record.depth == 0:
-        if sd_has_context() or GREENLETS:
-            record.inside = running_here()
+        record.inside = here
     elif record.inside:
-        here = running_here()
         if here != record.inside:
             raise errors.AlreadyLocked(
                 f"another task of this thread is in a 'with' block of domain "

@@ -262,6 +262,8 @@ int sd_index_reserve(sd_segment *segment, int index)
     uint64_t mask;
     int result = current(segment, index, &table, &mask);
     if (result != SD_OK) return result;
-    if ((sd_load(count_of(segment, index)) + 1) * 2 <= mask + 1) return SD_OK;
+    uint64_t count = sd_load(count_of(segment, index));
+    if (count > sd_slot_count(segment)) return SD_CORRUPT; /* more than there are slots */
+    if ((count + 1) * 2 <= mask + 1) return SD_OK;
     return grow(segment, index, table, mask);
 }

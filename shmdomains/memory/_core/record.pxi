@@ -132,11 +132,12 @@ cdef class Record:
         reload_values(mine)
 
     def __enter__(self):
+        cdef size_t here = entering()
         cdef Record mine = locked_or_none(self)
         if mine is None:
             lock_record(self, SD_FOREVER, None)
             mine = self
-        enter_block(need_changeable(mine))
+        enter_block(need_changeable(mine), here)
         return self
 
     def __exit__(self, kind, value, traceback):

@@ -127,7 +127,7 @@ cdef bint reclaim(Segment doms, uint32_t held) noexcept:
 cdef int reclaim_slots(Segment doms, uint32_t held) except -1:
     cdef uint32_t slot
     cdef sd_slot *at
-    cdef bint busy
+    cdef bint busy, put_off
     for slot in range(slot_count(doms)):
         at = &doms.segment.slots[slot]
         busy = sd_load(&at.owner.who) != 0 if doms.multiprocessing else sd_mutex_busy(&at.mutex)
@@ -139,7 +139,10 @@ cdef int reclaim_slots(Segment doms, uint32_t held) except -1:
             continue
         if sd_load(&at.dirty):
             sd_tidy(doms.segment, slot)
+        put_off = sd_load(&at.dirty) != 0
         release_slot(doms, slot, False)
+        if put_off:
+            return 0  # the heap's holder is stopped: one slice of waiting is enough
     return 0
 
 

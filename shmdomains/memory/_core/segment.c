@@ -144,6 +144,14 @@ static uint64_t read_namespace(const char *path)
     return stat(path, &status) ? 0 : (uint64_t)status.st_ino;
 }
 
+/* Whoever asks /proc whether the holder of a lock lives must meet that process there. */
+static bool proc_is_ours(void)
+{
+    char number[16] = "";
+    ssize_t length = readlink("/proc/self", number, sizeof number - 1);
+    return length > 0 && strtoul(number, NULL, 10) == (unsigned long)getpid();
+}
+
 /* In another PID namespace the number of a thread means another one.  In another time namespace the
  * same thread seems to have started at another time, so whoever lives seems to be dead. */
 static int compare_namespaces(uint64_t pid, uint64_t time, char *why, size_t n)
@@ -152,6 +160,11 @@ static int compare_namespaces(uint64_t pid, uint64_t time, char *why, size_t n)
     if (!here && pid) {
         snprintf(why, n, "cannot read /proc/self/ns/pid (%s), which says whether thread numbers "
                  "mean the same threads here; mount /proc here", strerror(errno));
+        return SD_MISMATCH;
+    }
+    if (here && !proc_is_ours()) {
+        snprintf(why, n, "/proc is another PID namespace's, and speaks of other threads under the "
+                 "same numbers; mount /proc here (unshare --mount-proc)");
         return SD_MISMATCH;
     }
     if (here != pid) {
