@@ -3,9 +3,8 @@
 First one death at a time: each lock, alone and with others, before and after a commit, with
 somebody waiting already or coming later; the recoverer dies as well; what a death in the middle of
 a change leaves behind is planted where it cannot be hit by chance. Then the lists with
-``lock="multiprocessing"``, where a waiter takes a dead holder's lock over (the instant between
-acquiring such a lock and recording its owner is not covered, which the README says; it is not
-tested). Deaths of many at random are in test_storms.py.
+``lock="multiprocessing"``, where a waiter takes a dead holder's lock over. Deaths of many at random
+are in test_storms.py.
 """
 
 from __future__ import annotations

@@ -325,23 +325,8 @@ def test_a_lock_that_stays(directory: Path, monkeypatch: pytest.MonkeyPatch, wha
     assert f"held by process {os.getpid()}" in text
 
 
-@pytest.mark.parametrize("kill", [False, True], ids=["failed", "explained"])
-def test_a_multiprocessing_lock_that_sticks(
-    directory: Path, tampered: Any, monkeypatch: pytest.MonkeyPatch, kill: bool
-) -> None:
-    def tamper(doms: DomainList, journal: Journal, plan: Plan) -> None:
-        doms._locks[1][0].acquire()  # as by one who was killed before it could say that it has it
-
-    tampered(tamper)
-    monkeypatch.setattr(stress, "PROOF_TIMEOUT", 0.1)
-    status, text = run(directory, lock="multiprocessing", kill=kill)
-    assert status == (0 if kill else 1), text
-    assert "domain 'vm0' was not free within 0.1 s; nobody is known to hold it" in text
-    assert ("~ nothing stays locked" if kill else "✗ nothing stays locked") in text
-
-
 @pytest.mark.parametrize("which", ["domain", "list"])
-def test_workers_get_on_without_a_lock_that_sticks(
+def test_what_a_death_beside_a_semaphore_leaves_holds_nobody_up(
     directory: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     gather = stress._Storm._gather
@@ -352,14 +337,9 @@ def test_workers_get_on_without_a_lock_that_sticks(
         (list_lock if which == "list" else slot_locks[0]).acquire()
 
     monkeypatch.setattr(stress._Storm, "_gather", gathering)
-    monkeypatch.setattr(stress, "PROOF_TIMEOUT", 0.1)
-    monkeypatch.setattr(stress, "FORGIVING_LOCK_TIMEOUT", 0.1)
     status, text = run(directory, lock="multiprocessing", kill=True, seconds=1)
     assert status == 0, text
-    # The kills of the storm may have left another one locked for good.
-    stuck = "stuck: .*the list lock" if which == "list" else r"stuck: .*\d+ domain locks?"
-    assert re.search(stuck, text), text
-    assert "~ nothing stays locked" in text
+    assert "✓ nothing stays locked" in text
 
 
 # --- it fails: workers cheat, fail or hang ---------------------------------------------------

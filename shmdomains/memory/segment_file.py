@@ -479,8 +479,9 @@ def _heirs(fd: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if not entry.isdecimal() or int(entry) == os.getpid():
             continue
-        with suppress(OSError):  # it ended, or is another user's, who has a `flock` of his own
-            if mapped in Path("/proc", entry, "maps").read_bytes():
+        # OSError: it ended, or is another user's, who has a `flock` of his own.
+        with suppress(OSError), open(f"/proc/{entry}/maps", "rb") as maps:
+            if any(mapped in line for line in maps):
                 found.append(int(entry))
     return sorted(found)
 

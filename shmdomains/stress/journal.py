@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 OWN = 8  # domains that each worker may have defined at a time
 LONG_WAIT_NS = 1_000_000
 MAX_IDS = 50_000_000  # ids that a worker can note down; then it activates nothing any more
-LIST = 0xFFFFFFFF  # "the list lock", where a target is expected
 
 
 class Kind(enum.IntEnum):
@@ -118,7 +117,6 @@ class Plan(msgspec.Struct, frozen=True):
     workers: int
     separator: str
     lock_timeout: float
-    forgiving: bool  # a lock may stick: multiprocessing locks and kills
 
     def uuid_of(self, target: int) -> bytes:
         """The UUID of a loaded domain or a clone."""
@@ -159,10 +157,9 @@ def separator_for(names: list[str]) -> str:
 # --- the pages ------------------------------------------------------------------------------
 
 _HEAD = 48
-_STUCK_MAX = 64
 _BUCKETS = 320
 _KINDS = len(Kind)
-_WAITS = _HEAD + _STUCK_MAX
+_WAITS = _HEAD
 _HISTOGRAM = _WAITS + 2 * _KINDS
 _OWN_TABLE = _HISTOGRAM + _KINDS * _BUCKETS
 _WORDS = _OWN_TABLE + 2 * OWN
@@ -186,7 +183,6 @@ class Word(enum.IntEnum):
     TEXT = 11  # length of the failure's text
     IN_DOUBT = 12  # changes in flight when a worker was killed: all, and those that were kept
     KEPT = 13
-    STUCK = 14  # entries in the list of locks that were given up
 
 
 def bucket_of(ns: int) -> int:
@@ -269,17 +265,6 @@ class Page:
         self.ids[count] = id
         self.words[Word.IDS] = count + 1
         return count + 1 < len(self.ids)
-
-    def give_up(self, target: int) -> None:
-        """Enter a lock that sticks: a target, or `LIST`."""
-        count = self.words[Word.STUCK]
-        if count < _STUCK_MAX:
-            self.words[_HEAD + count] = target
-            self.words[Word.STUCK] = count + 1
-
-    @property
-    def given_up(self) -> set[int]:
-        return set(self.words[_HEAD : _HEAD + self.words[Word.STUCK]])
 
     @property
     def text(self) -> str:

@@ -4,9 +4,7 @@ Each `Finding` is one promise of the package. Everything is looked at through th
 first without locks, as committed, then again under each domain's lock: taking it over from a dead
 holder must not change what is committed. The workers are gone by then, so nothing moves.
 
-A lock that nobody alive holds and that cannot be had within its time-out is *stuck*. With
-multiprocessing locks that is the known price of a kill and is reported without being held against
-the run (`forgiving`); everything else is.
+A lock that nobody alive holds and that cannot be had within its time-out is *stuck*.
 """
 
 from __future__ import annotations
@@ -46,12 +44,11 @@ class Finding(msgspec.Struct):
     claim: str
     detail: str = ""
     problems: list[str] = []
-    excused: bool = False  # there are problems, and they were to be expected
     complete: bool = True
 
     @property
     def holds(self) -> bool:
-        return self.excused or not self.problems
+        return not self.problems
 
     def blame(self, problem: str) -> None:
         self.problems.append(problem)
@@ -300,7 +297,6 @@ class Proof:
 
     def _stuck(self, what: str) -> None:
         self.locks.blame(what)
-        self.locks.excused = self._plan.forgiving
 
 
 def prove(

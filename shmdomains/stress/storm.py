@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 LOCK_TIMEOUT = 20.0  # seconds; recovering the indexes of a million domains is part of a wait
-FORGIVING_LOCK_TIMEOUT = 2.0  # where a lock may stick; more than any operation takes
 PROOF_TIMEOUT = 5.0
 STALL = 45.0  # seconds without a finished operation
 START_DEADLINE = 60.0
@@ -110,8 +109,6 @@ def _storm_and_prove(
     for finding in findings:
         view.finding(finding)
     view.failures(storm.failures)
-    if plan.forgiving:
-        view.explain(storm.notes, journal)
     if storm.interrupted or cut_short:
         view.say("interrupted; this is what was proven so far", "yellow")
     if storm.failures or not all(finding.holds for finding in findings):
@@ -149,8 +146,7 @@ def _load(
             domains=max(len(loaded), domains or 0),
             workers=workers,
             separator=separator_for([name for _, name in loaded]),
-            lock_timeout=FORGIVING_LOCK_TIMEOUT if kill and lock != "robust" else LOCK_TIMEOUT,
-            forgiving=kill and lock != "robust",
+            lock_timeout=LOCK_TIMEOUT,
         )
         _clone(doms, plan, view)
     except BaseException:
@@ -283,7 +279,6 @@ class _Storm:
         self.kills = 0
         self.interrupted = False
         self.failures: list[str] = []
-        self.notes: list[str] = []
 
     def run(self, seconds: float) -> None:
         """Let it blow for so long. Ctrl-C ends it early, and in order."""
@@ -428,8 +423,6 @@ class _Storm:
         if code == 0:
             if not self._journal.stopped:
                 self.failures.append(f"{label} ended by itself")
-        elif code == worker.STUCK and self._plan.forgiving:
-            self.notes.append(f"{label} was {post.page.text}")
         elif code < 0:
             name = signal.Signals(-code).name
             by_whom = ", and not by us: out of memory?" if code == -signal.SIGKILL else ""
@@ -481,8 +474,9 @@ class _Storm:
         others = "; ".join(
             f"{other.label}: {other.page.doing}" for other in self._living if other is not post
         )
-        text = f"{post.label} {what} for {post.idle:.0f} s; {self._list_holder()}; {others}"
-        (self.notes if self._plan.forgiving else self.failures).append(text)
+        self.failures.append(
+            f"{post.label} {what} for {post.idle:.0f} s; {self._list_holder()}; {others}"
+        )
         self._replacing = False
         self._kill_worker(post)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import proof
-from .journal import LIST, Journal, Kind, duration_of
+from .journal import Journal, Kind, duration_of
 
 
 class View:
@@ -112,10 +112,7 @@ class View:
         if not finding.complete and not finding.problems:
             self.say(f"- {finding.claim}: not looked at to the end", "yellow")
             return
-        if finding.excused:
-            mark, style = "~", "yellow"
-        else:
-            mark, style = ("✓", "green") if finding.holds else ("✗", "bold red")
+        mark, style = ("✓", "green") if finding.holds else ("✗", "bold red")
         detail = f": {finding.detail}" if finding.detail else ""
         self.say(f"{mark} {finding.claim}{detail}", style)
         self._problems(finding.problems, style)
@@ -132,23 +129,6 @@ class View:
             self.say(f"    {problem}", style)
         if len(problems) > proof.EXAMPLES:
             self.say(f"    and {len(problems) - proof.EXAMPLES:,} more", style)
-
-    def explain(self, notes: list[str], journal: Journal) -> None:
-        """Why a lock may stick, if one did."""
-        given_up = set[int]().union(*(page.given_up for page in journal.pages))
-        if not notes and not given_up:
-            return
-        locks = len(given_up - {LIST})
-        what = [f"{locks} domain lock{'s' if locks != 1 else ''}"] if locks else []
-        what += ["the list lock"] if LIST in given_up else []
-        self.say(
-            f"stuck: {' and '.join(what) or 'a lock'}. A multiprocessing lock whose holder is "
-            "killed after it acquired the lock and before it could say so stays locked for good: "
-            "nobody can know that it is dead. This is reported, not failed; robust locks do not "
-            "have it.",
-            "yellow",
-        )
-        self._problems(notes, "yellow")
 
 
 def _percentile(counts: list[int], part: float) -> float:

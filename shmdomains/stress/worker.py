@@ -32,7 +32,6 @@ from ..memory.domain_list import DomainList
 from ..rules.info import DomainInfo
 from ..states import DomainState, PausedReason, RunningReason, ShutoffReason
 from .journal import (
-    LIST,
     OWN,
     Intent,
     Journal,
@@ -53,10 +52,8 @@ RUNNING = (DomainState.RUNNING, RunningReason.BOOTED)
 UNPAUSED = (DomainState.RUNNING, RunningReason.UNPAUSED)
 PAUSED = (DomainState.PAUSED, PausedReason.USER)
 
-UNKNOWN = -1  # a target that is only known once it is found
 
 FAILED = 1
-STUCK = 3
 
 _clock = time.perf_counter_ns
 
@@ -73,7 +70,7 @@ def work(doms: DomainList, journal: Journal, plan: Plan, number: int, seed: int)
         Worker(doms, journal, plan, number, seed).run()
     except (LockTimeout, Busy) as exc:
         page.text = f"stuck while it was about to {page.doing}: {exc}"
-        raise SystemExit(STUCK) from None
+        raise SystemExit(FAILED) from None
     except Wrong as exc:
         page.text = str(exc)
         raise SystemExit(FAILED) from None
@@ -112,8 +109,6 @@ class Worker:
         self._parent = os.getppid()
         self._timeout = plan.lock_timeout
         self._loaded = {uuid: target for target, (uuid, _) in enumerate(plan.loaded)}
-        self._avoid: set[int] = set()
-        self._target = UNKNOWN  # what is being waited for
         self._waited = 0
         self._ids: list[int] = []  # some that were seen on active domains
         self._room_for_ids = True
@@ -143,9 +138,6 @@ class Worker:
     # --- the loop ---
 
     def run(self) -> None:
-        for page in self._journal.pages:
-            self._avoid |= {one for one in page.given_up if one < self._plan.domains or one == LIST}
-        self._avoid |= self._page.given_up
         settle(self._doms, self._journal, self._plan, self._number, self._timeout)
         self._templates = [
             self._info_of(self._plan.uuid_of(target)).definition
@@ -158,10 +150,7 @@ class Worker:
     def step(self) -> None:
         """One operation, chosen at random."""
         (operation,) = self._random.choices(self._operations, cum_weights=self._weights)
-        try:
-            operation()
-        except LockTimeout as exc:
-            self._give_up(exc)
+        operation()
         self._page.add(Word.STEPS)
         self._page.words[Word.DOING] = 0
 
@@ -173,39 +162,16 @@ class Worker:
     def _end(self, kind: Kind, began: int) -> None:
         self._page.note(kind, _clock() - began, self._waited)
 
-    def _give_up(self, exc: LockTimeout) -> None:
-        """A lock that nobody alive holds sticks; where that may be it is left alone from now on.
-
-        Nothing was changed by then, so there is no intent to settle.
-        """
-        if not self._plan.forgiving:
-            raise exc
-        self._page.forget_intent()
-        if exc.holder is not None and exc.holder.alive:
-            return
-        target = LIST if str(exc).startswith("the list lock") else self._target
-        if target == UNKNOWN or target in self._avoid:
-            return
-        self._avoid.add(target)
-        self._page.give_up(target)
-
     # --- choosing ---
 
     def _some_domain(self) -> int:
         domains = self._plan.domains
         hot = min(HOT, domains)
-        while True:
-            chance = self._random.random() * 2
-            target = int(chance * hot) if chance < 1 else int((chance - 1) * domains)
-            if target not in self._avoid:
-                return target
-            if len(self._avoid) >= domains:
-                raise LockTimeout("every domain's lock sticks")
+        chance = self._random.random() * 2
+        return int(chance * hot) if chance < 1 else int((chance - 1) * domains)
 
     def _own_place(self, used: bool) -> int | None:
         """A place in the table of own domains, with or without one in it."""
-        if LIST in self._avoid:
-            return None
         places = [n for n in range(OWN) if bool(self._page.own(n)[0]) == used]
         return self._random.choice(places) if places else None
 
@@ -249,7 +215,6 @@ class Worker:
         if key is None:
             return
         target, by, value = key
-        self._target = UNKNOWN if target is None else target
         began = self._begin(kind)
         by_what: dict[str, Any] = {by: value}
         dom = self._doms.lookup(timeout=self._timeout, **by_what)
@@ -258,11 +223,10 @@ class Worker:
 
     def _find(self, kind: Kind) -> None:
         """The patch's way: under the list lock, which goes once the domain is ours."""
-        key = None if LIST in self._avoid else self._key(kind)
+        key = self._key(kind)
         if key is None:
             return
         target, by, value = key
-        self._target = UNKNOWN if target is None else target
         find = getattr(self._doms, f"find_by_{by}")
         began = self._begin(kind)
         with self._doms.locked(self._timeout):
@@ -296,7 +260,6 @@ class Worker:
 
     def _got(self, target: int, began: int) -> Domain:
         """The domain, locked; it has to be there."""
-        self._target = target
         dom = self._doms.lookup(uuid=self._uuid_of(target), timeout=self._timeout)
         self._waited = _clock() - began
         if dom is None:
@@ -387,8 +350,6 @@ class Worker:
         """Activate a domain, or deactivate it; now and then one of one's own."""
         place = self._own_place(True) if self._random.random() < 0.2 else None
         target = self._some_domain() if place is None else self._plan.domains + place
-        if target in self._avoid:
-            return
         began = self._begin(Kind.ACTIVATE)
         self._switch(self._got(target, began), target, began)
 
@@ -403,9 +364,7 @@ class Worker:
 
     def _assign(self) -> None:
         """Give a domain that exists another definition; an active one's is for its next start."""
-        if LIST in self._avoid:
-            return
-        target = self._target = self._some_domain()
+        target = self._some_domain()
         uuid = self._uuid_of(target)
         definition = self._info_of(uuid).definition.replace(description="assigned")
         began = self._begin(Kind.ASSIGN)
@@ -462,7 +421,6 @@ class Worker:
         )
         page.acked[self._plan.domains + place] = 0
         page.intend(Intent.DEFINE, place, serial)
-        self._target = UNKNOWN
         began = self._begin(Kind.DEFINE)
         if serial % 2:
             self._doms.define(definition, self._timeout)
@@ -478,7 +436,7 @@ class Worker:
     def _remove(self) -> None:
         """Remove one of one's own, if it is inactive; else see to that first."""
         place = self._own_place(True)
-        if place is None or self._plan.domains + place in self._avoid:
+        if place is None:
             return
         target = self._plan.domains + place
         uuid = self._uuid_of(target)
@@ -487,7 +445,6 @@ class Worker:
             self._switch(self._got(target, began), target, began)
             return
         self._page.intend(Intent.REMOVE, place)
-        self._target = target
         began = self._begin(Kind.REMOVE)
         if self._random.random() < 0.5:
             self._doms.undefine(uuid=uuid, timeout=self._timeout)
@@ -508,10 +465,9 @@ class Worker:
 
     def _rename(self) -> None:
         place = self._own_place(True)
-        if place is None or self._plan.domains + place in self._avoid:
+        if place is None:
             return
         serial, renames = self._page.own(place)
-        self._target = self._plan.domains + place
         began = self._begin(Kind.RENAME)
         with self._doms.locked(self._timeout):
             name = self._plan.own_name(self._number, serial, renames)
@@ -530,7 +486,6 @@ class Worker:
 
     def _visit(self) -> None:
         """Look at what another worker may be defining, renaming or removing right now."""
-        self._target = UNKNOWN
         began = self._begin(Kind.VISIT)
         dom = self._kept if self._random.random() < 0.3 else None
         self._kept = None

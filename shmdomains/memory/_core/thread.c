@@ -153,7 +153,8 @@ bool sd_alive(uint64_t who)
     stat_line line;
     if (!tid) return false;
     if (read_stat(tid, &line)) return !has_ended(&line) && (!then || line.start == then);
-    return sd_exhausted(errno) || kill((pid_t)tid, 0) == 0 || errno != ESRCH; /* may be hidden */
+    /* Hidden, or this process has no descriptor left to look. */
+    return kill((pid_t)tid, 0) == 0 || errno != ESRCH;
 }
 
 sd_thread *sd_thread_begin(void)
