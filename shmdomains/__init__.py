@@ -1,7 +1,7 @@
 """shmdomains: one list of domains for all worker processes of a VM manager.
 
-In shared memory, each domain locked on its own, under the semantics of libvirt's
-`virDomainObjList`; survives the death of any worker at any instruction. Start with `DomainList`.
+The list lives in shared memory and follows libvirt's `virDomainObjList`; each domain has its own
+lock. It survives the death of any worker at any instruction. Start with `DomainList`.
 """
 
 import sys as _sys
@@ -78,7 +78,7 @@ from .xml.definition import DomainDef, OSDef
 from .xml.devices import ConsoleDef, DiskDef, GraphicsDef, HostdevDef, InterfaceDef
 
 if not getattr(_sys, "_is_gil_enabled", lambda: True)():
-    # Importing the core turns it on, unless it was turned off by force.
+    # Importing the core turns the GIL on, unless it was forced off.
     raise ImportError(
         "shmdomains needs the global interpreter lock, which guards what the core keeps of this "
         "process: run Python without -X gil=0 and without PYTHON_GIL=0"

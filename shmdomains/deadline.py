@@ -1,4 +1,4 @@
-"""One time-out over the several waits of one call."""
+"""One time-out for all waits of a call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raise `ValueError` for what is no time-out: a negative number, not a number.
+    """Raise `ValueError` for a negative time-out or NaN.
 
     >>> check_timeout(-1)
     Traceback (most recent call last):
@@ -18,8 +18,8 @@ def check_timeout(timeout: float | None) -> None:
 
 
 class Deadline:
-    """When a call has to be done. `timeout` in seconds: ``None`` waits for ever, 0 tries. Raises
-    `ValueError` for a negative one.
+    """When a call has to be done. `timeout` in seconds: ``None`` waits for ever, 0 tries once.
+    Raises `ValueError` for a negative one.
 
     >>> Deadline(None).left() is None, Deadline(0).left()
     (True, 0)
@@ -32,5 +32,5 @@ class Deadline:
         self._end = None if timeout is None else time.monotonic() + timeout
 
     def left(self) -> float | None:
-        """What the next wait may take: its `timeout`."""
+        """The `timeout` of the next wait."""
         return None if self._end is None else max(self._end - time.monotonic(), 0)

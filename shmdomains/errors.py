@@ -1,12 +1,12 @@
 """One tree of exceptions.
 
 Everything that shmdomains raises on purpose is a `ShmDomainsError`, so one ``except`` catches it
-all. Where Python has a built-in exception of the same meaning the class is that one too:
-`LockTimeout` is a `TimeoutError`, `DomainNotFound` a `KeyError`, `DefinitionError` a
-`ValueError`. Messages name the thing, the holder and what to do next.
+all. A class also derives from the built-in exception of the same meaning: `LockTimeout` is a
+`TimeoutError`, `DomainNotFound` a `KeyError`, `DefinitionError` a `ValueError`. Messages name the
+thing, the holder and what to do next.
 
-Three names are reserved for stores that reach over a network and are never raised by shared
-memory: `LockLost`, `InDoubt`, `Unavailable`.
+`LockLost`, `InDoubt` and `Unavailable` are reserved for stores across a network; shared memory
+never raises them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ShmDomainsError(Exception):
 
 
 class ContractError(ShmDomainsError):
-    """A precondition about locks was not met: a mistake in the calling code."""
+    """The calling code broke a rule about locks."""
 
 
 class ListNotLocked(ContractError):
@@ -41,7 +41,7 @@ class DomainNotLocked(ContractError):
 
 
 class DomainLocked(ContractError):
-    """The call needs the domain unlocked, and this thread holds it: it would wait for itself."""
+    """This thread holds the domain, and the call would wait for it."""
 
 
 class AlreadyLocked(ContractError):
@@ -49,7 +49,7 @@ class AlreadyLocked(ContractError):
 
 
 class NotOwner(ContractError):
-    """Another thread of this process holds the lock; only that one may unlock it."""
+    """Another thread of this process holds the lock; only that thread may unlock it."""
 
 
 class LockOrder(ContractError):
@@ -61,18 +61,18 @@ class TooManyLocks(ContractError):
 
 
 class WrongList(ContractError):
-    """The domain is of another list than the one that was asked to change it."""
+    """The domain belongs to another list."""
 
 
 class UncommittedChanges(ContractError):
-    """The call starts a commit of its own and the domain has changes; commit or roll back first."""
+    """The call makes a commit of its own, and the domain has changes; commit or roll back first."""
 
 
 # --- waiting --------------------------------------------------------------------------------
 
 
 class LockTimeout(ShmDomainsError, TimeoutError):
-    """A lock was not free in time. `holder` says who has it, or is ``None`` if nobody knows."""
+    """A lock was not free in time. `holder` says who has it; ``None`` if that is not known."""
 
     def __init__(self, message: str, holder: LockHolder | None = None) -> None:
         super().__init__(message)
@@ -80,7 +80,7 @@ class LockTimeout(ShmDomainsError, TimeoutError):
 
 
 class Busy(ShmDomainsError, TimeoutError):
-    """A lock-free read was overtaken by writers until its time was up."""
+    """Writers kept a lock-free read from a consistent result until its time was up."""
 
 
 # --- domains --------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class DomainTransient(DomainStateError):
 
 
 class DefinitionError(ShmDomainsError, ValueError):
-    """The definition is refused. `element` and `line` say where, as far as is known."""
+    """The definition is refused. `element` and `line` say where, if known."""
 
     def __init__(self, message: str, element: str | None = None, line: int | None = None) -> None:
         super().__init__(message)
@@ -137,7 +137,7 @@ class ConfigError(ShmDomainsError, OSError):
 
 
 class SegmentError(ShmDomainsError):
-    """Base of what concerns the whole segment."""
+    """Base of errors about the whole segment."""
 
 
 class ListClosed(SegmentError):
@@ -157,20 +157,20 @@ class SegmentInUse(SegmentError):
 
 
 class SegmentMismatch(SegmentError):
-    """The segment was made by another layout, machine, boot, PID or time namespace, or with other
-    options than `open` asks for."""
+    """The segment is of another layout, machine, boot, PID or time namespace, or has other options
+    than `open` asks for."""
 
 
 class SegmentRefused(SegmentError, PermissionError):
-    """The file in the segment's place is not ours, is a link, or has the wrong mode."""
+    """The segment's file is not ours, is a link, or has the wrong mode."""
 
 
 class SegmentCorrupt(SegmentError):
-    """A value read from the segment cannot be right."""
+    """The segment holds an impossible value."""
 
 
 class SegmentPoisoned(SegmentError):
-    """A repair failed earlier; the segment can be read out, and nothing else."""
+    """A repair failed earlier; the segment can only be read and exported."""
 
 
 class SegmentFull(SegmentError, MemoryError):
@@ -189,11 +189,11 @@ class LockKindMismatch(SegmentError):
 
 
 class LockLost(ShmDomainsError):
-    """The store gave the lock to somebody else. Never raised by shared memory."""
+    """The store gave the lock to another holder. Never raised by shared memory."""
 
 
 class InDoubt(ShmDomainsError):
-    """Nobody knows whether the commit happened. Never raised by shared memory."""
+    """The commit may or may not have happened. Never raised by shared memory."""
 
 
 class Unavailable(ShmDomainsError):

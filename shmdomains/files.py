@@ -1,8 +1,8 @@
-"""The small steps of writing a file so that it is whole, old or new, whenever the writer is killed;
-and who has a lock on a file.
+"""Helpers for replacing a file atomically, and for finding out who has a file's lock.
 
-Temporary names are ``.tmp-PID-N``: short, because a domain's name may fill a file name by itself,
-and telling whose they are, so that those of a dead process can be removed.
+A writer killed at any instruction leaves a whole file, old or new. Temporary names are
+``.tmp-PID-N``: short, because a domain's name may fill a file name by itself, and with a pid, so
+that those of a dead process can be removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ else:
     psutil = LazyModule("psutil")
 
 TEMPORARY = re.compile(r"\.tmp-([1-9][0-9]*)-[0-9]+")
-"""A temporary name; its group is the pid of the process that made it."""
+"""A temporary name; the group is its maker's pid."""
 
 _numbers = itertools.count()
 
@@ -42,34 +42,34 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def temporary_name(directory: Path) -> Path:
-    """Return a name in the directory that is free and that nobody else uses."""
+    """Return a free name in the directory that no other call returns."""
     while True:
         path = directory / f".tmp-{os.getpid()}-{next(_numbers)}"
-        # A dead process that had our pid may have left one.
+        # A dead process with our pid may have left one.
         if not os.path.lexists(path):
             return path
 
 
 def discard(path: Path) -> None:
-    """Remove the file if that can be done."""
+    """Remove the file, ignoring errors."""
     with suppress(OSError):
         os.unlink(path)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the directory's entries last through a power failure."""
+    """Make the directory's entries survive a power failure."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as exc:
-        if exc.errno != errno.EINVAL:  # a filesystem that cannot sync directories says this
+        if exc.errno != errno.EINVAL:  # the filesystem cannot sync directories
             raise
     finally:
         os.close(fd)
 
 
 def flock_holder(status: os.stat_result) -> str:
-    """Say who has the flock on a file, as far as the kernel tells."""
+    """Say who has the flock on a file, if the kernel tells."""
     try:
         major, minor = os.major(status.st_dev), os.minor(status.st_dev)
         entry = f"{major:02x}:{minor:02x}:{status.st_ino}"
@@ -78,7 +78,7 @@ def flock_holder(status: os.stat_result) -> str:
             if fields[1] == "FLOCK" and fields[5] == entry:
                 pid = int(fields[4])
                 return f"pid {pid} ({' '.join(psutil.Process(pid).cmdline())}) holds it"
-    except (OSError, ValueError, IndexError):  # first: psutil may be what could not be had
+    except (OSError, ValueError, IndexError):  # before psutil.Error: psutil may fail to import
         pass
     except psutil.Error:
         pass

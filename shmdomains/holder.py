@@ -1,6 +1,6 @@
 """Who holds a lock, as a value: process, thread, command line, since when, alive or not.
 
-Every store describes a holder with it, and `LockTimeout` carries it. Looking a holder up is the
+Every store describes a holder with it, and `LockTimeout` carries it. Finding the holder is the
 store's business.
 """
 
@@ -10,11 +10,11 @@ import msgspec
 
 
 class LockHolder(msgspec.Struct, frozen=True):
-    """A process and thread that hold, or held, a lock. What is not known is ``None``.
+    """A process and thread that hold, or held, a lock; an unknown value is ``None``.
 
-    `started` is the thread's start in seconds since the epoch, `held_for` seconds, `command` the
-    process's command line, `alive` whether the thread runs. The process may have gone between the
-    look and your reading of it.
+    `started` is the thread's start in seconds since the epoch, `held_for` is in seconds, `command`
+    is the process's command line, `alive` whether the thread runs. The process may have ended since
+    this was found out.
 
     >>> LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command="qemu-agent")
     LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command='qemu-agent')

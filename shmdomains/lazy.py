@@ -1,8 +1,8 @@
-"""Other people's modules, imported when they are first used.
+"""Third-party and slow modules, imported when first used.
 
-What only XML, config files or error messages need takes longer to import than everything else; a
-worker that finds a domain, and ``shmdomains list``, shall not wait for it. `if TYPE_CHECKING`
-beside each keeps the types.
+The modules for XML, config files and error messages take longer to import than everything else. A
+worker that finds a domain, and ``shmdomains list``, should not wait for them. `if TYPE_CHECKING`
+beside each use keeps the types.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-# A child that is forked while another thread imports would wait for ever for that thread to finish
-# the module. So a fork waits for it instead.
+# A child forked while another thread imports a module would wait for ever for that thread. So the
+# fork waits until the import is done.
 _importing = threading.RLock()
-_PATIENCE = 10.0  # seconds; for whoever forks in the middle of what the import itself waits for
+_PATIENCE = 10.0  # seconds; the import itself may be waiting for the thread that forks
 _held_for_fork = False
 
 
@@ -36,7 +36,7 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     global _importing
-    _importing = threading.RLock()  # whoever else held it is not here
+    _importing = threading.RLock()  # its holder is a thread that the child does not have
 
 
 os.register_at_fork(
@@ -51,7 +51,7 @@ _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Without signals: a handler that uses the list would meet a module that is half imported."""
+    """Block signals: a handler that uses the list would see a half-imported module."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
     try:
         with _importing:
@@ -61,17 +61,17 @@ def _undisturbed() -> Iterator[None]:
 
 
 def preload() -> None:
-    """Import now what is imported when it is first needed, for XML, config files and messages.
+    """Import now the modules for XML, config files and messages that are imported when first used.
 
-    For a process that is going to have no access to Python's modules any more (another user, a
-    chroot), or no descriptor left.
+    For a process that will lose access to Python's modules (another user, a chroot) or run out of
+    descriptors.
     """
     for module in _all:
         module._load()
 
 
 class LazyModule:
-    """Stands for a module.
+    """Stands for a module and imports it when first used.
 
     >>> json = LazyModule("json")
     >>> json.loads("[1]")
@@ -91,7 +91,7 @@ class LazyModule:
             try:
                 self._module = import_module(self._name)
             except ImportError as exc:
-                # It is installed: what is missing is a descriptor, memory, or permission.
+                # It is installed; a descriptor, memory or permission is missing.
                 what = f"{self._name} cannot be imported now: {exc}"
                 raise OSError(errno.ELIBACC, what) from exc
         return self._module

@@ -1,8 +1,8 @@
-"""What may be a domain's name, what is a UUID, and what is a number.
+"""Rules for names, UUIDs and numbers.
 
-The rules are libvirt's (observed on 9.0.0), and one place for them means that a definition, a
-rename and a lookup cannot disagree. On top of libvirt's rule a name must be usable as the file
-name ``NAME.xml`` in a config directory, so it is at most 251 bytes long and is not ``.`` or ``..``.
+The rules are libvirt's (observed on 9.0.0). They stand in one place, so a definition, a rename and
+a lookup cannot disagree. In addition a name must fit into the file name ``NAME.xml``, so it is at
+most 251 bytes long and is not ``.`` or ``..``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .errors import DefinitionError, InvalidName
 from .text import shortened, shown
 
 Uuid = str | bytes | UUID
-"""What a caller may give for a UUID; see `parse_uuid`."""
+"""What callers may pass as a UUID; see `parse_uuid`."""
 
 SUFFIX = ".xml"
-"""Of a domain's config file, NAME.xml."""
+"""The end of a config file's name, NAME.xml."""
 
 MAX_NAME_BYTES = 251
 """255, the longest file name, less four for ``.xml``."""
@@ -28,11 +28,11 @@ MAX_NAME_BYTES = 251
 _NO_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 # virUUIDParse: blanks around it; before each pair of digits any number of '-' and ' '. The blanks
-# are stripped beforehand: a pattern that has them twice takes quadratic time for many.
+# are stripped first: a pattern that matches them in two places takes quadratic time.
 _BLANKS = " \t\n\v\f\r"
 _UUID = re.compile(r"(?:[- ]*[0-9a-fA-F]{2}){16}")
 
-# What strtoull takes: blanks before the number, none after it.
+# As strtoull: blanks before the number, none after it.
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*\+?([0-9]+)")
 
 
@@ -53,8 +53,8 @@ def check_text(what: str, text: str) -> str:
 def check_name(name: str) -> str:
     """Return `name` if a domain may have it: 1 to 251 bytes of UTF-8, a file name, one line.
 
-    Blanks at either end belong to the name. Raises `InvalidName`, in libvirt's words where libvirt
-    has the rule (``virDomainDefParseIDs``, ``virDomainDefPostParseCheckFeatures``).
+    Blanks at either end are part of the name. Raises `InvalidName`, in libvirt's words where the
+    rule is libvirt's (``virDomainDefParseIDs``, ``virDomainDefPostParseCheckFeatures``).
 
     >>> check_name("web 1")
     'web 1'
@@ -87,11 +87,11 @@ def check_name(name: str) -> str:
 
 
 def parse_uuid(value: str | bytes | UUID) -> UUID:
-    """Return the UUID that `value` is: a `uuid.UUID`, text as libvirt reads it, or 16 raw bytes.
+    """Return `value` as a UUID: a `uuid.UUID`, text as libvirt reads it, or 16 raw bytes.
 
-    Text is 32 hex digits of any case; ``-`` and spaces may stand before each pair, white space at
-    both ends (``virUUIDParse``). Braces and ``urn:uuid:`` are refused, as there. Raises
-    `DefinitionError` for everything else.
+    Text is 32 hex digits of either case; ``-`` and spaces may stand before each pair, white space
+    at both ends (``virUUIDParse``). Raises `DefinitionError` for everything else, including braces
+    and ``urn:uuid:``, which libvirt refuses too.
 
     >>> parse_uuid(" C7A5FDBD edaf-9455-926a-d65c16db1809 ")
     UUID('c7a5fdbd-edaf-9455-926a-d65c16db1809')
@@ -105,7 +105,7 @@ def parse_uuid(value: str | bytes | UUID) -> UUID:
     if isinstance(value, str):
         digits = value.strip(_BLANKS)
         try:
-            # The usual two forms, the rule's too, at a fifth of the price.
+            # Reads the two usual forms in a fifth of the time.
             return msgspec.convert(digits, UUID)
         except (msgspec.ValidationError, UnicodeError):
             if _UUID.fullmatch(digits):
@@ -121,13 +121,13 @@ def parse_uuid(value: str | bytes | UUID) -> UUID:
 
 
 def parse_number(text: str, most: int) -> int | None:
-    """Return the number from 0 to `most` that `text` is; ``None``: it is none.
+    """Return `text` as a number from 0 to `most`, or ``None`` if it is not one.
 
     >>> parse_number(" +7", 10), parse_number("11", 10), parse_number("-1", 10)
     (7, None, None)
     """
     match = _NUMBER.fullmatch(text)
-    # More digits are more than anything here holds, and int() refuses thousands of them.
+    # No number here has so many digits, and int() refuses thousands of them.
     if match is None or len(match[1]) > 25:
         return None
     number = int(match[1])

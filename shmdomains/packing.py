@@ -1,8 +1,8 @@
-"""MessagePack by msgspec, for what may be large.
+"""MessagePack by msgspec, for values that may be large.
 
-Promises. `pack` is `msgspec.msgpack.encode`, but a process without memory gets a `MemoryError`: the
-original (seen in version 0.22) crashes when it cannot grow its result, growing a buffer of ours
-does not.
+Promises. `pack` is `msgspec.msgpack.encode` that raises `MemoryError` when memory runs out. The
+original (seen in version 0.22) crashes when it cannot grow its result; growing a buffer of ours
+does not crash.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import msgspec
 
 _ENCODER = msgspec.msgpack.Encoder()
 
-# Buffers that nobody uses now: to make one takes as long as to fill it. There are never more than
-# there were calls of `pack` at once: by threads, and by signal handlers in the middle of one.
+# Unused buffers: making one takes as long as filling it. There are never more than there were calls
+# of `pack` at once, by threads and by signal handlers in the middle of one.
 _SPARE: list[bytearray] = []
 _KEPT = 1 << 16
 
@@ -28,7 +28,7 @@ def pack(value: Any) -> bytes:
     try:
         buffer = _SPARE.pop()
     except IndexError:
-        buffer = bytearray(4096)  # what most definitions fit into: growing takes longer than zeros
+        buffer = bytearray(4096)  # most definitions fit; growing takes longer than zeroing
     _ENCODER.encode_into(value, buffer)
     packed = bytes(buffer)
     if len(packed) <= _KEPT:

@@ -1,8 +1,8 @@
 """A domain's states, and the reasons for them.
 
 The numbers are libvirt's (``virDomainState`` and the ``virDomain*Reason`` enums of
-``libvirt-domain.h``), so that a driver can pass on what its hypervisor's libvirt says. They are
-stored in shared memory as they are: a number, once given, never changes its meaning.
+``libvirt-domain.h``), so that a driver can pass them through. They are stored in shared memory: a
+number never changes its meaning.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class DomainState(enum.IntEnum):
 
     @property
     def words(self) -> str:
-        """The state in the words of ``virsh list``: ``running``, ``idle``, ``in shutdown``..."""
+        """The state as ``virsh list`` shows it: ``running``, ``idle``, ``in shutdown``..."""
         return _WORDS[self]
 
     @classmethod
     def parse(cls, text: str) -> DomainState:
-        """Return the state with these words or this name, in any case. Else `ValueError`.
+        """Return the state with these words or this name, in any case; else `ValueError`.
 
         >>> DomainState.parse("Shut off") is DomainState.parse("SHUTOFF") is DomainState.SHUTOFF
         True
@@ -140,7 +140,7 @@ class CrashedReason(enum.IntEnum):
 
 
 class PMSuspendedReason(enum.IntEnum):
-    """Why a domain sleeps (``virDomainPMSuspendedReason``)."""
+    """Why a domain is suspended by its guest (``virDomainPMSuspendedReason``)."""
 
     UNKNOWN = 0
 

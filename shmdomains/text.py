@@ -1,7 +1,6 @@
-"""Words for people: how errors, logs and reports show what came from outside.
+"""Text for people: how errors, logs and reports show text from outside.
 
-Promises. What is shown is short, and a path or a quoted text cannot break a line or speak to a
-terminal.
+Promises. The result is short; a path or a quoted text cannot break a line or control a terminal.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """The text as far as an error shows it: what is refused may be megabytes long.
+    """The beginning of a text, for an error: refused text may be megabytes long.
 
     >>> shortened("a long text", 6)
     'a long...'
@@ -33,7 +32,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """A path on one line; a file name may hold any byte but two.
+    """A path on one line; a file name may hold any byte but ``/`` and NUL.
 
     >>> print(shown_path("web\\n1.xml"))
     web\\n1.xml

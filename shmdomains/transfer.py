@@ -1,12 +1,11 @@
-"""Export and import: a whole list as one stream, for the way to a new layout version or a new host,
-or its definitions as XML files.
+"""Export and import: a whole list as one stream, to move to a new layout version or a new host, or
+its definitions as XML files.
 
-A stream is a sequence of MessagePack objects: a header, one map a domain, and the number of
-domains, so that a truncated one is noticed. Definitions are XML, so that any version of this
-library, and any other program, can read it. Exporting takes no lock, and gets out of a poisoned or
-damaged segment what can be read. Importing goes through `assign_def` like everything else, so its
-rules hold: a domain that exists under another UUID is a failure that is reported, and the rest goes
-on.
+A stream is a sequence of MessagePack objects: a header, one map per domain, and the number of
+domains, so that truncation is noticed. Definitions are XML, so that any version of this library,
+and any other program, can read them. Exporting takes no lock, and saves from a poisoned or damaged
+segment whatever is readable. Importing goes through `assign_def`, so its rules hold: a domain that
+exists under another UUID is reported as a failure, and the rest is imported.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ VERSION = 1
 
 
 class ImportReport(msgspec.Struct, frozen=True):
-    """What `import_domains` did: names that were imported, and (name, reason) of those not."""
+    """What `import_domains` did: the imported names, and (name, reason) of each failure."""
 
     imported: list[str]
     failures: list[tuple[str, str]]
@@ -73,18 +72,18 @@ class _Entry(msgspec.Struct):
 
 Value = TypeVar("Value")
 Failed = Callable[[str, ShmDomainsError], object]
-"""Who is told what of a domain could not be exported: its name, or ``slot N``, and why."""
+"""Called for what could not be exported: with the domain's name, or ``slot N``, and the error."""
 
 
 def _raise(_name: str, exc: ShmDomainsError) -> NoReturn:
     raise exc
 
 
-# --- what can be read -------------------------------------------------------------------------
+# --- salvage ----------------------------------------------------------------------------------
 
 
 class _Salvaged(NamedTuple):
-    """One record, of which parts may be damaged."""
+    """One record, parts of which may be damaged."""
 
     label: str
     info: DomainInfo
@@ -104,7 +103,7 @@ class _Salvaged(NamedTuple):
         blob = self.blobs[2]
         try:
             if blob is not None:
-                decode_data(blob)  # whether it can be
+                decode_data(blob)  # only to see whether it fails
         except (ValueError, TypeError, OverflowError) as exc:
             raise SegmentCorrupt(f"the driver's data is damaged: {exc}") from None
         if self.damaged[2]:
@@ -146,9 +145,9 @@ def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise)
     """Write all domains to a binary stream; returns how many. Takes no lock; works on a poisoned
     segment too.
 
-    `failed` is called for what cannot be read, with the domain's name and the error: without a
-    definition the domain is left out, else only the part that is damaged. Without `failed` the
-    error is raised.
+    `failed` is called for each unreadable part, with the domain's name and the error. A domain
+    whose definition is unreadable is left out; otherwise only the damaged part is. Without `failed`
+    the error is raised.
 
     >>> import io
     >>> from shmdomains import DomainList
@@ -171,7 +170,7 @@ def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise)
 
 
 def _entry(one: _Salvaged, definition: DomainDef, failed: Failed) -> _Entry:
-    """What is damaged besides the definition is told, and left out."""
+    """Report and leave out damaged parts other than the definition."""
 
     def unless_damaged(read: Callable[[], Value], instead: Value) -> Value:
         try:
@@ -184,7 +183,7 @@ def _entry(one: _Salvaged, definition: DomainDef, failed: Failed) -> _Entry:
     successor = unless_damaged(one.next_definition, None)
     fields = unless_damaged(lambda: _fields(info), _FIELDS_LOST)
     return _Entry(
-        # The record's may be what is damaged.
+        # The record's own uuid and name may be damaged.
         uuid=definition.uuid.bytes if definition.uuid else info.uuid.bytes,
         name=definition.name,
         definition=definition.to_xml(),
@@ -205,7 +204,7 @@ def _fields(info: DomainInfo) -> dict[str, Any]:
     }
 
 
-# Inactive: an import must not claim that something runs of which nobody knows.
+# Inactive: an import must not claim that a domain runs when nobody knows.
 _FIELDS_LOST: dict[str, Any] = {
     "persistent": True,
     "autostart": False,
@@ -225,13 +224,13 @@ def export_xml(
 ) -> int:
     """Write the definition of every domain to DIRECTORY/NAME.xml; returns how many files.
 
-    A next definition goes to DIRECTORY/next/NAME.xml, where no name of another domain can be in its
-    way, and `load_all_configs` does not take it for a domain. Files have mode 0600, and each
-    appears whole or not at all. One that is there already is replaced only with `overwrite`.
+    A next definition goes to DIRECTORY/next/NAME.xml, where it cannot collide with another domain
+    and `load_all_configs` does not load it. Files have mode 0600, and each appears whole or not at
+    all. An existing file is replaced only with `overwrite`.
 
     A definition whose name is no file name, or the name of another one, goes to UUID.xml, which is
-    told to `failed` as well. Takes no lock; works on a poisoned segment too. `failed` as in
-    `export_domains`. Raises `OSError` for what concerns the directory.
+    reported to `failed` as well. Takes no lock; works on a poisoned segment too. `failed` as in
+    `export_domains`. Raises `OSError` for the directory.
 
     >>> from tempfile import TemporaryDirectory
     >>> from shmdomains import DomainList
@@ -250,7 +249,7 @@ def export_xml(
 
 
 class _XmlFiles:
-    """One directory of an export; it is made with its first file."""
+    """One directory of an export, made with its first file."""
 
     def __init__(self, folder: Path, overwrite: bool, failed: Failed) -> None:
         self._folder, self._overwrite, self._failed = folder, overwrite, failed
@@ -276,7 +275,7 @@ class _XmlFiles:
             self._names.add(path.stem)
 
     def _name(self, one: _Salvaged, definition: DomainDef) -> str:
-        """Under its own name: the record's may be what is damaged."""
+        """The definition's own name: the record's may be damaged."""
         name = definition.name
         try:
             check_name(name)
@@ -295,16 +294,16 @@ class _XmlFiles:
 
 @contextmanager
 def new_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """A file for us alone (definitions hold passwords) that gets its name when it is whole.
+    """A file of mode 0600 (definitions hold passwords) that gets its name when it is whole.
 
-    It takes the name from whatever has it, a link or another's file, and never writes into that;
-    without `overwrite` a name that is taken is `FileExistsError`.
+    It replaces whatever has the name, a link or another user's file, and never writes into that;
+    without `overwrite` a taken name is `FileExistsError`.
     """
     temporary = temporary_name(path.parent)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with open(os.open(temporary, flags, 0o600), "wb") as stream:
-            os.fchmod(stream.fileno(), 0o600)  # whatever the umask took away
+            os.fchmod(stream.fileno(), 0o600)  # whatever the umask
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -317,13 +316,13 @@ def new_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 
 def _name_anew(temporary: Path, path: Path) -> None:
-    """Raises `FileExistsError` if the name is taken, be it by a link to nothing."""
+    """Raises `FileExistsError` if the name is taken, even by a dangling link."""
     try:
         os.link(temporary, path)
     except OSError as exc:
         if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
-        # No hard links here: on a memory stick, say, where nobody else writes meanwhile.
+        # No hard links here: a memory stick, say, where nobody else writes meanwhile.
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.rename(temporary, path)
@@ -337,10 +336,10 @@ def import_domains(
 ) -> ImportReport:
     """Assign every domain of an exported stream. No lock may be held; the list lock is taken.
 
-    State, data, flags and the next definition come along; an active domain stays active and gets a
-    new id. A domain that is active in the list already is left alone and reported; one that cannot
-    be imported whole is not imported at all. `timeout` in seconds is for each wait. Raises
-    `DefinitionError` for a stream that is no export; `ContractError` and `SegmentError` but for
+    State, data, flags and the next definition are imported too; an active domain stays active and
+    gets a new id. A domain that is active in the list already is left alone and reported; one that
+    cannot be imported whole is not imported at all. `timeout` in seconds is for each wait. Raises
+    `DefinitionError` for a stream that is no export, `ContractError`, and any `SegmentError` but
     `SegmentFull`, which is that domain's failure.
     """
     report = ImportReport([], [])
@@ -359,7 +358,7 @@ def import_domains(
 
 
 def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
-    # All of it is read before any of it is assigned.
+    # Decode everything before assigning anything.
     definition = _definition(entry, entry.definition)
     successor = entry.next_definition
     next_definition = None if successor is None else _definition(entry, successor)
@@ -408,7 +407,7 @@ def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None, data: A
 
 
 def _entries(stream: IO[bytes]) -> Iterator[_Entry]:
-    # No entry holds a sequence, or more fields than this: what claims more is not believed.
+    # No entry holds a sequence, nor more fields than this; a larger claim is damage.
     unpacker = msgpack.Unpacker(stream, max_buffer_size=64 << 20, max_array_len=64, max_map_len=64)
     try:
         header = next(unpacker, None)

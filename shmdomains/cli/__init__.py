@@ -1,9 +1,9 @@
 """The command line: ``shmdomains load``, ``list``, ``define`` and so on.
 
-`commands` is the program and `group` how it finds a command and ends, `domains` and `segments` are
-its commands, `types` is what they are given and `tables` what they print. This folder may import
-everything, and nothing imports it. It promises one line on stderr, never a traceback, for whatever
-a user can cause.
+`commands` is the program, `group` finds a command and reports errors, `domains` and `segments` are
+the commands, `types` their arguments, `tables` their output. This folder may import everything, and
+nothing imports it. It promises that an error which a user can cause is one line on stderr, never a
+traceback.
 """
 
 from .commands import cli, main

@@ -1,9 +1,9 @@
 """The commands: ``shmdomains load``, ``list``, ``define`` and so on.
 
-Promises: what a user can cause ends in one line on stderr and an exit status that `--help` names,
-never in a traceback; results go to stdout, everything else to stderr; reading takes no lock and
-stops nobody; what changes something waits `--timeout` seconds at most for a lock and then names its
-holder. Names, flags, order and words are virsh's where virsh has the command.
+Promises. An error that a user can cause is one line on stderr and an exit status that `--help`
+names, never a traceback. Results go to stdout, everything else to stderr. Reading takes no lock and
+blocks nobody. A change waits at most `--timeout` seconds for a lock, then names its holder. Names,
+flags, order and words are virsh's if virsh has the command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PIPE_WIDTH = 160
 
 class _WarningsToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        # `load` reports these itself, sorted and not in the middle of its progress bar.
+        # `load` reports these itself, sorted, once its progress bar is done.
         if isinstance(record.args, tuple) and any(
             isinstance(arg, LoadFailure) for arg in record.args
         ):
@@ -173,7 +173,7 @@ def stress(
         start=start,
         lock=lock,
         domains=domains,
-        # What is piped shall not be wrapped to a width that nobody has.
+        # Piped output should not be wrapped to an invented width.
         console=Console(width=None if is_terminal() else _PIPE_WIDTH),
     )
     ctx.exit(status)
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def _prepare_output() -> None:
-    # A terminal that cannot show a name shall show something, not end the command.
+    # A name that the terminal cannot show should not end the command.
     if sys.stderr is not None:
         sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if sys.stdout is None:
@@ -224,7 +224,8 @@ def _prepare_output() -> None:
 
 
 def _drop_what_was_refused() -> None:
-    """What could not be written was reported; at its exit Python would try and complain again."""
+    """Drop output that could not be written and was reported: at exit Python would complain
+    again."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

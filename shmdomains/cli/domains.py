@@ -1,7 +1,7 @@
 """The commands about domains: ``list``, ``dominfo``, ``dumpxml``, ``define``, ``rename`` and so on.
 
-Names, flags, order and words are virsh's. What only looks takes no lock; what changes something
-waits for the domain with a time-out and reaches the config directory that the list was loaded from.
+Names, flags, order and words are virsh's. Reading takes no lock. A change waits for the domain with
+a time-out, and reaches the config directory that the list was loaded from.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _state_filter(flags: dict[str, bool]) -> set[DomainState] | None:
 
 
 def _virsh_order(info: DomainInfo) -> tuple[bool, int, bytes, str]:
-    # vshDomainSorter: vshStrcasecmp, which knows ASCII letters only, and the bytes of the others.
+    # vshDomainSorter: vshStrcasecmp folds ASCII letters only and compares the others as bytes.
     if info.is_active:
         return False, info.id, b"", ""
     return True, 0, info.name.encode().lower(), info.name
@@ -185,12 +185,12 @@ def _reason_words(info: DomainInfo) -> str:
     return reason.name.lower().replace("_", " ") if hasattr(reason, "name") else str(reason)
 
 
-# --- what a domain is -------------------------------------------------------------------------
+# --- one domain -------------------------------------------------------------------------------
 
 
 @contextmanager
 def _found(target: Target, key: str) -> Iterator[tuple[DomainList, DomainInfo]]:
-    """The domain that `key` names. One that goes in the block is named so, too, not by its UUID."""
+    """The domain that `key` names. If it is removed during the block, the error names `key` too."""
     with target.attach() as doms:
         info = find_domain(doms, key)
         try:
@@ -286,7 +286,7 @@ def _dominfo_pairs(info: DomainInfo) -> Iterator[tuple[str, str]]:
 
 
 def _is_updated(info: DomainInfo) -> bool:
-    """Whether it will be another from its next start on; what is transient has none."""
+    """Whether the next start brings another definition; a transient domain has no next start."""
     return info.persistent and info.next_definition is not None
 
 
@@ -304,7 +304,7 @@ def dumpxml(target: Target, domain: str, inactive: bool) -> None:
 
 
 def _with_id(definition: DomainDef, id: int | None) -> str:
-    """The document says the id that the domain has, not the one that it had where it came from."""
+    """The document with the domain's id here, not the id from where the document came from."""
     root, text = document.parse(definition.to_xml())
     wanted = None if id is None else str(id)
     if root.get("id") == wanted:
@@ -313,7 +313,7 @@ def _with_id(definition: DomainDef, id: int | None) -> str:
     return document.serialise(root)
 
 
-# --- what changes one -------------------------------------------------------------------------
+# --- changing one -----------------------------------------------------------------------------
 
 
 @click.command()
@@ -341,7 +341,7 @@ def _define_one(doms: DomainList, file: str, timeout: float | None) -> bool:
     except (ShmDomainsError, OSError) as exc:
         print_error(f"Failed to define domain from {source}")
         if isinstance(exc, SegmentError):
-            raise  # the other files would meet it, too
+            raise  # the other files would fail in the same way
         print_error(describe(exc))
         return False
     later = "; it is running, the change is for its next start" if info.is_active else ""
@@ -352,8 +352,8 @@ def _define_one(doms: DomainList, file: str, timeout: float | None) -> bool:
 def _read_definition(file: str) -> DomainDef:
     text = bytearray()
     with to_read(file) as stream:
-        # Piece by piece: while room for all that may come is made, Ctrl-C would come unnoticed. One
-        # byte more than a definition may have, so that the parser says what is wrong.
+        # Piece by piece: one large read would not notice Ctrl-C while it allocates. More bytes than
+        # a definition may have are read, so that the parser reports the error.
         while len(text) <= MAX_FILE_BYTES and (piece := stream.read(1 << 16)):
             text += piece
     return DomainDef.from_xml(bytes(text))

@@ -1,7 +1,7 @@
-"""The group of commands: finds a command by its name, turns what a user can cause into one line.
+"""The group of commands: finds a command by its name, reports a user's errors in one line.
 
-Whoever mistypes a name must not be led to a command that changes something, so only those that look
-are suggested. Whoever knows virsh is told what there is no command for, and why.
+A mistyped name must not lead to a command that changes something, so only reading commands are
+suggested. For a virsh command that does not exist here, the error says why.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HARMLESS = (
     *("segments", "check"),
 )
 
-# virsh's commands about domains (libvirt 9.0.0), less those that are here.
+# virsh's commands about domains (libvirt 9.0.0) that do not exist here.
 _A_DRIVERS = """
 attach-device attach-disk attach-interface backup-begin blkdeviotune blkiotune blockcommit
 blockcopy blockjob blockpull blockresize change-media console cpu-stats desc destroy
@@ -98,7 +98,7 @@ def _unknown(name: str) -> str:
 
 
 def _asks_for_json(args: list[str]) -> bool:
-    # Before click has read them: what is wrong with the other options is told in JSON, too.
+    # Before click parses them, so that errors in other options are JSON too.
     return "--format=json" in args or ("--format", "json") in pairwise(args)
 
 

@@ -1,7 +1,8 @@
 """The commands about segments: ``load``, ``export``, ``import``, ``segments``, ``check`` and so on.
 
 `create`, `load` and `import` make the segment; the latter two enter what they can and report the
-rest. The others stop nobody and change nothing but, for `unlink`, the name.
+rest. The others block nobody. Of these `unlink` removes the name and `recover` repairs; the rest
+change nothing.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _bar() -> Progress:
-    # Only here: it takes longer to import than `list` takes to run.
+    # Imported here, because that takes longer than `list` takes to run.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -256,7 +257,8 @@ def _to_write(file: str) -> Iterator[BinaryIO]:
 
 
 def _is_special(file: str) -> bool:
-    """A device or pipe is written to as it is, if it is ours or the system's."""
+    """Whether to write into the file itself: a device or pipe, which must be ours or the
+    system's."""
     try:
         status = os.stat(file)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""What the commands print: tables in the layout of virsh, pairs, JSON, and errors in one line.
+"""The output of the commands: tables in the layout of virsh, pairs, JSON, and errors in one line.
 
-Promises: what goes into a pipe or a file is plain - no colours, nothing cut off, nothing that
-depends on a terminal's width - and a name, path or title cannot break a line or speak to the
-terminal, since control characters are shown as escapes. The layout is virsh's (vshTablePrint), so
-that scripts which read its tables read these; wide and combining characters count as shown.
+Promises. Output into a pipe or a file is plain: no colours, nothing cut off, nothing that depends
+on a terminal's width. A name, path or title cannot break a line or control the terminal: control
+characters are shown as escapes. The layout is virsh's (vshTablePrint), for scripts that read its
+tables; wide and combining characters count as they are displayed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from msgspec.structs import asdict
 
 from ..errors import DefinitionError, LockTimeout
 
-# Control characters, line and paragraph separators, what turns the writing direction around, and
-# the surrogates that stand for bytes which are no UTF-8.
+# Control characters, line and paragraph separators, direction marks, and the surrogates that stand
+# for bytes that are not UTF-8.
 _UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Those of them that JSON and XML may carry as they are.
+# Those of them that JSON and XML may hold unescaped.
 _LEFT_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _LINES_AT_ONCE = 1000
 
 
 def printable(text: str) -> str:
-    r"""Return `text` in one line and without control characters; those become escapes.
+    r"""Return `text` on one line, with control characters as escapes.
 
     >>> print(printable("Café ☕\n"))
     Café ☕\n
@@ -49,7 +49,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def path_text(path: Path) -> str:
-    r"""Return a path as text that UTF-8 can carry: bytes that are none become escapes.
+    r"""Return a path as text, with bytes that are not UTF-8 as escapes.
 
     >>> path_text(Path("/etc/vm/\udcff.xml"))
     '/etc/vm/\\xff.xml'
@@ -65,11 +65,11 @@ JSON = "shmdomains.json"
 
 
 class Failure(click.ClickException):
-    """What a user sees of an error: one line on stderr (see `print_error`), and the exit status."""
+    """An error for the user: one line on stderr (see `print_error`), and the exit status."""
 
     def __init__(self, message: str, cause: BaseException | None = None) -> None:
         super().__init__(message)
-        # It is shown when click has left the command.
+        # Made now: click shows it after it has left the command's context.
         self._line = _error_line(message, cause)
 
     def show(self, file: Any = None) -> None:
@@ -77,13 +77,13 @@ class Failure(click.ClickException):
 
 
 class UsageFailure(Failure):
-    """What is wrong with the command line, where click's own way of telling is not wanted."""
+    """An error in the command line, shown without click's usage text."""
 
     exit_code = 2
 
 
 def print_error(message: str, cause: BaseException | None = None) -> None:
-    """Print ``error: ...`` in one line or, if JSON was asked for, an object with what is known."""
+    """Print ``error: ...`` on one line or, if JSON was asked for, as an object with details."""
     click.echo(_error_line(message, cause), err=True)
 
 
@@ -117,7 +117,7 @@ def _known_of(cause: BaseException | None) -> Iterator[tuple[str, Any]]:
 
 
 def describe(exc: BaseException) -> str:
-    """Return an exception's message; of an OSError the file first, without its number.
+    """Return an exception's message; for an OSError the file and the reason, without the number.
 
     >>> describe(FileNotFoundError(2, "No such file or directory", "web1.xml"))
     'web1.xml: No such file or directory'
@@ -130,7 +130,7 @@ def describe(exc: BaseException) -> str:
 
 
 def is_broken_pipe(exc: OSError) -> bool:
-    """Whether whoever read our output has gone: no error of ours."""
+    """Whether the reader of our output has gone, which is not an error."""
     return exc.errno == errno.EPIPE
 
 
@@ -138,7 +138,7 @@ def is_broken_pipe(exc: OSError) -> bool:
 
 
 class Column(NamedTuple):
-    """One column: its head, whether numbers stand in it, and the colour of a cell on a terminal."""
+    """One column: its head, whether it holds numbers, and the colour of a cell on a terminal."""
 
     title: str
     right: bool = False
@@ -163,7 +163,7 @@ def _table_lines(columns: Sequence[Column], rows: list[list[str]]) -> Iterator[s
 
 
 def _width(cell: str) -> int:
-    """How many columns of a terminal it takes: some characters take two, some none."""
+    """The width on a terminal: some characters take two columns, some none."""
     if cell.isascii():
         return len(cell)
     from rich.cells import cell_len
@@ -195,7 +195,7 @@ def _coloured(column: Column, cell: str) -> str:
 
 
 def end_with_failure(failed: object) -> None:
-    """End the command with status 1 if anything failed; what, was printed."""
+    """End the command with status 1 if anything failed; the errors were printed."""
     if failed:
         click.get_current_context().exit(1)
 
@@ -206,7 +206,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether somebody looks at standard output."""
+    """Whether standard output is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
@@ -222,14 +222,14 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_names(lines: Iterable[str]) -> None:
-    """Print what a program reads: to a pipe as it is, to a terminal as `printable` has it."""
+    """Print names for a program: unchanged to a pipe, `printable` to a terminal."""
     print_lines(map(printable, lines) if is_terminal() else lines)
 
 
 def print_xml(text: str) -> None:
-    """Print a document in UTF-8, whatever the terminal speaks: it has no declaration.
+    """Print a document in UTF-8, whatever the locale: it has no declaration.
 
-    To a terminal, what would command it goes as character references: the same document.
+    On a terminal, characters that would control it become character references: the same document.
     """
     if is_terminal():
         text = _LEFT_UNSAFE.sub(lambda match: f"&#x{ord(match[0]):x};", text)
@@ -240,7 +240,7 @@ def print_xml(text: str) -> None:
 
 
 def print_records(records: Sequence[dict[str, Any]]) -> None:
-    """Print a JSON array with one record on each line, so that line tools can read it, too."""
+    """Print a JSON array with one record per line, so that line tools can read it too."""
     if not records:
         click.echo("[]")
         return
@@ -261,7 +261,7 @@ def print_record(record: dict[str, Any]) -> None:
 def _json(value: Any, stream: TextIO | None, indent: int | None = None) -> str:
     encoding = (getattr(stream, "encoding", None) or "ascii").lower()
     text = json.dumps(value, indent=indent, ensure_ascii=encoding not in ("utf-8", "utf8"))
-    # JSON leaves some characters as they are that a terminal obeys.
+    # JSON leaves some characters unescaped that control a terminal.
     return _LEFT_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

@@ -1,8 +1,8 @@
-"""What the commands are given: a segment, a domain, seconds, bytes; and how a shell completes them.
+"""The arguments of the commands: a segment, a domain, seconds, bytes; and their shell completion.
 
 A domain is named as in virsh (virshLookupDomainInternal): a number is tried as an id, 36 characters
-as a UUID, then anything as a name. Completion is click's; it takes no lock, never waits long and,
-whatever goes wrong, offers nothing instead of printing an error into the command line.
+as a UUID, then anything as a name. Completion is click's. It takes no lock and never waits long; on
+an error it offers nothing instead of printing into the command line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UUID_LENGTH = 36
 
 
 class Target(NamedTuple):
-    """The segment that a command is about: one of a name, or a file if there is a ``/`` in it."""
+    """A command's segment: a name, or a file if there is a ``/`` in it."""
 
     text: str
 
@@ -164,7 +164,7 @@ class _QuotingBash(BashComplete):
     def format_completion(self, item: CompletionItem[str]) -> str:
         if item.type != "plain" or self._inside_quotes():
             return super().format_completion(item)
-        # The script reads each line with `read`, which takes one level of backslashes away.
+        # The script reads each line with `read`, which removes one level of backslashes.
         quoted = self._special.sub(r"\\\\\1", item.value)
         return f"{item.type},{quoted}"
 
@@ -247,7 +247,7 @@ def to_read(file: str) -> Iterator[BinaryIO]:
 
 
 def source_text(file: str) -> str:
-    """Return how messages name a file that a user named.
+    """Return a user's FILE argument as messages show it.
 
     >>> source_text("web1.xml"), source_text("-")
     ('web1.xml', 'standard input')

@@ -1,9 +1,8 @@
 """The config and autostart directories: one libvirt domain XML file per persistent domain.
 
-`change` writes, `parse` reads, `load` enters what was read into a list, `report` is what loading
-says. This folder imports `xml` and the vocabulary, and nothing of where records live. It promises
-that a config file is whole, old or new, wherever a process is killed, and that one bad file never
-stops the others.
+`change` writes, `parse` reads, `load` fills a list, `report` is the result of loading. This folder
+imports `xml` and the vocabulary, and no store. It promises that a config file is whole, old or new,
+whenever a process is killed, and that one bad file never stops the others.
 """
 
 from .change import LOCK_NAME, Commit, ConfigDirs

@@ -1,20 +1,19 @@
 """Writing the config and autostart directories: one libvirt domain XML file per persistent domain.
 
 Each change of `ConfigDirs` is atomic (temporary file or link, fsync, rename, fsync of the
-directory), is made under the directory's filelock, and is undone as a whole when a step fails, so
-that an error always means "as it was before". Loading ignores temporary files, and a later save
-removes those of dead processes. A process killed at any instruction leaves every config file whole,
-old or new; killed while renaming, it may leave both names' files, and the next load reports one of
+directory) and is made under the directory's filelock. If a step fails, the whole change is undone:
+an error always means "as it was before". Loading ignores temporary files, and a later save removes
+those of dead processes. A process killed at any instruction leaves every config file whole, old or
+new. If it is killed while renaming, both names' files may remain; the next load reports one of
 them.
 
 A file need not be named after its domain. The first change of such a domain moves its file to
-NAME.xml, and goes on as if it had always been there; a file that another domain has in that place
-moves to that one's name before, or is left alone where that cannot be. Such a move is one rename,
-so a process killed before or after it leaves the domain in one file: it is neither lost nor loaded
-twice. Its autostart link cannot move in the same instant. The new name's link is made first and
-leads nowhere until the file is there; the old one goes last: at each instant one of them leads to
-the file. A process killed just before that leaves a link that leads nowhere, and the next load
-warns of it.
+NAME.xml, then goes on as usual. If another domain has its file in that place, that file moves to
+its own name first, or is left alone if it cannot. Such a move is one rename, so a process killed
+before or after it leaves the domain in one file: it is neither lost nor loaded twice. The autostart
+link cannot move in the same instant. The link of the new name is made first, and dangles until the
+file is there; the old link is removed last. So at each instant one of them leads to the file. A
+process killed just before the end leaves a dangling link, and the next load warns of it.
 
 Semantics are libvirt's: virDomainDefSave, virDomainDeleteConfig, qemuDomainSetAutostart,
 qemuDomainRenameCallback. Lock order: list, domain, the filelock here.
@@ -85,9 +84,9 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class Commit(Protocol):
-    """What a change of files belongs to: made when they are in place, and they stay if it was.
+    """The commit that a change of files belongs to. It is called once they are in place.
 
-    `happened` is asked when it raised, for a signal handler may raise after the deed.
+    If it raises, `happened` decides whether they stay: a signal handler may raise after the commit.
     """
 
     def __call__(self) -> None: ...
@@ -95,32 +94,32 @@ class Commit(Protocol):
 
 
 class Other(NamedTuple):
-    """Another domain, which has its file in this one's place."""
+    """Another domain whose file is in this one's place."""
 
     name: str
     may_move: bool
-    """Whether the file, under that one's own name, is what the next load takes for it."""
+    """Whether the next load would use the file for that domain if it had that domain's name."""
 
 
 class Owner(Protocol):
-    """Tells whose the files are; asked with the filelock held."""
+    """Tells which domain a file belongs to. Called with the filelock held."""
 
     def find(self) -> Path | None:
-        """The file that holds the domain under another name than its own; ``None``: none does."""
+        """The domain's file, if it is not named after the domain; else ``None``."""
         ...
 
     def other(self, path: Path) -> Other | None:
-        """Whose the file in the domain's place is; ``None``: it may be written over."""
+        """The other domain that the file in this place belongs to; ``None``: it may be replaced."""
         ...
 
 
 class _Change:
-    """A change of several directory entries that is undone as a whole unless `forget` is reached.
+    """A change of several directory entries, to be undone as a whole (`undo`) or kept (`forget`).
 
-    What an entry held before waits under a temporary name of its own: it is moved there where the
-    entry goes, else it is a hard link, which costs no data blocks. On a filesystem without hard
-    links there is nothing to restore a replaced file from: there a failure after the rename leaves
-    the new, whole file.
+    The former file of each entry is kept under a temporary name: an entry to be removed is moved
+    there, one to be replaced gets a hard link, which costs no data blocks. On a filesystem without
+    hard links a replaced file cannot be restored: a failure after the rename leaves the new, whole
+    file.
     """
 
     def __init__(self) -> None:
@@ -144,18 +143,18 @@ class _Change:
     def remove(self, path: Path) -> None:
         with reported(path):
             former = temporary_name(path.parent)
-            # libvirt ignores these two as well: what is not there need not be removed.
+            # libvirt ignores these two as well: there is nothing to remove.
             with suppress(FileNotFoundError, NotADirectoryError):
                 if stat.S_ISDIR(os.lstat(path).st_mode):
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 self._directories.setdefault(path.parent, path)
-                # Noted first: a signal handler may raise between the two.
+                # Note it first: a signal handler may raise between the two.
                 self._undo.append((path, former))
-                # Takes nothing of a filesystem that is full, and leaves no moment with both names.
+                # Works on a full filesystem, and at no moment do both names exist.
                 os.rename(path, former)
 
     def move(self, old: Path, new: Path) -> None:
-        """Give the entry a name that is free."""
+        """Rename the entry to a free name."""
         with reported(old):
             self._directories.setdefault(new.parent, new)
             self._undo.append((old, new))
@@ -163,14 +162,14 @@ class _Change:
             os.rename(old, new)
 
     def settle(self) -> None:
-        """Make it last through a power failure."""
+        """Make the change survive a power failure."""
         for directory, path in self._directories.items():
             with reported(path):
                 sync_directory(directory)
 
     def undo(self) -> None:
         if self._process != os.getpid():
-            return  # a signal handler forked: it is our parent's
+            return  # a signal handler forked: the change is our parent's
         for path, former in reversed(self._undo):
             try:
                 self._restore(path, former)
@@ -211,8 +210,8 @@ class _Change:
                 os.unlink(path)
             return
         if not os.path.lexists(former) and os.path.lexists(path):
-            return  # it did not come to the rename
-        # Between two links to one file rename does nothing, and says that it did.
+            return  # the rename was never reached
+        # Renaming one link of a file to another does nothing, and reports success.
         if not _same_entry(path, former):
             os.replace(former, path)
         discard(former)
@@ -234,8 +233,8 @@ _next_sweep: dict[tuple[int, int], float] = {}
 def _sweep(directory: Path) -> None:
     """Remove temporary files of dead processes; the caller holds the directory's filelock.
 
-    Listing a directory of a million files takes half a second, so where it takes over 1 ms it may
-    use one part in 21 of the time.
+    Listing a directory of a million files takes half a second. So if it takes over 1 ms, the next
+    one waits 20 times as long: it uses at most one part in 21 of the time.
     """
     with suppress(OSError):
         status = os.stat(directory)
@@ -269,15 +268,15 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class _DirectoryLock:
-    """The filelock of a config directory. It exists before it is acquired, so that whoever was
-    interrupted while acquiring it can release it."""
+    """The filelock of a config directory. The object is made before the lock is acquired, so that a
+    caller interrupted in `acquire` can release it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._path = directory / LOCK_NAME
         _check_lock_file(self._path)
-        # A soft lock is a file that is there, and nobody removes that of a dead holder. Where flock
-        # fails some releases of filelock take one, unless told not to; older ones cannot be told.
+        # Where flock fails, some releases of filelock fall back to a soft lock, a file that nobody
+        # removes when its holder dies. Older ones have no option to prevent that.
         try:
             self._lock = filelock.FileLock(self._path, mode=0o600, fallback_to_soft=False)
         except TypeError:
@@ -297,7 +296,7 @@ class _DirectoryLock:
                 raise
             reason = "this filesystem cannot lock files; use a directory of one that can"
             raise ConfigError(errno.ENOLCK, reason, str(self._directory)) from exc
-        except RuntimeError as exc:  # what filelock raises where a thread would wait for itself
+        except RuntimeError as exc:  # from filelock: the thread would wait for itself
             raise AlreadyLocked(
                 f"this thread is changing {shown_path(self._directory)} already; finish that first"
             ) from exc
@@ -313,8 +312,8 @@ class _DirectoryLock:
 
 
 def _check_lock_file(path: Path) -> None:
-    """Where others may write it may be a trap: some releases of filelock truncate what a link leads
-    to."""
+    """Refuse a lock file that is a link: some releases of filelock truncate what it leads to, and
+    in a directory that others may write it may be a trap."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ConfigError(errno.EPERM, "it is no regular file; remove it", str(path))
@@ -324,19 +323,20 @@ def _check_lock_file(path: Path) -> None:
 
 
 class ConfigDirs(msgspec.Struct, frozen=True):
-    """A config directory and, if there is one, the autostart directory that belongs to it.
+    """A config directory and, if there is one, its autostart directory.
 
     Paths are made absolute, since processes with other working directories use the same value.
-    Every `timeout` is in seconds and is for the directory's filelock: ``None`` for ever, 0 try,
-    negative is a `ValueError`; `LockTimeout` when it has passed, `AlreadyLocked` inside the commit
-    of this thread's own change. Other errors: `ConfigError` (an `OSError`: errno, strerror,
-    filename) with both directories as they were before, and `InvalidName` for a name that is no
-    domain's. A name that begins with ``.`` cannot be saved: dot-files are not loaded.
+    Every `timeout` is in seconds and is for the directory's filelock: ``None`` waits for ever, 0
+    tries once, a negative one is a `ValueError`. `LockTimeout` when it has passed; `AlreadyLocked`
+    inside the commit of this thread's own change. Other errors: `ConfigError` (an `OSError`: errno,
+    strerror, filename) with both directories as they were before, and `InvalidName` for an invalid
+    name. A name that begins with ``.`` cannot be saved: dot-files are not loaded.
 
-    A `commit` is called with the files in place and the filelock held; they stay if it happened,
-    else they are as they were before, whatever was raised. Where there is no NAME.xml the file that
-    the `owner` finds becomes that; where another domain's file is in that place it gets its own
-    name, and if it cannot, it is left alone: what would be written over it is a `ConfigError`.
+    A `commit` is called with the files in place and the filelock held. If it happened the files
+    stay, otherwise they are restored, whatever was raised. If there is no NAME.xml, the file that
+    the `owner` finds is renamed to it. If another domain's file is in that place, that file is
+    renamed to its own name; if it cannot be, it is left alone, and writing there is a
+    `ConfigError`.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as directory:
@@ -398,9 +398,9 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     ) -> None:
         """Write the definition to NAME.xml, mode 0600, making the directory if need be.
 
-        It is on disk for good when this returns (virDomainDefSave). Call it with the domain locked.
-        The autostart link of a `new` domain's name was a former one's, and goes; without
-        `keep_link` also one that has led to no file.
+        It is durably on disk when this returns (virDomainDefSave). Call it with the domain locked.
+        An autostart link of a `new` domain's name belonged to a former domain and is removed;
+        without `keep_link` so is a link that led to no file.
 
         >>> from tempfile import TemporaryDirectory
         >>> xml = "<name>web1</name><memory>1</memory><os><type>hvm</type></os>"
@@ -435,8 +435,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         """Remove the domain's config file and autostart link; a missing one is no error.
 
         A file there that holds another domain stays, and so does its link. Source:
-        virDomainDeleteConfig, which would go on if the link cannot be removed; the link
-        would then start the next domain of this name, so here that is an error.
+        virDomainDeleteConfig, which goes on if the link cannot be removed. The link would then
+        start the next domain of this name, so here that is an error.
         """
 
         def make(change: _Change) -> None:
@@ -458,9 +458,9 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     ) -> None:
         """Write the new definition under its name, then remove the old name's file and link.
 
-        An autostart link moves along; a stale one of the new name goes. With `autostart` there is
-        one in any case: whoever renamed before may have died with the old one removed. Source:
-        qemuDomainRenameCallback.
+        An autostart link moves along; a stale one of the new name is removed. With `autostart` the
+        link is made in any case: a process may have died renaming, after it removed the old one.
+        Source: qemuDomainRenameCallback.
         """
         path = self._file_to_write(new_definition.name)
         data = new_definition.to_xml().encode()
@@ -499,9 +499,9 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     ) -> None:
         """Make the autostart link, or remove it (virDomainSetAutostart).
 
-        Needs the config file (else ENOENT: a link to nothing would be forgotten by the next load)
-        and makes the autostart directory. Without an autostart directory there is nothing to
-        disable, and enabling is a `ConfigError`.
+        Needs the config file (else ENOENT: the next load would ignore a dangling link) and makes
+        the autostart directory. If `autostart_dir` is ``None`` there is nothing to disable, and
+        enabling is a `ConfigError`.
         """
         link, target = self.autostart_link(name), self.config_file(name)
         if link is None:
@@ -533,20 +533,20 @@ class ConfigDirs(msgspec.Struct, frozen=True):
     def _file_to_write(self, name: str) -> Path:
         path = self.config_file(name)
         if name.startswith("."):
-            # Loading skips dot-files, so what is saved here would be gone after the next start.
+            # Loading skips dot-files, so the domain would be gone after the next start.
             raise ConfigError(errno.EINVAL, "a name that begins with '.' is not loaded", str(path))
         return path
 
     def _adopt(self, change: _Change, name: str, owner: Owner | None) -> None:
-        """Move the domain's file to NAME.xml, if it has another name; see the head of this file."""
+        """Move the domain's file to NAME.xml if it has another name; see the head of this file."""
         own = self.config_file(name)
         found = None if owner is None or os.path.lexists(own) else owner.find()
         if found is not None:
             self._move(change, found, own)
 
     def _make_room(self, change: _Change, name: str, owner: Owner | None) -> Other | None:
-        """Move the file of another domain, which has this one's name, to its own name; returns the
-        other one if its file has to stay."""
+        """If this domain's place has another domain's file, move that to its own name; returns the
+        other domain if its file has to stay."""
         own = self.config_file(name)
         other = None if owner is None or not os.path.lexists(own) else owner.other(own)
         if other is None or not other.may_move:
@@ -568,7 +568,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         if link is not None and autostart:
             change.put(link, lambda temporary: os.symlink(own, temporary))
         elif link is not None:
-            change.remove(link)  # it would lead to the file now
+            change.remove(link)  # after the move it would lead to the file
         change.move(found, own)
         if link is not None and autostart:
             change.remove(link.with_name(found.name))
@@ -595,10 +595,11 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         commit: Commit | None,
         create: bool = False,
     ) -> None:
-        """Make a change under the filelock, then its commit; undo it unless that happened.
+        """Make a change under the filelock, then call its commit; undo the change unless the commit
+        happened.
 
-        One function with one ``try``, no context manager: a signal handler that raises while one is
-        being entered or left would leave it, and the filelock, to whoever drops the traceback.
+        One function with one ``try``, no context manager: if a signal handler raised while one is
+        being entered or left, the filelock would stay locked until the traceback is dropped.
         """
         check_timeout(timeout)
         change = _Change()
@@ -607,7 +608,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             with reported(subject):
                 if create and not _is_directory(self.config_dir):
                     _make_directory(self.config_dir)
-                # Without a config directory there is no place for a lock, and nothing to protect.
+                # Without a config directory there is nowhere to lock, and nothing to protect.
                 if _is_directory(self.config_dir):
                     lock = _DirectoryLock(self.config_dir)
                     lock.acquire(timeout)
@@ -630,7 +631,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             if lock is not None:
                 try:
                     lock.release()
-                except BaseException:  # a signal handler raised before it did
+                except BaseException:  # a signal handler raised before it was released
                     lock.release()
                     raise
 
@@ -641,7 +642,7 @@ def _held(path: Path, other: Other) -> ConfigError:
 
 
 def _is_directory(path: Path) -> bool:
-    """Whether it is there; `ConfigError` for what has its place and is none."""
+    """Whether the directory exists; `ConfigError` if something else has its name."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

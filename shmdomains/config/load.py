@@ -1,7 +1,6 @@
 """Loading a config directory into a list: every file becomes a persistent domain.
 
-The module knows nothing of where records live: `load_all` needs two methods of its store. Source:
-virDomainObjListLoadAllConfigs.
+`load_all` needs only two methods of the list. Source: virDomainObjListLoadAllConfigs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .report import LoadFailure, LoadReport
 
 logger = logging.getLogger(__package__)
 
-REPARSES = 3  # of a file that is replaced again and again while it is being loaded
+REPARSES = 3  # of a file that keeps being replaced while it is loaded
 
 Progress = Callable[[int, int], object]
 
@@ -62,21 +61,20 @@ def load_all(
 ) -> LoadReport:
     """Load every config file as a persistent domain (virDomainObjListLoadAllConfigs).
 
-    The caller holds no lock. Files are parsed, by this process and by others up to `workers` in
-    all, before the list lock is taken, which is held for 64 files at a time, in sorted order. A
-    file that was replaced since it was parsed is parsed again, so another process' `save` is never
-    overwritten by what stood there before. Each domain takes `autostart` from its link where there
-    is an autostart directory. `progress` is called with (done, total), without a lock, first
-    with 0.
+    The caller holds no lock. `workers` processes, including this one, parse the files. The list
+    lock is taken after that, for 64 files at a time, in sorted order. A file that was replaced
+    since is parsed again, so its old content never overwrites another process's `save`. If there is
+    an autostart directory, `autostart` is set from the domain's link. `progress` is called with
+    (done, total), without a lock, first with 0.
 
-    What is wrong with one file is logged as a warning and reported; the others are loaded.
-    `timeout` in seconds is for each wait: for a domain it is that file's failure, for the list
-    lock it is `LockTimeout`. A mistake in the use of locks (`ContractError`) or a segment that is
-    closed or damaged is raised. `begin` is called once the directory was listed, before anything is
-    loaded: what raises without it has changed nothing.
+    A bad file is logged as a warning and reported; the others are loaded. `timeout` in seconds is
+    for each wait: too long a wait for a domain is that file's failure, for the list lock it is
+    `LockTimeout`. A mistake in the use of locks (`ContractError`) is raised, and so is a closed or
+    damaged segment. `begin` is called once the directory is listed, before anything is loaded: an
+    error before that has changed nothing.
 
-    As in libvirt a file need not be named after its domain; but the file that is goes before
-    others of the same domain (a forgotten ``web1-backup.xml``), else the first in order, and the
+    As in libvirt a file need not be named after its domain. If several files hold one domain (a
+    forgotten ``web1-backup.xml``), the one named after it is loaded, else the first in order; the
     others are failures.
     """
     check_timeout(timeout)
@@ -92,7 +90,8 @@ def load_all(
 
 
 def _warn_of_dangling_links(dirs: ConfigDirs) -> None:
-    """Of autostart links that lead to no file: the next file of that name would be started."""
+    """Warn of autostart links that lead to no file: they would start the next domain of that
+    name."""
     if dirs.autostart_dir is None:
         return
     with suppress(OSError):
@@ -143,7 +142,7 @@ class _Loader:
             self._fail(LoadFailure(Path(path), None, "the file is being replaced again and again"))
 
     def _load_item(self, item: ParsedFile) -> bool:
-        """Assign one definition, list lock held; False if the file is to be parsed again."""
+        """Assign one definition, list lock held; False if the file must be parsed again."""
         if isinstance(item.result, LoadFailure):
             self._fail(item.result)
             return True
@@ -169,7 +168,7 @@ class _Loader:
     def _assign(self, item: ParsedFile, definition: DomainDef | EncodedDef) -> bool:
         dom = self._store.assign_def(definition, persistent=True, timeout=self._timeout)
         try:
-            # Who had the domain while we waited for it may have saved another definition.
+            # While we waited, the domain's holder may have saved another definition.
             if dom.changed and item.is_stale():
                 return False
             if self._dirs.autostart_dir is not None:

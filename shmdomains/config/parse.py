@@ -1,7 +1,7 @@
 """Reading the config directory: finding the files and parsing them, here and in other processes.
 
-Whatever is wrong with one file becomes its `LoadFailure` and never stops the others. No filelock is
-taken: a rename never shows half a file.
+An error in one file becomes its `LoadFailure` and never stops the others. No filelock is taken: a
+file is replaced by a rename, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BATCH = 64  # files per hold of the list lock, and at most per message to a pars
 
 
 _Stamp = tuple[int, int, int, int, int]
-"""Tells one content of a file from another: device, inode, size, times of the last changes."""
+"""Identifies a file's content: device, inode, size, times of the last changes."""
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
@@ -79,12 +79,12 @@ def scan(config_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def scan_paths(directory: Path) -> list[str]:
-    """`scan`, for whoever has no use for a `Path` of each."""
+    """`scan` that returns strings: a `Path` for each would take long."""
     return scan_all(directory)[0]
 
 
 def scan_all(directory: Path) -> tuple[list[str], list[Path]]:
-    """`scan_paths`; and the ``*.xml`` that are skipped, because their names begin with a dot."""
+    """`scan_paths`, and the ``*.xml`` that it skips because their names begin with a dot."""
     with reported(directory):
         try:
             names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
@@ -96,10 +96,10 @@ def scan_all(directory: Path) -> tuple[list[str], list[Path]]:
 
 
 def file_of(directory: Path, name: str, uuid: UUID | None, others: Container[str]) -> Path | None:
-    """Return the file that holds the domain and is not named after it; ``None``: there is none.
+    """Return the file that holds the domain but is not named after it; ``None`` if there is none.
 
-    `others`: the names of the other domains. A load takes the file of such a name for that domain
-    alone, so it is not read. In a directory of a hundred thousand files few are left to be read.
+    `others`: the names of the other domains. A load uses a file of such a name for that domain
+    only, so it is not read here. In a directory of a hundred thousand files few are left to read.
     """
     for path in scan_paths(directory):
         if os.path.basename(path)[: -len(SUFFIX)] in others:
@@ -111,10 +111,10 @@ def file_of(directory: Path, name: str, uuid: UUID | None, others: Container[str
 
 
 def parse_file(path: str) -> ParsedFile:
-    """Read one config file; whatever is wrong with it is its `LoadFailure`.
+    """Read one config file; an error becomes its `LoadFailure`.
 
     Only a regular file (or a link to one) of at most 16 MiB is read, so a FIFO, a device or a
-    directory cannot hang or flood the caller.
+    directory cannot hang the caller or fill its memory.
 
     >>> print(parse_file("/no/such/file.xml").result)
     /no/such/file.xml: No such file or directory
@@ -137,15 +137,15 @@ _TO_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def _read(path: str) -> tuple[_Stamp, bytes]:
-    # Opening a device can do things by itself, so look before; a FIFO may take the place of a file
-    # between look and open, so do not block, and look again.
+    # Opening a device may have side effects, so check first. A FIFO may take the file's place
+    # before the open, so do not block, and check again.
     _check_regular(os.stat(path))
     fd = os.open(path, _TO_READ)
     try:
         status = os.fstat(fd)
         _check_regular(status)
         data = os.read(fd, min(status.st_size, MAX_FILE_BYTES) + 1)
-        if len(data) != status.st_size:  # it is just being written, or is of those without a size
+        if len(data) != status.st_size:  # being written, or in a filesystem that gives no size
             with open(fd, "rb", closefd=False) as file:
                 data += file.read(MAX_FILE_BYTES + 1 - len(data))
     finally:
@@ -163,9 +163,9 @@ def _check_regular(status: os.stat_result) -> None:
 # --- parsing in other processes -------------------------------------------------------------
 
 
-# Not multiprocessing's own: spawn and forkserver run the caller's main module again, daemonic
-# processes may not start others, and its workers outlive a parent that is killed. These end with
-# their input. What anything prints must not get between the answers: it goes to standard error.
+# Not multiprocessing's workers: spawn and forkserver run the caller's main module again, daemonic
+# processes may not start others, and they outlive a killed parent. These end with their input.
+# Standard output goes to standard error, so that nothing printed gets between the answers.
 _WORKER_CODE = """\
 import os, sys
 from multiprocessing.connection import Connection
@@ -177,15 +177,15 @@ from shmdomains.config.parse import _serve
 _serve(requests, answers)
 """
 
-# What crosses the pipe for one file: plain tuples, strings and the encoded definition, since a
-# pickled Path, UUID, named tuple or definition costs the parent more than the parsing is worth.
+# One file's answer: plain tuples, strings and the encoded definition. Unpickling a Path, UUID,
+# named tuple or definition would cost the parent more than the worker saves.
 _Answer = tuple[_Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
 _READY: list[_Answer] = []
 
 
 def _serve(requests: connection.Connection, answers: connection.Connection) -> None:
-    """Run in a worker: say that it is ready, then parse lists of paths until the parent closes the
-    pipe or is gone."""
+    """Run in a worker: report ready, then parse lists of paths until the parent closes the pipe or
+    is gone."""
     with suppress(EOFError, BrokenPipeError):
         answers.send(_READY)
         while True:
@@ -212,10 +212,10 @@ def _answered(path: str, answer: _Answer) -> ParsedFile:
 
 
 class _Worker:
-    """Another process that parses, once it has said that it is ready; until then nobody waits for
-    it. What a dead one was to parse is parsed here."""
+    """Another process that parses. Nobody waits for it until it is ready; if it dies, its files are
+    parsed in this process."""
 
-    _AHEAD = 2  # lists of paths, so that it has one while its answer to another is not read yet
+    _AHEAD = 2  # lists of paths: it works on one while its answer to another waits to be read
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -235,9 +235,9 @@ class _Worker:
             with stdin, stdout:
                 self._requests = self._pipe(os.dup(stdin.fileno()), readable=False)
                 self._answers = self._pipe(os.dup(stdout.fileno()), writable=False)
-            with suppress(OSError):  # whoever has many pipes may not have large ones
+            with suppress(OSError):  # refused to a user who has many pipes
                 fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
-            # Two requests that fit in are written without waiting for whoever may wait for us.
+            # A request of at most half the pipe never blocks: the worker may be waiting for us.
             self._most = fcntl.fcntl(self._requests.fileno(), fcntl.F_GETPIPE_SZ) // 2
             self._requests.send(sys.path)
         except OSError as exc:
@@ -264,7 +264,7 @@ class _Worker:
             self._give_up(exc)
 
     def collect(self, wait: bool) -> dict[int, list[ParsedFile]]:
-        """What it has parsed, by number; at least one answer if there is to be a `wait`."""
+        """The files that it has parsed, by number; `wait` waits for at least one answer."""
         found: dict[int, list[ParsedFile]] = {}
         try:
             while self._process is not None and (self._answers.poll(0) or (wait and not found)):
@@ -276,7 +276,7 @@ class _Worker:
                 pairs = zip(paths, answers, strict=True)
                 found[number] = [_answered(path, answer) for path, answer in pairs]
                 self._given.popleft()
-        except Exception as exc:  # whatever comes out of that pipe: no file is lost for it
+        except Exception as exc:  # whatever the pipe holds, no file is lost
             self._give_up(exc)
         if self._process is None:
             for number, paths in self._given:
@@ -303,10 +303,10 @@ class _Worker:
 def parse_files(paths: list[str], workers: int | None) -> Generator[ParsedFile, None, None]:
     """Parse the files in the order of `paths`; without `workers` in this process only.
 
-    With `workers` of 2 or more that many processes parse ahead, this one among them. The others are
+    With `workers` of 2 or more that many processes parse ahead, including this one. The others are
     new interpreters, not forks (a fork of a process with threads may hang), and do not import
-    ``__main__``. The files of a worker that dies are parsed here instead, which is logged. Negative
-    `workers` is a `ValueError`.
+    ``__main__``. If a worker dies, this is logged and its files are parsed here. Negative `workers`
+    is a `ValueError`.
 
     >>> [str(item.result) for item in parse_files(["/no/b.xml"], None)]
     ['/no/b.xml: No such file or directory']
@@ -319,10 +319,10 @@ def parse_files(paths: list[str], workers: int | None) -> Generator[ParsedFile, 
 
 
 def _parse_with_workers(paths: list[str], count: int) -> Generator[ParsedFile, None, None]:
-    """In order, by this process and as many others as `count` leaves.
+    """Parse in order, with `count` processes including this one.
 
-    Whoever is free takes the next list of paths, so nobody waits for a worker that starts or is
-    slow; but not without end, for what is parsed ahead is kept in memory.
+    Whoever is free takes the next list of paths, so nobody waits for a slow or starting worker.
+    There is a limit, since results parsed ahead are kept in memory.
     """
     size = max(1, min(BATCH, len(paths) // count))
     chunks = [paths[at : at + size] for at in range(0, len(paths), size)]

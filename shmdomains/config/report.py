@@ -1,4 +1,4 @@
-"""What loading reports: the domains that were loaded, and why other files were not."""
+"""The result of loading: the loaded domains, and why other files were not loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..text import counted, shown_path
 
 
 class LoadFailure(msgspec.Struct, frozen=True):
-    """One config file that was not loaded: its path, the line if known, and why.
+    """A config file that was not loaded: its path, the line if known, and the reason.
 
     >>> print(LoadFailure(Path("/etc/vm/web1.xml"), 3, "missing domain type"))
     /etc/vm/web1.xml:3: missing domain type
@@ -26,8 +26,8 @@ class LoadFailure(msgspec.Struct, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """What `load_all` did: names of the domains loaded, in order, one failure per other file, and
-    the ``.NAME.xml``, which are skipped.
+    """What `load_all` did: the names of the loaded domains, in order, one failure per other file,
+    and the skipped files, whose names begin with a dot.
 
     >>> print(LoadReport(["web1"], [LoadFailure(Path("db.xml"), None, "Permission denied")]))
     1 domain loaded, 1 file failed

@@ -1,6 +1,6 @@
 """The store in shared memory: segments and their files, who holds what, and the native core.
 
-This folder imports the vocabulary and, once they stand in `rules`, the rules; never what shows or
-drives a list. It promises that the death of any process at any instruction loses nothing that was
-committed, and blocks nobody for good where locks are robust.
+This folder imports the vocabulary, `config` and `rules`, never `cli` or `stress`. It promises that
+the death of any process at any instruction loses no committed change and, with robust locks, blocks
+nobody for good.
 """

@@ -1,6 +1,6 @@
-"""What the core calls in Python: `configure` hands it this module.
+"""What the core calls in Python; `configure` gives it this module.
 
-The core comes here when a wait timed out, when it reports a death or a failed repair, and when a
+The core calls it when a wait timed out, when it reports a death or a failed repair, and when a
 lock-free read has to be tried again; never on a path that succeeds.
 """
 
@@ -14,5 +14,5 @@ __all__ = ["dead_holder", "failed_repair", "lock_timeout", "pause"]
 
 
 def pause() -> None:
-    """Let writers get on before a lock-free read is tried again."""
+    """Let writers finish before a lock-free read is tried again."""
     time.sleep(0.0002)

@@ -1,7 +1,7 @@
 """`Domain`: libvirt's rules about one domain, on a record in shared memory.
 
-`core.Record` is the record: its lock, its fields, the changes that were not committed. Here it
-meets the rules, and the core is handed what it needs of Python.
+`core.Record` is the record: its lock, its fields, its uncommitted changes. This module combines it
+with the rules, and gives the core the Python objects that it needs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Domain(core.Record, DomainRules):
 
     Comes locked from `DomainList.get`, `lookup`, `find_by_*` and `assign_def`. Changes made under
     the lock are one transaction: `unlock` (or the end of the ``with`` block) commits them with one
-    store, an exception in the block or the death of the worker rolls them back. A handle may be
-    kept, pickled and locked again later; it is `DomainRemoved` then if its domain is gone.
+    store; an exception in the block or the death of the worker rolls them back. A handle may be
+    kept, pickled and locked again later; if its domain is gone, that raises `DomainRemoved`.
     """
 
     __slots__ = ()
@@ -39,7 +39,7 @@ def _restore(doms: Any, slot: int, life: int, uuid: bytes) -> Any:
 
 
 def _encode_definition(dom: Domain, definition: DomainDef) -> bytes:
-    # The core compares without making a name and a UUID of Python's; the words are the rules'.
+    # The core compares without making Python objects; only the rule makes the error.
     if not isinstance(definition, DomainDef) or not dom._is(definition.uuid, definition.name):
         checked_definition(definition, dom.uuid, dom.name)
     return definition.encode()

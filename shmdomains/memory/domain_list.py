@@ -1,7 +1,7 @@
 """`DomainList`: the list of domains in shared memory, on a segment with or without a name.
 
-`core.Segment` is the mapped segment: locks, finding, reading, records. Here it meets libvirt's
-rules, files and processes: creating, attaching, pickling, who is attached, `check`, `recover`.
+`core.Segment` is the mapped segment: locks, finding, reading, records. This module combines it with
+libvirt's rules, and adds creating, attaching, pickling, who is attached, `check` and `recover`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class AttachedProcess(msgspec.Struct, frozen=True):
 class ListInfo(msgspec.Struct, frozen=True):
     """What `DomainList.info` says; sizes in bytes, times in seconds since the epoch.
 
-    `poisoned` says which repair failed, where, and who found it when; ``None``: none did.
+    `poisoned` says which repair failed, where, who found it and when; ``None`` if none did.
     """
 
     name: str | None
@@ -95,14 +95,14 @@ class ListInfo(msgspec.Struct, frozen=True):
 
 
 class LockedDomains(core.Records[Domain]):
-    """Domains locked by `DomainList.lock_many`, in the order asked for; unlocks them at the end of
-    a ``with`` block: committed, or rolled back if the block raised."""
+    """Domains locked by `DomainList.lock_many`, in the order asked for. The end of the ``with``
+    block unlocks them: committed, or rolled back if the block raised."""
 
     __slots__ = ()
 
 
 def _as_numbers(wanted: Filter) -> tuple[int, int, int, int]:
-    """The filter as the core takes it: -1 does not ask, the states are a bit each."""
+    """The filter as the core takes it: -1 matches everything, each state is a bit."""
     flags = (wanted.active, wanted.persistent, wanted.autostart)
     active, persistent, autostart = (-1 if flag is None else int(bool(flag)) for flag in flags)
     if wanted.states is None:
@@ -113,7 +113,7 @@ def _as_numbers(wanted: Filter) -> tuple[int, int, int, int]:
 def _encode_dirs(dirs: ConfigDirs) -> bytes:
     paths = (dirs.config_dir, dirs.autostart_dir)
     blob = pack([None if path is None else os.fsencode(path) for path in paths])
-    # A flipped bit would be another path, and files would be made there.
+    # With a flipped bit it would be another path, and files would be written there.
     return zlib.crc32(blob).to_bytes(4, "big") + blob
 
 
@@ -139,8 +139,8 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
     about 16 KiB a domain); memory is committed only as used. `lock` is ``"robust"`` or
-    ``"multiprocessing"``; `context` is the multiprocessing context that makes the locks of the
-    latter, by default the default one.
+    ``"multiprocessing"``; for the latter, `context` is the multiprocessing context that makes the
+    locks, if not the default one.
 
     >>> doms = DomainList(max_domains=100)
     >>> len(doms)
@@ -150,7 +150,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     _name: str | None = None
     _path: Path | None = None
-    _maker: int | None = None  # which process of ours made it
+    _maker: int | None = None  # the pid of the process that made it
     _handle_type = Domain
     _deadline = core.Deadline
     _empty = LockedDomains
@@ -172,7 +172,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             _format(fd, lock, max_domains, max_bytes)
-            # Nobody can truncate it under our feet.
+            # Truncating it would kill whoever is attached (SIGBUS).
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             self._begin(fd, *mp_locks.make(lock, max_domains, context))
@@ -200,10 +200,10 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     ) -> DomainList:
         """Create a segment with a name (default ``default``) or in a file of your choice.
 
-        `mode` 0o660 with a `group` shares it with that group. Names are made under the directory's
-        lock, for which `timeout` seconds are waited. Raises `SegmentExists`, `SegmentRefused`,
+        `mode` 0o660 with a `group` shares it with that group. `timeout` in seconds is for the
+        directory's lock, which protects its names. Raises `SegmentExists`, `SegmentRefused`,
         `LockTimeout`, `SegmentFull` (no memory for it), and `OSError` when this process has no
-        descriptor left, or no address space for the largest size.
+        descriptor left, or not the address space for the segment's largest size.
         """
         file = segment_file.path_of(name, path)
         max_domains = _checked_limit(max_domains, lock)
@@ -212,7 +212,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         limit = max_domains
 
         def fill(fd: int) -> None:
-            # Attached before it has a name: what fails here leaves none.
+            # Attach before it has a name: a failure here leaves no name behind.
             _format(fd, lock, limit, max_bytes)
             doms._begin_file(fd, file, name, path, *locks)
 
@@ -234,11 +234,11 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     ) -> DomainList:
         """Attach to a segment by name or file.
 
-        An `unlink` locks the file for a moment; `timeout` seconds are waited for it. Raises
+        `timeout` in seconds is for the file's lock, which `unlink` holds for a moment. Raises
         `LockTimeout`, `SegmentNotFound`, `SegmentRefused` (not ours, a link, wrong mode),
         `SegmentMismatch` (another layout, boot or namespace), `SegmentCorrupt`, and `OSError`
-        when this process has no descriptor left, or no address space for the largest size. A list
-        with multiprocessing locks can only be read by those who did not inherit it.
+        when this process has no descriptor left, or not the address space for the segment's largest
+        size. Whoever did not inherit a list with multiprocessing locks can only read it.
         """
         file = segment_file.path_of(name, path)
         doms = cls.__new__(cls)
@@ -263,12 +263,13 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         group: int | str | None = None,
         timeout: float | None = segment_file.PATIENCE,
     ) -> DomainList:
-        """Attach, or create with the options of `create` if there is none. Whoever comes first
-        creates it, which `created` tells; nobody sees it half made.
+        """Attach to the segment, or create it if there is none. Whoever comes first creates it (see
+        `created`); nobody sees it half made.
 
-        An option that is left out takes what is there. One that is given and differs from what is
-        there is a `SegmentMismatch`; but `context` only says how locks are made. `timeout` seconds
-        are waited in all. Other errors are those of `attach` and `create`.
+        The options are those of `create`. One that is given and differs from the existing segment
+        is a `SegmentMismatch`, except `context`, which only says how locks are made; one that is
+        left out accepts any. `timeout` in seconds is for all waits together. Other errors are those
+        of `attach` and `create`.
         """
         deadline = Deadline(timeout)
         asked = {"max_domains": max_domains, "max_bytes": max_bytes, "lock": lock, "mode": mode}
@@ -337,15 +338,15 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         except ShmDomainsError as exc:
             raise type(exc)(f"segment {file}: {exc}") from None
         except OSError as exc:
-            # An attachment takes a descriptor, and address space for the largest size.
+            # Attaching takes a descriptor, and address space for the segment's largest size.
             raise OSError(exc.errno, f"not attached: {exc.strerror}", str(file)) from None
         self._path = file
         self._name = None if path is not None else name or segment_file.DEFAULT_NAME
 
     @property
     def created(self) -> bool:
-        """Whether this process made the list: of all that `open` it, one has to load the configs.
-        If that one was killed before it did, ``info.config_dir`` is ``None``.
+        """Whether this process made the list: of all that `open` it, this one loads the configs.
+        If it was killed before it did, ``info.config_dir`` is ``None``.
 
         >>> DomainList(max_domains=10).created
         True
@@ -353,9 +354,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         return self._maker == os.getpid()
 
     def unlink(self, force: bool = False, timeout: float | None = segment_file.PATIENCE) -> None:
-        """Remove the segment's name; whoever is attached keeps it, like this list.
+        """Remove the segment's name. Attached processes keep the segment, and so does this list.
 
-        Names are removed under the directory's lock, for which `timeout` seconds are waited. Raises
+        `timeout` in seconds is for the directory's lock, which protects its names. Raises
         `LockTimeout`, `SegmentInUse` while other processes are attached, unless `force`, and
         `SegmentNotFound` if the name is gone or another segment's.
         """
@@ -375,12 +376,12 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             segment_file.unlink_attached(self._path, fd, force, timeout)
 
     def fileno(self) -> int:
-        """The segment's descriptor, for whoever closes those that nobody asked to keep, as a
-        process that becomes a daemon does: ``DaemonContext(files_preserve=[doms])``.
+        """The segment's descriptor, for a process that closes all others, as one that becomes a
+        daemon does: ``DaemonContext(files_preserve=[doms])``.
 
-        Without it the list works, but `shmdomains.unlink` of others does not see this process, and
-        the list cannot be given to a child that is spawned. This raises `DescriptorLost` then;
-        `attach` gets a named segment's back.
+        Without it the list works, but `shmdomains.unlink` in other processes does not see this one,
+        and the list cannot be passed to a spawned child. Raises `DescriptorLost` if it was closed;
+        attaching again by name gets one back.
 
         >>> doms = DomainList(max_domains=10)
         >>> kept = doms.fileno()
@@ -394,7 +395,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     def close(self) -> None:
         """Detach. The list lock is released if this thread holds it; locked domains stay locked
-        until they are unlocked. Everything else raises `ListClosed` from now on."""
+        until they are unlocked. From now on everything else raises `ListClosed`."""
         self._close()
 
     def __enter__(self) -> DomainList:
@@ -432,7 +433,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         )
 
     def _bytes_committed(self, by_watermarks: int) -> int:
-        """What the kernel counts: a little more, after a grower died."""
+        """The kernel's count: a little more than the watermarks' if a process died growing it."""
         try:
             return os.fstat(self.fileno()).st_blocks * 512
         except DescriptorLost:
@@ -440,18 +441,18 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     @listing_invariants
     def check(self, timeout: float | None = 10.0) -> CheckReport:
-        """Look at every invariant of the segment; nobody waits for it longer than a lock slice.
+        """Test every invariant of the segment; nobody waits for it longer than a lock slice.
 
-        Most of it takes no lock. What only looks wrong because writers are at work is looked at
-        again under the list, id or heap lock, for 40 ms at most each time; `timeout` seconds are
-        waited for these in all, and what they were not free for stands in `CheckReport.unsettled`.
-        Whoever takes the lock of a dead holder repairs what it protects, and so does this.
+        Most of it takes no lock. Whatever looks wrong, perhaps only because writers are at work, is
+        tested again under the list, id or heap lock, for 40 ms at most each time. `timeout` in
+        seconds is for all these waits together; what could not be tested in time is in
+        `CheckReport.unsettled`. Taking a dead holder's lock repairs what it protects, as always.
 
         >>> bool(DomainList(max_domains=10).check())
         True
 
-        The invariants, as `shmdomains.INVARIANTS` has them; where nobody repairs one, export,
-        unlink and create anew:
+        The invariants, as in `shmdomains.INVARIANTS`; if nobody repairs one, export, unlink and
+        create anew:
         """
         problems, counts, open, longest = self._check(timeout)
         poisoned = self._statistics()["poisoned"]
@@ -465,13 +466,14 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     def recover(self, timeout: float | None = 10.0) -> RecoverReport:
         """Take each lock once, as its next holder would, so that all repairs are done now.
 
-        Nothing needs this: whoever takes a lock repairs what its dead holder left. It is for people
-        who want to see it done, and what. The list, id and heap lock are waited for, `timeout`
-        seconds in all; a domain that somebody holds is left alone. Whoever next locks it still
-        learns from `Domain.previous_owner_died` what was told here.
+        This is never necessary: whoever takes a lock repairs what its dead holder left. It is for
+        people who want to see what is repaired. `timeout` in seconds is for the waits for the list,
+        id and heap lock together; a domain that somebody holds is left alone. A death reported here
+        is still in `Domain.previous_owner_died` for the next holder.
 
-        Raises `SegmentPoisoned` when a repair fails, or one did; `LockOrder` if this thread holds a
-        domain; `LockKindMismatch` for whoever did not inherit a list of multiprocessing locks.
+        Raises `SegmentPoisoned` when a repair fails or has failed before; `LockOrder` if this
+        thread holds a domain; `LockKindMismatch` if this process did not inherit the
+        multiprocessing locks.
 
         >>> doms = DomainList(max_domains=10)
         >>> doms.recover()
@@ -482,7 +484,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             [Repair(*repair) for repair in repairs], [HeldLock(*lock) for lock in held], freed
         )
 
-    # --- for the rules: what the core calls otherwise ---
+    # --- for the rules: thin wrappers of the core's methods ---
 
     def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
         return self._list(*_as_numbers(wanted), definitions)
@@ -504,8 +506,8 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         return f"<DomainList {where} domains={len(self)} lock={self._kind}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To a child that is being spawned goes the descriptor itself; to one that has the segment
-        # already, or can find it by name, which one it is.
+        # A child that is being spawned gets the descriptor itself. Whoever has the segment already,
+        # or can find it by name, needs only its identity.
         fd = locks = None
         if mp_context.get_spawning_popen() is not None:
             mp_locks.need_to_be_passed_on(self._locks[0])

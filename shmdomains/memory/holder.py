@@ -1,7 +1,7 @@
 """Looks up who holds a lock: process, thread, command line, since when, alive or not.
 
-The segment records thread numbers and start times; what people want to know about them is looked up
-here, when a wait timed out or a death is reported, and never on a path that succeeds.
+The segment records thread numbers and start times. The rest is looked up here, when a wait timed
+out or a death is reported, and never on a path that succeeds.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _TICKS = float(os.sysconf("SC_CLK_TCK"))
 
 
 def process_started(start_ticks: int) -> float | None:
-    """Return the epoch seconds of a start that is given in clock ticks since boot; 0 is unknown."""
+    """Convert clock ticks since boot to seconds since the epoch; 0 is unknown."""
     if not start_ticks:
         return None
     try:
         return psutil.boot_time() + start_ticks / _TICKS
-    except OSError:  # reading the time of boot takes a descriptor
+    except OSError:  # no descriptor to read the boot time with
         return None
 
 
 def is_running(pid: int, start_ticks: int) -> bool:
-    """Whether the process that started then still runs; numbers are used again, starts are not.
+    """Whether the process with this pid and start still runs; a pid alone may be reused.
 
-    Yes if that cannot be found out, for lack of descriptors: nobody is called dead by mistake.
+    True if it cannot be found out, for lack of descriptors: nobody is taken for dead by mistake.
     """
     return core.process_runs(pid, start_ticks)
 
@@ -47,7 +47,7 @@ def command_of(pid: int) -> str | None:
     try:
         process = psutil.Process(pid)
         command = " ".join(process.cmdline()) or process.name()
-    except (OSError, ValueError, OverflowError):  # first: psutil may be what could not be had
+    except (OSError, ValueError, OverflowError):  # before psutil.Error: psutil may fail to import
         return None
     except psutil.Error:
         return None
@@ -63,9 +63,9 @@ def lock_timeout(
     held_for: float | None,
     dropped: bool = False,
 ) -> LockTimeout:
-    """Make the error for a wait that was too long. `tid` 0: it was free again by then.
+    """Make the error for a wait that was too long. `tid` 0: the lock was free again by then.
 
-    `dropped`: another thread than the holder's dropped the handle.
+    `dropped`: a thread other than the holder dropped the handle.
     """
     waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
     if not tid:
@@ -89,7 +89,7 @@ def lock_timeout(
 
 
 def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
-    """Describe a holder that died. Its command line went with it."""
+    """Describe a dead holder, whose command line is gone."""
     return LockHolder(
         pid=pid or None,
         tid=tid or None,
@@ -103,10 +103,10 @@ def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
 def failed_repair(
     what: str | None, slot: int | None, tid: int, pid: int, start_ticks: int, when: float
 ) -> str:
-    """Say which repair of a segment failed, where, and who found it. `when` 0: nobody knows."""
+    """Say which repair of a segment failed, where, and who found it. `when` 0: unknown."""
     text = f"a repair failed: {what or 'an unknown one'}"
     text += "" if slot is None else f", at slot {slot}"
-    with suppress(ValueError, OverflowError, OSError):  # no time at all, if it was damaged
+    with suppress(ValueError, OverflowError, OSError):  # a damaged time may be out of range
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
         text += f", found by {dead_holder(tid, pid, start_ticks).who} at {at}" if when else ""
     return text

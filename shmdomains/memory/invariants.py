@@ -1,8 +1,7 @@
-"""What must hold in a segment, by name, and what `DomainList.check` and `recover` say about it.
+"""The invariants of a segment, and the reports of `DomainList.check` and `recover`.
 
 The core tests the invariants (_core/check.c) and repairs what a dead process left (_core/locks.c,
-_core/rebuild.c); here stand their names, what each means and who repairs it, and the reports for
-people.
+_core/rebuild.c). This module has their names, what each means, who repairs it, and the reports.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ INVARIANTS: dict[str, str] = {
     "the next load_all_configs().",
     "poisoned": "No repair has ever failed. Nobody repairs it: export, unlink, create anew.",
 }
-"""The invariants that `DomainList.check` tests: name, and what it means and who repairs it.
+"""The invariants that `DomainList.check` tests: name, meaning and who repairs it.
 
 >>> list(INVARIANTS)[:2]
 ['I1 identity', 'I2 extents']
@@ -48,7 +47,7 @@ INVARIANTS: dict[str, str] = {
 
 
 def listing_invariants(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the docstring of a method end with `INVARIANTS`."""
+    """Append `INVARIANTS` to a method's docstring."""
     lines = [(function.__doc__ or "").rstrip() + "\n"]
     for name, text in INVARIANTS.items():
         lines += [f"        {name}", *(f"            {part}" for part in text.split("\n"))]
@@ -56,7 +55,8 @@ def listing_invariants(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-# What is open when the core has no verdict: on its sums, on the suspects of list, ids, heap.
+# The invariants without a verdict, by the core's number of what it left open: its sums, then the
+# suspects of list, ids, heap.
 _OPEN = (
     ("I5 index", "I5 sequence", "counts"),
     ("free list",),
@@ -73,10 +73,10 @@ class CheckReport(msgspec.Struct, frozen=True):
     """What `DomainList.check` found; true if nothing is wrong.
 
     `problems` are pairs of an invariant's name and what contradicts it; `counts` says how much was
-    looked at. `unsettled` are pairs of an invariant and why there is no verdict on all of it: no
-    fault was found, but its lock was not free in time, or writers were at work in a list too large
-    to be counted while they are stopped. `longest_hold` is for how many seconds the check held a
-    lock at most; usually it needs none.
+    tested. `unsettled` are pairs of an invariant and why there is no full verdict: no fault was
+    found, but its lock was not free in time, or the list was too large to stop writers while it is
+    counted. `longest_hold` is the longest time, in seconds, that the check held a lock; usually it
+    needs none.
     """
 
     problems: list[tuple[str, str]]
@@ -89,7 +89,7 @@ class CheckReport(msgspec.Struct, frozen=True):
 
 
 def unsettled(open: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
-    """Return what `CheckReport.unsettled` says of that on which the core has no verdict.
+    """Return `CheckReport.unsettled` for the core's numbers of what it left open.
 
     >>> unsettled([(4, "writers were at work")])
     [('I2 extents', 'writers were at work'), ('I2 map', 'writers were at work')]
@@ -108,9 +108,9 @@ _REBUILT = {
 class Repair(msgspec.Struct, frozen=True):
     """One lock that `DomainList.recover` took over.
 
-    `lock` is ``"list"``, ``"id"``, ``"heap"`` or ``"domain"``, `name` the domain's, ``None`` for a
-    slot in which none lives. `died` is the holder that had died (of the id and the heap lock only
-    the thread is known), ``None`` if an earlier repair had been put off.
+    `lock` is ``"list"``, ``"id"``, ``"heap"`` or ``"domain"``; `name` is the domain's, ``None`` for
+    an empty slot. `died` is the dead holder (of the id and the heap lock only the thread is known),
+    ``None`` if this repair had been put off earlier.
 
     >>> print(Repair("domain", "web1", LockHolder(7, 7, None, None, False, None)))
     domain 'web1': process 7 died holding it; what its holder had not committed is rolled back

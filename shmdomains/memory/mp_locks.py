@@ -31,7 +31,7 @@ def make(lock: str, count: int, context: mp_context.BaseContext | None) -> tuple
 
 
 def need_to_be_passed_on(list_lock: Any) -> None:
-    """A lock that was made for forked children lost its name at once: nobody else can open it."""
+    """Raise `LockKindMismatch` for locks made for forked children: they have no name to open."""
     if list_lock is not None and list_lock._semlock.name is None:
         raise LockKindMismatch(
             "the locks of this list were made for forked children and cannot be given to a spawned "

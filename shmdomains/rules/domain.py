@@ -1,7 +1,7 @@
 """One domain: libvirt's rules about it, whatever store holds its record (virDomainObj).
 
-`DomainRules` are active and inactive, live and next definition, written against what `DomainBase`
-offers: fields, `commit`, `rollback`. Each store puts them on its own handles.
+`DomainRules` are activation and the two definitions, written against `DomainBase`. Each store
+mixes them into its own handles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .values import checked_pid, checked_reason, checked_state
 
 
 class DomainRules(DomainBase):
-    """What may be done with a locked domain. Every method needs the domain's lock."""
+    """Operations on a locked domain. Every method needs the domain's lock."""
 
     __slots__ = ()
 
@@ -34,14 +34,13 @@ class DomainRules(DomainBase):
         reason: int = RunningReason.BOOTED,
         timeout: float | None = None,
     ) -> int:
-        """Make the domain active; returns its id, which no other domain ever has or had.
+        """Make the domain active; returns its id, which is never used for another domain.
 
-        `pid` is the hypervisor's process, if there is one. Whoever starts it commits `activate`
-        first, then starts it, then sets `pid`: else a worker that is killed in between leaves a
-        process that no record tells of. Part of the transaction: others see it after `commit()` or
-        `unlock()`; a rollback wastes the id. Raises `DomainActive`, `DomainNotLocked`,
-        `SegmentFull` when every id was given out, and `LockTimeout` when the lock of the ids was
-        not free within `timeout` seconds.
+        `pid` is the hypervisor's process, if there is one. Commit `activate` first, then start the
+        process, then set `pid`: otherwise a worker that is killed in between leaves a process that
+        no record mentions. Part of the transaction: others see it after `commit()` or `unlock()`;
+        a rollback wastes the id. Raises `DomainActive`, `DomainNotLocked`, `SegmentFull` when the
+        ids are used up, and `LockTimeout` when the id lock was not free within `timeout` seconds.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()
@@ -54,7 +53,7 @@ class DomainRules(DomainBase):
         """
         if self.is_active:
             raise DomainActive(f"domain '{self.name}' is already running with id {self.id}")
-        # All of it is checked before any of it is changed.
+        # Check everything before changing anything.
         state, reason, pid = checked_state(state), checked_reason(reason), checked_pid(pid)
         id = self._take_id(timeout)
         self.pid = pid

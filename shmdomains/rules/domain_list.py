@@ -1,15 +1,16 @@
 """The list of domains: assign, remove, define, load - libvirt's rules, over any store.
 
-These are the rules of the patch "Locking on virDomainObjPtr objects" and of what libvirt learnt
-after it: who must hold which lock, duplicates, live against next definition, persistence, config
-directories. They call what `store.ListBase` names and know nothing of where records live.
+These are the rules of the patch "Locking on virDomainObjPtr objects" and of later libvirt: who must
+hold which lock, duplicates, live and next definition, persistence, config directories. They call
+`store.ListBase` and do not know where records live.
 
-How a rule undoes what it did when a later step fails:
+How a rule undoes its work when a later step fails:
 
-- A change of a record that was there is not committed before the files that belong to it are in
-  place; `_release_unseen` rolls it back.
-- A change of files is made by `config`, which undoes it unless its `files.Commit` happened.
-- A new record is committed as it is made. `_take_back` removes it, if nobody changed it since.
+- A change of an existing record is committed only once its files are in place; `_release_unseen`
+  rolls it back.
+- `config` changes the files, and undoes that unless the `files.Commit` happened.
+- A new record is committed as it is made. `_take_back` removes it, unless somebody changed it
+  since.
 """
 
 from __future__ import annotations
@@ -54,22 +55,22 @@ def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
 
 
 class DomainListRules(ListBase[D]):
-    """The rules, over whatever store the class is combined with."""
+    """The rules, to be combined with a store."""
 
     # --- locks ---
 
     def _list_held(self, timeout: float | None) -> AbstractContextManager[object]:
-        """Hold the list lock, unless this owner does already."""
+        """Hold the list lock; nothing to do if this thread holds it already."""
         return nullcontext() if self.is_locked else self.locked(timeout)
 
     def lock_many(
         self, domains: Iterable[D | DomainInfo | Uuid | int], timeout: float | None = None
     ) -> LockedDomains[D]:
-        """Lock several domains at once; the list lock is held while they are collected.
+        """Lock several domains at once, holding the list lock meanwhile.
 
-        `domains`: handles, `DomainInfo`s or keys, as `get` takes them. All or nothing: on an error
-        (`LockTimeout`, `DomainNotFound`, `DomainRemoved`, `TooManyLocks`, `WrongList`) what was
-        locked is unlocked again.
+        `domains`: handles, `DomainInfo`s or keys, as `get` takes them. All or nothing: an error
+        (`LockTimeout`, `DomainNotFound`, `DomainRemoved`, `TooManyLocks`, `WrongList`) unlocks
+        those that were locked.
 
         >>> from shmdomains import DomainList
         >>> with DomainList().lock_many([]) as locked:
@@ -85,7 +86,7 @@ class DomainListRules(ListBase[D]):
                     self._lock_one(one, taken, deadline)
         except BaseException:
             at = len(taken)
-            while at:  # as at the end of the block: this allocates nothing
+            while at:  # a loop that allocates nothing, as the end of the block does
                 at -= 1
                 taken[at]._release_unseen()
             raise
@@ -110,7 +111,8 @@ class DomainListRules(ListBase[D]):
 
     @contextmanager
     def _held(self, domain: D | DomainInfo | Uuid | int, deadline: Deadline) -> Iterator[D]:
-        """The handle, locked by its caller; or the domain with this key, locked meanwhile."""
+        """A handle that the caller has locked, or the domain with this key, locked for the
+        block."""
         if isinstance(domain, self._handle_type):
             self._need_ours(domain)
             yield domain
@@ -121,7 +123,7 @@ class DomainListRules(ListBase[D]):
         finally:
             dom._release_unseen()
 
-    # --- assign, remove, rename: the list lock is the caller's ---
+    # --- assign, remove, rename: the caller holds the list lock ---
 
     def assign_def(
         self,
@@ -132,9 +134,10 @@ class DomainListRules(ListBase[D]):
         """Enter a definition; returns its domain, locked (virDomainAssignDef). List lock held.
 
         A new domain is committed before it is returned, state SHUTOFF, with `persistent` as given
-        (default: no); without a UUID in the definition it gets a random one. Of a domain with this
-        name and UUID, an inactive one has its definition replaced and an active one its
-        `next_definition`; that, and `persistent` unless ``None``, belongs to the transaction.
+        (default: no); if the definition has no UUID it gets a random one. If a domain has this name
+        and UUID already, the definition replaces that of an inactive domain, or the
+        `next_definition` of an active one. This, and `persistent` unless ``None``, is part of the
+        transaction.
 
         Raises `DomainExists` (same name with another UUID, or same UUID with another name),
         `ListNotLocked`, `LockTimeout`, `AlreadyLocked`, `SegmentFull`.
@@ -182,7 +185,8 @@ class DomainListRules(ListBase[D]):
         return found
 
     def _known(self, definition: DomainDef | EncodedDef) -> Identity | None:
-        """The domain that a definition is of; libvirt's rules (virDomainObjListAddLocked)."""
+        """The domain that has this definition's identity, or ``None``; `DomainExists` if uuid and
+        name disagree (virDomainObjListAddLocked)."""
         uuid, name = definition.uuid, definition.name
         known = self._who_has(uuid, name)
         if known is None or uuid is None:
@@ -209,8 +213,8 @@ class DomainListRules(ListBase[D]):
                 uuid, definition.name, blob, _SHUTOFF, persistent or False, timeout, made
             )
         except BaseException:
-            # A signal handler may raise as `_insert` returns. In a child that it forked the record
-            # is its parent's, and not locked.
+            # A signal handler may raise as `_insert` returns. If it forked, the child does not
+            # hold the record: that is its parent's.
             if made[0] is not None and made[0].is_locked:
                 self._remove(made[0])
             raise
@@ -218,13 +222,12 @@ class DomainListRules(ListBase[D]):
     def _take_back(self, dom: D, made: object, timeout: float | None) -> None:
         """Undo `_make` or `_redefine` after a failure; `made` is the receipt of a new record.
 
-        The domain is unlocked and as it was; a new one is removed, unless somebody else changed it
-        while it was not locked.
+        Afterwards the domain is unlocked and as it was. A new one is removed, unless somebody else
+        changed it while it was unlocked: another process may have waited for the lock, defined the
+        same domain and saved its file. Removing the record would lose that.
 
-        Without the comparison another process's `define` of the same domain, which waited for the
-        lock, saved its file and returned, would be lost with the record. Waits for a slice at
-        least, so that a moment's use of the list lock leaves no new domain behind. What cannot be
-        taken back in time stays, transient if it has no file.
+        Waits for one lock slice at least, so that a briefly held list lock does not leave a new
+        domain behind. What cannot be undone in time stays, transient if it has no file.
         """
         if made is None:
             dom._release_unseen()
@@ -251,7 +254,7 @@ class DomainListRules(ListBase[D]):
         """Remove an inactive domain (virDomainRemoveInactive). List lock held, `dom` unlocked.
 
         `dom` may be a key, as `get` takes it. Waits until nobody holds the domain. Raises
-        `DomainLocked` (this owner holds it: it would wait for itself), `DomainActive`,
+        `DomainLocked` (this thread holds it and would wait for itself), `DomainActive`,
         `DomainRemoved`, `DomainNotFound`, `ListNotLocked`, `LockTimeout`.
         """
         self._need_list_lock("remove_inactive")
@@ -276,8 +279,9 @@ class DomainListRules(ListBase[D]):
     def free(self, timeout: float | None = None) -> None:
         """Remove every domain, active ones too (virDomainObjListFree). List lock held.
 
-        Takes and drops each domain's lock before it goes. Raises `DomainLocked` before anything is
-        removed if this owner holds one of them, `LockTimeout` (what was removed by then is gone).
+        Takes each domain's lock before it removes the domain. Raises `DomainLocked` before anything
+        is removed if this thread holds one of them, and `LockTimeout` (what was removed by then is
+        gone).
         """
         self._need_list_lock("free")
         deadline = self._deadline(timeout)
@@ -295,12 +299,12 @@ class DomainListRules(ListBase[D]):
     def rename(
         self, dom: D | DomainInfo | Uuid | int, new_name: str, timeout: float | None = None
     ) -> None:
-        """Rename an inactive domain (virDomainRename). Of a handle: list lock held, `dom` locked,
-        nothing uncommitted. Of a key, as `get` takes it: both locks are taken here.
+        """Rename an inactive domain (virDomainRename). With a handle: list lock held, `dom` locked,
+        nothing uncommitted. With a key, as `get` takes it: this takes both locks.
 
-        Name and definitions change in one commit; if the list was loaded from a config directory
-        and the domain is persistent, its file and autostart link follow, and a failure there leaves
-        all as it was. Raises `InvalidName` (also for the name that it has), `DomainExists`,
+        Name and definitions change in one commit. If the list was loaded from a config directory
+        and the domain is persistent, its file and autostart link follow; a failure there leaves
+        everything as it was. Raises `InvalidName` (also for its present name), `DomainExists`,
         `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`,
         `DomainNotFound`, and `LockTimeout`.
         """
@@ -335,7 +339,7 @@ class DomainListRules(ListBase[D]):
             lambda: self._rename(dom, new_name, encoded, renamed, deadline.left()),
         )
 
-    # --- the whole of it: the list lock is taken here ---
+    # --- define, undefine: these take the list lock ---
 
     def define(
         self,
@@ -346,15 +350,16 @@ class DomainListRules(ListBase[D]):
     ) -> DomainInfo:
         """Define a persistent domain, or redefine one, and save its config; returns its info.
 
-        `definition` may be XML; without a uuid it redefines the domain of its name. `new` refuses a
-        domain that is there (`DomainExists`). An active domain gets it as `next_definition`. No
-        lock is needed; the list lock is taken. If the config file cannot be saved nothing is
-        defined: the domain is as it was before, and a new one is removed, unless somebody else
-        changed it meanwhile (virDomainDefineXML). What is raised after that is done - no memory for
-        the info, a signal handler of yours - leaves it defined, in memory and on disk. Taking back
-        may take a lock slice (50 ms) longer than `timeout`. A new domain's name may still have a
-        former one's autostart link, which goes. Raises `DefinitionError`, `DomainExists`,
-        `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
+        `definition` may be XML; without a uuid it redefines the domain of its name. `new` refuses
+        an existing domain (`DomainExists`). An active domain gets it as `next_definition`. No lock
+        is needed; the list lock is taken.
+
+        If the config file cannot be saved, nothing is defined: the domain is as it was before, and
+        a new one is removed, unless somebody else changed it meanwhile (virDomainDefineXML). This
+        may take a lock slice (50 ms) longer than `timeout`. An error after the commit - no memory
+        for the info, a signal handler of yours - leaves the domain defined, in memory and on disk.
+        If an autostart link of a former domain has a new domain's name, it is removed. Raises
+        `DefinitionError`, `DomainExists`, `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
         """
         deadline = self._deadline(timeout)
         definition = _as_definition(definition)
@@ -362,7 +367,7 @@ class DomainListRules(ListBase[D]):
         try:
             with self._list_held(deadline.left()):
                 dirs = self._remembered()
-                # Where there are files a new domain is persistent with its file, and not before.
+                # With a config directory, a new domain becomes persistent only with its file.
                 persistent = True if dirs is None else None
                 known = self._known(definition)
                 if known is not None and new:
@@ -389,7 +394,7 @@ class DomainListRules(ListBase[D]):
             left = deadline.left()
             info = self.peek(uuid=dom.uuid, timeout=None if left is None else max(left, _SLICE))
         except BaseException:
-            # It is not locked in a child that a signal handler forked: there it is our parent's.
+            # If a signal handler forked, the child does not hold the domain: that is its parent's.
             if dom is not None and dom.is_locked and (commit is None or not commit.happened()):
                 self._take_back(dom, made, deadline.left())
             raise
@@ -409,15 +414,16 @@ class DomainListRules(ListBase[D]):
         id: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Undefine a domain: its config file and autostart link go, and so does an inactive domain;
-        an active one becomes transient (virDomainUndefine).
+        """Undefine a domain: remove its config file, its autostart link and, if it is inactive, the
+        domain; an active one becomes transient (virDomainUndefine).
 
         Exactly one key, by position as `get` takes it or by keyword. No lock is needed; the list
-        lock is taken. The file goes also where it is not named after the domain. A second file of
-        the domain (a forgotten ``web1-backup.xml``), which the load reported as a failure, stays:
-        the next load takes the domain from it. A worker killed after the file and before the record
-        went leaves the domain without a file. Raises `DomainNotFound`, `DomainTransient` (an active
-        domain that is not persistent), `ConfigError`, `LockTimeout`, `LockOrder`.
+        lock is taken. The file is removed even if it is not named after the domain. A second file
+        of the domain (a forgotten ``web1-backup.xml``), which the load reported as a failure,
+        stays: the next load takes the domain from it. A worker killed after it removed the file and
+        before it removed the record leaves the domain without a file. Raises `DomainNotFound`,
+        `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
+        `LockOrder`.
         """
         deadline = self._deadline(timeout)
         with self._list_held(deadline.left()):
@@ -452,14 +458,15 @@ class DomainListRules(ListBase[D]):
     ) -> LoadReport:
         """Load every ``*.xml`` of a directory as a persistent domain (virDomainLoadAllConfigs).
 
-        No lock is needed; the list lock is taken per batch. A file that is wrong is skipped, logged
-        and reported; a missing directory is no error. A domain whose ``NAME.xml`` in
-        `autostart_dir` (default: ``autostart`` in `config_dir`) is a link to its file is set to
-        autostart. The directories are remembered in the list: what any process defines, renames or
-        undefines later reaches them, until `forget_configs`. A directory that cannot be read is
-        `ConfigError`, and what was remembered stays. `progress(done, total)` is called as it goes
-        on; `workers` processes parse, this one among them. `timeout` in seconds is for each wait:
-        for a domain it is that file's failure, for the list lock it is `LockTimeout`.
+        No lock is needed; the list lock is taken per batch. A bad file is skipped, logged and
+        reported; a missing directory is no error. A domain is set to autostart if ``NAME.xml`` in
+        `autostart_dir` (default: ``autostart`` in `config_dir`) is a link to its file.
+
+        The list remembers the directories: later changes by any process are saved there, until
+        `forget_configs`. A directory that cannot be read is a `ConfigError`, and the remembered
+        ones stay. `progress(done, total)` is called first and after each batch. `workers` is how
+        many processes parse, including this one. `timeout` in seconds is for each wait: too long a
+        wait for a domain is that file's failure, for the list lock it is `LockTimeout`.
         """
         autostart_dir = Path(config_dir, "autostart") if autostart_dir is None else autostart_dir
         dirs = ConfigDirs(Path(config_dir), Path(autostart_dir))
@@ -471,8 +478,8 @@ class DomainListRules(ListBase[D]):
         return load_all(self, dirs, progress, workers, timeout, begin)
 
     def forget_configs(self, timeout: float | None = None) -> None:
-        """Forget the directories of `load_all_configs`: what is changed from now on, by whatever
-        process, reaches no file. No lock is needed; the list lock is taken.
+        """Forget the directories of `load_all_configs`: from now on no process's changes reach a
+        file. No lock is needed; the list lock is taken.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()
@@ -485,20 +492,20 @@ class DomainListRules(ListBase[D]):
             self._remember(None)
 
     def save_config(self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None) -> None:
-        """Write what the domain will be after its next start to the config directory
-        (virDomainSaveConfig): its `next_definition`, else its definition. A handle's domain is
-        locked by the caller; that of a key, as `get` takes it, here.
+        """Write the domain's `next_definition`, else its definition, to the config directory
+        (virDomainSaveConfig). The caller locks the domain of a handle; that of a key, as `get`
+        takes it, is locked here.
 
-        Does nothing if the list was not loaded from a directory. Raises `ConfigError`; the file is
-        then as it was before.
+        Does nothing if the list was not loaded from a directory. Raises `ConfigError`, and leaves
+        the file as it was before.
         """
         deadline = self._deadline(timeout)
         with self._held(dom, deadline) as held:
             files.save_config(self, held, deadline)
 
     def delete_config(self, dom: D | DomainInfo | Uuid | int, timeout: float | None = None) -> None:
-        """Remove the domain's config file and autostart link (virDomainDeleteConfig). A handle's
-        domain is locked by the caller; that of a key, as `get` takes it, here.
+        """Remove the domain's config file and autostart link (virDomainDeleteConfig). The caller
+        locks the domain of a handle; that of a key, as `get` takes it, is locked here.
 
         Raises `ConfigError`.
         """
@@ -509,9 +516,9 @@ class DomainListRules(ListBase[D]):
     def set_autostart(
         self, dom: D | DomainInfo | Uuid | int, enabled: bool, timeout: float | None = None
     ) -> None:
-        """Start the domain with the host, or not: the record and the link on disk together
-        (virDomainSetAutostart), committed. A handle's domain is locked by the caller; that of a
-        key, as `get` takes it, here.
+        """Set whether the domain starts with the host: record and link together, committed
+        (virDomainSetAutostart). The caller locks the domain of a handle; that of a key, as `get`
+        takes it, is locked here.
 
         Raises `DomainTransient`, `ConfigError`, `UncommittedChanges`.
         """
@@ -522,7 +529,7 @@ class DomainListRules(ListBase[D]):
     # --- listing ---
 
     def __getitem__(self, key: int | Uuid | D | DomainInfo) -> DomainInfo:
-        """`peek` for a domain that is there: ``doms["web1"]``; else `DomainNotFound`, a `KeyError`.
+        """`peek` that raises `DomainNotFound`, a `KeyError`: ``doms["web1"]``.
 
         >>> from shmdomains import DomainList
         >>> DomainList()["web1"]
@@ -544,10 +551,10 @@ class DomainListRules(ListBase[D]):
         state: int | str | Iterable[int | str] | None = None,
         definitions: bool = True,
     ) -> list[DomainInfo]:
-        """The domains that fit, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
+        """The domains that match, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
 
-        Filters are combined with AND; `state` is one `DomainState` or several, any of which do;
-        words are such, too (`DomainState.parse`).
+        Filters are combined with AND. `state` is one `DomainState`, or several combined with OR;
+        each may also be in words (`DomainState.parse`).
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)
@@ -562,5 +569,5 @@ class DomainListRules(ListBase[D]):
         autostart: bool | None = None,
         state: int | str | Iterable[int | str] | None = None,
     ) -> int:
-        """How many domains fit; filters as in `list` (virDomainObjListNumOfDomains)."""
+        """How many domains match; filters as in `list` (virDomainObjListNumOfDomains)."""
         return self._count(Filter.of(active, persistent, autostart, state))

@@ -1,8 +1,7 @@
-"""What libvirt's rules do with a domain's config file: a change of the record and its file in one.
+"""One change of a domain's record and its config file.
 
-Functions of a list and of one of its domains, which the caller has locked. Without remembered
-directories only the record changes. `config` makes the change of files, and undoes it unless the
-`Commit` that belongs to it happened.
+The caller has locked the domain. If no directories are remembered, only the record changes.
+`config` changes the files, and undoes that unless the `Commit` happened.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .store import D, Deadline, DomainBase, Filter, ListBase
 
 
 class Commit:
-    """The commit of one record that a change of files belongs to; see `config.change.Commit`."""
+    """The commit of one record; see `config.change.Commit`."""
 
     def __init__(self, dom: DomainBase, make: Callable[[], object]) -> None:
         self._dom = dom
@@ -37,10 +36,10 @@ class Commit:
 
 
 class Owner:
-    """Tells which files are this domain's; see `config.change.Owner`.
+    """Tells which files belong to this domain; see `config.change.Owner`.
 
-    Where they are is not remembered: it is told from what lies on the disk and who is in the list,
-    which every process sees alike. A file that cannot be parsed is whose name it has.
+    Nothing is remembered: the files on disk and the domains in the list decide, which every process
+    sees alike. A file that cannot be parsed belongs to the domain it is named after.
     """
 
     def __init__(self, doms: ListBase[Any], dom: DomainBase, dirs: ConfigDirs) -> None:
@@ -67,7 +66,7 @@ class Owner:
             return Other(found.name, path == taken and not found.name.startswith("."))
         if known is None or known.uuid == self._uuid or self._has_file(known):
             return None
-        # Its rename died before the record had the name: no other file is left of it.
+        # A process died renaming it, before the record had the new name: this is its only file.
         return Other(known.name, False)
 
     def has_file(self) -> bool:
@@ -105,7 +104,7 @@ def save(
     commit: Commit | None,
     new: bool = False,
 ) -> None:
-    """Write what the domain will be after its next start; a `new` one had no file before."""
+    """Write the definition of the domain's next start; a `new` domain had no file before."""
     dirs.save(
         dom.next_definition or dom.definition,
         deadline.left(),
@@ -127,14 +126,14 @@ def save_config(doms: ListBase[D], dom: D, deadline: Deadline) -> None:
         dom.autostart = dom.autostart
         dom.commit(deadline.left())
 
-    # Noted in the record, so that nobody takes a domain back whose file somebody else saved.
+    # A commit changes the receipt, so no other process takes back a domain whose file we saved.
     save(doms, dom, dirs, deadline, None if changed else Commit(dom, note))
 
 
 def delete(
     doms: ListBase[D], dom: D, deadline: Deadline, make: Callable[[], object] | None = None
 ) -> None:
-    """Remove the domain's file and link; `make` is what happens to the record meanwhile."""
+    """Remove the domain's file and link; `make` changes the record."""
     dirs = doms._remembered()
     name = dom.name
     commit = None if make is None else Commit(dom, make)
@@ -151,7 +150,7 @@ def rename(
     deadline: Deadline,
     make: Callable[[], object],
 ) -> None:
-    """Give the domain's file and link the name of the new definition; `make` renames the record."""
+    """Rename the domain's file and link after the new definition; `make` renames the record."""
     dirs = doms._remembered()
     commit = Commit(dom, make)
     owner = None if dirs is None else Owner(doms, dom, dirs)
@@ -161,8 +160,8 @@ def rename(
         left, autostart = deadline.left(), dom.autostart
         dirs.rename(dom.name, definition, left, commit, autostart=autostart, owner=owner)
     elif owner.has_file():
-        # Its define died before the record was persistent. Under the old name a load would find
-        # this UUID a second time.
+        # A process died defining it, before the record was persistent. If the file stayed, a load
+        # would find this UUID a second time, under the old name.
         dirs.delete(dom.name, deadline.left(), commit, owner=owner)
     else:
         commit()

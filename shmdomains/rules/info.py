@@ -1,8 +1,8 @@
-"""`DomainInfo`: one domain as it was committed at one moment, a value.
+"""`DomainInfo`: the committed state of one domain at one moment, as a value.
 
-Shared memory makes its own, natively, for somebody may list a million of them; every other store
-makes this class, and a pickle gives it. Both are equal, hashed and shown alike, and
-``isinstance(info, DomainInfo)`` holds for both.
+Shared memory has a native class of its own, for lists of a million. Every other store, and
+unpickling, makes this one. Both compare, hash and print alike, and ``isinstance(info, DomainInfo)``
+holds for both.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ _FIELDS = ("id", "name", "uuid", "state", "reason", "persistent", "autostart", "
 
 
 class DomainInfo(metaclass=ABCMeta):
-    """One domain as it was committed at one moment. Immutable; reading it takes no lock.
+    """The committed state of one domain at one moment. Immutable; reading it takes no lock.
 
     Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
-    the set that a list gives is not one moment's. Equal to another one of the same content, and
-    picklable.
+    those of one listing may be of different moments. Compared by content, and picklable.
     """
 
     __slots__ = ("_blobs", *_FIELDS)
@@ -41,9 +40,9 @@ class DomainInfo(metaclass=ABCMeta):
     persistent: bool
     """Whether the domain outlives its deactivation."""
     autostart: bool
-    """Whether the domain is to be started with the host."""
+    """Whether the domain starts with the host."""
     pid: int | None
-    """Process id of the hypervisor."""
+    """The hypervisor's process id."""
     _blobs: tuple[DomainDef, DomainDef | None, Any] | None
 
     def __init__(
@@ -59,7 +58,7 @@ class DomainInfo(metaclass=ABCMeta):
         pid: int | None,
         blobs: tuple[DomainDef, DomainDef | None, Any] | None,
     ) -> None:
-        """`blobs`: definition, next definition and data; ``None``: taken without them."""
+        """`blobs`: definition, next definition and data, or ``None`` if taken without them."""
         values = (id, name, uuid, state, reason_of(state, reason), persistent, autostart, pid)
         for field, value in zip(_FIELDS, values, strict=True):
             object.__setattr__(self, field, value)
@@ -82,7 +81,7 @@ class DomainInfo(metaclass=ABCMeta):
 
     @property
     def next_definition(self) -> DomainDef | None:
-        """What becomes the definition once the domain is inactive (libvirt's newDef), or None."""
+        """The definition from the next start on (libvirt's newDef), or None."""
         return self._taken()[1]
 
     @property
@@ -112,7 +111,7 @@ class DomainInfo(metaclass=ABCMeta):
         return shown(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """See the function of this name."""
+        """See `to_dict` of this module."""
         return to_dict(self)
 
 
@@ -120,7 +119,7 @@ TAKEN_WITHOUT = "this DomainInfo was taken with definitions=False; take it with 
 
 
 def reason_of(state: DomainState, reason: int) -> int:
-    """Return the member of the state's reasons, or the number if it is a driver's own.
+    """Return the member of the state's reason enumeration, or a driver's own number as it is.
 
     >>> reason_of(DomainState.RUNNING, 1), reason_of(DomainState.RUNNING, 900)
     (<RunningReason.BOOTED: 1>, 900)
@@ -131,11 +130,11 @@ def reason_of(state: DomainState, reason: int) -> int:
         return reason
 
 
-# --- what both classes say ------------------------------------------------------------------
+# --- what both classes share ----------------------------------------------------------------
 
 
 def equal(info: DomainInfo, other: object) -> Any:
-    """Whether all values are equal; `NotImplemented` for what is no info."""
+    """Whether all values are equal; `NotImplemented` for anything but a `DomainInfo`."""
     if not isinstance(other, DomainInfo):
         return NotImplemented
     return _plain(info) == _plain(other) and _blobs(info) == _blobs(other)
@@ -153,7 +152,7 @@ def _blobs(info: DomainInfo) -> tuple[DomainDef, DomainDef | None, Any] | None:
 
 
 def hash_of(info: DomainInfo) -> int:
-    """Definitions and data do not count: data may hold what has no hash."""
+    """Leaves out definitions and data: data may be unhashable."""
     return hash(_plain(info))
 
 
@@ -163,10 +162,10 @@ def shown(info: DomainInfo) -> str:
 
 
 def to_dict(info: DomainInfo) -> dict[str, Any]:
-    """Return what ``json.dumps`` takes: words for state and reason, `id` None for an inactive one.
+    """Return a dict for ``json.dumps``: state and reason in words, `id` None if inactive.
 
-    Definitions are XML; they and `data` are there if the info was taken with them. `data` must be
-    JSON's own kind of value to get through ``json.dumps``: MessagePack knows bytes, JSON does not.
+    Definitions are XML; they and `data` are there if the info was taken with them. ``json.dumps``
+    fails if `data` holds what JSON cannot express: MessagePack has bytes, JSON does not.
     """
     reason = info.reason
     why = reason.name.lower().replace("_", " ") if isinstance(reason, enum.Enum) else reason
@@ -198,7 +197,7 @@ def _json_value(value: Any) -> Any:
 
 
 def reduced(info: DomainInfo) -> tuple[Callable[..., DomainInfo], tuple[Any, ...]]:
-    """The info as a pickle has it: plain values, each checked when it is read."""
+    """The pickled form: plain values, each validated when it is read."""
     blobs = _blobs(info)
     if blobs is not None:
         definition, successor, data = blobs

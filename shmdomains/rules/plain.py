@@ -1,11 +1,10 @@
 """The rules over any `Store`, in Python: for stores without a native core.
 
-What stands here once is what every such store would need: who holds what (per thread), lock order,
-nested ``with`` blocks, the changes that were not committed, reading one's own writes. Shared memory
-has the same natively; the conformance suite holds both to it.
+What every such store needs stands here once: who holds what (per thread), lock order, nested
+``with`` blocks, uncommitted changes, reading one's own writes. Shared memory has the same natively;
+the conformance suite tests both.
 
-A thread's holds are its own: `_Mine` is thread-local. A hold is what one lock of one domain leads
-to; every handle of that domain in that thread shares it.
+A hold is one thread's lock of one domain; all handles of that domain in that thread share it.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ R = TypeVar("R")
 
 
 class _Hold(Generic[R]):
-    """One lock of one domain: what was committed, and what was changed since."""
+    """One lock of one domain: its committed state and the uncommitted changes."""
 
     __slots__ = ("changes", "depth", "info", "record")
 
@@ -86,7 +85,7 @@ class PlainDomain(DomainRules, Generic[R]):
         self._list = doms
         self._record = record
         self._uuid = uuid
-        self._locker: _Hold[R] | None = None  # the hold that was taken through this handle
+        self._locker: _Hold[R] | None = None  # the hold taken through this handle
 
     def __del__(self) -> None:
         hold = self._list._mine.holds.get(self._record)
@@ -121,7 +120,7 @@ class PlainDomain(DomainRules, Generic[R]):
             raise DomainRemoved(f"domain {self._uuid} was removed; this handle outlived it")
 
     def try_lock(self) -> bool:
-        """Lock the domain if it is free. Always allowed, whatever is held."""
+        """Lock the domain if it is free. Allowed whatever this thread holds."""
         return self.acquire(block=False)
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
@@ -137,7 +136,7 @@ class PlainDomain(DomainRules, Generic[R]):
         self.unlock()
 
     def unlock(self, timeout: float | None = None) -> None:
-        """Commit what was changed and release the lock, also when the commit fails.
+        """Commit the changes and release the lock, even if the commit fails.
 
         Raises `DomainNotLocked`, or `NotOwner` in another thread.
         """
@@ -181,11 +180,11 @@ class PlainDomain(DomainRules, Generic[R]):
         self.unlock()
 
     def commit(self, timeout: float | None = None) -> None:
-        """Commit what was changed so far and keep the lock."""
+        """Commit the changes so far and keep the lock."""
         self._list._commit(self._held(), timeout)
 
     def rollback(self) -> None:
-        """Forget all changes since the last commit."""
+        """Drop all changes since the last commit."""
         self._held().changes = {}
 
     @property
@@ -194,7 +193,7 @@ class PlainDomain(DomainRules, Generic[R]):
 
     @property
     def previous_owner_died(self) -> LockHolder | None:
-        """Who died holding the domain since it was last handed back in order, or None."""
+        """Who died holding the domain since it was last unlocked normally, or None."""
         return self._list._store.died(self._held().record)
 
     # --- fields: as changed, else as committed ---
@@ -213,7 +212,7 @@ class PlainDomain(DomainRules, Generic[R]):
 
     def _change(self, field: str, check: Callable[[Any], Any], value: Any) -> None:
         self._held()
-        checked = check(value)  # may run anything, an unlock, too
+        checked = check(value)  # may run the caller's code, even an unlock
         self._held().changes[field] = checked  # type: ignore[literal-required]
 
     @property
@@ -331,7 +330,7 @@ class PlainDomain(DomainRules, Generic[R]):
 
 
 class PlainLockedDomains(list[PlainDomain[R]]):
-    """What `lock_many` gives: a ``with`` block commits and unlocks each, or rolls each back."""
+    """What `lock_many` returns: a ``with`` block commits and unlocks each, or rolls each back."""
 
     def __enter__(self) -> Self:
         for dom in self:
@@ -363,12 +362,12 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
     def __init__(self, store: Store[R]) -> None:
         self._store = store
         self._mine = _Mine()
-        self._held_by: dict[R, int] = {}  # which thread holds what, for `NotOwner`
+        self._held_by: dict[R, int] = {}  # the holding thread, for `NotOwner`
         self._list_held_by: int | None = None
         self.closed = False
 
     def close(self) -> None:
-        """Give up the list; everything else raises `ListClosed` from now on."""
+        """Close the list; from now on everything else raises `ListClosed`."""
         if self.is_locked:
             self.unlock()
         self.closed = True
@@ -514,7 +513,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
                 return None
             hold = self._take(record, deadline.left())
             if hold is None:
-                continue  # removed meanwhile; its key may have come back
+                continue  # removed meanwhile; another domain may have the key now
             if getattr(hold.info, key.kind) == key.value:
                 return self._handle(record, hold)
             self._give_back(hold, seen=False)
@@ -545,9 +544,9 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         return hold
 
     def _give_back(self, hold: _Hold[R], seen: bool) -> None:
-        self._held_by.pop(hold.record, None)  # who holds it next may say so at once
+        self._held_by.pop(hold.record, None)  # before the next holder can enter itself
         self._store.unlock(hold.record, seen)
-        del self._mine.holds[hold.record]  # if unlocking failed it is still ours
+        del self._mine.holds[hold.record]  # not before: if unlocking fails it is still ours
 
     def _commit(self, hold: _Hold[R], timeout: float | None) -> None:
         deadline = Deadline(timeout)

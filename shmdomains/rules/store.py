@@ -1,21 +1,21 @@
-"""The seam: what the rules stand on, and what a store of another kind has to bring.
+"""The seam between the rules and a store.
 
 Two layers, each a `typing.Protocol`:
 
 - `ListBase` and `DomainBase` are what the rules call: locks, finding, reading, a handle with its
-  uncommitted changes. Shared memory fulfils them natively, for speed.
-- `Store` is what a store without a native core brings: a dozen methods about records. `plain`
-  fulfils the first layer in Python over any of them.
+  uncommitted changes. Shared memory implements them natively, for speed.
+- `Store` is what a store without a native core implements: a dozen methods about records. `plain`
+  implements the first layer in Python over any `Store`.
 
-Names that begin with ``_`` are for the rules, not for users: they stand on the classes that users
-have. Every `timeout` is in seconds: ``None`` waits for ever, 0 tries, negative is a `ValueError`;
-what was not free in time is a `LockTimeout` that names the holder.
+Names that begin with ``_`` are for the rules; they share a class with the public methods. Every
+`timeout` is in seconds: ``None`` waits for ever, 0 tries once, a negative one is a `ValueError`.
+When it has passed, `LockTimeout` names the holder.
 
-Lock order: list, domain, the config directory's filelock. A second domain is waited for only while
-the list lock is held, so waits for domains cannot form a cycle.
+Lock order: list, domain, the config directory's filelock. A thread that holds a domain waits for
+another only while it holds the list lock, so waits for domains cannot form a cycle.
 
-A caller may die at any instruction. What it had committed stays, what it had not never happened,
-its locks are free, and whoever next gets the domain sees `previous_owner_died`.
+A caller may die at any instruction. Its commits stay, its uncommitted changes are gone, its locks
+are free, and the next holder of the domain sees `previous_owner_died`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Deadline(Protocol):
 
 
 class Identity(Protocol):
-    """Which domain it is; a `DomainInfo` says so."""
+    """Which domain it is, as `DomainInfo` has it."""
 
     @property
     def uuid(self) -> UUID: ...
@@ -55,7 +55,7 @@ class Identity(Protocol):
 
 
 class NewDomain(NamedTuple):
-    """A domain to be entered: inactive, in this state, of this identity, with this definition."""
+    """A new domain; it is inactive."""
 
     uuid: UUID
     name: str
@@ -65,8 +65,8 @@ class NewDomain(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """libvirt's virDomainObjMatchFilter: AND between the fields, OR within `states`; ``None`` does
-    not ask."""
+    """libvirt's virDomainObjMatchFilter: AND between the fields, OR within `states`; ``None``
+    matches everything."""
 
     active: bool | None = None
     persistent: bool | None = None
@@ -81,7 +81,7 @@ class Filter(NamedTuple):
         autostart: bool | None = None,
         state: int | str | Iterable[int | str] | None = None,
     ) -> Filter:
-        """What a caller of `list` asks for: one state or several, as numbers or in words.
+        """The filter for the arguments of `list`: one state or several, as numbers or in words.
 
         >>> Filter.of(state="shut off").states
         frozenset({<DomainState.SHUTOFF: 5>})
@@ -93,7 +93,7 @@ class Filter(NamedTuple):
         return cls(active, persistent, autostart, frozenset(wanted))
 
     def fits(self, info: DomainInfo) -> bool:
-        """Whether the domain is one of those that are asked for."""
+        """Whether the filter matches the domain."""
         return (
             self.active in (None, info.is_active)
             and self.persistent in (None, info.persistent)
@@ -108,12 +108,12 @@ class Filter(NamedTuple):
 class DomainBase(Protocol):
     """A handle to one domain's record.
 
-    Any handle to a domain may be used by whoever holds it: they share its uncommitted changes.
-    Reads under the lock see these changes, nobody else does before the commit. A commit is all or
-    nothing, also when its caller dies in it. Each method and field but `uuid`, `is_locked`, `lock`
-    and `_receipt` needs the domain's lock, else `DomainNotLocked`.
+    The lock's holder may use any handle to the domain: handles share the uncommitted changes. Reads
+    under the lock see these changes; nobody else does before the commit. A commit is all or
+    nothing, even if its caller dies in it. Everything but `uuid`, `is_locked`, `lock` and
+    `_receipt` needs the domain's lock, else `DomainNotLocked`.
 
-    A store checks what is assigned (`values`), before it changes anything.
+    A store validates an assigned value (`values`) before it changes anything.
     """
 
     __slots__ = ()
@@ -169,15 +169,14 @@ class DomainBase(Protocol):
 
     @property
     def changed(self) -> bool:
-        """Whether there are changes that were not committed."""
+        """Whether there are uncommitted changes."""
 
     @property
     def previous_owner_died(self) -> LockHolder | None: ...
 
     def lock(self, timeout: float | None = None) -> None:
-        """Lock the domain, then look whether it is still there: `DomainRemoved`. `AlreadyLocked`
-        for its holder; `LockOrder` for whoever holds another domain, not the list, and would wait.
-        """
+        """Lock the domain, then raise `DomainRemoved` if it is gone. `AlreadyLocked` for its
+        holder; `LockOrder` for whoever would wait with another domain held, but not the list."""
 
     def commit(self, timeout: float | None = None) -> None:
         """Commit all changes, or on an error roll all of them back."""
@@ -194,19 +193,20 @@ class DomainBase(Protocol):
     ) -> None: ...
 
     def _release_unseen(self) -> None:
-        """Roll back and unlock without consuming the notice of a death; nothing if the caller does
-        not hold it. For the ``finally`` of a rule."""
+        """Roll back and unlock without consuming the notice of a death. Does nothing if the caller
+        does not hold the domain. For the ``finally`` of a rule."""
 
     @property
     def _receipt(self) -> object:
-        """Differs from an earlier one if and only if a commit or the remove of this record took
-        effect since. Needs no lock; only under it does it stand still."""
+        """Differs from an earlier one if and only if a commit or the removal of this record took
+        effect in between. Needs no lock, but is stable only under it."""
 
     def _take_id(self, timeout: float | None = None) -> int:
-        """Enter an id into the transaction. Unique while the list lives; gaps are allowed."""
+        """Give the domain an id, as part of the transaction. Unique while the list lives; gaps are
+        allowed."""
 
     def _drop_id(self) -> None:
-        """The domain has no id any more: part of the transaction."""
+        """Take the domain's id away, as part of the transaction."""
 
 
 D = TypeVar("D", bound=DomainBase)
@@ -255,9 +255,9 @@ class ListBase(Protocol[D]):
         id: int | None = None,
         timeout: float | None = None,
     ) -> D:
-        """The domain, locked; else `DomainNotFound` (`values.not_found`). Never waits for a domain
-        that was not asked for. A hit that is gone or has another key once it is locked is looked
-        for again."""
+        """The domain, locked; else `DomainNotFound` (`values.not_found`). Never waits for any other
+        domain. If the domain found is gone or has another key once it is locked, it searches
+        again."""
         ...
 
     def find_by_uuid(self, uuid: Uuid, timeout: float | None = None) -> D | None:
@@ -274,22 +274,22 @@ class ListBase(Protocol[D]):
         id: int | None = None,
         timeout: float | None = 1.0,
     ) -> DomainInfo | None:
-        """The committed state, or ``None``. Takes no lock, blocks nobody."""
+        """The committed state, or ``None``. Takes no lock and blocks nobody."""
         ...
 
     def _deadline(self, timeout: float | None) -> Deadline: ...
 
     def _need_list_lock(self, what: str) -> None:
-        """`ListNotLocked` unless the caller holds the list lock; `what` is what needs it."""
+        """`ListNotLocked` unless the caller holds the list lock; `what` names the call."""
         ...
 
     def _need_ours(self, dom: D) -> None:
-        """`WrongList` for a handle that another list made."""
+        """`WrongList` for another list's handle."""
         ...
 
     def _who_has(self, uuid: Uuid | None, name: str) -> Identity | None:
-        """The domain that has this uuid or, if none has, this name. List lock held, so that the
-        answer stands. Waits for no domain."""
+        """The domain that has this uuid or, if none has, this name. List lock held, so the answer
+        stays true. Waits for no domain."""
         ...
 
     def _insert(
@@ -302,16 +302,16 @@ class ListBase(Protocol[D]):
         timeout: float | None,
         made: list[D | None],
     ) -> D:
-        """Enter a new, inactive domain, committed and locked. List lock held. `definition` is
-        encoded, since whoever loads a directory has it so. The handle is put into `made`, a list of
-        one place, before a signal handler can raise in the caller.
+        """Insert a new, inactive domain, committed and locked. List lock held. `definition` is
+        encoded because the loader already has it so. `made` is a list of one element; the handle
+        is stored there before a signal handler can raise in the caller.
 
-        `DomainExists` if uuid or name is taken. A dead caller leaves the domain or nothing of it.
+        `DomainExists` if uuid or name is taken. A dead caller leaves the whole domain or nothing.
         """
         ...
 
     def _remove(self, dom: D, timeout: float | None = None) -> None:
-        """Remove a domain that the caller has locked; its lock is free then. List lock held."""
+        """Remove a domain that the caller has locked, and free its lock. List lock held."""
         ...
 
     def _rename(
@@ -322,7 +322,8 @@ class ListBase(Protocol[D]):
         next_definition: bytes | None,
         timeout: float | None = None,
     ) -> None:
-        """Name and definitions in one commit. List lock and domain held; the name is free."""
+        """Change name and definitions in one commit. List lock and domain held; the name is
+        free."""
         ...
 
     def _handles(self) -> Sequence[D]:
@@ -330,11 +331,11 @@ class ListBase(Protocol[D]):
         ...
 
     def _empty(self) -> LockedDomains[D]:
-        """For `lock_many`."""
+        """An empty collection, for `lock_many`."""
         ...
 
     def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
-        """The domains that fit, each as it was committed; no lock."""
+        """The committed states of the domains that match. Takes no lock."""
         ...
 
     def _count(self, wanted: Filter) -> int: ...
@@ -344,11 +345,11 @@ class ListBase(Protocol[D]):
         ...
 
     def _remember(self, dirs: ConfigDirs | None) -> None:
-        """List lock held. A dead caller leaves the old ones or the new ones."""
+        """List lock held. A dead caller leaves the old directories or the new ones."""
         ...
 
 
-# --- the second layer: what a store without a native core brings ---------------------------------
+# --- the second layer: what a store without a native core implements -----------------------------
 
 R = TypeVar("R")
 
@@ -362,7 +363,7 @@ class Key(NamedTuple):
 
 
 class Changes(TypedDict, total=False):
-    """What a commit changes: the fields that are there."""
+    """What a commit changes: the keys that are present."""
 
     id: int
     pid: int | None
@@ -378,10 +379,10 @@ class Changes(TypedDict, total=False):
 
 
 class Store(Protocol[R]):
-    """Records and their locks. `R` names a record: hashable, and never used for another domain.
+    """Records and their locks. `R` identifies a record: hashable, and never reused.
 
-    `plain` checks who holds what before it calls: a store is asked for no lock that the caller has,
-    and for no change without the locks that its contract names.
+    `plain` checks ownership before it calls: it never asks for a lock that the caller has, nor for
+    a change without the locks that the contract names.
     """
 
     def lock_list(self, timeout: float | None) -> None: ...
@@ -392,32 +393,34 @@ class Store(Protocol[R]):
         ...
 
     def read(self, record: R) -> DomainInfo | None:
-        """As it is committed, ``None`` once it is removed. No lock, no wait."""
+        """The committed state, or ``None`` once it is removed. No lock, no wait."""
         ...
 
     def records(self) -> Iterable[R]:
-        """All that are there. No lock, no wait."""
+        """All records. No lock, no wait."""
         ...
 
     def lock(self, record: R, timeout: float | None) -> DomainInfo | None:
-        """Lock, then read; ``None``, and no lock, for a record that is gone."""
+        """Lock, then read. For a record that is gone: ``None``, and nothing is locked."""
         ...
 
     def unlock(self, record: R, seen: bool) -> None:
-        """`seen` false keeps the notice of a death for the next holder. Nothing if it is gone."""
+        """`seen` false keeps the notice of a death for the next holder. Does nothing if the record
+        is gone."""
         ...
 
     def insert(self, new: NewDomain, timeout: float | None) -> tuple[R, DomainInfo]:
-        """List held, uuid and name free. Committed and locked; and as it is committed."""
+        """List held, uuid and name free. Returns the record, committed and locked, and its
+        committed state."""
         ...
 
     def commit(self, record: R, changes: Changes, timeout: float | None) -> DomainInfo:
-        """Record locked; with a new name the list held as well. All or none of it, and what is
-        committed then: in one call, so that an error never leaves its holder in doubt."""
+        """Record locked; for a new name the list is held as well. All or nothing. Returns the
+        committed state in the same call, so that an error never leaves the holder in doubt."""
         ...
 
     def remove(self, record: R, timeout: float | None) -> None:
-        """List held, record locked; nobody holds it then."""
+        """List held, record locked. Frees the record's lock."""
         ...
 
     def next_id(self, timeout: float | None) -> int:
@@ -429,7 +432,7 @@ class Store(Protocol[R]):
         ...
 
     def died(self, record: R) -> LockHolder | None:
-        """Who died holding the record since it was last unlocked as seen. Record locked."""
+        """Who died holding the record since it was last unlocked with `seen`. Record locked."""
         ...
 
     def remembered(self) -> ConfigDirs | None: ...

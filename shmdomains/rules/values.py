@@ -1,8 +1,8 @@
-"""What may stand in a domain's record, checked once for every store.
+"""Validation of a domain's fields, the same for every store.
 
 Pure functions: they take no lock and change nothing. A store calls them before it changes a
-record, so a value that is refused leaves the record as it was. A native store may check numbers
-itself, with the same limits and words.
+record, so a refused value leaves the record as it was. A native store may check numbers itself,
+with the same limits and words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_REASON = 0xFFFF
 
 
 def checked_state(state: int) -> DomainState:
-    """Return the `DomainState`. Raises `ValueError` for a number that is none.
+    """Return the `DomainState`. Raises `ValueError` for any other number.
 
     >>> checked_state(1)
     <DomainState.RUNNING: 1>
@@ -33,7 +33,7 @@ def checked_state(state: int) -> DomainState:
 
 
 def checked_reason(reason: int) -> int:
-    """Return a reason's number, 0 to 65,535: drivers may have reasons that libvirt has not.
+    """Return a reason's number, 0 to 65,535: drivers may have reasons of their own.
 
     >>> checked_reason(70000)
     Traceback (most recent call last):
@@ -47,7 +47,7 @@ def checked_reason(reason: int) -> int:
 
 
 def checked_pid(pid: int | None) -> int | None:
-    """Return a process id, or ``None``. Raises `ValueError` for a number that can be none.
+    """Return a process id, or ``None``. Raises `ValueError` for a number out of range.
 
     >>> checked_pid(0)
     Traceback (most recent call last):
@@ -62,9 +62,9 @@ def checked_pid(pid: int | None) -> int | None:
 def checked_definition(definition: DomainDef, uuid: UUID, name: str) -> DomainDef:
     """Return the definition if the domain with this uuid and name may have it.
 
-    A record keeps its identity: without this check domain ``a`` could take the definition of
-    ``zzz`` and be found under a name that its own document does not have. Raises `TypeError`, and
-    `DefinitionError` for a definition of another domain.
+    Without this check domain ``a`` could take the definition of ``zzz``, and its document would
+    have another name than its record. Raises `TypeError`, and `DefinitionError` for a definition of
+    another domain.
     """
     if not isinstance(definition, DomainDef):
         raise TypeError(f"a definition is a DomainDef, not {type(definition).__name__}")
@@ -78,10 +78,10 @@ def checked_definition(definition: DomainDef, uuid: UUID, name: str) -> DomainDe
 
 
 def encode_data(value: Any) -> bytes:
-    """Return the MessagePack of a driver's data; a mapping proxy counts as the mapping.
+    """Return the MessagePack of a driver's data; a mapping proxy counts as its mapping.
 
-    Raises `TypeError` for what MessagePack cannot carry, `ValueError` for a text with a lone
-    surrogate and for nesting that is deeper than 500 levels or so.
+    Raises `TypeError` for what MessagePack cannot carry, `ValueError` for a lone surrogate and for
+    nesting deeper than about 500 levels.
 
     >>> encode_data({"vnc": 5901})
     b'\\x81\\xa3vnc\\xcd\\x17\\r'
@@ -90,7 +90,7 @@ def encode_data(value: Any) -> bytes:
 
 
 def decode_data(blob: bytes) -> Any:
-    """Return a read-only view of a driver's data: mappings are proxies, sequences tuples.
+    """Return a driver's data, read-only: mappings are proxies, sequences tuples.
 
     Raises `ValueError` or `TypeError` for what `encode_data` never made.
 
@@ -107,9 +107,9 @@ def decode_data(blob: bytes) -> Any:
     return msgpack.unpackb(blob, use_list=False, object_hook=MappingProxyType, strict_map_key=False)
 
 
-# Before version 1.2.3 msgpack allocates whatever length an array claims to have, at each level.
-# Skipping over a value allocates nothing, and finds that claim out; where it would take longer than
-# it helps, all levels together claim a few MiB.
+# Before version 1.2.3 msgpack allocates whatever length an array claims, at each level. Skipping
+# over the value first allocates nothing and detects a false claim. A blob up to this size is not
+# worth it: all its levels together can claim only a few MiB.
 _HARMLESS = 1024
 
 
@@ -122,7 +122,7 @@ def _plain(value: Any) -> Any:
 
 
 def key_of(key: Any) -> dict[str, Any]:
-    """Return the keyword that a key by position stands for, in virsh's order.
+    """Return the keyword argument that a positional key stands for, in virsh's order.
 
     An ``int`` is an id; a `uuid.UUID`, 16 bytes, or a string in a UUID's form is a uuid; any other
     string is a name. A handle or an info stands for its domain's uuid.
@@ -174,7 +174,7 @@ def one_key(key: Any, uuid: Uuid | None, name: str | None, id: int | None) -> di
 def not_found(
     uuid: Uuid | None = None, name: str | None = None, id: int | None = None
 ) -> DomainNotFound:
-    """Return the error for a key that no domain has, in the words of virDomainObjListFindBy*.
+    """Return the error for a key that no domain has, worded as in virDomainObjListFindBy*.
 
     >>> not_found(name="web1")
     DomainNotFound("no domain with matching name 'web1'")

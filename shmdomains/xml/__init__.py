@@ -1,6 +1,6 @@
-"""libvirt's domain XML, and the immutable, typed value that it is here.
+"""libvirt's domain XML as an immutable, typed value.
 
 `document` is text and lxml, `devices` the devices, `definition` the whole. This folder imports the
-vocabulary only. It promises that hostile text is refused with a `DefinitionError`, and that what it
-does not understand survives.
+vocabulary only. It promises that hostile text is refused with a `DefinitionError`, and that unknown
+parts of a document survive.
 """

@@ -1,15 +1,15 @@
 """`DomainDef`: libvirt's domain XML as an immutable, typed value (``virDomainDef``).
 
-A definition is its document plus a typed view of what a manager asks for most. The view is made
-once, when the XML is read; the document is kept as text, so that everything else in it (metadata of
-other programs, comments, elements that libvirt will only know next year) survives.
+A definition is its document plus a typed view of what a manager needs most. The view is made once,
+when the XML is read. The document is kept as text, so everything else in it survives: metadata of
+other programs, comments, elements of future libvirt versions.
 
-Promises. `DomainDef.from_xml` refuses what is wrong with the document itself, by the rules and for
-the most part in the words of libvirt 9.0.0, with a `DefinitionError` that names element and line;
-what only a hypervisor's driver can judge is accepted. `DomainDef.replace` checks by the same rules,
-so no definition is ever invalid. A changed field goes back into the document only when
-`DomainDef.to_xml` is asked for it. `DomainDef.encode` gives the blob that the list keeps in shared
-memory: MessagePack, typed view and document text side by side, so that decoding parses no XML.
+Promises. `DomainDef.from_xml` refuses an invalid document by the rules, and mostly in the words, of
+libvirt 9.0.0, with a `DefinitionError` that names element and line; what only a hypervisor's driver
+can judge is accepted. `DomainDef.replace` checks by the same rules, so no definition is ever
+invalid. A changed field is written into the document only when `DomainDef.to_xml` is called.
+`DomainDef.encode` makes the blob for shared memory: MessagePack, with the typed view beside the
+document's text, so that decoding parses no XML.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Count = Annotated[int, Meta(ge=-1, lt=2**32)]
 
 
 class OSDef(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """What the guest boots as: `type` (``hvm``, ``linux``, ``exe``, ...), `arch`, `machine`.
+    """The guest's ``<os>``: `type` (``hvm``, ``linux``, ``exe``, ...), `arch`, `machine`.
 
     >>> OSDef("hvm", arch="x86_64", machine="q35").arch
     'x86_64'
@@ -70,13 +70,13 @@ class DomainDef(
     """A domain's definition: immutable, typed, and with its whole document (``virDomainDef``).
 
     Made from XML with `from_xml`, or from values; both are checked by the same rules. `memory` and
-    `current_memory` are KiB (0 or left out: `current_memory` equals `memory`, as libvirt has it; it
-    is never more). `current_vcpus` left out is `vcpus`. A lifecycle action that the document does
-    not name is ``None`` (the hypervisor's default). Two definitions are equal if they say the same:
-    indentation, the spelling of typed values and the ``id`` do not count.
+    `current_memory` are in KiB. `current_memory` is `memory` if it is 0 or left out, as in libvirt,
+    and never more. `current_vcpus` is `vcpus` if left out. A lifecycle action that the document
+    does not name is ``None`` (the hypervisor's default). Two definitions are equal if they mean the
+    same: indentation, the spelling of typed values and the ``id`` do not count.
 
-    Raises `DefinitionError` for what libvirt would refuse. Values are safe to share between
-    threads, hashable, and pickle.
+    Raises `DefinitionError` for what libvirt would refuse. Values are hashable, can be pickled, and
+    are safe to share between threads.
 
     >>> guest = DomainDef(name="web1", type="kvm", memory=2 << 20, os=OSDef("hvm"))
     >>> print(guest.replace(vcpus=4).to_xml())
@@ -111,8 +111,8 @@ class DomainDef(
     graphics: tuple[GraphicsDef, ...] = ()
     hostdevs: tuple[HostdevDef, ...] = ()
     consoles: tuple[ConsoleDef, ...] = ()
-    # The document, and the fields that it does not say yet; one value, so that a thread which
-    # renders it changes both at once. No document: made from values, all fields are to be said.
+    # The document, and the fields that are not yet written into it; one value, so that a thread
+    # that renders it changes both at once. No document: made from values, no field is written yet.
     _source: tuple[str, tuple[str, ...]] = ("", ())
 
     def __post_init__(self) -> None:
@@ -132,8 +132,8 @@ class DomainDef(
         ``id`` is ignored. Raises `DefinitionError`, naming element and line, for XML that is not
         well-formed, beyond lxml's limits (256 levels, 10 MB in one text), larger than 16 MiB or
         with a document type declaration, and for what libvirt refuses in name, uuid, title, memory,
-        vcpu, os and actions. Reading takes time in proportion to the size, and at most 64 times it
-        in memory (for nothing but tags; usually 10 times).
+        vcpu, os and actions. Reading takes time in proportion to the size, and at most 64 times the
+        size in memory (if all of it is tags; usually 10 times).
 
         >>> DomainDef.from_xml('''<domain type="kvm">
         ...   <name>web1</name> <memory unit="GB">1</memory> <os><type>hvm</type></os>
@@ -190,10 +190,10 @@ class DomainDef(
         )
 
     def to_xml(self) -> str:
-        """The document, with all changes written back; no XML declaration.
+        """The document with all changes written into it, without an XML declaration.
 
-        What was not changed is as it was read, to the letter if nothing was. The result is kept, so
-        asking again is free.
+        Unchanged parts stay as they were read; an unchanged document is identical. The result is
+        cached.
 
         >>> xml = "<domain type='xen'><name>a</name><memory>9</memory><os><type>xen</type></os>"
         >>> changed = DomainDef.from_xml(xml + "<!-- mine --></domain>").replace(name="b")
@@ -223,19 +223,20 @@ class DomainDef(
             raise DefinitionError(f"a blob with an unknown field {shown(field)}")
         try:
             writer(root, self)
-        except ValueError as error:  # only a blob says what XML cannot carry
+        except ValueError as error:  # only a blob can hold what XML cannot carry
             raise DefinitionError(f"{field} cannot be written: {error}", field) from None
 
     def replace(self, **changes: Any) -> DomainDef:
         """A copy with these fields changed, checked by the rules of `from_xml`.
 
-        `uuid` may be a `uuid.UUID`, text or 16 bytes. If `memory` changes and `current_memory` was
-        equal to it, it stays equal, else it is only lowered if need be; the same for `vcpus`, but
-        fewer than are in use is refused. Counts of vCPUs replace a ``<vcpus>`` list.
+        `uuid` may be a `uuid.UUID`, text or 16 bytes. If `memory` changes, a `current_memory` that
+        was equal stays equal; otherwise it is lowered only if it has to be. The same holds for
+        `vcpus`, but fewer than are in use is refused. Counts of vCPUs replace a ``<vcpus>`` list.
 
-        Lists of devices are replaced as a whole. The same device (see `DiskDef` and the others) has
-        what typed values do not say kept, a new one has only its typed values, one that is not
-        listed is removed. Where typed values are not enough, change the XML and use `from_xml`.
+        Lists of devices are replaced as a whole. The same device (see `DiskDef` and the others)
+        keeps those parts of its XML that have no typed value, a new one has only its typed values,
+        one that is not listed is removed. If typed values are not enough, change the XML and use
+        `from_xml`.
 
         Raises `DefinitionError` for a bad value, `TypeError` for a field that does not exist.
 
@@ -255,7 +256,7 @@ class DomainDef(
             )
         text, stale = self._source
         if any(field in devices.KINDS and field in stale for field in changes):
-            # A device is matched with the document's, so that must say the former change first.
+            # Devices are matched with the document's, so write the former change into it first.
             self.to_xml()
             text, stale = self._source
         new = _valid(_followed(self, changes), self)
@@ -267,7 +268,7 @@ class DomainDef(
         return msgspec.structs.replace(self, **new, _source=(text, stale))
 
     def encode(self) -> bytes:
-        """The definition as the blob that `decode` reads: MessagePack, 16 MiB at most.
+        """The blob for `decode`: MessagePack, 16 MiB at most.
 
         Raises `DefinitionError` if it is larger.
 
@@ -282,10 +283,10 @@ class DomainDef(
 
     @classmethod
     def decode(cls, blob: bytes | bytearray | memoryview) -> DomainDef:
-        """The definition that `encode` made this blob of; nothing refers to the blob afterwards.
+        """The definition that `encode` made this blob of; keeps no reference to the blob.
 
-        Raises `DefinitionError` for anything that is no such blob. What a blob of the right form
-        says is taken as it is: it was checked when the definition was made.
+        Raises `DefinitionError` for anything that is no such blob. The values in a well-formed blob
+        are not validated again: they were when the definition was made.
 
         >>> DomainDef.decode(b"garbage")
         Traceback (most recent call last):
@@ -313,7 +314,7 @@ class DomainDef(
         return _rest(self) == _rest(other)
 
     def __ne__(self, other: object) -> bool:
-        # msgspec.Struct has one of its own, which would go by identity.
+        # msgspec.Struct's own would compare by identity.
         return not self == other
 
     def __hash__(self) -> int:
@@ -331,9 +332,9 @@ class DomainDef(
 
 
 class EncodedDef(NamedTuple):
-    """A definition that stays the blob it is, with what a list asks of it to enter it.
+    """A definition as its blob, with the name and UUID that a list needs to insert it.
 
-    For whoever hands definitions on: to decode and to encode one takes as long as to enter it.
+    For whoever only passes definitions on: decoding and encoding one takes as long as inserting it.
     """
 
     name: str
@@ -356,7 +357,7 @@ class EncodedDef(NamedTuple):
 _FIELDS = tuple(field for field in DomainDef.__struct_fields__ if not field.startswith("_"))
 _DECODER = msgspec.msgpack.Decoder(DomainDef)
 
-# virDomainVirtType; a type that no driver runs any more is still one that documents have.
+# virDomainVirtType, with types that no driver runs any more: documents still have them.
 _TYPES = frozenset(
     (
         *("none", "qemu", "kqemu", "kvm", "xen", "lxc", "uml", "openvz", "test", "vmware"),
@@ -429,7 +430,7 @@ def _check_action(event: str, action: str) -> str:
 
 
 def _containers(root: Element, top: document.Children) -> list[Element]:
-    """All ``<devices>``; where no tag is there twice, and usually, nothing is looked for."""
+    """All ``<devices>``. Usually no tag is there twice, and then this searches nothing."""
     if "devices" not in top:
         return []
     return [top["devices"]] if len(top) == len(root) else list(root.iterchildren("devices"))
@@ -451,7 +452,7 @@ def _read_uuid(root: Element, top: document.Children) -> UUID | None:
     uuid = None if text is None else document.checked(parse_uuid, top["uuid"], text)
     if "sysinfo" not in top:
         return uuid
-    # The firmware's tables say the uuid to the guest, so libvirt wants both to be the same.
+    # The guest reads the uuid in the firmware's tables, so libvirt wants both to be equal.
     for entry in _sysinfo_uuids(root):
         text = _read_text(entry)
         if text is None:
@@ -533,7 +534,7 @@ def _read_count(element: Element, text: str, what: str) -> int:
 
 
 def _listed_vcpus(element: Element, total: int) -> int | None:
-    """How many vCPUs the list enables; ``None`` if it is empty, and so says nothing."""
+    """How many vCPUs the list enables; ``None`` if it is empty."""
     enabled: dict[int, bool] = {}
     for vcpu in element.iterchildren("vcpu"):
         number = _read_count(vcpu, vcpu.get("id") or "", "a vcpu's id")
@@ -580,7 +581,7 @@ def _read_emulator(containers: Iterable[Element]) -> str | None:
 
 
 def _sanitize_metadata(metadata: Element) -> bool:
-    """Drop what libvirt drops (``virXMLNodeSanitizeNamespaces``); true if there was any."""
+    """Drop what libvirt drops (``virXMLNodeSanitizeNamespaces``); true if anything was."""
     seen: set[str] = set()
     unwanted = []
     for element in metadata.iterchildren("*"):
@@ -597,7 +598,7 @@ def _sanitize_metadata(metadata: Element) -> bool:
 
 
 def _followed(old: DomainDef, changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes, and those of current memory and vCPUs that follow from them."""
+    """The changes, and the changes of current memory and vCPUs that follow from them."""
     if "memory" in changes and "current_memory" not in changes:
         equal = old.current_memory == old.memory
         changes["current_memory"] = 0 if equal else old.current_memory
@@ -612,7 +613,7 @@ def _followed(old: DomainDef, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _valid(values: dict[str, Any], old: DomainDef | None) -> dict[str, Any]:
-    """The values as a definition has them, or a `DefinitionError` that names the field."""
+    """The validated values, or a `DefinitionError` that names the field."""
     valid: dict[str, Any] = {}
     for field, value in values.items():
         if field in devices.KINDS:
@@ -694,7 +695,7 @@ _RULES: dict[str, Callable[[Any], Any]] = {
 
 # --- writing back ---------------------------------------------------------------------------
 
-# libvirt's order of what stands before each of ours, for an element that was not there.
+# For a new element: the elements that come before it in libvirt's order.
 _ORDER = (
     "name",
     "uuid",
@@ -828,7 +829,7 @@ _WRITERS: dict[str, Callable[[Element, DomainDef], None]] = {
 
 
 def _rest(definition: DomainDef) -> str:
-    """What the document says beside the typed values that stand on the top level, canonically."""
+    """The document without the top level's typed values, in canonical form."""
     root, _ = document.parse(definition.to_xml())
     document.set_attribute(root, "type", None)
     document.set_attribute(root, "id", None)
@@ -858,7 +859,7 @@ _TYPED_ATTRIBUTES = {
 
 
 def _forget(element: Element | None) -> None:
-    """Take the typed part out of an element, and the element if nothing is left of it."""
+    """Remove the typed part of an element, and the element if nothing is left of it."""
     if element is None:
         return
     document.set_text(element, "")

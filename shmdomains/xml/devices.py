@@ -1,15 +1,14 @@
-"""The devices that a manager asks for most, as typed values, and their way from and into XML.
+"""The devices that a manager needs most, as typed values, and how they are read and written.
 
 A definition keeps its whole document; these values are a view of part of it. Each kind is one
-class and one table, `_TABLES`, that says where each field stands in the element; reading and
-writing go by the same table, so they cannot disagree.
+class and one table, `_TABLES`, that says where each field is in the element. Reading and writing
+use the same table, so they cannot disagree.
 
-Promises. Reading never refuses: what cannot be read as the type that it should have is ``None``,
-since only a hypervisor's driver can say what is wrong with a device. Writing a changed list
-(`update`) leaves the elements of unchanged devices as they are, changes what differs in the element
-of the same device (see each class for what makes it the same), removes the elements of devices that
-are gone, and makes new elements for new ones. What cannot be said in typed values is refused in
-advance (`check`), not dropped.
+Promises. Reading never refuses: a value of the wrong type is ``None``, since only a hypervisor's
+driver can say what is wrong with a device. Writing a changed list (`update`) leaves the elements of
+unchanged devices as they are, changes what differs in the element of the same device (each class
+says what makes it the same), removes the elements of devices that are gone, and makes new elements
+for new ones. What cannot be expressed in typed values is refused in advance (`check`), not dropped.
 """
 
 from __future__ import annotations
@@ -90,9 +89,9 @@ class InterfaceDef(
 class GraphicsDef(
     msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False
 ):
-    """A graphical console. The same one is one of the same `type` (vnc, spice, ...).
+    """A graphical console. The same one has the same `type` (vnc, spice, ...).
 
-    `port` is -1 when the hypervisor chooses; `listen` is the address. A password is left in the
+    `port` is -1 if the hypervisor chooses; `listen` is the address. A password stays in the
     document and is no field here, so that it is not logged by accident.
 
     >>> GraphicsDef("vnc", port=-1, autoport=True).autoport
@@ -150,9 +149,9 @@ class ConsoleDef(
 
 
 class _Slot:
-    """One field's place in the element: an attribute of it, or of its child `tag` if that is given.
+    """One field's place in the element: its attribute, or that of its child `tag` if given.
 
-    `_Table.read` reads it; `typed` makes the field of the attribute, ``None`` if it is the field.
+    `_Table.read` reads it; `typed` converts the attribute, ``None`` if it is the field as it is.
     """
 
     __slots__ = ("attribute", "default", "tag")
@@ -206,7 +205,8 @@ class _YesNo(_Slot):
 
 
 class _Elsewhere(_Slot):
-    """A field that stands in another way. Without a child `tag`, if it has one, it is `default`."""
+    """A field that needs its own reader and writer. If the child `tag` is missing, it is
+    `default`."""
 
     __slots__ = ()
 
@@ -274,7 +274,7 @@ class _Source(_Elsewhere):
 
 
 class _Listen(_Elsewhere):
-    """The address, which an attribute and the first ``<listen>`` may both say, and must agree."""
+    """The address: an attribute, the first ``<listen>``, or both, which then must agree."""
 
     __slots__ = ()
 
@@ -297,7 +297,7 @@ class _Listen(_Elsewhere):
 
 
 class _ListenSocket(_Elsewhere):
-    """A socket, which an attribute or the first ``<listen>`` says."""
+    """A socket: an attribute, or in the first ``<listen>``."""
 
     __slots__ = ()
 
@@ -314,7 +314,7 @@ class _ListenSocket(_Elsewhere):
 
 
 class _ConsolePath(_Elsewhere):
-    """The path in ``<source>``, or in the ``tty`` attribute of old."""
+    """The path in ``<source>``, or in the old ``tty`` attribute."""
 
     __slots__ = ()
     in_source = _Slot("path", "source")
@@ -336,7 +336,7 @@ _CONTAINER = ("block", "char", "interface")
 
 
 class _HostAddress(_Elsewhere):
-    """The address of the host's device, in the form that its bus is usually written in."""
+    """The address of the host's device, in the usual form of its bus."""
 
     __slots__ = ()
 
@@ -438,7 +438,7 @@ _INTERFACE_SOURCES = {
 
 
 _Attribute = tuple[int, bytes, Callable[[str], Any] | None]
-"""A field's index, the attribute that says it (as lxml takes it best), and `_Slot.typed`."""
+"""A field's index, its attribute (in the form that lxml takes fastest), and `_Slot.typed`."""
 _Reader = tuple[int, Callable[[Element, Children], Any]]
 
 
@@ -470,7 +470,7 @@ class _Table:
         children = first_children(element)
         children[""] = element
         values = self.defaults.copy()
-        # Here and not in the slots: a call for each field would take longer than all the rest.
+        # Not a method of the slots: a call for each field would take longer than all the rest.
         for tag, node in children.items():
             attributes, readers = self.places.get(tag, _NOTHING)
             for index, attribute, typed in attributes:
@@ -571,7 +571,7 @@ KINDS = tuple(_TABLES)
 _READERS: dict[object, tuple[str, Callable[[Element], Any]]] = {
     table.tag: (kind, table.read) for kind, table in _TABLES.items()
 }
-"""By tag: the kind, and what reads an element."""
+"""By tag: the kind, and its reader."""
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -593,10 +593,10 @@ def read(containers: Sequence[Element]) -> dict[str, tuple[Any, ...]]:
 
 
 def check(kind: str, wanted: Any, present: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-    """Return `wanted` as a tuple if the document can be made to say it, `present` being there.
+    """Return `wanted` as a tuple if it can be written into a document that has `present`.
 
     Raises `DefinitionError` for values of the wrong type, for two devices that would be the same
-    one, and for what typed values cannot say (then the XML is the way).
+    one, and for what typed values cannot express (change the XML instead).
     """
     table = _TABLES[kind]
     devices = _typed(kind, table, wanted)
@@ -653,7 +653,7 @@ def _refuse_twins(
 
 
 def _matches(table: _Table, devices: tuple[Any, ...], present: tuple[Any, ...]) -> list[int | None]:
-    """For each device the index of the present one that it is: an equal one, else the same one."""
+    """For each device the index of its present one: an equal one, else the same one."""
     by_value: dict[Any, list[int]] = {}
     for index in reversed(range(len(present))):
         by_value.setdefault(present[index], []).append(index)
@@ -673,7 +673,7 @@ def _matches(table: _Table, devices: tuple[Any, ...], present: tuple[Any, ...]) 
 
 
 def _unsaid(table: _Table, device: Any, base: Any) -> str | None:
-    """The first field that a new element would not say, of those that differ from `base`."""
+    """The first field that differs from `base` and that a new element cannot express."""
     said = table.read(_new_element(table, device))
     rewritten = _SOURCE if base is not None and "type" in _changed(table, base, device) else ()
     for field in table.slots:
@@ -686,7 +686,7 @@ def _unsaid(table: _Table, device: Any, base: Any) -> str | None:
 
 
 _SOURCE = ("source", "protocol", "pool")
-"""What stands in ``<source>``, in a way that hangs on the type."""
+"""The fields in ``<source>`` whose place depends on the type."""
 
 
 def _changed(table: _Table, base: Any, device: Any) -> list[str]:
@@ -742,11 +742,12 @@ def _last(container: Element) -> Element | None:
 
 def _rewrite(table: _Table, element: Element, device: Any, changed: list[str]) -> None:
     if "type" in changed and "source" in table.slots:
-        # What else stands in <source> belongs to the old type: hosts, secrets, adapters.
+        # The rest of <source> belongs to the old type: hosts, secrets, adapters.
         drop_every(element, "source")
         changed = [f for f in table.slots if f in changed or f in _SOURCE]
     table.write(element, device, changed)
-    # A document may say a thing twice, as <listen> and attribute: what was behind what went.
+    # A value may be there twice, as <listen> and attribute. Removing one spelling may uncover
+    # another, so read again.
     table.write(element, device, _changed(table, table.read(element), device))
 
 
@@ -763,6 +764,6 @@ def _place(home: Element, element: Element, previous: Element | None, first: boo
 
 
 def _position(element: Element) -> list[int]:
-    """Where the element stands: its index in its parent, after that of the parent, and so on."""
+    """The element's path from the root, as a list of indexes."""
     parent = element.getparent()
     return [] if parent is None else [*_position(parent), parent.index(element)]

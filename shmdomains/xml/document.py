@@ -1,10 +1,10 @@
-"""XML text in, XML text out: what `definition` and `devices` need of lxml, and nothing of libvirt.
+"""Parsing, editing and writing XML with lxml; nothing here knows libvirt.
 
-Promises. Parsing is safe on hostile text: a document type declaration is refused before lxml sees
-it (so no entity is ever expanded, no file opened, no network touched), size, depth and text are
-limited. Whatever is refused is a `DefinitionError` that names element and line, lxml's own errors
-included. Editing keeps the look of the document: an element that is put in or taken out leaves the
-indentation of its neighbours as it was.
+Promises. Parsing is safe on hostile text. A document type declaration is refused before lxml sees
+it, so no entity is ever expanded, no file opened, no network touched. Size, depth and text are
+limited. Every refusal, lxml's own errors included, is a `DefinitionError` that names element and
+line. Editing keeps the document's look: inserting or removing an element leaves the indentation of
+its neighbours as it was.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ else:
     Element = Any
 
 MAX_BYTES = 16 * 1024 * 1024
-"""The largest document and the largest blob: what a record of the list may hold."""
+"""The largest document, and the largest blob that a record may hold."""
 
 Children: TypeAlias = dict[object, Element]
 _T = TypeVar("_T")
 
 _OPTIONS: dict[str, Any] = {
-    # Whatever the declaration says: it is UTF-8 by then.
+    # The text is UTF-8 by then, whatever its declaration says.
     "encoding": "utf-8",
     "resolve_entities": False,
     "no_network": True,
@@ -57,22 +57,22 @@ _WIDE = (
     (b"\0<", "utf-16-be"),
 )
 _WIDE_STARTS = tuple(start for start, _ in _WIDE)
-# Python remembers every name that it was ever asked for.
+# Python caches every codec name that it was ever asked for.
 _LONGEST_CHARSET = 40
-# Python's own; some take quadratic time.
+# Encodings only Python has; some take quadratic time.
 _NO_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _PROLOG = re.compile(r"\ufeff|\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
-# lxml ends its messages with a position, which ours name in their own way.
+# The position at the end of lxml's messages; ours say it in their own way.
 _POSITION = re.compile(r"(?:, line \d+)?, column \d+$")
 
 
 def parse(text: str | bytes) -> tuple[Element, str]:
     """Return the root element, and the document's text without its XML declaration.
 
-    Bytes are decoded as their XML declaration says; in a `str` that says nothing any more, and is
-    ignored. Raises `DefinitionError` for whatever is not well-formed, for a document type
-    declaration, and beyond the limits (16 MiB; lxml's 256 levels and 10 MB in one text);
-    `MemoryError` says nothing about the document.
+    Bytes are decoded as their XML declaration says; the declaration of a `str` is ignored. Raises
+    `DefinitionError` for XML that is not well-formed, for a document type declaration, and beyond
+    the limits (16 MiB; lxml's 256 levels and 10 MB in one text). A `MemoryError` does not mean that
+    the document is bad.
 
     >>> root, text = parse(b"<?xml version='1.0' encoding='latin-1'?><a>\\xe9</a>")
     >>> root.text, text
@@ -93,9 +93,9 @@ def parse(text: str | bytes) -> tuple[Element, str]:
     return root, known[declaration.end() :] if declaration else known
 
 
-# Making a parser takes a tenth of the time of a usual document, so one is kept for the next.
-# It has a lock: one that is in use is not in the list, so no fork and no finaliser meets it locked.
-# What it keeps of its last document (a log, room for the tree's depth) is as small as that was.
+# Making a parser takes a tenth of the time of a usual document, so it is kept for the next one. A
+# parser has a lock; one in use is not in the list, so no fork and no finaliser finds it locked. It
+# keeps a log and memory as large as its last document needed, so only small ones are kept.
 _idle: list[etree.XMLParser] = []
 _SMALL = 64 * 1024
 
@@ -108,7 +108,7 @@ def _parser() -> etree.XMLParser:
 
 
 def _encoded(text: str) -> bytes:
-    _refuse_size(len(text))  # characters, which may be more bytes: before they are made
+    _refuse_size(len(text))  # in characters, before any bytes are made
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
@@ -120,7 +120,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _decoded(data: bytes) -> tuple[str, bytes]:
-    """The text of the bytes, and the text in UTF-8. Python decodes it: what libxml2 decodes could
+    """The decoded text, and the text in UTF-8. Python decodes it: if libxml2 did, an encoding could
     hide a document type."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"XML is str or bytes, not {type(data).__name__}")
@@ -181,7 +181,7 @@ def _syntax_error(error: etree.XMLSyntaxError, data: bytes) -> DefinitionError:
 
 
 class _OpenElements:
-    """What lxml calls back, in place of making a tree: a stack of the elements that are open."""
+    """A parser target, which lxml calls instead of making a tree: a stack of the open elements."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -215,12 +215,12 @@ def _innermost_open(data: bytes) -> str | None:
 
 
 def serialise(root: Element) -> str:
-    """The whole document as text, comments outside of the root included."""
+    """The whole document as text, including comments outside the root."""
     return str(etree.tostring(root.getroottree(), encoding="unicode"))
 
 
 def located(error: DefinitionError, element: Element) -> DefinitionError:
-    """`error` again, naming the element that it is about and the line."""
+    """A copy of `error` that names the element and its line."""
     tag = shortened(str(element.tag))
     line: Any = element.sourceline or 1
     return type(error)(f"{error} (<{tag}>, line {line})", tag, line)
@@ -232,7 +232,7 @@ def refusal(message: str, element: Element) -> DefinitionError:
 
 
 def checked(rule: Callable[..., _T], element: Element, *said: str | None) -> _T:
-    """What `rule` makes of what the element says; its refusal gets the element's name and line."""
+    """Apply `rule` to texts of the element; its error gets the element's name and line."""
     try:
         return rule(*said)
     except DefinitionError as error:
@@ -240,7 +240,7 @@ def checked(rule: Callable[..., _T], element: Element, *said: str | None) -> _T:
 
 
 def text_of(element: Element) -> str:
-    """XPath's ``string(.)``: the text of the element and of all below, without comments.
+    """XPath's ``string(.)``: all text in the element, without comments.
 
     >>> text_of(parse("<name>a<!-- x -->b</name>")[0])
     'ab'
@@ -251,7 +251,7 @@ def text_of(element: Element) -> str:
 
 
 def set_text(element: Element, text: str) -> None:
-    """Make `text` all that the element contains."""
+    """Replace the element's content by `text`."""
     for child in list(element):
         element.remove(child)
     element.text = text
@@ -282,9 +282,9 @@ def child(parent: Element, tag: str) -> Element | None:
 
 
 def make_child(parent: Element, tag: str, order: Iterable[str] = ()) -> Element:
-    """The first child with this tag; a new one if there is none.
+    """The first child with this tag, made if there is none.
 
-    `order` lists the tags that a new one comes after; without, it becomes the last child.
+    `order` lists the tags that a new one comes after; without it, the new one is the last child.
     """
     found = child(parent, tag)
     if found is not None:
@@ -300,7 +300,7 @@ def make_child(parent: Element, tag: str, order: Iterable[str] = ()) -> Element:
 
 
 def put(parent: Element, new: Element, previous: Element | None) -> None:
-    """Insert `new` into `parent` after `previous` (``None``: first), indented as its neighbours."""
+    """Insert `new` into `parent` after `previous` (``None``: first), indented like the rest."""
     if previous is None:
         position, gap = 0, parent.text
     else:
@@ -318,7 +318,7 @@ def put(parent: Element, new: Element, previous: Element | None) -> None:
 
 
 def drop(element: Element) -> None:
-    """Take the element out of its parent; text after it stays, indentation is mended."""
+    """Remove the element from its parent; text after it stays, indentation is repaired."""
     parent = element.getparent()
     if parent is None:
         return
@@ -336,8 +336,8 @@ def drop(element: Element) -> None:
 
 
 def drop_all(elements: Sequence[Element]) -> None:
-    """`drop` for many of one parent, in order. Text that stands between them moves but once:
-    one by one, a document of nothing else would take quadratic time."""
+    """`drop` several children of one parent, in order. Text between them moves only once: one by
+    one, a document full of them would take quadratic time."""
     texts: list[str] = []
     for position, element in enumerate(elements):
         following = elements[position + 1] if position + 1 < len(elements) else None
@@ -352,8 +352,8 @@ def drop_all(elements: Sequence[Element]) -> None:
 
 
 def drop_every(parent: Element, tag: str) -> None:
-    """Take out all children with this tag: without the first, which alone is read, a second one
-    would be."""
+    """Remove all children with this tag: only the first is read, and removing it alone would
+    uncover a second one."""
     drop_all(list(parent.iterchildren(tag)))
 
 
@@ -363,7 +363,7 @@ def make(tag: str) -> Element:
 
 
 def indent(element: Element) -> None:
-    """Indent what is below a new element as deep as where it stands."""
+    """Indent the content of a new element to fit its place."""
     before, parent = element.getprevious(), element.getparent()
     gap = before.tail if before is not None else parent.text if parent is not None else "\n"
     if not gap or "\n" not in gap or not len(element):
@@ -374,7 +374,7 @@ def indent(element: Element) -> None:
 
 
 def canonical(root: Element) -> str:
-    """Canonical XML of the element, without the white space that only indents; changes `root`."""
+    """Canonical XML of the element, without indentation; changes `root`."""
     for element in root.iter():
         if len(element) and element.text and not element.text.strip():
             element.text = None
@@ -383,6 +383,6 @@ def canonical(root: Element) -> str:
     try:
         return etree.tostring(root, method="c14n").decode()
     except etree.C14NError:
-        # Canonical XML 1.0 has no form of a relative namespace name, 2.0 has; libxml2 only has 1.0.
+        # Canonical XML 1.0, all that libxml2 has, refuses a relative namespace name; 2.0 takes it.
         text = etree.tostring(root, encoding="unicode")
         return str(etree.canonicalize(text, with_comments=True))
