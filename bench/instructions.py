@@ -27,6 +27,7 @@ CORE = HERE.parent / "shmdomains" / "memory" / "_core"
 RECORDED = HERE / "instructions.json"
 WITHIN = 0.15
 SHORT, LONG = 50, 250  # as in counted.py and counted.c
+MISSES = 32  # as in counted.c
 LISTED = 1_000  # domains in the list whose rows are counted
 # An index doubles, so its fill, and with it the length of a probe, hangs on the number of domains;
 # these have equally full ones.
@@ -132,6 +133,7 @@ def per_operation(dumps: dict[str, Path]) -> Counts:
     for name in sorted(names):
         more = _total(dumps[f"{name} {LONG}"]) - _total(dumps[f"{name} {SHORT}"])
         operations = (LONG - SHORT) / (SHORT if name == "rows" else 1)
+        operations *= MISSES if name == "core_miss" else 1
         counts[name] = round(more / operations, 1)
     return counts
 

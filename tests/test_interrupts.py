@@ -217,7 +217,8 @@ def test_ctrl_c_leaves_nothing_locked_or_half_done(
             warnings.simplefilter("ignore", ResourceWarning)
             raised = run(world, rule, points)
             found, locked = without_uuids(world.state()), world.locked()
-            where = f"at {at} of {count}, {points.seen[at - 1]}"
+            last = points.seen[at - 1] if len(points.seen) >= at else "past the end"
+            where = f"at {at} of {count}, {last}"
             assert raised is not None or len(points.seen) < at, where
             assert locked == [], where
             assert found in (before, after), where

@@ -654,7 +654,7 @@ def test_buckets_are_fine_enough() -> None:
 def test_clones_have_names_and_uuids_of_their_own() -> None:
     names = ["a", "a~3", "ü" * 125, "ü" * 125 + "x"]
     loaded = [(UUID(int=n).bytes, name) for n, name in enumerate(names)]
-    plan = Plan(b"abcdef", loaded, 5000, 2, separator_for(names), 1.0, False)
+    plan = Plan(b"abcdef", loaded, 5000, 2, separator_for(names), 1.0)
     every = [plan.name_of(target) for target in range(plan.domains)]
     assert len(set(every)) == plan.domains
     assert max(len(name.encode()) for name in every) <= 251
@@ -670,7 +670,7 @@ def dead() -> tuple[DomainList, Journal, Plan]:
     """A list of one domain, and the journal of a worker that did nothing so far."""
     doms = DomainList(max_domains=10)
     doms.define(XML.format("vm", UUID(int=1)))
-    plan = Plan(b"abcdef", [(UUID(int=1).bytes, "vm")], 1, 1, "~", 1.0, False)
+    plan = Plan(b"abcdef", [(UUID(int=1).bytes, "vm")], 1, 1, "~", 1.0)
     return doms, Journal(1, 1, 1), plan
 
 
