@@ -393,6 +393,17 @@ def test_define_from_files_and_standard_input(
         assert loaded.peek(name=name).persistent
 
 
+def test_define_new_redefines_nothing(loaded: DomainList, tmp_path: Path) -> None:
+    before = loaded.peek("web1")
+    (tmp_path / "again").write_text(xml("web1", memory=4096))
+    assert "domain 'web1' already exists" in failure("define", "--new", tmp_path / "again")
+    assert loaded.peek("web1") == before
+    (tmp_path / "fresh").write_text(xml("fresh"))
+    assert out("define", "--new", tmp_path / "fresh") == [
+        f"Domain 'fresh' defined from {tmp_path}/fresh"
+    ]
+
+
 def test_define_goes_on_after_a_wrong_file(loaded: DomainList, tmp_path: Path) -> None:
     (tmp_path / "good").write_text(xml("good"))
     (tmp_path / "clash").write_text(xml("web1", "0f" * 16))

@@ -318,9 +318,10 @@ def _with_id(definition: DomainDef, id: int | None) -> str:
 
 @click.command()
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(allow_dash=True))
+@click.option("--new", is_flag=True, help="Refuse a domain that is there; redefine none.")
 @timeout_option
 @click.pass_obj
-def define(target: Target, files: tuple[str, ...], timeout: float | None) -> None:
+def define(target: Target, files: tuple[str, ...], new: bool, timeout: float | None) -> None:
     """Define persistent domains from XML, or redefine them.
 
     Makes the segment if need be. FILE may be - for standard input, which is also read if there is
@@ -330,14 +331,14 @@ def define(target: Target, files: tuple[str, ...], timeout: float | None) -> Non
     if not files and sys.stdin is not None and sys.stdin.isatty():
         raise click.UsageError("Missing argument 'FILE'.")
     with target.open() as doms:
-        outcomes = [_define_one(doms, file, timeout) for file in files or ("-",)]
+        outcomes = [_define_one(doms, file, new, timeout) for file in files or ("-",)]
     end_with_failure(not all(outcomes))
 
 
-def _define_one(doms: DomainList, file: str, timeout: float | None) -> bool:
+def _define_one(doms: DomainList, file: str, new: bool, timeout: float | None) -> bool:
     source = source_text(file)
     try:
-        info = doms.define(_read_definition(file), timeout)
+        info = doms.define(_read_definition(file), timeout, new=new)
     except (ShmDomainsError, OSError) as exc:
         print_error(f"Failed to define domain from {source}")
         if isinstance(exc, SegmentError):
