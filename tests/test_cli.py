@@ -396,7 +396,8 @@ def test_define_from_files_and_standard_input(
 def test_define_new_redefines_nothing(loaded: DomainList, tmp_path: Path) -> None:
     before = loaded.peek("web1")
     (tmp_path / "again").write_text(xml("web1", memory=4096))
-    assert "domain 'web1' already exists" in failure("define", "--new", tmp_path / "again")
+    refused = invoke("define", "--new", tmp_path / "again", status=1)
+    assert "domain 'web1' already exists" in refused.stderr and refused.stdout == ""
     assert loaded.peek("web1") == before
     (tmp_path / "fresh").write_text(xml("fresh"))
     assert out("define", "--new", tmp_path / "fresh") == [
