@@ -25,7 +25,7 @@ from uuid import UUID
 
 import pytest
 from helpers import Home, Party, Process, environment, thread_party, xml
-from killing import sealed
+from killing import Planted, sealed
 
 import shmdomains
 from shmdomains import (
@@ -1175,6 +1175,31 @@ def test_a_named_list_of_the_multiprocessing_kind_is_inherited(
 
 
 # --- damage ------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_segment_is_read_by_key_though_its_index_is_half_made(path: Path) -> None:
+    """The repair gave up in the middle: the records are read instead."""
+    with DomainList.create(path=path, max_domains=16) as doms, Planted(path) as planted:
+        doms.define(xml("web1"))
+        sequence = planted.header("list_seq")
+        planted.write(sequence, planted.read(sequence) | 1)
+        planted.write(planted.header("poisoned"), 1)
+        assert doms.peek("web1").name == "web1" and "web1" in doms
+        assert doms.peek("web2") is None
+
+
+def test_a_damaged_number_of_domains_does_not_grow_the_indexes(path: Path) -> None:
+    """As many domains as there are no slots for: the number is made anew, not believed."""
+    with DomainList.create(path=path, max_domains=600) as doms, Planted(path) as planted:
+        for number in range(200):
+            doms.define(xml(f"vm{number}"))
+        level = planted.read(planted.header("list_level"))
+        live = planted.header("live")
+        planted.write(live, planted.read(live) | 1 << 40)
+        for number in range(200, 300):
+            doms.define(xml(f"vm{number}"))
+        assert planted.read(planted.header("list_level")) == level
+        assert len(doms) == 300 and doms.check().problems == []
 
 
 def test_a_poisoned_segment_can_be_read(place: Path) -> None:

@@ -143,3 +143,23 @@ def test_greenlets(doms: DomainList, dom: Domain, monkeypatch: pytest.MonkeyPatc
                 pass
     monkeypatch.delitem(sys.modules, "greenlet")
     DomainList(max_domains=8).close()
+
+
+def test_what_is_raised_while_a_block_is_entered_leaves_nothing_locked(
+    dom: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the question which task this is, where that is asked in Python."""
+
+    def interrupted(loop: object = None) -> None:
+        raise KeyboardInterrupt
+
+    async def enter() -> None:
+        monkeypatch.setattr(asyncio.tasks, "current_task", interrupted)
+        try:
+            with pytest.raises(KeyboardInterrupt), dom:
+                pass
+        finally:
+            monkeypatch.undo()
+        assert not dom.is_locked
+
+    asyncio.run(enter())
