@@ -724,9 +724,24 @@ def test_a_holder_who_could_not_say_when_it_started(
 # --- address space -----------------------------------------------------------------------------
 
 
+def what_is_free() -> list[bytes]:
+    """All that the allocators would hand out without asking the kernel, so that it is not free."""
+    taken: list[bytes] = []
+    with address_space(0):
+        for size in (1 << 20, 1 << 16, 1 << 12, 400, 48):
+            with contextlib.suppress(MemoryError):
+                while True:
+                    taken.append(bytes(size))
+    return taken
+
+
 def squeezed(work: Callable[[], Any], after: Callable[[], Any]) -> tuple[int, Any]:
-    """Do the work with ever more address space until it succeeds; failures, and the value."""
+    """Do the work with ever more address space until it succeeds; failures, and the value.
+
+    What earlier work freed is taken first: it may be room enough, and then nothing fails.
+    """
     failures = 0
+    taken = what_is_free()
     room = 0
     while room < 64 << 30:
         try:
@@ -736,6 +751,7 @@ def squeezed(work: Callable[[], Any], after: Callable[[], Any]) -> tuple[int, An
             assert isinstance(exc, MemoryError) or exc.errno == errno.ENOMEM, exc
             failures += 1
         else:
+            del taken
             return failures, value
         after()
         room = max(room + room // 2, 256 << 10)
