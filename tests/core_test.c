@@ -109,7 +109,7 @@ static void print_header(void)
 static void print_slot(void)
 {
     SLOT(mutex), SLOT(life), SLOT(cur), SLOT(died_who), SLOT(sum_and_pid), SLOT(uuid), SLOT(copy0);
-    SLOT(copy1), SLOT(owner), SLOT(extent), SLOT(dirty), SLOT(next_free);
+    SLOT(copy1), SLOT(owner), SLOT(extent), SLOT(dirty), SLOT(next_free), SLOT(waiting), SLOT(why);
     printf("slot.size %zu\nnames.size %zu\n", sizeof(sd_slot), sizeof(sd_names));
     printf("names.length %u\n", SD_NAME_AT);
     PLACE("fields", sd_fields, ids), PLACE("fields", sd_fields, status);
@@ -381,15 +381,17 @@ static void spell_name(uint64_t k, unsigned char *name)
 }
 
 /* Everything of a record follows from one number. */
-static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[3][64], sd_blob blobs[3])
+static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[SD_BLOBS][64],
+                      sd_blob blobs[SD_BLOBS])
 {
     memset(values, 0, sizeof *values);
     values->id = -1;
     values->pid = (int32_t)(k & 0x7fffffff);
     values->state = (uint16_t)(k & 7);
     values->reason = (uint16_t)(k >> 3);
-    values->flags = k & 8 ? SD_FLAG_PERSISTENT : SD_FLAG_AUTOSTART;
-    for (int b = 0; b < 3; b++) {
+    values->flags = k & 8 ? SD_FLAG_PERSISTENT : SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
+    values->started = k * seed_word;
+    for (int b = 0; b < SD_BLOBS; b++) {
         uint64_t n = 1 + (k * seed_word >> (8 * b)) % 64;
         for (uint64_t i = 0; i < n; i++) words[b][i] = k * seed_word + i + b;
         blobs[b] = (sd_blob){true, b && k % 5 == 0 ? NULL : words[b], n * 8};
@@ -405,9 +407,9 @@ static void domain_uuid(uint64_t n, uint64_t uuid[2])
 
 static uint32_t add(uint64_t n, uint64_t k)
 {
-    uint64_t words[3][64], uuid[2];
+    uint64_t words[SD_BLOBS][64], uuid[2];
     sd_values values;
-    sd_blob blobs[3];
+    sd_blob blobs[SD_BLOBS];
     unsigned char name[SD_NAME_MAX + 1];
     sd_word *link = NULL;
     uint32_t slot;
@@ -434,10 +436,10 @@ static sd_segment *process_of_its_own(void)
 static void *change(void *argument)
 {
     shared = process_of_its_own();
-    uint64_t state = *(uint64_t *)argument, words[3][64];
+    uint64_t state = *(uint64_t *)argument, words[SD_BLOBS][64];
     for (int i = 0; i < COMMITS; i++) {
         sd_values values;
-        sd_blob blobs[3];
+        sd_blob blobs[SD_BLOBS];
         unsigned char name[SD_NAME_MAX + 1];
         uint32_t slot = (uint32_t)draw(&state, DOMAINS);
         uint64_t k = spell((uint64_t)i << 8 | *(uint64_t *)argument % 251, &values, words, blobs);
@@ -480,19 +482,21 @@ static void *pass(void *unused)
     return NULL;
 }
 
-static void check_view(const sd_view *view, uint64_t found[3][64], const uint64_t *size,
+static void check_view(const sd_view *view, uint64_t found[SD_BLOBS][64], const uint64_t *size,
                        const uint64_t *sum)
 {
-    uint64_t words[3][64], k = (uint64_t)(uint32_t)view->values.pid;
+    uint64_t words[SD_BLOBS][64], k = (uint64_t)(uint32_t)view->values.pid;
     unsigned char name[SD_NAME_MAX + 1];
     sd_values values;
-    sd_blob blobs[3];
+    sd_blob blobs[SD_BLOBS];
     spell(k, &values, words, blobs);
     spell_name(k, name);
     MUST(view->values.state == values.state && view->values.reason == values.reason);
-    MUST((view->values.flags & (SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART)) == values.flags);
+    MUST(view->values.started == values.started);
+    MUST((view->values.flags & (SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED)) ==
+         values.flags);
     MUST(!memcmp(view->name, name, (size_t)name[0] + 1), "name of another commit");
-    for (int b = 0; b < 3; b++) {
+    for (int b = 0; b < SD_BLOBS; b++) {
         MUST(size[b] == (blobs[b].bytes ? blobs[b].size : 0), "blob %d of another commit", b);
         MUST(!memcmp(found[b], words[b], size[b]), "blob %d is torn", b);
         MUST(sd_version_count(view->values.version[b]) <= sd_count_value(view->cur));
@@ -504,11 +508,11 @@ static void check_view(const sd_view *view, uint64_t found[3][64], const uint64_
 static void look(uint32_t slot)
 {
     sd_view view;
-    uint64_t found[3][64], size[3] = {0}, sum[3] = {0};
+    uint64_t found[SD_BLOBS][64], size[SD_BLOBS] = {0}, sum[SD_BLOBS] = {0};
     int result = sd_view_begin(shared, slot, &view);
     if (result == SD_MISS) return;
     MUST(result == SD_OK || result == SD_DOUBT, "it said %d", result);
-    for (int b = 0; b < 3 && result == SD_OK; b++) {
+    for (int b = 0; b < SD_BLOBS && result == SD_OK; b++) {
         uint64_t extent;
         result = sd_view_extent(shared, slot, &view, b, &extent);
         MUST(result != SD_CORRUPT);
@@ -698,9 +702,9 @@ static void inspect(void)
 /* Rename a domain and change all of it, or start or stop it. */
 static void work_on(uint32_t slot, uint64_t k)
 {
-    uint64_t words[3][64];
+    uint64_t words[SD_BLOBS][64];
     sd_values values;
-    sd_blob blobs[3] = {{0}};
+    sd_blob blobs[SD_BLOBS] = {{0}};
     unsigned char name[SD_NAME_MAX + 1];
     MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
     sd_values_get(shared, slot, &values);
@@ -751,7 +755,7 @@ static int test_stores(void)
 /* Start or stop it, with nothing but its own lock. */
 static void start_or_stop(uint32_t slot)
 {
-    sd_blob blobs[3] = {{0}};
+    sd_blob blobs[SD_BLOBS] = {{0}};
     sd_values values;
     MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
     MUST(sd_values_get(shared, slot, &values) == SD_OK);

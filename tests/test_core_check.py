@@ -214,7 +214,7 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         "blob 2 is newer",
     ),
     "no definition": (
-        field(0, "status", lambda old: old & ~(1 << 48)),
+        field(0, "status", lambda old: old & ~(1 << 44)),
         "I3 fields",
         "slot 0 has no definition",
     ),

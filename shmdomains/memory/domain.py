@@ -12,7 +12,9 @@ from uuid import UUID
 from ..names import parse_uuid
 from ..rules import info
 from ..rules.domain import DomainRules
+from ..rules.steps import settle
 from ..rules.values import checked_definition, decode_data, encode_data, key_of, not_found
+from ..rules.work import Work
 from ..states import REASONS, DomainState
 from ..xml.definition import DomainDef
 from . import callbacks
@@ -48,9 +50,11 @@ def _encode_definition(dom: Domain, definition: DomainDef) -> bytes:
 core.configure(
     states=list(DomainState),
     reasons=[{int(member): member for member in reasons} for reasons in REASONS],
-    decode=[DomainDef.decode, DomainDef.decode, decode_data],
+    decode=[DomainDef.decode, DomainDef.decode, decode_data, Work.decode],
     encode_definition=_encode_definition,
     encode_data=encode_data,
+    encode_work=Work.encode,
+    settle=settle,
     not_found=not_found,
     key_of=key_of,
     info=info,

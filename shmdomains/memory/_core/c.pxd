@@ -91,7 +91,8 @@ cdef extern from "core.h" nogil:
         int32_t id, pid
         uint16_t state, reason
         uint64_t flags
-        uint64_t version[3]
+        uint64_t version[4]
+        uint64_t event, started
     ctypedef struct sd_key:
         int what
         uint64_t uuid[2]
@@ -116,7 +117,7 @@ cdef extern from "core.h" nogil:
         SD_FULL, SD_NO_MEMORY, SD_CORRUPT, SD_POISONED, SD_MISMATCH, SD_ERRNO, SD_DESCRIPTOR
         SD_KIND_ROBUST, SD_KIND_MULTIPROCESSING
         SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
-        SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA
+        SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA, SD_WORK
         SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
         SD_CELL
         SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
@@ -124,6 +125,7 @@ cdef extern from "core.h" nogil:
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
     uint64_t SD_SINCE_DROPPED
     uint64_t SD_FOREVER, SD_TRY, SD_CHECK_HOLD_NS, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
+    uint64_t SD_FLAG_UNFINISHED
     uint64_t SD_FLAG_PRESENT(int)
 
     uint64_t sd_fork_epoch
@@ -178,6 +180,7 @@ cdef extern from "core.h" nogil:
     int sd_find_to_lock(sd_segment *, const sd_key *, uint32_t *)
     int sd_verify(const sd_segment *, uint32_t, const sd_key *, sd_values *)
     int sd_values_get(const sd_segment *, uint32_t, sd_values *)
+    int sd_values_settled(const sd_segment *, uint32_t, sd_values *)
     uint64_t sd_blob_sum(const uint64_t *, int, uint64_t, const void *, uint64_t)
     void sd_name_get(const sd_segment *, uint32_t, uint64_t, unsigned char *)
     int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, uint64_t *)

@@ -33,10 +33,10 @@ cdef DomainInfo read_identity(Segment doms, object uuid, object name):
 
 
 cdef Record insert_record(Segment doms, object uuid, object name, bytes definition, int state,
-                          bint persistent, object timeout):
+                          bint persistent, object timeout, object work):
     cdef sd_key key
     cdef sd_values values
-    cdef sd_blob blobs[3]
+    cdef sd_blob blobs[BLOBS]
     cdef uint32_t slot
     cdef sd_word *link
     cdef uint64_t deadline = deadline_of(timeout)
@@ -54,6 +54,10 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     values.state = <uint16_t>state
     values.flags = SD_FLAG_PERSISTENT if persistent else 0
     set_change(&blobs[SD_DEFINITION], definition)
+    if work is not None:
+        encoded = ENCODE_WORK(work)
+        set_change(&blobs[SD_WORK], encoded)
+        values.flags |= SD_FLAG_UNFINISHED if work.step is not None else 0
     record = new_record(doms)
     # The caller has looked, but a signal handler of this thread holds the list lock, too, and may
     # have defined the domain since. From here on a handler is refused.
@@ -125,12 +129,12 @@ cdef int remove_record(Segment doms, Record record, object timeout) except -1:
 
 
 cdef int rename_record(Segment doms, Record record, object name, bytes definition,
-                       bytes next_definition, object timeout) except -1:
+                       bytes next_definition, object timeout, object work) except -1:
     need_ours(doms, record)
     cdef Record mine = need_changeable(record)
     cdef uint64_t deadline = deadline_of(timeout)
     cdef unsigned char raw[252]
-    cdef sd_blob blobs[3]
+    cdef sd_blob blobs[BLOBS]
     need_list(doms, "rename")
     if not set_name(raw, name):
         raise errors.InvalidName(f"{name!r} cannot be a domain's name")
@@ -138,10 +142,16 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
     set_change(&blobs[SD_DEFINITION], definition)
     if next_definition is not None:
         set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
+    blobs[SD_WORK].change = mine.values.flags & SD_FLAG_PRESENT(SD_WORK) != 0
+    if work is not None:
+        encoded = ENCODE_WORK(work)
+        set_change(&blobs[SD_WORK], encoded)
+    set_flag(mine, SD_FLAG_UNFINISHED, work is not None and work.step is not None)
     cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
     if no_room(result) and reclaim(doms, mine.slot):
         result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
     if result != SD_OK:
+        reload_values(mine)
         raise_poison_or_code(doms, result, f"rename to {name!r}")
     reload_values(mine)
 

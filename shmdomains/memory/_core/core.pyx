@@ -19,6 +19,9 @@ may run the collector and freeing an object a `__del__`, and these may run anyth
 
 from .c cimport *
 
+cdef enum:
+    BLOBS = 4  # SD_BLOBS, which the compiler of this file does not know
+
 cdef object EMPTY = ()
 
 # What `configure` is given.
@@ -27,6 +30,8 @@ cdef tuple REASONS = None   # number of a state -> {number: reason}
 cdef tuple DECODE = None    # kind of a blob -> callable: bytes -> value
 cdef object ENCODE_DEFINITION = None  # callable: record, definition -> bytes
 cdef object ENCODE_DATA = None        # callable: value -> bytes
+cdef object ENCODE_WORK = None        # callable: Work -> bytes
+cdef object SETTLE = None             # callable: list, locked record, timeout
 cdef object NOT_FOUND = None          # callable: uuid, name, id -> DomainNotFound
 cdef object KEY_OF = None             # callable: key by position -> {keyword: key}
 cdef object INFO = None               # the module that says what any DomainInfo says
@@ -36,18 +41,18 @@ cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None  # the module that says who is behind a pid, and makes LockTimeout
 
 
-def configure(*, states, reasons, decode, encode_definition, encode_data, not_found, key_of, info,
-              parse_uuid, uuid_class, holders):
+def configure(*, states, reasons, decode, encode_definition, encode_data, encode_work, settle,
+              not_found, key_of, info, parse_uuid, uuid_class, holders):
     """Hand the core what it needs of Python: the types that it makes, how values become bytes and
     back, words for errors. Called once.
 
     `encode_definition(record, definition)` checks that the definition is of this record.
     """
-    global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND
-    global KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
+    global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, ENCODE_WORK, SETTLE
+    global NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
     ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND = encode_definition, encode_data, not_found
-    KEY_OF, INFO = key_of, info
+    ENCODE_WORK, SETTLE, KEY_OF, INFO = encode_work, settle, key_of, info
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
 

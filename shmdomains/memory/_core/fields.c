@@ -15,11 +15,12 @@
 /* --- values ---------------------------------------------------------------------------------- */
 
 /* One flipped bit of the input flips one bit of the sum, so it never goes unseen. */
-static uint64_t sum_of_fields(uint64_t cur, uint64_t ids, uint64_t status, const uint64_t *version)
+static uint64_t sum_of_fields(uint64_t cur, uint64_t ids, uint64_t status, const sd_values *values)
 {
     uint64_t sum = sd_count_value(cur) ^ (ids << 5 | ids >> 59) ^ (status << 11 | status >> 53);
     for (int b = 0; b < SD_BLOBS; b++)
-        sum ^= version[b] << 17 * (b + 1) | version[b] >> (64 - 17 * (b + 1));
+        sum ^= values->version[b] << 15 * (b + 1) | values->version[b] >> (64 - 15 * (b + 1));
+    sum ^= (values->event << 23 | values->event >> 41) ^ (values->started << 37 | values->started >> 27);
     sum ^= sum >> 2 * SD_SUM_BITS ^ sum >> 4 * SD_SUM_BITS;
     return (sum ^ sum >> SD_SUM_BITS) & ((1u << SD_SUM_BITS) - 1);
 }
@@ -42,7 +43,9 @@ static bool read_fields(const sd_slot *record, uint64_t cur, sd_values *values)
     status &= (1ull << SD_SUM_SHIFT) - 1;
     values->flags = status & ~0xffffffffull;
     for (int b = 0; b < SD_BLOBS; b++) values->version[b] = sd_load(&from->version[b]);
-    return sum == sum_of_fields(cur, ids, status, values->version) && sd_count_sound(cur);
+    values->event = sd_load(&from->event);
+    values->started = sd_load(&from->started);
+    return sum == sum_of_fields(cur, ids, status, values) && sd_count_sound(cur);
 }
 
 /* `cur`: the one that will make them current. */
@@ -52,8 +55,10 @@ static void write_fields(sd_fields *to, const sd_values *values, uint64_t cur)
     uint64_t status = values->state | (uint64_t)values->reason << 16 | values->flags;
     sd_store(&to->ids, ids);
     sd_store(&to->status,
-             status | sum_of_fields(cur, ids, status, values->version) << SD_SUM_SHIFT);
+             status | sum_of_fields(cur, ids, status, values) << SD_SUM_SHIFT);
     for (int b = 0; b < SD_BLOBS; b++) sd_store(&to->version[b], values->version[b]);
+    sd_store(&to->event, values->event);
+    sd_store(&to->started, values->started);
 }
 
 int sd_values_get(const sd_segment *segment, uint32_t slot, sd_values *values)
@@ -136,7 +141,7 @@ uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const v
                      uint64_t size)
 {
     const unsigned char *at = bytes;
-    uint64_t p = uuid[0] ^ size, q = uuid[1], r = blob == SD_DATA, s = version, h;
+    uint64_t p = uuid[0] ^ size, q = uuid[1], r = blob < SD_DATA ? 0 : blob - 1, s = version, h;
     for (; size >= 32; size -= 32, at += 32) {
         p = stir(p, sd_bytes(at, 8));
         q = stir(q, sd_bytes(at + 8, 8));

@@ -11,6 +11,7 @@ typedef struct {
     uint16_t state, reason;
     uint64_t flags;
     uint64_t version[SD_BLOBS];
+    uint64_t event, started;
 } sd_values;
 
 /* The committed values; slot lock held.  SD_CORRUPT: they do not fit their checksum. */
@@ -30,7 +31,7 @@ static inline int sd_choice(uint64_t flags, int blob)
 /* Where a blob's descriptors are (I6). */
 static inline int sd_place(uint64_t flags, int blob)
 {
-    return blob == SD_DATA ? blob : blob ^ ((flags & SD_FLAG_SWAPPED) != 0);
+    return blob >= SD_DATA ? blob : blob ^ ((flags & SD_FLAG_SWAPPED) != 0);
 }
 
 /* The value of `cur` in a version. */

@@ -89,8 +89,9 @@ static void to_hold(const sd_segment *segment, uint32_t slot, const sd_key *key)
 {
     const sd_slot *record = &segment->slots[slot];
     sd_prefetch_store(&record->mutex);
-    sd_prefetch_store(record->uuid);
+    sd_prefetch_store(&record->copy0);
     sd_prefetch_store(&record->copy1);
+    sd_prefetch_store(record->uuid);
     if (key->what == SD_NAME_INDEX) __builtin_prefetch(&segment->names[slot], 0);
 }
 

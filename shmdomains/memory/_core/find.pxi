@@ -102,6 +102,7 @@ cdef Record find_in_slot(Segment doms, uint32_t slot, const sd_key *key, uint64_
         return None
     lead_to(record, slot)
     enter_thread(record)
+    settle(record, deadline)
     return record
 
 
@@ -139,15 +140,22 @@ cdef Record handle_to(Segment doms, uint32_t slot, uint64_t life, bytes uuid):
     return record
 
 
-cdef list live_handles(Segment doms):
+cdef list live_handles(Segment doms, bint unfinished):
+    """Handles, not locked, to all domains, or to those with a step that waits to be settled."""
     cdef uint32_t slot
     cdef Record record
+    cdef sd_values values
     cdef list found = []
     need_open(doms)
     for slot in range(slot_count(doms)):
         need_sound_life(doms, slot)
-        if sd_load(&doms.segment.slots[slot].life) & LIVES:
-            record = new_record(doms)
-            lead_to(record, slot)
-            found.append(record)
+        if not sd_load(&doms.segment.slots[slot].life) & LIVES:
+            continue
+        if unfinished:
+            sd_values_settled(doms.segment, slot, &values)
+            if not values.flags & SD_FLAG_UNFINISHED:
+                continue
+        record = new_record(doms)
+        lead_to(record, slot)
+        found.append(record)
     return found

@@ -14,6 +14,10 @@
 
 #include <Python.h>
 
+#include "layout.h"
+
+_Static_assert(SD_BLOBS == 4, "BLOBS of core.pyx");
+
 #define SPARES 16
 static PyTypeObject *spared;       /* a heap type; it and its spares stay for good */
 static int (*vacate_handle)(PyObject *);  /* make it lead nowhere; false: it may not be kept */

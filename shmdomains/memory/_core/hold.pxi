@@ -174,12 +174,12 @@ cdef void drop_changes(Record record) noexcept:
 
 cdef int commit_changes(Record record, uint64_t deadline) except -1:
     """All of them or none; on failure they are rolled back."""
-    cdef sd_blob changes[3]
+    cdef sd_blob changes[BLOBS]
     cdef int b, result
     if not record.touched and not record.pending:
         return 0
     memset(changes, 0, sizeof(changes))
-    for b in range(3):
+    for b in range(BLOBS):
         if is_pending(record, b):
             changes[b].change = True
             if record.blobs[b] is not None:
@@ -223,6 +223,21 @@ cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1
         release_slot(record.segment, record.slot, False)
         raise_outlived(record)
     begin_hold(record)
+    return settle(record, deadline)
+
+
+cdef int settle(Record record, uint64_t deadline) except -1:
+    """Finish, or undo, what a rule began with this record and a file and did not end: its process
+    died, for a living one keeps the domain locked. On an error the domain is unlocked again."""
+    if not record.values.flags & SD_FLAG_UNFINISHED:
+        return 0
+    try:
+        SETTLE(record.segment, record, seconds_left(deadline))
+    except BaseException:
+        if locked_or_none(record) is not None:
+            drop_changes(record)
+            end_hold(record, False)
+        raise
     return 0
 
 
@@ -270,8 +285,8 @@ cdef int set_blob(Record record, int which, object value, bytes encoded) except 
     if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
         raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
     if not record.pending:
-        record.objects = [None, None, None]
-        record.blobs = [None, None, None]
+        record.objects = [None] * BLOBS
+        record.blobs = [None] * BLOBS
     _former = record.objects[which]
     record.objects[which] = value
     record.blobs[which] = encoded

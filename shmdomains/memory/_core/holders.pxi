@@ -63,6 +63,12 @@ def process_start(uint32_t pid):
     return 0 if start == SD_START_UNKNOWN else start
 
 
+def caller():
+    """Who calls: process, thread, and when the thread started, in clock ticks since boot."""
+    cdef sd_thread *self = sd_self()
+    return self.pid, sd_who_tid(self.who), sd_who_start(self.who)
+
+
 def deaths_are_told():
     """Whether the kernel marks the robust mutexes of a thread that dies."""
     return sd_mutex_watched()

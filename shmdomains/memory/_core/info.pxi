@@ -20,7 +20,7 @@ cdef enum:
     MARK_PERSISTENT = 1
     MARK_AUTOSTART = 2
 
-cdef object BLOB_NAMES = ("definition", "next definition", "data")
+cdef object BLOB_NAMES = ("definition", "next definition", "data", "work under way")
 
 
 cdef object state_of(uint16_t state):
@@ -130,9 +130,9 @@ cdef class Blobs:
     cdef uint32_t slot
     cdef uint64_t life
     cdef uint64_t uuid_raw[2]
-    cdef uint64_t version[3]
+    cdef uint64_t version[BLOBS]
     cdef object known  # the definition, once it is decoded
-    cdef bytes definition, next_definition, data
+    cdef bytes definition, next_definition, data, work
 
 
 cdef object live_definition(Blobs blobs):
@@ -244,6 +244,12 @@ cdef class DomainInfo:
         """The driver's own data, or None."""
         cdef Blobs blobs = blobs_of(self)
         return decode_or_none(blobs, SD_DATA, blobs.data)
+
+    @property
+    def _work(self):
+        """What is under way (`rules.work.Work`), or None."""
+        cdef Blobs blobs = blobs_of(self)
+        return decode_or_none(blobs, SD_WORK, blobs.work)
 
     def to_dict(self):
         """What ``json.dumps`` takes: words for state and reason, `id` None for an inactive one,

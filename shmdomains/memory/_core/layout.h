@@ -8,7 +8,7 @@
  *   attached     4,096 words  who is attached
  *   settings     2 x 8 KiB    what the list remembers for its users, double-buffered
  *   indexes      3 x levels   UUID, name, id -> slot; table k has 1024 << k entries
- *   slots        256 B each   mutex, identity, both field copies, extent descriptors
+ *   slots        384 B each   mutex, identity, both field copies, extent descriptors
  *   names        512 B each   two name buffers a slot
  *   map          1 bit a cell which heap cells are in use
  *   heap         64 B a cell  the blobs
@@ -68,7 +68,7 @@
 #include <string.h>
 
 #define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
-#define SD_LAYOUT 5u
+#define SD_LAYOUT 6u
 
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
@@ -79,7 +79,7 @@
 #define SD_INDEX_LEVELS 16
 #define SD_SLOTS_MAX ((1u << 24) - 2) /* an index entry has 24 bits for slot + 1 */
 #define SD_CELL 64u
-#define SD_BLOBS 3
+#define SD_BLOBS 4
 #define SD_BLOB_MAX (16u << 20)
 #define SD_EXTENT_MAX (SD_BLOB_MAX + 8) /* a blob and its checksum, which comes first */
 #define SD_NAME_MAX 251u
@@ -90,7 +90,8 @@ typedef _Atomic uint64_t sd_word;
 
 enum { SD_KIND_ROBUST = 1, SD_KIND_MULTIPROCESSING = 2 };
 enum { SD_UUID_INDEX = 0, SD_NAME_INDEX = 1, SD_ID_INDEX = 2 };
-enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2 };
+/* SD_WORK: what is under way in the domain, steps of a rule, intentions and jobs (rules/work.py). */
+enum { SD_DEFINITION = 0, SD_NEXT_DEFINITION = 1, SD_DATA = 2, SD_WORK = 3 };
 
 /* The changeable fields of a domain; two copies a slot, `cur & 1` says which one is current.
  * Slot lock (I3).  A dead writer leaves garbage in the spare copy; the next commit overwrites it.
@@ -102,14 +103,17 @@ typedef struct {
     sd_word status;            /* bits 0-15 state, 16-31 reason, 32-50 SD_FLAG_*, 51.. checksum */
     sd_word version[SD_BLOBS]; /* value of `cur` that brought this blob in, and whether as the next
                                   definition (SD_BORN_NEXT): decoders cache by it */
+    sd_word event;   /* number of the domain's last event, or 0 (E1) */
+    sd_word started; /* when process `pid` started, ticks since boot; 0: unknown, or there is none */
 } sd_fields;
 
 #define SD_FLAG_PERSISTENT (1ull << 32)
 #define SD_FLAG_AUTOSTART (1ull << 33)
 #define SD_FLAG_NAME (1ull << 34)               /* which name buffer is current */
 #define SD_FLAG_SWAPPED (1ull << 35)            /* the two definitions have changed places, I6 */
+#define SD_FLAG_UNFINISHED (1ull << 36)         /* SD_WORK has a step: settle it before all else */
 #define SD_FLAG_CHOICE(b) (1ull << (40 + (b)))  /* which descriptor of blob b is current */
-#define SD_FLAG_PRESENT(b) (1ull << (48 + (b))) /* whether there is a blob b at all */
+#define SD_FLAG_PRESENT(b) (1ull << (44 + (b))) /* whether there is a blob b at all */
 
 /* One commit may bring in both definitions; this tells their versions apart, for good. */
 #define SD_BORN_NEXT (1ull << 48)
@@ -161,41 +165,50 @@ typedef struct {
  * if the holder dies at this very moment the next one may be called so in a message. */
 #define SD_SINCE_DROPPED (1ull << 63)
 
-/* One domain.  Four cache lines; a find touches the first two or three. */
+/* One domain.  Six cache lines; a find touches three of the first four, a change all four. */
+#define SD_WHY_WORDS 7
 typedef struct {
     /* line 0 */
     pthread_mutex_t mutex; /* the slot lock; initialised once, before slot_count passes it */
-    sd_word life;     /* bit 0: LIVE; above: generation; sealed by sd_count_seal(), because a
-                         flipped bit would hide a domain, or make a stale handle fit it: then the
-                         record is damaged, and a rebuild of an index gives up.  List + slot lock
-                         (I1); the commit store of an insert or a remove: a dead writer has done it
-                         or not */
-    sd_word cur;      /* commits so far; bit 0 picks the current copy.  Slot lock (I3); the commit
-                         store of a change; never reset; sealed by sd_count_seal() */
-    sd_word died_who; /* sticky: a holder died; cleared by the clean unlock of a holder to whom the
-                         domain was delivered, and by insert.  Slot lock; written before the mutex
-                         is made consistent, so a dead recoverer leaves it for the next one */
-    /* line 1 */
+    sd_word life;    /* bit 0: LIVE; above: generation; sealed by sd_count_seal(), because a
+                        flipped bit would hide a domain, or make a stale handle fit it: then the
+                        record is damaged, and a rebuild of an index gives up.  List + slot lock
+                        (I1); the commit store of an insert or a remove: a dead writer has done it
+                        or not */
+    sd_word cur;     /* commits so far; bit 0 picks the current copy.  Slot lock (I3); the commit
+                        store of a change; never reset; sealed by sd_count_seal() */
+    sd_word waiting; /* the largest `cur` that somebody sleeps on, or is about to (W1).  No lock: it
+                        is only raised, by compare-and-swap.  A dead waiter leaves a number that is
+                        too large for one commit, which wakes nobody */
+    /* line 1, line 2 */
+    sd_fields copy0, copy1; /* Slot lock (I3) */
+    /* line 3 */
     sd_word uuid[2];     /* List + slot lock, while FREE (I1): a dead writer leaves a FREE slot */
-    sd_fields copy0;     /* Slot lock (I3) */
+    sd_owner owner;      /* Slot lock */
     sd_word sum_and_pid; /* high half: checksum of uuid, written with it (I1): a dead writer leaves
                             a FREE slot, and the next insert writes it again.  Low half: pid of
                             died_who, stored before it under the slot lock: a dead recoverer leaves
                             a dead mutex, and the next one stores it again */
-    /* line 2 */
-    sd_fields copy1; /* Slot lock (I3) */
-    sd_owner owner;  /* Slot lock */
-    /* line 3 */
+    sd_word died_who;    /* sticky: a holder died; cleared by the clean unlock of a holder to whom
+                            the domain was delivered, and by insert.  Slot lock; written before the
+                            mutex is made consistent, so a dead recoverer leaves it for the next
+                            one */
+    sd_word dirty;       /* not 0: garbage waits to be freed.  Slot lock; set before the mutex is
+                            made consistent and where freeing had to be put off; cleared after the
+                            last extent is freed.  A dead writer leaves it set, or garbage with a
+                            dead mutex, which is the same to the next holder */
+    /* line 4 */
     sd_word extent[SD_BLOBS][2]; /* descriptors: cell << 25 | bytes; 0: none.  By place, which is
                                     the blob's number unless SD_FLAG_SWAPPED.  Slot + heap lock
                                     (I2); a dead writer's is whole, named and kept.  Garbage is
                                     freed by the slot's next holder, in a FREE slot also by whoever
                                     repairs the list */
-    sd_word dirty;     /* not 0: garbage waits to be freed.  Slot lock; set before the mutex is made
-                          consistent and where freeing had to be put off; cleared after the last
-                          extent is freed.  A dead writer leaves it set, or garbage with a dead
-                          mutex, which is the same to the next holder */
-    sd_word next_free; /* next FREE slot + 1.  List lock; rebuilt by its recovery */
+    /* line 5 */
+    sd_word next_free;         /* next FREE slot + 1.  List lock; rebuilt by its recovery */
+    sd_word why[SD_WHY_WORDS]; /* what the holder said it is doing, UTF-8, for people; first word 0:
+                                  nothing.  Slot lock; cleared by the holder that stored it, of a
+                                  dead one by whoever recovers the slot.  Read without a lock: may
+                                  be torn */
 } sd_slot;
 
 /* Two buffers a slot: in the first four bytes a checksum of name and uuid, then one byte of length
@@ -266,9 +279,10 @@ typedef struct {
     sd_word heap_hint[SD_HINTS]; /* cell + 1 of a freed extent by size: hints, checked on the map */
 } sd_header;
 
-_Static_assert(sizeof(sd_slot) == 256, "a slot is four cache lines");
-_Static_assert(offsetof(sd_slot, uuid) == 64 && offsetof(sd_slot, copy1) == 128 &&
-                   offsetof(sd_slot, extent) == 192,
+_Static_assert(sizeof(sd_fields) == SD_CACHE_LINE, "a field copy is a cache line");
+_Static_assert(sizeof(sd_slot) == 6 * SD_CACHE_LINE, "a slot is six cache lines");
+_Static_assert(offsetof(sd_slot, copy0) == 64 && offsetof(sd_slot, uuid) == 192 &&
+                   offsetof(sd_slot, extent) == 256 && offsetof(sd_slot, next_free) == 320,
                "lines of a slot");
 _Static_assert(sizeof(sd_names) == 2 * (SD_NAME_AT + 1 + SD_NAME_MAX), "two name buffers");
 _Static_assert(sizeof(sd_header) <= 2 * SD_PAGE, "the header has two pages");

@@ -69,7 +69,8 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
     blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
     memcpy(blobs.version, view.values.version, sizeof(blobs.version))
     blobs.known = cached(doms.decoded, slot, view.life, view.values.version[SD_DEFINITION])
-    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, 3):
+    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION,
+                   BLOBS):
         result = sd_view_extent(doms.segment, slot, view, b, &extent)
         if result == SD_OK:
             blob = copy_extent(doms.segment, extent)
@@ -81,8 +82,10 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
             blobs.definition = blob
         elif b == SD_NEXT_DEFINITION:
             blobs.next_definition = blob
-        else:
+        elif b == SD_DATA:
             blobs.data = blob
+        else:
+            blobs.work = blob
     return sd_view_blobs_check(doms.segment, slot, view)
 
 

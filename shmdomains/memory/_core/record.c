@@ -34,9 +34,11 @@ void sd_prefetch_insert(const sd_segment *segment)
     if (!next || next > sd_slot_count(segment)) return;
     const sd_slot *record = &segment->slots[next - 1];
     sd_prefetch_store(&record->mutex);
-    sd_prefetch_store(record->uuid);
+    sd_prefetch_store(&record->copy0);
     sd_prefetch_store(&record->copy1);
+    sd_prefetch_store(record->uuid);
     sd_prefetch_store(record->extent);
+    sd_prefetch_store(&record->next_free);
     sd_prefetch_store(&segment->names[next - 1]);
 }
 
@@ -161,7 +163,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     sd_slot *record = &segment->slots[slot];
     sd_values now, next = *values;
     unsigned char old_name[SD_NAME_MAX + 1];
-    const uint64_t private_flags = ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART);
+    const uint64_t private_flags = ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
     bool blob_changes = false, new_blobs = false;
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
@@ -171,6 +173,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
     }
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
+    next.event = now.event;
     bool moved = blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs);
     if (moved) {
         change_places(&next);
@@ -289,7 +292,7 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     result = allocate_blobs(segment, slot, now.flags, blobs);
     sd_heap_unlock(segment);
     if (result != SD_OK) return result;
-    next.flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART;
+    next.flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
     next.flags |= now.flags & SD_FLAG_SWAPPED;
     for (int b = 0; b < SD_BLOBS; b++) next.flags |= now.flags & SD_FLAG_CHOICE(b);
     fill_blobs(segment, slot, uuid, &next, blobs);

@@ -245,7 +245,17 @@ cdef class Record:
         if value is not None and not 0 < number <= INT32_MAX:
             raise ValueError(f"{value!r} is no process id")
         mine.values.pid = <int32_t>number
+        mine.values.started = 0 if number == -1 else process_start(<uint32_t>number)
         mine.touched = True
+
+    @property
+    def process_alive(self):
+        """Whether the process runs that was assigned to `pid`, and not a later one of its number.
+        Domain lock. False if `pid` is None."""
+        cdef Record mine = need_locked(self)
+        if mine.values.pid == -1 or not mine.values.started:
+            return False
+        return sd_process_runs(<uint32_t>mine.values.pid, mine.values.started)
 
     @property
     def definition(self):
@@ -310,6 +320,20 @@ cdef class Record:
                                    <uint32_t>sd_load(&at.sum_and_pid), sd_who_start(who))
 
     # --- for the rules ---
+
+    @property
+    def _work(self):
+        """What is under way in the domain (`rules.work.Work`), or None. Domain lock. Assigning
+        replaces it with the next commit."""
+        return read_blob(need_locked(self), SD_WORK)
+
+    @_work.setter
+    def _work(self, value):
+        need_changeable(self)
+        encoded = None if value is None else ENCODE_WORK(value)
+        cdef Record mine = need_changeable(self)
+        set_blob(mine, SD_WORK, value, encoded)
+        set_flag(mine, SD_FLAG_UNFINISHED, value is not None and value.step is not None)
 
     def _is(self, uuid, name):
         """Whether these are the domain's uuid and name. Domain lock."""

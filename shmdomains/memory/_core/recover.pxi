@@ -186,8 +186,8 @@ cdef object salvage_slot(Segment doms, uint32_t slot):
             return None
         info.damage = FIELDS if result == SD_CORRUPT else 0
         if result == SD_OK or result == SD_CORRUPT:
-            blobs, damaged = [None, None, None], [False, False, False]
-            for b in range(3):
+            blobs, damaged = [None] * BLOBS, [False] * BLOBS
+            for b in range(BLOBS):
                 result = sd_view_extent(doms.segment, slot, &view, b, &extent)
                 if result == SD_OK:
                     blobs[b] = unsealed_blob(b, copy_extent(doms.segment, extent), view.uuid,

@@ -229,10 +229,11 @@ cdef class Segment:
 
     # --- for the rules: what a store offers ---
 
-    def _insert(self, uuid, name, bytes definition, int state, bint persistent, timeout, list made):
+    def _insert(self, uuid, name, bytes definition, int state, bint persistent, timeout, list made,
+                work=None):
         """A new record, committed and locked. List lock held. It is put into `made`, a list of one
         place, before a signal handler can raise in the caller."""
-        made[0] = insert_record(self, uuid, name, definition, state, persistent, timeout)
+        made[0] = insert_record(self, uuid, name, definition, state, persistent, timeout, work)
         return made[0]
 
     def _remove(self, Record record not None, timeout=None):
@@ -240,9 +241,10 @@ cdef class Segment:
         remove_record(self, record, timeout)
 
     def _rename(self, Record record not None, name, bytes definition, bytes next_definition,
-                timeout=None):
-        """Name and definitions in one commit. List lock held; duplicates were looked for."""
-        rename_record(self, record, name, definition, next_definition, timeout)
+                timeout=None, work=None):
+        """Name, definitions and what is under way in one commit. List lock held; duplicates were
+        looked for."""
+        rename_record(self, record, name, definition, next_definition, timeout, work)
 
     def _handle(self, uint32_t slot, uint64_t life, bytes uuid):
         """An unlocked handle, for unpickling. It may be stale; locking it says so."""
@@ -250,7 +252,11 @@ cdef class Segment:
 
     def _handles(self):
         """Unlocked handles to every live record, in slot order."""
-        return live_handles(self)
+        return live_handles(self, False)
+
+    def _unfinished(self):
+        """Unlocked handles to the records with a step that waits to be settled."""
+        return live_handles(self, True)
 
     def _set_settings(self, bytes settings):
         """What the list remembers for the rules, replaced as a whole. List lock held."""

@@ -81,6 +81,15 @@ cdef uint64_t deadline_of(timeout) except? 1:
     return sd_now() + <uint64_t>(seconds * SECOND)
 
 
+cdef object seconds_left(uint64_t deadline):
+    """The `timeout` that a deadline leaves."""
+    cdef uint64_t now
+    if deadline == SD_FOREVER:
+        return None
+    now = sd_now()
+    return (deadline - now) / <double>SECOND if deadline > now else 0
+
+
 @cython.final
 @cython.freelist(4)
 cdef class Deadline:
@@ -93,11 +102,7 @@ cdef class Deadline:
 
     def left(self):
         """The `timeout` of the next wait."""
-        cdef uint64_t now
-        if self.end == SD_FOREVER:
-            return None
-        now = sd_now()
-        return (self.end - now) / <double>SECOND if self.end > now else 0
+        return seconds_left(self.end)
 
 
 cdef int raise_code(int result, object what) except -1:

@@ -1,0 +1,3 @@
+"""Placeholder."""
+def settle(doms, dom, timeout):
+    raise NotImplementedError
