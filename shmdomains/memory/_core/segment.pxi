@@ -11,6 +11,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from shmdomains import errors
 
 MAX_DOMAINS = SD_SLOTS_MAX
+MIN_EVENTS = SD_RING_MIN
+MAX_EVENTS = SD_EVENTS_MAX
+EVENT_BYTES = sizeof(sd_entry)
 
 
 @cython.no_gc_clear
@@ -335,9 +338,10 @@ cdef class Segment:
 cdef Segment NOWHERE = Segment()
 
 
-def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
-    """Make the empty file behind `fd` a segment. `max_bytes` None: about 16 KiB a domain."""
-    cdef uint64_t fixed = sd_geometry_fixed(max_domains)
+def format_segment(int fd, kind, uint64_t max_domains, max_bytes, uint64_t events):
+    """Make the empty file behind `fd` a segment. `max_bytes` None: about 16 KiB a domain; `events`:
+    a power of two, or 0."""
+    cdef uint64_t fixed = sd_geometry_fixed(max_domains, events)
     cdef uint64_t cells
     if not fixed:
         raise ValueError(f"max_domains is 1 to {SD_SLOTS_MAX}, not {max_domains}")
@@ -349,6 +353,6 @@ def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
         cells = <uint64_t>((max_bytes - fixed - 8192) * 8 // (SD_CELL * 8 + 1))
     cdef uint64_t number = (SD_KIND_MULTIPROCESSING if kind == "multiprocessing"
                             else SD_KIND_ROBUST)
-    cdef int result = sd_format(fd, number, max_domains, cells)
+    cdef int result = sd_format(fd, number, max_domains, cells, events)
     if result != SD_OK:
         raise_code(result, "create the segment")
