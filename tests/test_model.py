@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from helpers import SOAK
-from model import free_slots, growth, heap, ids, index, places, semaphore, slots, sums
+from model import free_slots, growth, heap, ids, index, places, semaphore, slots, sums, waiting
 from model.explorer import DIED, Explorer, Memory, Model, Outcome, Steps
 from model.operations import after_all, call, consistent, load, lock, store, unlock
 
@@ -24,6 +24,7 @@ SUBJECTS = {
     "growth": growth,
     "places": places,
     "semaphore": semaphore,
+    "waiting": waiting,
 }
 LIMIT = 20_000_000 if SOAK else 400_000
 
