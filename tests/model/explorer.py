@@ -14,7 +14,7 @@ so, as by a robust mutex. A death before a load is one before what follows it: n
     yield consistent(word)               what DIED asks for before the unlock
     yield unlock(word)
     slept = yield sleep(word, value, queue)   FUTEX_WAIT: compares and joins the queue in one step
-    told = yield woken(queue, unless)    waits until it is out of the queue, or OVER if `unless` holds
+    told = yield woken(queue, unless)    waits until it is out of the queue; OVER: `unless` is true
     result = yield call(routine, ...)    another generator; what it read is forgotten at its end
     yield after_all()                    waits until every other process has ended or sleeps
     yield fail(text)                     the claim does not hold
@@ -190,9 +190,7 @@ class Explorer:
             raise Violation("nobody can go on", state)
         return ended
 
-    def _alone(
-        self, process: int, memory: tuple[Value, ...], places: tuple[Place, ...]
-    ) -> bool:
+    def _alone(self, process: int, memory: tuple[Value, ...], places: tuple[Place, ...]) -> bool:
         others = [(i, p.operation) for i, p in enumerate(places) if i != process]
         return all(
             kind[0] == "ended" or (kind[0] == "woken" and self._step(memory, i, kind) is None)

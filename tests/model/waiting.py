@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 from .explorer import NOBODY_SLEEPS, OVER, Memory, Model, Steps, Word
-from .operations import after_all, call, exchange, load, lock, sleep, store, unlock, woken
+from .operations import after_all, call, exchange, load, sleep, store, unlock, woken
 from .subject import Subject, process
 
 RULES = {
@@ -222,9 +222,7 @@ class Waiting(Subject):
         else:
             yield store(("owes", me), ENDED)
 
-    def leave(
-        self, me: int, slot: int, cur: int, early: Early, removed: bool
-    ) -> Steps:
+    def leave(self, me: int, slot: int, cur: int, early: Early, removed: bool) -> Steps:
         """Wake and unlock."""
         if not self.follows("wakes under the lock"):
             yield unlock(("slot lock", slot))
