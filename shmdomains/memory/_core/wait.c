@@ -19,21 +19,21 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half of a word comes first");
 
-static void raise_to(sd_word *waiting, uint64_t number)
+void sd_raise(sd_word *waiting, uint64_t number)
 {
     uint64_t seen = sd_load(waiting);
     while (seen < number) {
         sd_crash_point();
-        if (atomic_compare_exchange_weak(waiting, &seen, number)) return;
+        if (atomic_compare_exchange_weak(waiting, &seen, number)) break;
     }
+    atomic_thread_fence(memory_order_seq_cst);
 }
 
 int sd_sleep(const sd_word *word, uint64_t seen, sd_word *waiting, uint64_t number,
              uint64_t deadline)
 {
     struct timespec at = sd_slice_end(deadline);
-    raise_to(waiting, number);
-    atomic_thread_fence(memory_order_seq_cst);
+    sd_raise(waiting, number);
     if (sd_load_acquire(word) != seen) return SD_OK;
     long slept = syscall(SYS_futex, word, FUTEX_WAIT_BITSET, (uint32_t)seen, &at, NULL,
                          FUTEX_BITSET_MATCH_ANY);

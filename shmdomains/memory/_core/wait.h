@@ -9,6 +9,9 @@
  * SD_TIMEOUT: the slice is over.  No lock that a writer needs may be held. */
 int sd_sleep(const sd_word *word, uint64_t seen, sd_word *waiting, uint64_t number,
              uint64_t deadline);
+/* What sd_sleep() does first, for whoever looks at more than the word before it sleeps; a full fence
+ * is part of it. */
+void sd_raise(sd_word *waiting, uint64_t number);
 /* Everybody who sleeps on the word. */
 void sd_wake(sd_word *word);
 /* After a slow wake: a number that no waiter can have stored is damage, and would cost every writer
