@@ -146,7 +146,7 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
     if work is not None:
         encoded = ENCODE_WORK(work)
         set_change(&blobs[SD_WORK], encoded)
-    set_flag(mine, SD_FLAG_UNFINISHED, work is not None and work.step is not None)
+    set_unfinished(mine, work)
     cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
     if no_room(result) and reclaim(doms, mine.slot):
         result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
