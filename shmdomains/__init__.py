@@ -63,6 +63,7 @@ from .memory.domain_list import (
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
 from .rules.info import DomainInfo
+from .rules.work import Unfinished
 from .states import (
     BlockedReason,
     CrashedReason,
@@ -155,6 +156,7 @@ __all__ = [
     "TooManyLocks",
     "Unavailable",
     "UncommittedChanges",
+    "Unfinished",
     "WrongList",
     "preload",
     "segments",

@@ -20,10 +20,12 @@ from shmdomains.config.change import ConfigDirs
 from shmdomains.errors import SegmentFull
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
+from shmdomains.memory._core import core
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
 from shmdomains.rules.store import Changes, Key, NewDomain
 from shmdomains.rules.values import decode_data
+from shmdomains.rules.work import Caller, Work
 
 
 class OwnedLock:
@@ -57,13 +59,13 @@ class Record:
 
     def info(self) -> DomainInfo:
         values = dict(self.values)  # one look: a commit replaces the dict
-        data = values.pop("data")
+        data, work = values.pop("data"), values.pop("work")
         blobs = (
             values.pop("definition"),
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs)
+        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
 
 
 class DictStore:
@@ -125,7 +127,9 @@ class DictStore:
                 "autostart": False,
                 "definition": new.definition,
                 "next_definition": None,
+                "started": 0,
                 "data": None,
+                "work": None if new.work is None else new.work.encode(),
             }
         )
         record.lock.acquire("a new domain", 0)
@@ -153,6 +157,18 @@ class DictStore:
 
     def died(self, record: int) -> LockHolder | None:
         return None
+
+    def started(self, pid: int) -> int:
+        return core.process_start(pid)
+
+    def runs(self, pid: int, started: int) -> bool:
+        return core.process_runs(pid, started)
+
+    def caller(self) -> Caller:
+        return Caller(*core.caller())
+
+    def describe(self, caller: Caller) -> LockHolder:
+        return holder.holder_of(caller.pid, caller.tid, caller.start)
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs

@@ -397,9 +397,11 @@ def test_what_can_not_be_restored_is_kept_and_named(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
+    commit = Commit(ZeroDivisionError())
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(os, "replace", refuse)
-        dirs.save(domain("web1", "new"), commit=Commit(ZeroDivisionError()))
+        dirs.save(domain("web1", "new"), commit=commit)
+    assert not commit.undone
     (kept,) = temporaries(dirs.config_dir)
     assert kept in caplog.text and "web1.xml cannot be restored" in caplog.text
     assert (dirs.config_dir / kept).read_text() == domain("web1", "old").to_xml()
@@ -415,6 +417,7 @@ class Commit:
         happened: bool = False,
     ) -> None:
         self.error, self.before, self.did = error, before, happened
+        self.undone = True
 
     def __call__(self) -> None:
         self.before()
@@ -423,6 +426,9 @@ class Commit:
 
     def happened(self) -> bool:
         return self.did
+
+    def not_undone(self) -> None:
+        self.undone = False
 
 
 # --- kill -9, and several processes ---------------------------------------------------------

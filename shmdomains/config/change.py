@@ -4,8 +4,8 @@ Each change of `ConfigDirs` is atomic (temporary file or link, fsync, rename, fs
 directory) and is made under the directory's filelock. If a step fails, the whole change is undone:
 an error always means "as it was before". Loading ignores temporary files, and a later save removes
 those of dead processes. A process killed at any instruction leaves every config file whole, old or
-new. If it is killed while renaming, both names' files may remain; the next load reports one of
-them.
+new. If it is killed while renaming, both names' files may remain: `ConfigDirs.settle` makes them
+what the domain's record says.
 
 A file need not be named after its domain. The first change of such a domain moves its file to
 NAME.xml, then goes on as usual. If another domain has its file in that place, that file moves to
@@ -26,7 +26,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -91,6 +91,8 @@ class Commit(Protocol):
 
     def __call__(self) -> None: ...
     def happened(self) -> bool: ...
+    def not_undone(self) -> None:
+        """Called when the change failed and some of the files could not be restored."""
 
 
 class Other(NamedTuple):
@@ -106,6 +108,10 @@ class Owner(Protocol):
 
     def find(self) -> Path | None:
         """The domain's file, if it is not named after the domain; else ``None``."""
+        ...
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file holds the domain, by its uuid."""
         ...
 
     def other(self, path: Path) -> Other | None:
@@ -167,13 +173,16 @@ class _Change:
             with reported(path):
                 sync_directory(directory)
 
-    def undo(self) -> None:
+    def undo(self) -> bool:
+        """Whether everything is restored."""
+        done = True
         if self._process != os.getpid():
-            return  # a signal handler forked: the change is our parent's
+            return done  # a signal handler forked: the change is our parent's
         for path, former in reversed(self._undo):
             try:
                 self._restore(path, former)
             except OSError as exc:
+                done = False
                 logger.error(
                     "%s cannot be restored (%s)%s",
                     shown_path(path),
@@ -183,6 +192,7 @@ class _Change:
         for directory in self._directories:
             with suppress(OSError):
                 sync_directory(directory)
+        return done
 
     def forget(self) -> None:
         if self._process != os.getpid():
@@ -477,10 +487,7 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             change.put(path, lambda temporary: _write_file(temporary, data))
             link = self.autostart_link(new_definition.name)
             if link is not None and moves:
-                with reported(link):
-                    if not _is_directory(link.parent):
-                        _make_directory(link.parent)
-                change.put(link, lambda temporary: os.symlink(path, temporary))
+                self._put_link(change, link, path)
             elif link is not None:
                 change.remove(link)
             if has_place:
@@ -523,12 +530,61 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             elif not target.is_file():
                 raise ConfigError(errno.ENOENT, "no config file to link to; save it", str(target))
             else:
-                with reported(link):
-                    if not _is_directory(link.parent):
-                        _make_directory(link.parent)
-                change.put(link, lambda temporary: os.symlink(target, temporary))
+                self._put_link(change, link, target)
 
         self._change(link, timeout, make, commit)
+
+    def settle(
+        self,
+        name: str,
+        definition: DomainDef | None,
+        names: Iterable[str],
+        timeout: float | None = None,
+        commit: Commit | None = None,
+        *,
+        autostart: bool,
+        create: bool,
+        owner: Owner,
+    ) -> None:
+        """Make the files what the domain's record says, after a change that nobody ended.
+
+        With a definition NAME.xml holds it, and its autostart link is there or not; without one the
+        domain has no file. The files of `names` that hold this domain and are not NAME.xml are
+        removed, each after the link to it, and so are links of these names that lead to no file.
+        What is new is written first, so a process killed at any instruction leaves the domain in a
+        file. `create` makes the directory if need be.
+        """
+        path = self.config_file(name) if definition is None else self._file_to_write(name)
+        data = b"" if definition is None else definition.to_xml().encode()
+        link = self.autostart_link(name)
+
+        def make(change: _Change) -> None:
+            if definition is not None:
+                self._need_room(change, name, owner)
+                self._adopt(change, name, owner)
+                change.put(path, lambda temporary: _write_file(temporary, data))
+                if link is not None and autostart:
+                    self._put_link(change, link, path)
+                elif link is not None:
+                    change.remove(link)
+            for other in names:
+                if definition is None or other != name:
+                    self._drop(change, other, owner)
+
+        self._change(path, timeout, make, commit, create)
+
+    def _drop(self, change: _Change, name: str, owner: Owner) -> None:
+        path, link = self.config_file(name), self.autostart_link(name)
+        if owner.holds(path):
+            self._remove(change, name)
+        elif link is not None and os.path.lexists(link) and not os.path.exists(link):
+            change.remove(link)
+
+    def _put_link(self, change: _Change, link: Path, target: Path) -> None:
+        with reported(link):
+            if not _is_directory(link.parent):
+                _make_directory(link.parent)
+        change.put(link, lambda temporary: os.symlink(target, temporary))
 
     def _file_to_write(self, name: str) -> Path:
         path = self.config_file(name)
@@ -624,8 +680,8 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         except BaseException:
             if kept or (commit is not None and commit.happened()):
                 change.forget()
-            else:
-                change.undo()
+            elif not change.undo() and commit is not None:
+                commit.not_undone()
             raise
         finally:
             if lock is not None:

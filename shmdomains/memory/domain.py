@@ -9,16 +9,18 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
+from ..holder import LockHolder
 from ..names import parse_uuid
 from ..rules import info
 from ..rules.domain import DomainRules
 from ..rules.steps import settle
 from ..rules.values import checked_definition, decode_data, encode_data, key_of, not_found
-from ..rules.work import Work
+from ..rules.work import Caller, Work
 from ..states import REASONS, DomainState
 from ..xml.definition import DomainDef
 from . import callbacks
 from ._core import core
+from .holder import holder_of
 
 
 class Domain(core.Record, DomainRules):
@@ -31,6 +33,12 @@ class Domain(core.Record, DomainRules):
     """
 
     __slots__ = ()
+
+    def _caller(self) -> Caller:
+        return Caller(*core.caller())
+
+    def _describe(self, caller: Caller) -> LockHolder:
+        return holder_of(caller.pid, caller.tid, caller.start)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._segment, *self._key)

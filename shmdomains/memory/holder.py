@@ -88,6 +88,19 @@ def lock_timeout(
     return LockTimeout(text, holder)
 
 
+def holder_of(pid: int, tid: int, start_ticks: int) -> LockHolder:
+    """Describe a thread that held something once; it may have ended."""
+    alive = core.thread_runs(tid, start_ticks)
+    return LockHolder(
+        pid=pid,
+        tid=tid,
+        started=process_started(start_ticks),
+        held_for=None,
+        alive=alive,
+        command=command_of(pid) if alive else None,
+    )
+
+
 def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
     """Describe a dead holder, whose command line is gone."""
     return LockHolder(

@@ -6,10 +6,14 @@ mixes them into its own handles.
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from ..errors import DomainActive, DomainInactive
 from ..states import DomainState, RunningReason, ShutoffReason
 from .store import DomainBase
-from .values import checked_pid, checked_reason, checked_state
+from .values import checked_pid, checked_reason, checked_state, decode_data, encode_data
+from .work import Intended, Unfinished, replaced
 
 
 class DomainRules(DomainBase):
@@ -76,3 +80,60 @@ class DomainRules(DomainBase):
         if successor is not None:
             self.definition = successor
             self.next_definition = None
+
+    def intend(self, name: str | None, data: Any = None, timeout: float | None = None) -> None:
+        """Say what you are about to do, so that whoever gets the domain after your death knows it.
+
+        Committed at once, and so is every other change that waits. It stays over `commit()`, and
+        ends with the clean `unlock()` or end of the ``with`` block, in the same commit as the last
+        changes, or with ``intend(None)``. A death leaves it, and so does an exception in the
+        ``with`` block or a failing commit: then it is `unfinished` for whoever locks the domain
+        next. A domain has one; another one replaces it. `data` is MessagePack, as `Domain.data`.
+
+        Raises `DomainNotLocked`, `SegmentFull`, `LockTimeout`, and what `Domain.data` raises for a
+        value that cannot be packed.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> info = doms.define("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...                    "<os><type>hvm</type></os></domain>")
+        >>> with doms.get("web1") as dom:
+        ...     dom.intend("start", {"socket": "/run/web1.sock"})
+        ...     raise OSError("cannot start it")
+        Traceback (most recent call last):
+            ...
+        OSError: cannot start it
+        >>> with doms.get("web1") as dom:
+        ...     dom.unfinished.name, dom.unfinished.data["socket"]
+        ...     dom.intend(None)
+        ...     dom.unfinished is None
+        ('start', '/run/web1.sock')
+        True
+        """
+        work = self._work
+        intended = None
+        if name is not None:
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"an intention is named by a str, not {name!r}")
+            intended = Intended(name, encode_data(data), self._caller(), time.time())
+        self._work = replaced(work, intended=intended)
+        self.commit(timeout)
+        self._intends = name is not None
+
+    @property
+    def unfinished(self) -> Unfinished | None:
+        """What an earlier holder said it was going to do (`intend`) and did not end, or None.
+
+        It stays until a holder ends it with ``intend(None)`` or replaces it with an intention of
+        its own. What the present holder intends is not unfinished. Raises `DomainNotLocked`.
+        """
+        work = self._work
+        intended = None if work is None else work.intended
+        if intended is None or self._intends:
+            return None
+        return Unfinished(
+            intended.name,
+            decode_data(intended.data),
+            self._describe(intended.caller),
+            intended.since,
+        )

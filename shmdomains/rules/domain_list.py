@@ -8,7 +8,8 @@ How a rule undoes its work when a later step fails:
 
 - A change of an existing record is committed only once its files are in place; `_release_unseen`
   rolls it back.
-- `config` changes the files, and undoes that unless the `files.Commit` happened.
+- `config` changes the files, and undoes that unless the `steps.Commit` happened. What a killed
+  process did not undo, the domain's next holder settles (`steps`).
 - A new record is committed as it is made. `_take_back` removes it, unless somebody changed it
   since.
 """
@@ -39,14 +40,14 @@ from ..errors import (
 from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
-from . import files
+from . import files, steps
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
 from .values import key_of, not_found
+from .work import Step, Work
 
 logger = logging.getLogger(__name__)
 
-_SLICE = 0.05  # seconds: one lock slice
 _SHUTOFF = DomainState.SHUTOFF
 
 
@@ -198,7 +199,11 @@ class DomainListRules(ListBase[D]):
         return known
 
     def _make(
-        self, definition: DomainDef | EncodedDef, persistent: bool | None, timeout: float | None
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None,
+        timeout: float | None,
+        step: Step | None = None,
     ) -> D:
         uuid = definition.uuid
         if uuid is None:
@@ -207,10 +212,11 @@ class DomainListRules(ListBase[D]):
                 definition = definition.decoded()
             definition = definition.replace(uuid=uuid)
         blob = definition.encode()
+        work = None if step is None else Work(step)
         made: list[D | None] = [None]
         try:
             return self._insert(
-                uuid, definition.name, blob, _SHUTOFF, persistent or False, timeout, made
+                uuid, definition.name, blob, _SHUTOFF, persistent or False, timeout, made, work
             )
         except BaseException:
             # A signal handler may raise as `_insert` returns. If it forked, the child does not
@@ -232,7 +238,7 @@ class DomainListRules(ListBase[D]):
         if made is None:
             dom._release_unseen()
             return
-        deadline = self._deadline(None if timeout is None else max(timeout, _SLICE))
+        deadline = self._deadline(None if timeout is None else max(timeout, steps.SLICE))
         if not self.is_locked:
             dom._release_unseen()  # the list lock comes first
         try:
@@ -327,6 +333,9 @@ class DomainListRules(ListBase[D]):
             raise InvalidName(f"Can't rename domain '{old_name}' to itself")
         if self._who_has(None, new_name) is not None:
             raise DomainExists(f"domain with name '{new_name}' already exists")
+        dirs = self._remembered()
+        if dirs is not None:
+            steps.make_way(self, dirs, new_name)
         definition = dom.definition.replace(name=new_name)
         successor = dom.next_definition
         renamed = None if successor is None else successor.replace(name=new_name).encode()
@@ -336,7 +345,7 @@ class DomainListRules(ListBase[D]):
             dom,
             definition,
             deadline,
-            lambda: self._rename(dom, new_name, encoded, renamed, deadline.left()),
+            lambda work: self._rename(dom, new_name, encoded, renamed, deadline.left(), work),
         )
 
     # --- define, undefine: these take the list lock ---
@@ -363,7 +372,7 @@ class DomainListRules(ListBase[D]):
         """
         deadline = self._deadline(timeout)
         definition = _as_definition(definition)
-        dom, made, commit = None, None, None
+        dom, made, commit, step = None, None, None, None
         try:
             with self._list_held(deadline.left()):
                 dirs = self._remembered()
@@ -375,7 +384,10 @@ class DomainListRules(ListBase[D]):
                         f"domain '{known.name}' already exists with uuid {known.uuid}"
                     )
                 if known is None:
-                    dom = self._make(definition, persistent, deadline.left())
+                    if dirs is not None:
+                        steps.make_way(self, dirs, definition.name)
+                        step = Step.of("define", dirs, definition.name, defines=True)
+                    dom = self._make(definition, persistent, deadline.left(), step)
                     made = dom._receipt
                 elif new:
                     raise DomainExists(
@@ -386,16 +398,19 @@ class DomainListRules(ListBase[D]):
                 was_persistent = dirs is not None and dom.persistent
                 if dirs is not None:
                     dom.persistent = True
-            commit = files.Commit(dom, lambda: dom.commit(deadline.left()))
+            commit = files.commit_of(dom, deadline)
             if dirs is None:
                 commit()
             else:
-                files.save(self, dom, dirs, deadline, commit, new=not was_persistent)
+                files.save(self, dom, dirs, deadline, commit, step, new=not was_persistent)
             left = deadline.left()
-            info = self.peek(uuid=dom.uuid, timeout=None if left is None else max(left, _SLICE))
+            timeout = None if left is None else max(left, steps.SLICE)
+            info = self.peek(uuid=dom.uuid, timeout=timeout)
         except BaseException:
             # If a signal handler forked, the child does not hold the domain: that is its parent's.
             if dom is not None and dom.is_locked and (commit is None or not commit.happened()):
+                if made is not None:
+                    made = dom._receipt  # the end of its step was a commit, too
                 self._take_back(dom, made, deadline.left())
             raise
         finally:
@@ -420,10 +435,8 @@ class DomainListRules(ListBase[D]):
         Exactly one key, by position as `get` takes it or by keyword. No lock is needed; the list
         lock is taken. The file is removed even if it is not named after the domain. A second file
         of the domain (a forgotten ``web1-backup.xml``), which the load reported as a failure,
-        stays: the next load takes the domain from it. A worker killed after it removed the file and
-        before it removed the record leaves the domain without a file. Raises `DomainNotFound`,
-        `DomainTransient` (an active domain that is not persistent), `ConfigError`, `LockTimeout`,
-        `LockOrder`.
+        stays: the next load takes the domain from it. Raises `DomainNotFound`, `DomainTransient`
+        (an active domain that is not persistent), `ConfigError`, `LockTimeout`, `LockOrder`.
         """
         deadline = self._deadline(timeout)
         with self._list_held(deadline.left()):
@@ -436,14 +449,15 @@ class DomainListRules(ListBase[D]):
     def _undefine(self, dom: D, deadline: Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
-        files.delete(self, dom, deadline, lambda: self._forget(dom, deadline))
+        files.delete(self, dom, deadline, lambda work: self._forget(dom, work, deadline))
 
-    def _forget(self, dom: D, deadline: Deadline) -> None:
+    def _forget(self, dom: D, work: Work | None, deadline: Deadline) -> None:
         if not dom.is_active:
             self._remove(dom, deadline.left())
             return
         dom.persistent = False
         dom.autostart = False
+        dom._work = work
         dom.commit(deadline.left())
 
     # --- config directories ---
@@ -470,6 +484,7 @@ class DomainListRules(ListBase[D]):
         """
         autostart_dir = Path(config_dir, "autostart") if autostart_dir is None else autostart_dir
         dirs = ConfigDirs(Path(config_dir), Path(autostart_dir))
+        steps.settle_all(self, timeout)
 
         def begin() -> None:
             with self.locked(timeout):
@@ -496,8 +511,8 @@ class DomainListRules(ListBase[D]):
         (virDomainSaveConfig). The caller locks the domain of a handle; that of a key, as `get`
         takes it, is locked here.
 
-        Does nothing if the list was not loaded from a directory. Raises `ConfigError`, and leaves
-        the file as it was before.
+        What was changed and not committed is committed with the file. Does nothing if the list was
+        not loaded from a directory. Raises `ConfigError`, and leaves the file as it was before.
         """
         deadline = self._deadline(timeout)
         with self._held(dom, deadline) as held:

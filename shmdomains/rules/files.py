@@ -1,191 +1,156 @@
 """One change of a domain's record and its config file.
 
 The caller has locked the domain. If no directories are remembered, only the record changes.
-`config` changes the files, and undoes that unless the `Commit` happened.
+Otherwise the change is a step of its own (`steps`): a process killed in it leaves a domain that its
+next holder settles. `config` changes the files, and undoes that unless the `Commit` happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-from ..config.change import ConfigDirs, Other
-from ..config.parse import file_of, parse_file
+from ..config.change import ConfigDirs
 from ..errors import DomainTransient, UncommittedChanges
-from ..names import SUFFIX
 from ..xml.definition import DomainDef
-from .info import DomainInfo
-from .store import D, Deadline, DomainBase, Filter, ListBase
+from .owner import Owner
+from .steps import Commit, names_of
+from .store import Deadline, DomainBase, ListBase
+from .work import Step, Work
 
 
-class Commit:
-    """The commit of one record; see `config.change.Commit`."""
+def commit_of(dom: DomainBase, deadline: Deadline) -> Commit:
+    """The commit of the domain's changes."""
 
-    def __init__(self, dom: DomainBase, make: Callable[[], object]) -> None:
-        self._dom = dom
-        self._make = make
-        self._before = dom._receipt
+    def make(work: Work | None) -> None:
+        if work != dom._work:
+            dom._work = work
+        dom.commit(deadline.left())
 
-    def __call__(self) -> None:
-        self._make()
-
-    def happened(self) -> bool:
-        return bool(self._dom._receipt != self._before)
-
-
-class Owner:
-    """Tells which files belong to this domain; see `config.change.Owner`.
-
-    Nothing is remembered: the files on disk and the domains in the list decide, which every process
-    sees alike. A file that cannot be parsed belongs to the domain it is named after.
-    """
-
-    def __init__(self, doms: ListBase[Any], dom: DomainBase, dirs: ConfigDirs) -> None:
-        self._doms = doms
-        self._dirs = dirs
-        self._uuid, self._name, self._persistent = dom.uuid, dom.name, dom.persistent
-
-    def find(self) -> Path | None:
-        """A transient domain has none."""
-        if not self._persistent:
-            return None
-        return self._file_of(self._name, self._uuid, {self._name})
-
-    def other(self, path: Path) -> Other | None:
-        found, place = _definition(path), path.name.removesuffix(SUFFIX)
-        if found is None or found.uuid == self._uuid:
-            return None
-        if found.uuid is None and found.name in (place, self._name):
-            return None
-        known = self._known(found)
-        if found.name != place:
-            uuid = found.uuid if known is None else known.uuid
-            taken = self._file_of(found.name, uuid, {found.name, place})
-            return Other(found.name, path == taken and not found.name.startswith("."))
-        if known is None or known.uuid == self._uuid or self._has_file(known):
-            return None
-        # A process died renaming it, before the record had the new name: this is its only file.
-        return Other(known.name, False)
-
-    def has_file(self) -> bool:
-        """Whether NAME.xml holds this UUID."""
-        found = _definition(self._dirs.config_file(self._name))
-        return found is not None and found.uuid == self._uuid
-
-    def _known(self, found: DomainDef) -> DomainInfo | None:
-        infos = self._infos()
-        by_uuid = next((info for info in infos if info.uuid == found.uuid), None)
-        return by_uuid or next((info for info in infos if info.name == found.name), None)
-
-    def _has_file(self, info: DomainInfo) -> bool:
-        found = _definition(self._dirs.config_file(info.name))
-        return found is not None and found.name == info.name and found.uuid in (None, info.uuid)
-
-    def _file_of(self, name: str, uuid: UUID | None, to_read: set[str]) -> Path | None:
-        others = {info.name for info in self._infos()}
-        return file_of(self._dirs.config_dir, name, uuid, others - to_read)
-
-    def _infos(self) -> list[DomainInfo]:
-        return self._doms._scan(Filter(persistent=True), False)
-
-
-def _definition(path: Path) -> DomainDef | None:
-    found = parse_file(str(path)).result
-    return found if isinstance(found, DomainDef) else None
+    return Commit(dom, make)
 
 
 def save(
-    doms: ListBase[D],
-    dom: D,
+    doms: ListBase[Any],
+    dom: DomainBase,
     dirs: ConfigDirs,
     deadline: Deadline,
-    commit: Commit | None,
+    commit: Commit,
+    step: Step | None = None,
     new: bool = False,
 ) -> None:
-    """Write the definition of the domain's next start; a `new` domain had no file before."""
-    dirs.save(
-        dom.next_definition or dom.definition,
-        deadline.left(),
-        commit,
-        new=new,
-        keep_link=dom.autostart,
-        owner=Owner(doms, dom, dirs),
-    )
+    """Write the definition of the domain's next start; a `new` domain had no file before. `step`:
+    the one that it was inserted with."""
+    owner = Owner(doms, dom, dirs)
+
+    def change() -> None:
+        dirs.save(
+            dom.next_definition or dom.definition,
+            deadline.left(),
+            commit,
+            new=new,
+            keep_link=dom.autostart,
+            owner=owner,
+        )
+
+    if step is None:
+        step = Step.of("save", dirs, *names_of(dom, dirs, owner))
+    commit.run(doms, step, deadline, change)
 
 
-def save_config(doms: ListBase[D], dom: D, deadline: Deadline) -> None:
+def save_config(doms: ListBase[Any], dom: DomainBase, deadline: Deadline) -> None:
     """`DomainListRules.save_config`."""
+    dom.changed  # noqa: B018 - the domain lock is needed, even if there is nothing to do
     dirs = doms._remembered()
-    changed = dom.changed
-    if dirs is None:
-        return
-
-    def note() -> None:
-        dom.autostart = dom.autostart
-        dom.commit(deadline.left())
-
-    # A commit changes the receipt, so no other process takes back a domain whose file we saved.
-    save(doms, dom, dirs, deadline, None if changed else Commit(dom, note))
+    if dirs is not None:
+        save(doms, dom, dirs, deadline, commit_of(dom, deadline))
 
 
 def delete(
-    doms: ListBase[D], dom: D, deadline: Deadline, make: Callable[[], object] | None = None
+    doms: ListBase[Any],
+    dom: DomainBase,
+    deadline: Deadline,
+    make: Callable[[Work | None], object] | None = None,
 ) -> None:
     """Remove the domain's file and link; `make` changes the record."""
     dirs = doms._remembered()
-    name = dom.name
-    commit = None if make is None else Commit(dom, make)
-    if dirs is not None:
-        dirs.delete(name, deadline.left(), commit, owner=Owner(doms, dom, dirs))
-    elif commit is not None:
-        commit()
+    name, work = dom.name, dom._work
+    if dirs is None:
+        if make is not None:
+            make(work)
+        return
+    owner = Owner(doms, dom, dirs)
+    commit = Commit(dom, make or (lambda work: dom._commit_work(work, deadline.left())))
+    step = Step.of("undefine", dirs, *names_of(dom, dirs, owner))
+    commit.run(
+        doms,
+        step,
+        deadline,
+        lambda: dirs.delete(name, deadline.left(), commit, owner=owner),
+        needs_room=False,
+    )
 
 
 def rename(
-    doms: ListBase[D],
-    dom: D,
+    doms: ListBase[Any],
+    dom: DomainBase,
     definition: DomainDef,
     deadline: Deadline,
-    make: Callable[[], object],
+    make: Callable[[Work | None], object],
 ) -> None:
     """Rename the domain's file and link after the new definition; `make` renames the record."""
     dirs = doms._remembered()
-    commit = Commit(dom, make)
-    owner = None if dirs is None else Owner(doms, dom, dirs)
-    if dirs is None or owner is None:
-        commit()
-    elif dom.persistent:
-        left, autostart = deadline.left(), dom.autostart
-        dirs.rename(dom.name, definition, left, commit, autostart=autostart, owner=owner)
-    elif owner.has_file():
-        # A process died defining it, before the record was persistent. If the file stayed, a load
-        # would find this UUID a second time, under the old name.
-        dirs.delete(dom.name, deadline.left(), commit, owner=owner)
+    if dirs is None:
+        make(dom._work)
+        return
+    commit, owner, name = Commit(dom, make), Owner(doms, dom, dirs), dom.name
+    autostart = dom.autostart
+    if dom.persistent:
+
+        def change() -> None:
+            left = deadline.left()
+            dirs.rename(name, definition, left, commit, autostart=autostart, owner=owner)
+
+    elif owner.holds(dirs.config_file(name)):
+        # It was saved before it was persistent. If the file stayed, a load would find this UUID a
+        # second time, under the old name.
+        def change() -> None:
+            dirs.delete(name, deadline.left(), commit, owner=owner)
+
     else:
         commit()
+        return
+    names = (*names_of(dom, dirs, owner), definition.name)
+    commit.run(doms, Step.of("rename", dirs, *names), deadline, change)
 
 
-def set_autostart(doms: ListBase[D], dom: D, enabled: bool, deadline: Deadline) -> None:
+def set_autostart(doms: ListBase[Any], dom: DomainBase, enabled: bool, deadline: Deadline) -> None:
     """`DomainListRules.set_autostart`."""
     if not dom.persistent:
         raise DomainTransient(f"cannot set autostart for transient domain {dom.name!r}")
     if dom.changed:
         raise UncommittedChanges(f"commit or roll back domain '{dom.name}' first")
     dirs = doms._remembered()
+    whole = commit_of(dom, deadline)
 
-    def change() -> None:
+    def make(work: Work | None) -> None:
         dom.autostart = enabled
-        dom.commit(deadline.left())
+        whole._make(work)
 
-    commit = Commit(dom, change)
+    commit = Commit(dom, make)
     try:
-        if dirs is not None and (dirs.autostart_dir is not None or enabled):
-            owner = Owner(doms, dom, dirs)
-            dirs.set_autostart(dom.name, enabled, deadline.left(), commit, owner=owner)
-        else:
+        if dirs is None or (dirs.autostart_dir is None and not enabled):
             commit()
+            return
+        owner = Owner(doms, dom, dirs)
+        name = dom.name
+        commit.run(
+            doms,
+            Step.of("autostart", dirs, *names_of(dom, dirs, owner)),
+            deadline,
+            lambda: dirs.set_autostart(name, enabled, deadline.left(), commit, owner=owner),
+            needs_room=False,
+        )
     except BaseException:
         dom.rollback()
         raise

@@ -17,6 +17,7 @@ from ..errors import DefinitionError
 from ..states import REASONS, DomainState
 from ..xml.definition import DomainDef
 from .values import decode_data, encode_data
+from .work import Work
 
 _FIELDS = ("id", "name", "uuid", "state", "reason", "persistent", "autostart", "pid")
 
@@ -28,7 +29,7 @@ class DomainInfo(metaclass=ABCMeta):
     those of one listing may be of different moments. Compared by content, and picklable.
     """
 
-    __slots__ = ("_blobs", *_FIELDS)
+    __slots__ = ("_blobs", "_started", "_work", *_FIELDS)
 
     id: int
     """The id of the running domain, -1 when it is inactive."""
@@ -44,6 +45,8 @@ class DomainInfo(metaclass=ABCMeta):
     pid: int | None
     """The hypervisor's process id."""
     _blobs: tuple[DomainDef, DomainDef | None, Any] | None
+    _work: Work | None
+    _started: int
 
     def __init__(
         self,
@@ -57,12 +60,17 @@ class DomainInfo(metaclass=ABCMeta):
         autostart: bool,
         pid: int | None,
         blobs: tuple[DomainDef, DomainDef | None, Any] | None,
+        work: Work | None = None,
+        started: int = 0,
     ) -> None:
-        """`blobs`: definition, next definition and data, or ``None`` if taken without them."""
+        """`blobs`: definition, next definition and data, or ``None`` if taken without them. `work`
+        and `started` (of the process) are for a store's rules, and no part of the value."""
         values = (id, name, uuid, state, reason_of(state, reason), persistent, autostart, pid)
         for field, value in zip(_FIELDS, values, strict=True):
             object.__setattr__(self, field, value)
         object.__setattr__(self, "_blobs", blobs)
+        object.__setattr__(self, "_work", work)
+        object.__setattr__(self, "_started", started)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a DomainInfo cannot be changed: it is what was committed then")

@@ -38,6 +38,7 @@ from ..xml.definition import DomainDef
 from .domain import DomainRules
 from .domain_list import DomainListRules
 from .info import DomainInfo, reason_of
+from .steps import settle
 from .store import Changes, Filter, Identity, Key, NewDomain, Store
 from .values import (
     checked_definition,
@@ -49,6 +50,7 @@ from .values import (
     not_found,
     one_key,
 )
+from .work import Caller, Work
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,13 +61,14 @@ R = TypeVar("R")
 class _Hold(Generic[R]):
     """One lock of one domain: its committed state and the uncommitted changes."""
 
-    __slots__ = ("changes", "depth", "info", "record")
+    __slots__ = ("changes", "depth", "info", "intends", "record")
 
     def __init__(self, record: R, info: DomainInfo) -> None:
         self.record = record
         self.info = info
         self.changes: Changes = {}
         self.depth = 0  # of ``with`` blocks
+        self.intends = False  # the holder said what it is going to do
 
 
 class _Mine(threading.local):
@@ -115,9 +118,11 @@ class PlainDomain(DomainRules, Generic[R]):
 
     def lock(self, timeout: float | None = None) -> None:
         """Lock the domain; see `DomainBase.lock`."""
+        deadline = Deadline(timeout)
         self._locker = self._list._take(self._record, timeout)
         if self._locker is None:
             raise DomainRemoved(f"domain {self._uuid} was removed; this handle outlived it")
+        self._list._settle(self, deadline)
 
     def try_lock(self) -> bool:
         """Lock the domain if it is free. Allowed whatever this thread holds."""
@@ -147,6 +152,9 @@ class PlainDomain(DomainRules, Generic[R]):
                 raise NotOwner(f"another thread of this process holds domain {self._uuid}")
             raise DomainNotLocked(f"domain {self._uuid} is not locked by this thread")
         try:
+            work = self._work if hold.intends else None
+            if work is not None:
+                self._work = work.without_intention()
             self._list._commit(hold, deadline.left())
         finally:
             self._list._give_back(hold, seen=True)
@@ -174,6 +182,7 @@ class PlainDomain(DomainRules, Generic[R]):
             return
         if kind is not None:
             hold.changes = {}
+            hold.intends = False
         if hold.depth > 1:
             hold.depth -= 1  # an inner block; the outer one goes on
             return
@@ -248,6 +257,15 @@ class PlainDomain(DomainRules, Generic[R]):
     @pid.setter
     def pid(self, value: int | None) -> None:
         self._change("pid", checked_pid, value)
+        self._held().changes["started"] = 0 if value is None else self._list._store.started(value)
+
+    @property
+    def process_alive(self) -> bool:
+        """Whether the process that was assigned to `pid` runs, and not a later one of its number.
+        False for ``None``, and for a process that did not run when it was assigned."""
+        hold, pid = self._held(), self.pid
+        started = hold.changes.get("started", hold.info._started)
+        return pid is not None and started != 0 and self._list._store.runs(pid, started)
 
     @property
     def persistent(self) -> bool:
@@ -311,6 +329,42 @@ class PlainDomain(DomainRules, Generic[R]):
 
     def _drop_id(self) -> None:
         self._held().changes["id"] = -1
+
+    @property
+    def _work(self) -> Work | None:
+        hold = self._held()
+        if "work" not in hold.changes:
+            return hold.info._work
+        packed = hold.changes["work"]
+        return None if packed is None else Work.decode(packed)
+
+    @_work.setter
+    def _work(self, value: Work | None) -> None:
+        self._held().changes["work"] = None if value is None else value.encode()
+
+    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+        hold = self._held()
+        changes = hold.changes
+        hold.changes = {"work": None if work is None else work.encode()}
+        try:
+            self._list._commit(hold, timeout)
+        finally:
+            changes.pop("work", None)
+            hold.changes = changes
+
+    @property
+    def _intends(self) -> bool:
+        return self._held().intends
+
+    @_intends.setter
+    def _intends(self, value: bool) -> None:
+        self._held().intends = value
+
+    def _caller(self) -> Caller:
+        return self._list._store.caller()
+
+    def _describe(self, caller: Caller) -> LockHolder:
+        return self._list._store.describe(caller)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PlainDomain):
@@ -515,13 +569,25 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
             if hold is None:
                 continue  # removed meanwhile; another domain may have the key now
             if getattr(hold.info, key.kind) == key.value:
-                return self._handle(record, hold)
+                dom = self._handle(record, hold)
+                self._settle(dom, deadline)
+                return dom
             self._give_back(hold, seen=False)
 
     def _handle(self, record: R, hold: _Hold[R]) -> PlainDomain[R]:
         dom = PlainDomain(self, record, hold.info.uuid)
         dom._locker = hold
         return dom
+
+    def _settle(self, dom: PlainDomain[R], deadline: Deadline) -> None:
+        work = dom._held().info._work
+        if work is None or work.step is None:
+            return
+        try:
+            settle(self, dom, deadline.left())
+        except BaseException:
+            dom._release_unseen()
+            raise
 
     def _take(self, record: R, timeout: float | None) -> _Hold[R] | None:
         """Lock a record; ``None`` when it is gone."""
@@ -618,6 +684,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         persistent: bool,
         timeout: float | None,
         made: list[PlainDomain[R] | None],
+        work: Work | None = None,
     ) -> PlainDomain[R]:
         deadline = Deadline(timeout)
         self._need_list_lock("assign_def")
@@ -627,7 +694,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
             raise DomainExists(
                 f"domain '{known.name}' was defined meanwhile with uuid {known.uuid}"
             )
-        new = NewDomain(uuid, name, DomainDef.decode(definition), persistent, state)
+        new = NewDomain(uuid, name, DomainDef.decode(definition), persistent, state, work)
         record, info = self._store.insert(new, deadline.left())
         made[0] = dom = self._handle(record, self._hold(record, info))
         return dom
@@ -647,10 +714,12 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         definition: bytes,
         next_definition: bytes | None,
         timeout: float | None = None,
+        work: Work | None = None,
     ) -> None:
         self._need_list_lock("rename")
         hold = dom._held()
         hold.changes = {"name": name, "definition": DomainDef.decode(definition)}
+        hold.changes["work"] = None if work is None else work.encode()
         if next_definition is not None:
             hold.changes["next_definition"] = DomainDef.decode(next_definition)
         self._commit(hold, timeout)
@@ -660,6 +729,14 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         for record in self._store.records():
             info = self._store.read(record)
             if info is not None:
+                found.append(PlainDomain(self, record, info.uuid))
+        return found
+
+    def _unfinished(self) -> list[PlainDomain[R]]:
+        found = []
+        for record in self._store.records():
+            info = self._store.read(record)
+            if info is not None and info._work is not None and info._work.step is not None:
                 found.append(PlainDomain(self, record, info.uuid))
         return found
 

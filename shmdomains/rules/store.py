@@ -15,7 +15,9 @@ Lock order: list, domain, the config directory's filelock. A thread that holds a
 another only while it holds the list lock, so waits for domains cannot form a cycle.
 
 A caller may die at any instruction. Its commits stay, its uncommitted changes are gone, its locks
-are free, and the next holder of the domain sees `previous_owner_died`.
+are free, and the next holder of the domain sees `previous_owner_died`. If what is under way in a
+domain (`_work`) has a step, the store calls `steps.settle` with the domain just locked, before it
+hands the domain out; an error there unlocks it without consuming the notice of a death.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ..names import Uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef
 from .info import DomainInfo
+from .work import Caller, Work
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,6 +65,7 @@ class NewDomain(NamedTuple):
     definition: DomainDef
     persistent: bool
     state: DomainState
+    work: Work | None = None
 
 
 class Filter(NamedTuple):
@@ -139,7 +143,14 @@ class DomainBase(Protocol):
     @property
     def pid(self) -> int | None: ...
     @pid.setter
-    def pid(self, value: int | None, /) -> None: ...
+    def pid(self, value: int | None, /) -> None:
+        """Also keeps when this process started."""
+
+    @property
+    def process_alive(self) -> bool:
+        """Whether the process that was assigned to `pid` runs, and not a later one of its number.
+        False for ``None``, and for a process that did not run when it was assigned."""
+
     @property
     def persistent(self) -> bool: ...
     @persistent.setter
@@ -207,6 +218,30 @@ class DomainBase(Protocol):
 
     def _drop_id(self) -> None:
         """Take the domain's id away, as part of the transaction."""
+
+    @property
+    def _work(self) -> Work | None:
+        """What is under way in the domain."""
+
+    @_work.setter
+    def _work(self, value: Work | None, /) -> None: ...
+    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+        """Commit this as what is under way, and nothing else: the other changes go on waiting,
+        whatever comes of it."""
+
+    @property
+    def _intends(self) -> bool:
+        """Whether the domain's holder said in this hold what it intends. A clean unlock ends that
+        with its commit (`Work.without_intention`); a ``with`` block that ends with an exception
+        makes this false, so that the intention stays."""
+
+    @_intends.setter
+    def _intends(self, value: bool, /) -> None: ...
+    def _caller(self) -> Caller:
+        """Who calls. Needs no lock."""
+
+    def _describe(self, caller: Caller) -> LockHolder:
+        """Who called, and whether it lives. Needs no lock."""
 
 
 D = TypeVar("D", bound=DomainBase)
@@ -301,6 +336,7 @@ class ListBase(Protocol[D]):
         persistent: bool,
         timeout: float | None,
         made: list[D | None],
+        work: Work | None = None,
     ) -> D:
         """Insert a new, inactive domain, committed and locked. List lock held. `definition` is
         encoded because the loader already has it so. `made` is a list of one element; the handle
@@ -321,9 +357,14 @@ class ListBase(Protocol[D]):
         definition: bytes,
         next_definition: bytes | None,
         timeout: float | None = None,
+        work: Work | None = None,
     ) -> None:
-        """Change name and definitions in one commit. List lock and domain held; the name is
-        free."""
+        """Change name, definitions and what is under way in one commit. List lock and domain held;
+        the name is free."""
+        ...
+
+    def _unfinished(self) -> Sequence[D]:
+        """Unlocked handles to the domains whose committed work has a step. Takes no lock."""
         ...
 
     def _handles(self) -> Sequence[D]:
@@ -374,8 +415,12 @@ class Changes(TypedDict, total=False):
     autostart: bool
     definition: DomainDef
     next_definition: DomainDef | None
+    started: int
+    """When the process `pid` started, as `Store.started` has it."""
     data: bytes | None
     """MessagePack (`values.encode_data`)."""
+    work: bytes | None
+    """`Work.encode`."""
 
 
 class Store(Protocol[R]):
@@ -434,6 +479,17 @@ class Store(Protocol[R]):
     def died(self, record: R) -> LockHolder | None:
         """Who died holding the record since it was last unlocked with `seen`. Record locked."""
         ...
+
+    def started(self, pid: int) -> int:
+        """When the process started, in clock ticks since boot; 0: there is none."""
+        ...
+
+    def runs(self, pid: int, started: int) -> bool:
+        """Whether the process runs that started then."""
+        ...
+
+    def caller(self) -> Caller: ...
+    def describe(self, caller: Caller) -> LockHolder: ...
 
     def remembered(self) -> ConfigDirs | None: ...
     def remember(self, dirs: ConfigDirs | None) -> None:

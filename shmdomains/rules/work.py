@@ -7,8 +7,14 @@ says it, and no death can leave half of it.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import msgspec
 
+from ..config.change import ConfigDirs
+from ..holder import LockHolder
 from ..packing import pack
 
 
@@ -32,6 +38,31 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     defines: bool
     """Whether the domain becomes persistent once its file is there."""
 
+    @classmethod
+    def of(cls, rule: str, dirs: ConfigDirs, *names: str, defines: bool = False) -> Step:
+        """A step in these directories.
+
+        >>> Step.of("rename", ConfigDirs(Path("/etc/vm")), "old", "new").names
+        ('old', 'new')
+        """
+        config_dir, autostart_dir = dirs.config_dir, dirs.autostart_dir
+        return cls(
+            rule,
+            os.fsencode(config_dir),
+            None if autostart_dir is None else os.fsencode(autostart_dir),
+            names,
+            defines,
+        )
+
+    @property
+    def dirs(self) -> ConfigDirs:
+        """The directories."""
+        autostart_dir = self.autostart_dir
+        return ConfigDirs(
+            Path(os.fsdecode(self.config_dir)),
+            None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
+        )
+
 
 class Intended(msgspec.Struct, frozen=True, array_like=True):
     """What a user said it was going to do (`Domain.intend`)."""
@@ -54,6 +85,10 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
         """As MessagePack."""
         return pack(self)
 
+    def without_intention(self) -> Work | None:
+        """What is under way once the user's intention is done."""
+        return replaced(self, intended=None)
+
     @classmethod
     def decode(cls, blob: bytes) -> Work:
         """What `encode` made. Raises `ValueError` for anything else.
@@ -62,3 +97,26 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
         Work(step=None, intended=None)
         """
         return msgspec.msgpack.decode(blob, type=cls)
+
+
+def replaced(work: Work | None, **parts: Any) -> Work | None:
+    """`work` with other parts; ``None`` if nothing is under way then.
+
+    >>> replaced(Work(), step=None) is None
+    True
+    """
+    changed = msgspec.structs.replace(work or Work(), **parts)
+    return None if changed == Work() else changed
+
+
+class Unfinished(msgspec.Struct, frozen=True):
+    """What somebody said it was going to do with a domain and did not end: its name, its data, who,
+    and since when (seconds since the epoch). See `Domain.unfinished`.
+
+    `holder.alive` tells a worker that died from one whose ``with`` block ended with an exception.
+    """
+
+    name: str
+    data: Any
+    holder: LockHolder
+    since: float

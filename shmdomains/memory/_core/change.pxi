@@ -154,7 +154,7 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
     if work is not None:
         encoded = ENCODE_WORK(work)
         set_change(&blobs[SD_WORK], encoded)
-    set_flag(mine, SD_FLAG_UNFINISHED, work is not None and work.step is not None)
+    set_unfinished(mine, work)
     if mine.values.flags & SD_FLAG_PERSISTENT:
         add_news(&mine.noted, DEFINED, RENAMED, mine.values.id)
     cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, &mine.noted,

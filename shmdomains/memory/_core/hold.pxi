@@ -91,6 +91,7 @@ cdef void enter_thread(Record record) noexcept:
     thread.records = <void *>record
     record.pending = 0
     record.touched = False
+    record.intends = False
     record.depth = 0
     record.inside = 0
     record.noted.count = 0
@@ -214,6 +215,57 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
     return 0
 
 
+cdef int commit_work(Record record, object work, uint64_t deadline) except -1:
+    """What is under way, and nothing else: the other changes go on waiting, whatever comes of it.
+    `work` replaces a change of it that waits, too."""
+    cdef sd_blob changes[BLOBS]
+    cdef sd_values waiting
+    cdef sd_news noted = record.noted
+    cdef bint touched
+    cdef int result
+    cdef uint64_t public = SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART
+    encoded = None if work is None else ENCODE_WORK(work)
+    memset(changes, 0, sizeof(changes))
+    changes[SD_WORK].change = True
+    if encoded is not None:
+        set_change(&changes[SD_WORK], encoded)
+    waiting, touched = record.values, record.touched
+    reload_values(record)
+    set_unfinished(record, work)
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, NULL,
+                       deadline)
+    if no_room(result) and reclaim(record.segment, record.slot):
+        result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
+                           NULL, deadline)
+    reload_values(record)
+    record.noted = noted
+    if touched:
+        record.touched = True
+        record.values.id, record.values.pid = waiting.id, waiting.pid
+        record.values.state, record.values.reason = waiting.state, waiting.reason
+        record.values.started = waiting.started
+        record.values.flags = (waiting.flags & public) | (record.values.flags & ~public)
+    record.pending &= ~(1 << SD_WORK)
+    if result != SD_OK:
+        raise_poison_or_code(record.segment, result,
+                             f"note what is begun with domain {uuid_object(record.uuid_raw)}")
+    return 0
+
+
+cdef int set_unfinished(Record record, object work) except -1:
+    return set_flag(record, SD_FLAG_UNFINISHED, work is not None and work.step is not None)
+
+
+cdef int end_intention(Record record) except -1:
+    """What the holder intended is done: the record forgets it with the next commit."""
+    work = read_blob(record, SD_WORK)
+    if work is not None and work.intended is not None:
+        work = work.without_intention()
+        set_blob(record, SD_WORK, work, None if work is None else ENCODE_WORK(work))
+    record.intends = False
+    return 0
+
+
 cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1:
     cdef sd_slot *at
     cdef void *held
@@ -266,9 +318,14 @@ cdef int unlock_record(Record record, object timeout) except -1:
         raise_not_locked(record)
     if sd_self().nested > mine.nested:
         raise_code(SD_NESTED, "unlock a domain")
-    if mine.touched or mine.pending:
+    if mine.touched or mine.pending or mine.intends:
         try:
+            if mine.intends:
+                end_intention(mine)
             commit_changes(mine, deadline)
+        except BaseException:
+            drop_changes(mine)
+            raise
         finally:
             end_hold(mine, True)
         return 0

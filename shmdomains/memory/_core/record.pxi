@@ -35,6 +35,7 @@ cdef class Record:
     cdef uint64_t was_flags
     cdef sd_news noted       # events of the next commit that its changes do not tell of
     cdef bint touched        # `values` differ from what is committed
+    cdef bint intends        # the holder said what it is going to do
     cdef unsigned pending    # changed blobs, one bit each
     cdef list objects        # their values
     cdef list blobs          # and their bytes; None clears
@@ -148,6 +149,7 @@ cdef class Record:
             mine = need_changeable(mine)
             drop_changes(mine)
             reload_values(mine)
+            mine.intends = False
         if mine.depth > 1:
             mine.depth -= 1  # an inner block; the outer one goes on
             return
@@ -333,7 +335,20 @@ cdef class Record:
         encoded = None if value is None else ENCODE_WORK(value)
         cdef Record mine = need_changeable(self)
         set_blob(mine, SD_WORK, value, encoded)
-        set_flag(mine, SD_FLAG_UNFINISHED, value is not None and value.step is not None)
+        set_unfinished(mine, value)
+
+    def _commit_work(self, work, timeout=None):
+        """Commit this as what is under way; the other changes go on waiting. Domain lock."""
+        commit_work(need_changeable(self), work, deadline_of(timeout))
+
+    @property
+    def _intends(self):
+        """Whether the holder said in this hold what it intends: a clean unlock ends that."""
+        return need_locked(self).intends
+
+    @_intends.setter
+    def _intends(self, bint value):
+        need_changeable(self).intends = value
 
     def _note(self, uint32_t type, uint16_t detail=0):
         """An event that the next commit is to have, beside those of its changes. Domain lock."""
