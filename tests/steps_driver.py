@@ -265,8 +265,11 @@ def die_in_rule(pipe: Pipe, doms: DomainList, folder: Path, rule: str, fatal: in
     def look() -> None:
         """Nobody ever sees it persistent without a file; `undefine` takes the file first."""
         info = doms.peek(WEB1)
-        if info is not None and info.persistent and not undefines:
-            assert any(exists(place, os.F_OK) for place in places)
+        if info is None or not info.persistent or undefines:
+            return
+        if not any(exists(place, os.F_OK) for place in places):
+            pipe.conn.send(("raised", "a persistent domain was seen, and no file of it"))
+            os._exit(1)  # raising would hinder the rule in undoing its work
 
     counter = Counter(fatal, look)
     RULES[rule][1](doms)
