@@ -193,7 +193,7 @@ NEXT = [
 
 def loaded(folder: Path) -> dict[UUID, tuple[str, int, bool]]:
     """Name, memory and autostart of each domain that a list without a past finds."""
-    with DomainList(max_domains=100) as later:
+    with DomainList(max_domains=20_000) as later:
         assert later.load_all_configs(folder).failures == []
         later.forget_configs()
         return {info.uuid: as_loaded(info) for info in later}
@@ -483,9 +483,9 @@ def as_told(doms: DomainList, ledger: Ledger) -> None:
 
 
 def define_and_die(pipe: Pipe, doms: DomainList, first: int) -> None:
-    pipe.say("ready")
     for number in itertools.count(first):
         doms.define(xml(f"new{number}", UUID(int=number)))
+        pipe.say()
 
 
 def look_on(pipe: Pipe, doms: DomainList, folder: Path) -> None:
@@ -501,19 +501,21 @@ def look_on(pipe: Pipe, doms: DomainList, folder: Path) -> None:
 
 def watch(pipe: Pipe, folder: Path, rounds: int) -> None:
     """Who defines is killed again and again, while another one looks on."""
+    chance = random.Random(rounds)
     with DomainList(max_domains=20_000) as doms:
         doms.load_all_configs(folder)
         reader = fork(look_on, doms, folder)
         reader.hear()
         for number in range(rounds):
             writer = fork(define_and_die, doms, 1 + 1000 * number)
-            writer.hear()
-            time.sleep(0.02)  # the instant of the blow
+            for _ in range(3):
+                writer.hear()
+            time.sleep(chance.random() * 0.01)  # the instant of the blow
             writer.close()
             for info in doms.list(persistent=False):
                 doms.get(info.uuid).unlock()
         seen = reader.ask()
         reader.close()
         agree(doms, folder)
-        assert len(doms) > rounds
+        assert len(doms) >= 3 * rounds
     pipe.say(seen)

@@ -106,7 +106,7 @@ _REBUILT = {
     "id": "id index rebuilt",
     "heap": "map of used space rebuilt",
     "domain": "what its holder had not committed is rolled back",
-    "files": "the files of its domain are what the record says",
+    "files": "they are what its record says",
 }
 
 

@@ -46,7 +46,7 @@ def compare(doms: ListBase[Any], deadline: Deadline) -> tuple[list[str], list[st
     except LockKindMismatch:
         return problems, ["records and files differ; who can lock the domains may look closer"]
     except _TooLate:
-        return problems, ["there was no time to look at every file"]
+        return problems, ["there was no time to read every file"]
     if len(problems) > MOST:
         left = counted(len(problems) - MOST, "more domain")
         problems[MOST:] = [f"{left} differ from their files"]
