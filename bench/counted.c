@@ -40,7 +40,7 @@ static void add(uint64_t number)
     MUST(sd_list_lock(segment, SD_FOREVER) == SD_OK);
     MUST(sd_free_slot(segment, &link, &slot) == SD_OK);
     MUST(sd_slot_lock(segment, slot, SD_FOREVER) == SD_OK);
-    MUST(sd_insert(segment, slot, link, key.uuid, name, &values, blobs, SD_FOREVER) == SD_OK);
+    MUST(sd_insert(segment, slot, link, key.uuid, name, &values, blobs, NULL, SD_FOREVER) == SD_OK);
     sd_slot_unlock(segment, slot, true);
     sd_list_unlock(segment);
 }
@@ -71,7 +71,7 @@ static void change(int count)
     for (int i = 0; i < count; i++) {
         uint32_t slot = take((uint64_t)i * 7919, &values);
         values.state ^= 2;
-        MUST(sd_commit(segment, slot, &values, blobs, NULL, SD_FOREVER) == SD_OK);
+        MUST(sd_commit(segment, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
         sd_slot_unlock(segment, slot, true);
     }
 }
@@ -98,7 +98,7 @@ int main(int count, char **arguments)
     domains = count > 1 ? strtoull(arguments[1], NULL, 10) : 0;
     MUST(domains);
     int fd = memfd_create("counted", MFD_CLOEXEC);
-    MUST(sd_format(fd, SD_KIND_ROBUST, domains, domains * 4 + 1024) == SD_OK);
+    MUST(sd_format(fd, SD_KIND_ROBUST, domains, domains * 4 + 1024, 1024) == SD_OK);
     MUST(sd_map(fd, &segment, why, sizeof why) == SD_OK);
     for (uint64_t number = 0; number < domains; number++) add(number);
     for (size_t at = 0; at < sizeof loops / sizeof *loops; at++) {

@@ -82,7 +82,7 @@ static sd_segment *make(uint64_t slots, uint64_t cells)
     char why[200];
     int fd = memfd_create("core_test", MFD_CLOEXEC);
     MUST(fd >= 0);
-    MUST(sd_format(fd, SD_KIND_ROBUST, slots, cells) == SD_OK);
+    MUST(sd_format(fd, SD_KIND_ROBUST, slots, cells, 64) == SD_OK);
     MUST(sd_map(fd, &segment, why, sizeof why) == SD_OK, "%s", why);
     return segment;
 }
@@ -125,7 +125,7 @@ static int layout(const char *path)
     sd_geometry at;
     int fd = open(path, O_RDONLY);
     MUST(fd >= 0 && pread(fd, &header, sizeof header, 0) == sizeof header);
-    MUST(sd_geometry_make(&at, header.max_slots, header.heap_cells) == SD_OK);
+    MUST(sd_geometry_make(&at, header.max_slots, header.heap_cells, header.events) == SD_OK);
     print_header();
     print_slot();
     printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
@@ -380,6 +380,8 @@ static void spell_name(uint64_t k, unsigned char *name)
     name[0] = (unsigned char)n;
 }
 
+static const sd_news NEWS = {2, {SD_KIND(1, 2), SD_KIND(3, 4)}, {5, 6}};
+
 /* Everything of a record follows from one number. */
 static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[SD_BLOBS][64],
                       sd_blob blobs[SD_BLOBS])
@@ -418,7 +420,7 @@ static uint32_t add(uint64_t n, uint64_t k)
     spell_name(k, name);
     MUST(sd_free_slot(shared, &link, &slot) == SD_OK);
     MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
-    MUST(sd_insert(shared, slot, link, uuid, name, &values, blobs, SD_FOREVER) == SD_OK);
+    MUST(sd_insert(shared, slot, link, uuid, name, &values, blobs, &NEWS, SD_FOREVER) == SD_OK);
     sd_slot_unlock(shared, slot, true);
     return slot;
 }
@@ -446,11 +448,11 @@ static void *change(void *argument)
         spell_name(k, name);
         MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
         MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
-        MUST(sd_commit(shared, slot, &values, blobs, name, SD_FOREVER) == SD_OK);
+        MUST(sd_commit(shared, slot, &values, blobs, name, &NEWS, SD_FOREVER) == SD_OK);
         /* And one of fields only, which a reader of the blobs need not mind. */
         memset(blobs, 0, sizeof blobs);
         MUST(sd_values_get(shared, slot, &values) == SD_OK);
-        MUST(sd_commit(shared, slot, &values, blobs, NULL, SD_FOREVER) == SD_OK);
+        MUST(sd_commit(shared, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
         sd_slot_unlock(shared, slot, true);
         sd_list_unlock(shared);
     }
@@ -473,7 +475,7 @@ static void *pass(void *unused)
         for (uint64_t n = 0; n < PASSERS; n++) {
             MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
             MUST(sd_slot_lock(shared, slots[n], SD_FOREVER) == SD_OK);
-            MUST(sd_remove(shared, slots[n], SD_FOREVER) == SD_OK);
+            MUST(sd_remove(shared, slots[n], &NEWS, SD_FOREVER) == SD_OK);
             sd_slot_unlock(shared, slots[n], true);
             sd_list_unlock(shared);
         }
@@ -712,7 +714,8 @@ static void work_on(uint32_t slot, uint64_t k)
     if (start) MUST(sd_take_id(shared, &values.id, SD_FOREVER) == SD_OK);
     if (stop) values.id = -1;
     if (!start && !stop) spell(k, &values, words, blobs), spell_name(k, name);
-    MUST(sd_commit(shared, slot, &values, blobs, start || stop ? NULL : name, SD_FOREVER) == SD_OK);
+    MUST(sd_commit(shared, slot, &values, blobs, start || stop ? NULL : name,
+                   start ? &NEWS : NULL, SD_FOREVER) == SD_OK);
     sd_slot_unlock(shared, slot, true);
 }
 
@@ -730,7 +733,7 @@ static int test_stores(void)
             passer = add(k, 1ull << 30 | k << 8 | 255);
         } else if (what == 1 && passer) {
             MUST(sd_slot_lock(shared, passer, SD_FOREVER) == SD_OK);
-            MUST(sd_remove(shared, passer, SD_FOREVER) == SD_OK);
+            MUST(sd_remove(shared, passer, NULL, SD_FOREVER) == SD_OK);
             sd_slot_unlock(shared, passer, true);
             passer = 0;
         } else {
@@ -761,7 +764,7 @@ static void start_or_stop(uint32_t slot)
     MUST(sd_values_get(shared, slot, &values) == SD_OK);
     if (values.id >= 0) values.id = -1;
     else MUST(sd_take_id(shared, &values.id, SD_FOREVER) == SD_OK);
-    MUST(sd_commit(shared, slot, &values, blobs, NULL, SD_FOREVER) == SD_OK);
+    MUST(sd_commit(shared, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
     sd_slot_unlock(shared, slot, true);
 }
 
@@ -785,7 +788,7 @@ static uint32_t toggle_passer(uint64_t number, uint32_t passer, uint64_t k)
 {
     if (!passer) return add(1000 + number, 1ull << 30 | k);
     MUST(sd_slot_lock(shared, passer, SD_FOREVER) == SD_OK);
-    MUST(sd_remove(shared, passer, SD_FOREVER) == SD_OK);
+    MUST(sd_remove(shared, passer, NULL, SD_FOREVER) == SD_OK);
     sd_slot_unlock(shared, passer, true);
     return 0;
 }

@@ -208,7 +208,7 @@ static bool watch(void)
                 0);
     MUST(file >= 0 && now != MAP_FAILED && seen != MAP_FAILED);
     const sd_header *header = (const sd_header *)now;
-    MUST(sd_geometry_make(&at, header->max_slots, header->heap_cells) == SD_OK);
+    MUST(sd_geometry_make(&at, header->max_slots, header->heap_cells, header->events) == SD_OK);
     MUST(at.total_bytes == size);
     for (off_t begin, end = 0; (begin = lseek(file, end, SEEK_DATA)) >= 0;) {
         end = lseek(file, begin, SEEK_HOLE);
@@ -218,32 +218,36 @@ static bool watch(void)
     return true;
 }
 
+#define HEADER_MUTEXES 4
+
 static uint64_t mutexes(void)
 {
-    return 3 + sd_unsealed(((const sd_header *)now)->slot_count);
+    return HEADER_MUTEXES + sd_unsealed(((const sd_header *)now)->slot_count);
 }
 
 static uint64_t mutex_place(uint64_t number)
 {
     const uint64_t places[] = {offsetof(sd_header, list_mutex), offsetof(sd_header, id_mutex),
-                               offsetof(sd_header, heap_mutex)};
-    if (number < 3) return places[number];
-    return at.slots + (number - 3) * sizeof(sd_slot) + offsetof(sd_slot, mutex);
+                               offsetof(sd_header, event_mutex), offsetof(sd_header, heap_mutex)};
+    if (number < HEADER_MUTEXES) return places[number];
+    return at.slots + (number - HEADER_MUTEXES) * sizeof(sd_slot) + offsetof(sd_slot, mutex);
 }
 
 /* Of the slots not yet counted, too: a mutex is initialised before. */
 static bool in_mutex(uint64_t place)
 {
-    for (uint64_t i = 0; i < 3; i++)
+    for (uint64_t i = 0; i < HEADER_MUTEXES; i++)
         if (place - mutex_place(i) < sizeof(pthread_mutex_t)) return true;
     uint64_t slot = (place - at.slots) / sizeof(sd_slot);
     return place >= at.slots && slot < at.max_slots &&
-           place - mutex_place(3 + slot) < sizeof(pthread_mutex_t);
+           place - mutex_place(HEADER_MUTEXES + slot) < sizeof(pthread_mutex_t);
 }
 
 static bool is_time(uint64_t place)
 {
     if (place == offsetof(sd_header, list_owner) + offsetof(sd_owner, since)) return true;
+    if (place >= at.ring && place < at.map)
+        return (place - at.ring) % sizeof(sd_entry) == offsetof(sd_entry, time);
     return place >= at.slots && place < at.names &&
            (place - at.slots) % sizeof(sd_slot) ==
                offsetof(sd_slot, owner) + offsetof(sd_owner, since);

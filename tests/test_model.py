@@ -10,9 +10,21 @@ from collections.abc import Callable
 
 import pytest
 from helpers import SOAK
-from model import free_slots, growth, heap, ids, index, places, semaphore, slots, sums
-from model.explorer import DIED, Explorer, Memory, Model, Outcome, Steps
-from model.operations import after_all, call, consistent, load, lock, store, unlock
+from model import (
+    events,
+    free_slots,
+    growth,
+    heap,
+    ids,
+    index,
+    places,
+    semaphore,
+    slots,
+    sums,
+    waiting,
+)
+from model.explorer import DIED, NOBODY_SLEEPS, Explorer, Memory, Model, Outcome, Steps
+from model.operations import after_all, call, consistent, load, lock, sleep, store, unlock, woken
 
 SUBJECTS = {
     "heap": heap,
@@ -24,6 +36,8 @@ SUBJECTS = {
     "growth": growth,
     "places": places,
     "semaphore": semaphore,
+    "waiting": waiting,
+    "events": events,
 }
 LIMIT = 20_000_000 if SOAK else 400_000
 
@@ -105,6 +119,45 @@ FEWEST = {
     "semaphore: two": 2_500,
     "semaphore: three": 10_000,
     "semaphore: three, three kills": 10_100,
+    "waiting: one": 12_500,
+    "waiting: two": 97_500,
+    "waiting: removed": 12_200,
+    "waiting: reused": 55_700,
+    "waiting: nobody": 4_770,
+    "waiting: stale": 103_000,
+    "waiting: anywhere": 16_400,
+    "waiting: overtaken": 49_300,
+    "waiting: inserted": 704,
+    "waiting: removed, for the list": 57_700,
+    "waiting: unneeded: cur again": 91_300,
+    "waiting: unneeded: wakes under the lock": 24_500,
+    "waiting: reused, two kills": 66_200,
+    "waiting: overtaken, a kill": 89_400,
+    "waiting: two anywhere": 709_000,
+    "waiting: four": 583_000,
+    "events: changed": 11_300,
+    "events: at once": 11_800,
+    "events: removed": 5_760,
+    "events: reused": 14_400,
+    "events: inserted": 5_890,
+    "events: silent": 9_610,
+    "events: dropped twice": 20_800,
+    "events: given up": 3_860,
+    "events: read": 47_100,
+    "events: read at once": 79_000,
+    "events: watched": 2_920,
+    "events: two watch": 59_800,
+    "events: unneeded: repaired, then consistent": 21_400,
+    "events: unneeded: life, too": 14_400,
+    "events: unneeded: settled": 8_490,
+    "events: unneeded: only its own numbers": 11_400,
+    "events: at once, three kills": 14_300,
+    "events: reused, three kills": 19_200,
+    "events: dropped twice, four kills": 21_800,
+    "events: crowd": 353_000,
+    "events: read, two kills": 342_000,
+    "events: read at once, three kills": 94_900,
+    "events: two watch, two kills": 682_000,
 }
 """States that each model had when it was written. Fewer: something is left out by now."""
 
@@ -222,6 +275,32 @@ def test_the_explorer_notices_who_waits_for_ever() -> None:
     processes = [grab("a", "b"), grab("b", "a")]
     crossed = Model({}, ["a", "b"], processes, lambda memory: None, kills=0)
     assert Explorer(crossed).walk().violation == "nobody can go on"
+
+
+def sleeping(wakes: bool = True, ends: int = 0) -> Model:
+    """One sleeps until another has counted; its slice ends if `ends`."""
+
+    def sleeper() -> Steps:
+        if (yield sleep("count", 0, "queue")):
+            yield woken("queue", "ends")
+
+    def counter() -> Steps:
+        yield store("count", 1)
+        if wakes:
+            yield store("queue", NOBODY_SLEEPS)
+
+    words = {"count": 0, "queue": NOBODY_SLEEPS, "ends": ends}
+    return Model(words, [], [sleeper, counter], lambda memory: None, kills=0)
+
+
+def test_the_explorer_puts_to_sleep_and_wakes() -> None:
+    assert Explorer(sleeping()).walk().violation is None
+    assert Explorer(sleeping(wakes=False, ends=1)).walk().violation is None
+    lost = Explorer(sleeping(wakes=False)).walk()
+    assert lost.violation == "nobody can go on"
+    assert lost.schedule.index("process 0 in sleeper: sleep count = 0 -> True") < (
+        lost.schedule.index("process 1 in counter: store count = 1")
+    )
 
 
 def test_the_explorer_says_when_it_did_not_get_to_the_end() -> None:

@@ -11,7 +11,7 @@ What else must hold:
 
 - The stores outside mutexes are the numbered crash points, one for one: a store without a point
   bypasses the inlines of layout.h, and no test that counts points sees a death there.
-- Stores into a mutex (the header's three, one a slot: `pthread_mutex_t` and nothing beside it) come
+- Stores into a mutex (the header's four, one a slot: `pthread_mutex_t` and nothing beside it) come
   from the C library, never from the core.
 - Nothing but these stores changes the segment: not a system call, not another mapping.
 - No image leaves a lock in the victim's name without the kernel's mark.

@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 DomainInfo.register(core.DomainInfo)
 
+DEFAULT_EVENTS = 16_384
 DEFAULT_MAX_DOMAINS = 65_536
 DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024
 
@@ -86,6 +87,7 @@ class ListInfo(msgspec.Struct, frozen=True):
     max_domains: int
     bytes_max: int
     bytes_committed: int
+    events_max: int
     heap_used: int
     heap_free: int
     created: float
@@ -140,7 +142,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     ones, gone with the last process. `create`, `attach` and `open` use a segment with a name.
 
     `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
-    about 16 KiB a domain); memory is committed only as used. `lock` is ``"robust"`` or
+    about 16 KiB a domain); memory is committed only as used. `events` is how many of the last events
+    are kept for `watch`, at 320 bytes each: up to 16,777,216, made a power of two; 0: none; default
+    16,384, fewer if they would take more than a quarter of `max_bytes`. `lock` is ``"robust"`` or
     ``"multiprocessing"``; for the latter, `context` is the multiprocessing context that makes the
     locks, if not the default one.
 
@@ -162,6 +166,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         *name: NoReturn,
         max_domains: int | None = None,
         max_bytes: int | None = None,
+        events: int | None = None,
         lock: Literal["robust", "multiprocessing"] = "robust",
         context: mp_context.BaseContext | None = None,
     ) -> None:
@@ -173,7 +178,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         max_domains = _checked_limit(max_domains, lock)
         fd = os.memfd_create("shmdomains", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            _format(fd, lock, max_domains, max_bytes)
+            _format(fd, lock, max_domains, max_bytes, events)
             # Truncating it would kill whoever is attached (SIGBUS).
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
@@ -194,6 +199,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         path: str | os.PathLike[str] | None = None,
         max_domains: int | None = None,
         max_bytes: int | None = None,
+        events: int | None = None,
         lock: Literal["robust", "multiprocessing"] = "robust",
         context: mp_context.BaseContext | None = None,
         mode: int = 0o600,
@@ -215,7 +221,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
         def fill(fd: int) -> None:
             # Attach before it has a name: a failure here leaves no name behind.
-            _format(fd, lock, limit, max_bytes)
+            _format(fd, lock, limit, max_bytes, events)
             doms._begin_file(fd, file, name, path, *locks)
 
         try:
@@ -259,6 +265,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         path: str | os.PathLike[str] | None = None,
         max_domains: int | None = None,
         max_bytes: int | None = None,
+        events: int | None = None,
         lock: Literal["robust", "multiprocessing"] | None = None,
         context: mp_context.BaseContext | None = None,
         mode: int | None = None,
@@ -275,6 +282,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         """
         deadline = Deadline(timeout)
         asked = {"max_domains": max_domains, "max_bytes": max_bytes, "lock": lock, "mode": mode}
+        asked["events"] = None if events is None else _checked_events(events, None)
         _checked_limit(max_domains, lock or "robust")
         mode = 0o600 if mode is None else mode
         segment_file.check_mode(mode)
@@ -295,6 +303,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
                     path=path,
                     max_domains=max_domains,
                     max_bytes=max_bytes,
+                    events=events,
                     lock=lock or "robust",
                     context=context,
                     mode=mode,
@@ -310,6 +319,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         there = {
             "max_domains": numbers["max_domains"],
             "max_bytes": numbers["bytes_max"],
+            "events": numbers["events"],
             "lock": self._kind,
             "mode": status.st_mode & 0o7777,
             "group": status.st_gid,
@@ -419,6 +429,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
             active=numbers["active"],
             max_domains=numbers["max_domains"],
             bytes_max=numbers["bytes_max"],
+            events_max=numbers["events"],
             bytes_committed=self._bytes_committed(numbers["bytes_committed"]),
             heap_used=numbers["heap_used"],
             heap_free=numbers["heap_max"] - numbers["heap_used"],
@@ -584,6 +595,18 @@ def _checked_limit(max_domains: int | None, lock: str) -> int:
     return max_domains
 
 
+def _checked_events(events: int | None, max_bytes: int | None) -> int:
+    """How many events are kept: 0, or a power of two."""
+    if events is None:
+        events = DEFAULT_EVENTS
+        if max_bytes is not None:
+            events = min(events, max_bytes // 4 // core.EVENT_BYTES)
+            events = 1 << events.bit_length() - 1 if events >= core.MIN_EVENTS else 0
+    if not 0 <= events <= core.MAX_EVENTS:
+        raise ValueError(f"events is 0 (none) to {core.MAX_EVENTS}, not {events}")
+    return 0 if events == 0 else max(core.MIN_EVENTS, 1 << (events - 1).bit_length())
+
+
 def _options(values: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(
         f"{key}={values[key]:#o}" if key == "mode" else f"{key}={values[key]!r}" for key in keys
@@ -593,8 +616,10 @@ def _options(values: dict[str, Any], keys: list[str]) -> str:
 _said: set[str] = set()
 
 
-def _format(fd: int, lock: str, max_domains: int, max_bytes: int | None) -> None:
-    core.format_segment(fd, lock, max_domains, max_bytes)
+def _format(
+    fd: int, lock: str, max_domains: int, max_bytes: int | None, events: int | None
+) -> None:
+    core.format_segment(fd, lock, max_domains, max_bytes, _checked_events(events, max_bytes))
     if "deaths" not in _said and not core.deaths_are_told():
         _said.add("deaths")
         logger.warning(

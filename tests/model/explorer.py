@@ -13,13 +13,18 @@ so, as by a robust mutex. A death before a load is one before what follows it: n
     outcome = yield attempt(word)        does not wait; OK, DIED or BUSY
     yield consistent(word)               what DIED asks for before the unlock
     yield unlock(word)
+    slept = yield sleep(word, value, queue)   FUTEX_WAIT: compares and joins the queue in one step
+    told = yield woken(queue, unless)    waits until it is out of the queue; OVER: `unless` is true
     result = yield call(routine, ...)    another generator; what it read is forgotten at its end
-    yield after_all()                    waits until every other process has ended
+    yield after_all()                    waits until every other process has ended or sleeps
     yield fail(text)                     the claim does not hold
 
 What a generator does next may depend on its arguments and on what it was sent, on nothing else:
 then a process is where its open calls and what they were sent say, and two histories that lead to
 the same place and the same memory are one state. `call` is what keeps the number of states small.
+
+A queue is a word that holds who sleeps, as (process, value it slept on); storing `NOBODY_SLEEPS`
+is FUTEX_WAKE. A death in the sleep is one before it: nobody sees a sleeper.
 """
 
 from __future__ import annotations
@@ -37,6 +42,9 @@ Routine = Callable[..., Generator[Operation, Any, Any]]
 Steps = Generator[Operation, Any, Any]
 
 OK, DIED, BUSY = "ok", "died", "busy"
+OVER = "over"
+"""What `woken` is sent when its slice has ended."""
+NOBODY_SLEEPS: frozenset[tuple[int, Value]] = frozenset()
 
 FREE, DEAD = -1, -2
 """What a lock holds besides its holder's number."""
@@ -117,7 +125,7 @@ class Place:
 
 DEATH = Place(None, (), (), None)
 END = Place(None, (), (), None)
-VISIBLE = ("store", "exchange", "lock", "attempt", "consistent", "unlock")
+VISIBLE = ("store", "exchange", "lock", "attempt", "consistent", "unlock", "sleep")
 State = tuple[tuple[Value, ...], tuple[Place, ...], int]
 
 
@@ -167,7 +175,7 @@ class Explorer:
             if kind == "ended":
                 continue
             ended = False
-            if kind == "after all" and not self._alone(process, places):
+            if kind == "after all" and not self._alone(process, memory, places):
                 continue
             try:
                 step = self._step(memory, process, place.operation)
@@ -182,8 +190,12 @@ class Explorer:
             raise Violation("nobody can go on", state)
         return ended
 
-    def _alone(self, process: int, places: tuple[Place, ...]) -> bool:
-        return all(p.operation[0] == "ended" for i, p in enumerate(places) if i != process)
+    def _alone(self, process: int, memory: tuple[Value, ...], places: tuple[Place, ...]) -> bool:
+        others = [(i, p.operation) for i, p in enumerate(places) if i != process]
+        return all(
+            kind[0] == "ended" or (kind[0] == "woken" and self._step(memory, i, kind) is None)
+            for i, kind in others
+        )
 
     def _reach(
         self,
@@ -230,6 +242,8 @@ class Explorer:
             changed = list(memory)
             changed[at] = table[memory[at]]
             return self._observed(changed), memory[at]
+        if kind in ("sleep", "woken"):
+            return self._sleep(memory, process, operation)
         if kind in ("lock", "attempt"):
             return self._take(memory, process, at, kind == "attempt")
         if kind == "after all":
@@ -237,6 +251,26 @@ class Explorer:
         if kind == "fail":
             raise Violation(at)
         return self._leave(memory, process, at, kind), None
+
+    def _sleep(
+        self, memory: tuple[Value, ...], process: int, operation: Operation
+    ) -> tuple[tuple[Value, ...], Value] | None:
+        """sleep, woken."""
+        changed: list[Any] = list(memory)
+        if operation[0] == "sleep":
+            _, at, value, queue = operation
+            if memory[at] != value:
+                return memory, False
+            changed[queue] |= {(process, value)}
+            return tuple(changed), True
+        _, queue, unless = operation
+        asleep = {sleeper for sleeper in changed[queue] if sleeper[0] == process}
+        if not asleep:
+            return memory, OK
+        if not memory[unless]:
+            return None
+        changed[queue] -= asleep
+        return tuple(changed), OVER
 
     def _take(
         self, memory: tuple[Value, ...], process: int, at: int, try_only: bool
@@ -326,6 +360,10 @@ class Explorer:
             return operation
         if kind == "exchange":
             return kind, self.places[word], operation[2]
+        if kind == "sleep":
+            return kind, self.places[word], operation[2], self.places[operation[3]]
+        if kind == "woken":
+            return kind, self.places[word], self.places[operation[2]]
         if kind != "store":
             return kind, self.places[word]
         also = tuple((self.places[other], value) for other, value in operation[3])
@@ -355,7 +393,7 @@ class Explorer:
         if kind in ("fail", "after all"):
             return kind
         return f"{kind} {names[at]}" + (
-            f" = {operation[2]}" if kind in ("store", "exchange") else ""
+            f" = {operation[2]}" if kind in ("store", "exchange", "sleep") else ""
         )
 
     def _result(self, place: Place, after: Place) -> str:

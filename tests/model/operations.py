@@ -35,6 +35,14 @@ def unlock(word: Word) -> Operation:
     return "unlock", word
 
 
+def sleep(word: Word, value: Value, queue: Word) -> Operation:
+    return "sleep", word, value, queue
+
+
+def woken(queue: Word, unless: Word) -> Operation:
+    return "woken", queue, unless
+
+
 def call(routine: Routine, *arguments: Hashable) -> Operation:
     return "call", routine, arguments
 

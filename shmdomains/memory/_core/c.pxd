@@ -44,18 +44,21 @@ cdef extern from "core.h" nogil:
         sd_word died_who
         sd_word sum_and_pid
         sd_word uuid[2]
-        sd_word dirty
+        sd_word dirty, waiting
+        sd_word why[7]
         sd_owner owner
     ctypedef struct sd_header:
         pthread_mutex_t list_mutex
         pthread_mutex_t id_mutex
         pthread_mutex_t heap_mutex
+        pthread_mutex_t event_mutex
+        sd_word event_count, event_waiting, any_seq, any_waiting
         sd_owner list_owner
         sd_word poisoned, poisoned_at, poisoned_who, poisoned_pid, poisoned_when
         sd_word live, active, slots_committed, list_seq, heap_used
         uint64_t creator_who, creator_pid, created
     ctypedef struct sd_geometry:
-        uint64_t max_slots, heap_cells, total_bytes
+        uint64_t max_slots, heap_cells, events, total_bytes
     ctypedef struct sd_segment:
         int fd
         uint64_t device, inode
@@ -93,6 +96,16 @@ cdef extern from "core.h" nogil:
         uint64_t flags
         uint64_t version[4]
         uint64_t event, started
+    ctypedef struct sd_news:
+        unsigned count
+        uint32_t kind[8]
+        int32_t id[8]
+    ctypedef struct sd_entry:
+        pass
+    ctypedef struct sd_event:
+        uint64_t number, life, kind, time
+        uint64_t uuid[2]
+        unsigned char name[252]
     ctypedef struct sd_key:
         int what
         uint64_t uuid[2]
@@ -119,7 +132,8 @@ cdef extern from "core.h" nogil:
         SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
         SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA, SD_WORK
         SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
-        SD_CELL
+        SD_CELL, SD_IDS, SD_EVENTS, SD_HEAP, SD_NEWS_MAX, SD_EVENTS_MAX, SD_RING_MIN
+        SD_DIED_UNKNOWN, SD_HOLDER_DIED, SD_WHY_WORDS
         SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
         SD_SUM_CELLS, SD_SUMS
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
@@ -143,8 +157,8 @@ cdef extern from "core.h" nogil:
     bint sd_process_runs(uint32_t, uint64_t)
     uint32_t sd_process_of(uint32_t)
     bint sd_alive(uint64_t)
-    uint64_t sd_geometry_fixed(uint64_t)
-    int sd_format(int, uint64_t, uint64_t, uint64_t)
+    uint64_t sd_geometry_fixed(uint64_t, uint64_t)
+    int sd_format(int, uint64_t, uint64_t, uint64_t, uint64_t)
     int sd_map(int, sd_segment **, char *, size_t)
     int sd_descriptor(const sd_segment *)
     uint64_t sd_committed_bytes(const sd_segment *)
@@ -172,11 +186,13 @@ cdef extern from "core.h" nogil:
     int sd_ids_lock(sd_segment *, uint64_t)
     void sd_ids_unlock(sd_segment *)
     void sd_heap_unlock(sd_segment *)
-    int sd_short_locks(sd_segment *, bint, bint, uint64_t)
+    int sd_short_locks(sd_segment *, int, uint64_t)
+    void sd_short_unlock(sd_segment *, int)
     void sd_tidy(sd_segment *, uint32_t)
     int sd_find(sd_segment *, const sd_key *, uint32_t *)
     int sd_mend(sd_segment *, int)
     int sd_scan(const sd_segment *, const sd_key *, uint32_t *)
+    bint sd_matches(const sd_segment *, uint32_t, const sd_key *)
     int sd_find_to_lock(sd_segment *, const sd_key *, uint32_t *)
     int sd_verify(const sd_segment *, uint32_t, const sd_key *, sd_values *)
     int sd_values_get(const sd_segment *, uint32_t, sd_values *)
@@ -184,15 +200,15 @@ cdef extern from "core.h" nogil:
     uint64_t sd_blob_sum(const uint64_t *, int, uint64_t, const void *, uint64_t)
     void sd_name_get(const sd_segment *, uint32_t, uint64_t, unsigned char *)
     int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, uint64_t *)
-    int sd_commit(sd_segment *, uint32_t, const sd_values *, const sd_blob *, const unsigned char *,
-                  uint64_t)
+    int sd_commit(sd_segment *, uint32_t, sd_values *, const sd_blob *, const unsigned char *,
+                  const sd_news *, uint64_t)
     int sd_take_id(sd_segment *, int32_t *, uint64_t)
     void sd_prefetch_replace(const sd_segment *, uint32_t)
     void sd_prefetch_insert(const sd_segment *)
     int sd_free_slot(sd_segment *, sd_word **, uint32_t *)
     int sd_insert(sd_segment *, uint32_t, sd_word *, const uint64_t *, const unsigned char *,
-                  const sd_values *, const sd_blob *, uint64_t)
-    int sd_remove(sd_segment *, uint32_t, uint64_t)
+                  const sd_values *, const sd_blob *, const sd_news *, uint64_t)
+    int sd_remove(sd_segment *, uint32_t, const sd_news *, uint64_t)
     int sd_view_begin(const sd_segment *, uint32_t, sd_view *)
     int sd_view_extent(const sd_segment *, uint32_t, const sd_view *, int, uint64_t *)
     int sd_view_check(const sd_segment *, uint32_t, const sd_view *)
@@ -201,6 +217,14 @@ cdef extern from "core.h" nogil:
     int sd_slots(const sd_segment *, uint32_t *)
     uint64_t sd_unsealed(uint64_t)
     bint sd_count_sound(uint64_t)
+    uint64_t sd_count_value(uint64_t)
+    void sd_raise(sd_word *, uint64_t)
+    int sd_sleep(const sd_word *, uint64_t, sd_word *, uint64_t, uint64_t)
+    int sd_events_lock_briefly(sd_segment *)
+    void sd_events_unlock(sd_segment *)
+    uint64_t sd_ring_count(const sd_segment *)
+    int sd_ring_read(const sd_segment *, uint64_t, sd_event *)
+    bint sd_ring_unsettled(const sd_segment *)
     int sd_settings_set(sd_segment *, const void *, uint64_t)
     int sd_settings_get(const sd_segment *, void *, uint64_t *)
     uint64_t SD_EXTENT_BYTES(uint64_t)

@@ -37,6 +37,7 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     cdef sd_key key
     cdef sd_values values
     cdef sd_blob blobs[BLOBS]
+    cdef sd_news news
     cdef uint32_t slot
     cdef sd_word *link
     cdef uint64_t deadline = deadline_of(timeout)
@@ -53,6 +54,9 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     values.id = values.pid = -1
     values.state = <uint16_t>state
     values.flags = SD_FLAG_PERSISTENT if persistent else 0
+    memset(&news, 0, sizeof(news))
+    if persistent:
+        add_news(&news, DEFINED, ADDED, -1)
     set_change(&blobs[SD_DEFINITION], definition)
     if work is not None:
         encoded = ENCODE_WORK(work)
@@ -69,9 +73,11 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     if result != SD_MISS:
         raise_code(result, f"define domain {name!r}")
     lock_free_slot(doms, &slot, &link, deadline, timeout)
-    result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
+    result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, &news,
+                       deadline)
     if no_room(result) and reclaim(doms, slot):
-        result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, deadline)
+        result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, &news,
+                           deadline)
     if result != SD_OK:
         if epoch == sd_fork_epoch:  # else the lock is the parent's
             release_slot(doms, slot, False)
@@ -121,7 +127,9 @@ cdef int remove_record(Segment doms, Record record, object timeout) except -1:
     cdef Record mine = need_changeable(record)
     cdef uint64_t deadline = deadline_of(timeout)
     need_list(doms, "remove")
-    cdef int result = sd_remove(doms.segment, mine.slot, deadline)
+    cdef sd_news news
+    news_of_end(mine, &news)
+    cdef int result = sd_remove(doms.segment, mine.slot, &news, deadline)
     if result != SD_OK:
         raise_poison_or_code(doms, result, "remove a domain")
     drop_changes(mine)
@@ -147,9 +155,13 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
         encoded = ENCODE_WORK(work)
         set_change(&blobs[SD_WORK], encoded)
     set_unfinished(mine, work)
-    cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
+    if mine.values.flags & SD_FLAG_PERSISTENT:
+        add_news(&mine.noted, DEFINED, RENAMED, mine.values.id)
+    cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, &mine.noted,
+                                deadline)
     if no_room(result) and reclaim(doms, mine.slot):
-        result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, deadline)
+        result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, &mine.noted,
+                           deadline)
     if result != SD_OK:
         reload_values(mine)
         raise_poison_or_code(doms, result, f"rename to {name!r}")

@@ -144,7 +144,7 @@ cdef bint hold_part(Segment doms, int part, uint64_t deadline, object timeout) e
             # Holding a domain, only try: see find_under_lock.
             acquire_list(doms, SD_TRY if holds_any(doms) else deadline, timeout)
             return True
-        result = sd_short_locks(doms.segment, part == SD_PART_IDS, part == SD_PART_HEAP,
+        result = sd_short_locks(doms.segment, SD_IDS if part == SD_PART_IDS else SD_HEAP,
                                 deadline)
         if result != SD_OK:
             raise_poison_or_code(doms, result, "check")

@@ -15,11 +15,13 @@
 #include "prefetch.h"       /* cache lines ahead of their use */
 #include "thread.h"         /* this process's threads, who else runs, the time */
 #include "mutex.h"          /* one robust mutex */
+#include "wait.h"           /* sleep until a word changes */
 #include "segment.h"        /* create, attach, grow, unmap */
 #include "settings.h"       /* what the list remembers for its users */
 #include "index.h"          /* UUID, name, id -> slot */
 #include "heap.h"           /* variable-size blobs */
 #include "fields.h"         /* what a record says: values, name, blobs, views */
+#include "ring.h"           /* the last events */
 #include "rebuild.h"        /* what is derived, from what is committed */
 #include "locks.h"          /* short locks, slot lock, list lock, and their repairs */
 #include "find.h"           /* from a key to a slot */

@@ -19,6 +19,9 @@ _Key: TypeAlias = int | _Uuid | _Value | Record
 R = TypeVar("R", bound=Record)
 
 MAX_DOMAINS: int
+EVENT_BYTES: int
+MIN_EVENTS: int
+MAX_EVENTS: int
 
 def configure(
     *,
@@ -36,7 +39,9 @@ def configure(
     uuid_class: type[UUID],
     holders: ModuleType,
 ) -> None: ...
-def format_segment(fd: int, kind: str, max_domains: int, max_bytes: int | None) -> None: ...
+def format_segment(
+    fd: int, kind: str, max_domains: int, max_bytes: int | None, events: int
+) -> None: ...
 def process_start(pid: int) -> int: ...
 def caller() -> tuple[int, int, int]: ...
 def deaths_are_told() -> bool: ...

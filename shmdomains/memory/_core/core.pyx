@@ -67,6 +67,8 @@ include "read.pxi"      # without a lock: one, many, filtered
 include "change.pxi"    # create, remove, rename; settings
 include "check.pxi"     # every invariant
 include "recover.pxi"   # after a death; salvage after damage
+include "sleep.pxi"     # until a domain, the list or the events change
+include "news.pxi"      # which events a commit makes
 include "hold.pxi"      # a thread's hold of a domain, and its changes
 include "record.pxi"    # Record, the handle; Records
 include "segment.pxi"   # Segment, the attachment; format_segment

@@ -94,6 +94,8 @@ cdef void enter_thread(Record record) noexcept:
     record.intends = False
     record.depth = 0
     record.inside = 0
+    record.noted.count = 0
+    remember_state(record)
 
 
 cdef inline size_t entering() except? 0:
@@ -164,6 +166,8 @@ cdef inline bint is_pending(Record record, int which) noexcept:
 cdef void reload_values(Record record) noexcept:
     sd_values_get(record.segment.segment, record.slot, &record.values)
     record.touched = False
+    record.noted.count = 0
+    remember_state(record)
 
 
 cdef void drop_changes(Record record) noexcept:
@@ -176,6 +180,8 @@ cdef void drop_changes(Record record) noexcept:
 cdef int commit_changes(Record record, uint64_t deadline) except -1:
     """All of them or none; on failure they are rolled back."""
     cdef sd_blob changes[BLOBS]
+    cdef sd_news news
+    cdef const sd_news *told = NULL
     cdef int b, result
     if not record.touched and not record.pending:
         return 0
@@ -185,17 +191,23 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
             changes[b].change = True
             if record.blobs[b] is not None:
                 set_change(&changes[b], record.blobs[b])
-    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, deadline)
+    if has_news(record):
+        collect_news(record, &news)
+        told = &news
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, told,
+                       deadline)
     if no_room(result) and reclaim(record.segment, record.slot):
         result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
-                           deadline)
+                           told, deadline)
     if result != SD_OK:
         _objects, _blobs = record.objects, record.blobs  # freed later: that may run anything
         drop_changes(record)
         reload_values(record)
         return raise_poison_or_code(record.segment, result,
                                     f"commit domain {uuid_object(record.uuid_raw)}; rolled back")
-    reload_values(record)
+    record.touched = False
+    record.noted.count = 0
+    remember_state(record)
     if is_pending(record, SD_DEFINITION) and record.objects[SD_DEFINITION] is not None:
         cache(record.segment.decoded, record.slot, record.life,
               record.values.version[SD_DEFINITION], record.objects[SD_DEFINITION])
@@ -208,6 +220,7 @@ cdef int commit_work(Record record, object work, uint64_t deadline) except -1:
     `work` replaces a change of it that waits, too."""
     cdef sd_blob changes[BLOBS]
     cdef sd_values waiting
+    cdef sd_news noted = record.noted
     cdef bint touched
     cdef int result
     cdef uint64_t public = SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART
@@ -219,11 +232,13 @@ cdef int commit_work(Record record, object work, uint64_t deadline) except -1:
     waiting, touched = record.values, record.touched
     reload_values(record)
     set_unfinished(record, work)
-    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, deadline)
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, NULL,
+                       deadline)
     if no_room(result) and reclaim(record.segment, record.slot):
         result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
-                           deadline)
+                           NULL, deadline)
     reload_values(record)
+    record.noted = noted
     if touched:
         record.touched = True
         record.values.id, record.values.pid = waiting.id, waiting.pid

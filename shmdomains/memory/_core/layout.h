@@ -10,10 +10,12 @@
  *   indexes      3 x levels   UUID, name, id -> slot; table k has 1024 << k entries
  *   slots        384 B each   mutex, identity, both field copies, extent descriptors
  *   names        512 B each   two name buffers a slot
+ *   ring         320 B each   the last events
  *   map          1 bit a cell which heap cells are in use
  *   heap         64 B a cell  the blobs
  *
- * Locks and their order:  list -> slot (a second slot only under the list lock) -> id -> heap.
+ * Locks and their order:  list -> slot (a second slot only under the list lock) -> id -> event; the
+ * heap lock comes after a slot's, and is never held together with the id or the event lock.
  *
  * Fields, names, blobs and settings are double-buffered: one commit word says which of the two is
  * current, and the other one, the spare, is free to be written.
@@ -44,6 +46,23 @@
  *     byte of the heap changes, so a domain can be stopped when the heap is full.  A dead writer
  *     has done it or not; the old definition is garbage like any other.  The blob keeps its version
  *     and with it its checksum.
+ *
+ * W1  Whoever waits for a commit sleeps on the low half of `cur`, which every commit changes, and
+ *     the end of a domain, too.  It raises `waiting` to the number of the commit that it waits for,
+ *     looks at `cur` again, and sleeps; the kernel compares once more.  The writer stores `cur`, a
+ *     full fence, and looks whether `waiting` has reached that number: one of the two sees the
+ *     other.  `waiting` is never lowered, so nobody can hide a sleeper from a writer.  What a dead
+ *     waiter left is behind `cur` after one commit.  A writer that dies between the store and the
+ *     wake costs its waiters one slice.  `event_count` and `any_seq` are slept on in the same way.
+ * E1  A commit with events holds the event lock.  It writes their entries behind `event_count`,
+ *     commits, and then stores `event_count`: that publishes them.  The record tells whether the
+ *     commit happened: a change stores the number of its last event in the field copy, an insert
+ *     and a remove store `life`.  So the next holder of a dead writer's event lock publishes what
+ *     it finds behind `event_count`, or clears it.  Commits without events copy the number along
+ *     and never take the lock; an insert does not copy it, for it is another domain's.  An entry
+ *     that is not published is cleared from the last to the first, so none of them passes for a
+ *     later attempt's.  Where there is no memory for the entries, their numbers are published before
+ *     the commit: readers then miss them.
  *
  * Damage.  A flipped bit must not make a wrong domain under a right name.  So what says which
  * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
@@ -85,6 +104,9 @@
 #define SD_NAME_MAX 251u
 #define SD_HINTS 64
 #define SD_ID_END (1ull << 31)
+#define SD_EVENTS_MAX (1u << 24)
+#define SD_RING_MIN 64u
+#define SD_RING_STEP 256u /* entries that get memory at a time */
 
 typedef _Atomic uint64_t sd_word;
 
@@ -219,6 +241,27 @@ typedef struct {
     sd_word word[2][32];
 } sd_names;
 
+/* One event (E1).  Event lock; readers take none: they load `number`, copy, and load it again.  A
+ * dead writer leaves an entry that is whole or has number 0; the lock's next holder judges it. */
+typedef struct {
+    sd_word number; /* sealed; stored first as 0 and last as it is */
+    sd_word place;  /* low half: slot; high half: how many more events the same commit has */
+    sd_word life;   /* `life` once the commit has happened; of a death: `died_who` */
+    sd_word kind;   /* bits 0-7 type, 8-23 detail, 24-25 SD_BY_*; high half: id, or pid of a death */
+    sd_word time;   /* CLOCK_REALTIME, ns */
+    sd_word uuid[2];
+    sd_word sum;      /* of all the others */
+    sd_word name[32]; /* one byte of length, then the name */
+} sd_entry;
+
+/* Which store is the commit: `cur`, `life`, or `died_who`. */
+enum { SD_BY_CHANGE = 0, SD_BY_LIFE = 1, SD_BY_DEATH = 2 };
+#define SD_HOLDER_DIED 100 /* the type of the only events that the core makes itself */
+#define SD_DIED_UNKNOWN 1  /* in `died_who`: a holder died, nobody knows which */
+#define SD_KIND(type, detail) ((uint64_t)(type) | (uint64_t)(detail) << 8)
+#define SD_KIND_OF(kind) ((kind) & 0xffffff)
+#define SD_KIND_BY(kind) ((int)((kind) >> 24 & 3))
+
 typedef struct {
     /* page 0, line 0..: written by the creator before the file has a name; constant since */
     uint64_t magic, layout, signature;
@@ -230,6 +273,7 @@ typedef struct {
     uint64_t seed;  /* of the hash functions, random */
     uint64_t creator_who, creator_pid, created; /* created: CLOCK_REALTIME, ns */
     uint64_t time_namespace; /* inode; 0: no /proc, or before Linux 5.6 */
+    uint64_t events;         /* entries of the ring, a power of two, or 0: no events */
 
     /* Set once, by the holder of the lock whose repair failed; never cleared.  `poisoned` is stored
      * last: whoever dies before it leaves words that nobody reads, and the next one that fails
@@ -240,6 +284,9 @@ typedef struct {
     uint64_t sum; /* of the constants above; written by the creator with them */
     sd_word poisoned_who, poisoned_pid; /* whoever found it: as in sd_owner */
     sd_word poisoned_when;              /* CLOCK_REALTIME, ns */
+    /* Of whoever waits for any change of the list.  No lock, compare-and-swap only: `any_waiting`
+     * is raised to the number that is waited for, `any_seq` counts up where that is larger (W1). */
+    sd_word any_waiting, any_seq;
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
@@ -266,6 +313,14 @@ typedef struct {
                          sealed */
     sd_word active;   /* entries of the id index; derived: rebuilt by recovery */
 
+    /* The event lock and what it protects. */
+    _Alignas(SD_CACHE_LINE) pthread_mutex_t event_mutex;
+    sd_word event_dirty;    /* as list_dirty */
+    sd_word event_waiting;  /* as `waiting` of a slot, of event_count: no lock */
+    _Alignas(SD_CACHE_LINE) sd_word event_count; /* number of the last published event; sealed.  A
+                                                    damaged one is made anew from the ring */
+    sd_word ring_committed; /* entries with memory; stored after fallocate; sealed */
+
     /* The heap lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t heap_mutex;
     _Alignas(SD_CACHE_LINE) sd_word heap_committed; /* cells with memory and map; stored after
@@ -284,6 +339,7 @@ _Static_assert(sizeof(sd_slot) == 6 * SD_CACHE_LINE, "a slot is six cache lines"
 _Static_assert(offsetof(sd_slot, copy0) == 64 && offsetof(sd_slot, uuid) == 192 &&
                    offsetof(sd_slot, extent) == 256 && offsetof(sd_slot, next_free) == 320,
                "lines of a slot");
+_Static_assert(sizeof(sd_entry) == 5 * SD_CACHE_LINE, "an event is five cache lines");
 _Static_assert(sizeof(sd_names) == 2 * (SD_NAME_AT + 1 + SD_NAME_MAX), "two name buffers");
 _Static_assert(sizeof(sd_header) <= 2 * SD_PAGE, "the header has two pages");
 

@@ -24,6 +24,7 @@
 #include "fields.h"
 #include "mutex.h"
 #include "rebuild.h"
+#include "ring.h"
 
 #include <errno.h>
 
@@ -129,15 +130,31 @@ void sd_ids_unlock(sd_segment *segment)
     sd_mutex_unlock(&segment->header->id_mutex);
 }
 
+static int lock_briefly(sd_segment *segment, pthread_mutex_t *mutex, sd_word *dirty,
+                        int (*rebuild)(sd_segment *))
+{
+    sd_thread *self = sd_self();
+    self->short_wait++;
+    int locked = sd_mutex_lock_briefly(mutex);
+    self->short_wait--;
+    return entered_short(segment, mutex, dirty, locked, rebuild);
+}
+
+int sd_events_lock_briefly(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    return lock_briefly(segment, &header->event_mutex, &header->event_dirty, sd_ring_settle);
+}
+
+void sd_events_unlock(sd_segment *segment)
+{
+    sd_mutex_unlock(&segment->header->event_mutex);
+}
+
 int sd_heap_lock_briefly(sd_segment *segment)
 {
     sd_header *header = segment->header;
-    sd_thread *self = sd_self();
-    self->short_wait++;
-    int locked = sd_mutex_lock_briefly(&header->heap_mutex);
-    self->short_wait--;
-    return entered_short(segment, &header->heap_mutex, &header->heap_dirty, locked,
-                         sd_rebuild_heap);
+    return lock_briefly(segment, &header->heap_mutex, &header->heap_dirty, sd_rebuild_heap);
 }
 
 void sd_heap_unlock(sd_segment *segment)
@@ -145,20 +162,29 @@ void sd_heap_unlock(sd_segment *segment)
     sd_mutex_unlock(&segment->header->heap_mutex);
 }
 
-/* A wait for the heap lock that takes more than a slice begins again with the id lock. */
-int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline)
+/* A wait for the event or the heap lock that takes more than a slice begins again with the id
+ * lock. */
+int sd_short_locks(sd_segment *segment, int which, uint64_t deadline)
 {
     for (;;) {
-        int result = ids ? sd_ids_lock(segment, deadline) : SD_OK;
-        if (result != SD_OK || !heap) return result;
-        result = sd_heap_lock_briefly(segment);
+        int result = which & SD_IDS ? sd_ids_lock(segment, deadline) : SD_OK;
+        if (result != SD_OK || !(which & ~SD_IDS)) return result;
+        result = which & SD_EVENTS ? sd_events_lock_briefly(segment)
+                                   : sd_heap_lock_briefly(segment);
         if (result == SD_OK) return SD_OK;
-        if (ids) sd_ids_unlock(segment);
+        sd_short_unlock(segment, which & SD_IDS);
         if (result != SD_TIMEOUT) return result;
         result = sd_wait_hook(NULL, deadline);
         if (result != SD_OK) return result;
         if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
     }
+}
+
+void sd_short_unlock(sd_segment *segment, int which)
+{
+    if (which & SD_HEAP) sd_heap_unlock(segment);
+    if (which & SD_EVENTS) sd_events_unlock(segment);
+    if (which & SD_IDS) sd_ids_unlock(segment);
 }
 
 /* --- garbage --------------------------------------------------------------------------------- */
@@ -194,16 +220,41 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
 
 /* --- a slot's lock --------------------------------------------------------------------------- */
 
+/* The event of a death, whose commit is the store of `died_who`; event lock held if it is not 0.
+ * Where that lock's holder is stopped for longer than a slice there is no event: the domain matters
+ * more. */
+static uint64_t announce_death(sd_segment *segment, uint32_t slot, uint64_t victim, uint64_t pid)
+{
+    const sd_slot *record = &segment->slots[slot];
+    const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    const sd_news news = {1, {SD_KIND(SD_HOLDER_DIED, 0)}, {(int32_t)pid}};
+    unsigned char name[SD_NAME_MAX + 1];
+    sd_values values;
+    if (!segment->at.events || !(sd_load(&record->life) & 1)) return 0;
+    if (sd_values_get(segment, slot, &values) != SD_OK) return 0;
+    sd_name_get(segment, slot, values.flags, name);
+    if (sd_events_lock_briefly(segment) != SD_OK) return 0;
+    return sd_ring_write(segment, slot, SD_BY_DEATH, victim, uuid, name, &news);
+}
+
 /* The record itself is sound: the old one or the new one.  If the owner record is empty, either the
  * holder died before it signed, or a recoverer got this far before it died itself: then what
  * `died_who` says already stays. */
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid)
 {
     sd_slot *record = &segment->slots[slot];
-    if (who || !sd_load(&record->died_who)) {
+    uint64_t victim = who ? who : SD_DIED_UNKNOWN;
+    for (int w = 0; w < SD_WHY_WORDS; w++)
+        if (sd_load(&record->why[w])) sd_store(&record->why[w], 0);
+    if (who ? sd_load(&record->died_who) != who : !sd_load(&record->died_who)) {
         uint64_t sum = sd_load(&record->sum_and_pid) & ~0xffffffffull;
+        uint64_t event = announce_death(segment, slot, victim, pid);
         sd_store(&record->sum_and_pid, sum | (who ? (uint32_t)pid : 0));
-        sd_publish(&record->died_who, who ? who : 1);
+        sd_publish(&record->died_who, victim);
+        if (event) {
+            sd_ring_publish(segment, event);
+            sd_events_unlock(segment);
+        }
     }
     sd_tidy(segment, slot);
 }

@@ -34,15 +34,20 @@ int sd_semaphore_slice(sem_t *semaphore, sd_owner *owner, uint64_t deadline);
 /* Free such a lock.  False: it is not `who`'s. */
 bool sd_semaphore_leave(sem_t *semaphore, sd_owner *owner, uint64_t who);
 
+/* The core's own short locks, in this order; the heap's is never held with another one. */
+enum { SD_IDS = 1, SD_EVENTS = 2, SD_HEAP = 4 };
 int sd_ids_lock(sd_segment *segment, uint64_t deadline);
 void sd_ids_unlock(sd_segment *segment);
-/* The heap lock is the last one and may be wanted while the id lock is held.  So signals are left
- * alone, and the wait is a slice at most; whoever has to wait longer releases the id lock first. */
+/* Signals are left alone, and the wait is a slice at most: the id lock may be held.  Whoever has to
+ * wait longer releases that first. */
+int sd_events_lock_briefly(sd_segment *segment);
+void sd_events_unlock(sd_segment *segment);
 int sd_heap_lock_briefly(sd_segment *segment);
 void sd_heap_unlock(sd_segment *segment);
-/* The id lock if `ids`, and the heap lock if `heap`.  Signals are looked at only while neither is
+/* Several of them: a sum of SD_IDS, SD_EVENTS, or SD_HEAP.  Signals are looked at only while none is
  * held. */
-int sd_short_locks(sd_segment *segment, bool ids, bool heap, uint64_t deadline);
+int sd_short_locks(sd_segment *segment, int which, uint64_t deadline);
+void sd_short_unlock(sd_segment *segment, int which);
 
 /* Free every descriptor that is not current: how many cells.  Slot and heap lock held. */
 uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot);

@@ -250,6 +250,7 @@ cdef dict read_statistics(Segment doms):
         "max_domains": doms.segment.at.max_slots,
         "slots": sd_slot_count(doms.segment),
         "bytes_max": doms.segment.at.total_bytes,
+        "events": doms.segment.at.events,
         "bytes_committed": sd_committed_bytes(doms.segment),
         "heap_max": doms.segment.at.heap_cells * SD_CELL,
         "heap_used": sd_load(&header.heap_used) * SD_CELL,

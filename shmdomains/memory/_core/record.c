@@ -17,6 +17,7 @@
 #include "mutex.h"
 #include "prefetch.h"
 #include "rebuild.h"
+#include "wait.h"
 
 #include <errno.h>
 
@@ -119,7 +120,7 @@ static void change_places(sd_values *values)
 }
 
 /* The flip together with what the id index says (I4); id lock held, room reserved. */
-static int flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *values, int32_t old)
+static void flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *values, int32_t old)
 {
     sd_header *header = segment->header;
     int result = SD_OK;
@@ -136,7 +137,6 @@ static int flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *va
     /* The commit stands; an index that contradicts itself is rebuilt. */
     if (result == SD_OK) sd_sequence_end(&header->id_seq);
     else sd_rebuild_ids(segment);
-    return SD_OK;
 }
 
 /* The flip together with what the name index says; list lock held, room reserved. */
@@ -155,64 +155,100 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
     else sd_rebuild_list(segment);
 }
 
-int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
-              const sd_blob changes[SD_BLOBS], const unsigned char *name, uint64_t deadline)
+/* After the commit: wake whoever waits for this domain, or for any (W1). */
+static void tell(sd_segment *segment, uint32_t slot)
+{
+    sd_header *header = segment->header;
+    sd_slot *record = &segment->slots[slot];
+    atomic_thread_fence(memory_order_seq_cst);
+    sd_tell(&record->cur, &record->waiting, sd_count_value(sd_load(&record->cur)));
+    uint64_t seq = sd_load(&header->any_seq);
+    if (__builtin_expect(sd_load(&header->any_waiting) <= seq, 1)) return;
+    sd_crash_point();
+    if (atomic_compare_exchange_strong(&header->any_seq, &seq, seq + 1))
+        sd_tell(&header->any_seq, &header->any_waiting, seq + 1);
+}
+
+/* All that comes before the flip: new blobs in the heap, where `next` chooses them. */
+static int make_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_values *next,
+                      const sd_blob blobs[SD_BLOBS], uint64_t deadline)
+{
+    int result = sd_short_locks(segment, SD_HEAP, deadline);
+    if (result != SD_OK) return result;
+    result = allocate_blobs(segment, slot, next->flags, blobs);
+    sd_heap_unlock(segment);
+    if (result == SD_OK) fill_blobs(segment, slot, uuid, next, blobs);
+    return result;
+}
+
+/* The flip, with what belongs to it in indexes and events; their locks are held. */
+static void flip(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], const sd_values *now,
+                 sd_values *next, const unsigned char *old_name, const unsigned char *name,
+                 const sd_news *news)
+{
+    if (news)
+        next->event = sd_ring_write(segment, slot, SD_BY_CHANGE,
+                                    sd_load(&segment->slots[slot].life), uuid,
+                                    name ? name : old_name, news);
+    if (name)
+        flip_with_name(segment, slot, next, old_name, name);
+    else if (now->id != next->id)
+        flip_with_ids(segment, slot, next, now->id);
+    else
+        sd_values_flip(&segment->slots[slot], next);
+    if (news) sd_ring_publish(segment, next->event);
+}
+
+int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_blob changes[SD_BLOBS],
+              const unsigned char *name, const sd_news *news, uint64_t deadline)
 {
     const sd_blob *blobs = changes;
     sd_blob without[SD_BLOBS];
     sd_slot *record = &segment->slots[slot];
     sd_values now, next = *values;
     unsigned char old_name[SD_NAME_MAX + 1];
-    const uint64_t private_flags = ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
+    const uint64_t private_flags =
+        ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
     bool blob_changes = false, new_blobs = false;
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    if (!sd_has_news(segment, news)) news = NULL;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
-    if (name) {
+    if (name || news) {
         sd_name_get(segment, slot, now.flags, old_name);
         if (!old_name[0]) return SD_CORRUPT;
     }
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
-    bool moved = blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs);
-    if (moved) {
+    if (blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs)) {
         change_places(&next);
         memcpy(without, changes, sizeof without);
         without[SD_DEFINITION].change = false;
         blobs = without;
     }
     for (int b = 0; b < SD_BLOBS; b++) {
-        blob_changes |= blobs[b].change;
+        blob_changes |= changes[b].change;
         new_blobs |= blobs[b].change && blobs[b].bytes;
     }
-    bool ids = now.id != next.id, tidy = blob_changes || sd_load(&record->dirty);
+    bool tidy = blob_changes || sd_load(&record->dirty);
+    int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0), result = SD_OK;
 
-    int result = sd_short_locks(segment, ids, new_blobs, deadline);
-    if (result != SD_OK) return result;
-    if (new_blobs) {
-        result = allocate_blobs(segment, slot, next.flags, blobs);
-        sd_heap_unlock(segment);
-    }
+    if (new_blobs) result = make_blobs(segment, slot, uuid, &next, blobs, deadline);
+    else if (blob_changes) fill_blobs(segment, slot, uuid, &next, blobs);
+    if (result == SD_OK && locks) result = sd_short_locks(segment, locks, deadline);
+    bool locked = result == SD_OK;
     /* An id that takes another one's place needs no room: a table is half empty at least. */
-    if (result == SD_OK && next.id >= 0 && now.id < 0) result = reserve(segment, SD_ID_INDEX);
-    if (result != SD_OK) {
-        int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
-        if (ids) sd_ids_unlock(segment);
-        if (new_blobs) sd_tidy(segment, slot);
-        errno = error;
-        return result;
+    if (locked && next.id >= 0 && now.id < 0) result = reserve(segment, SD_ID_INDEX);
+    if (result == SD_OK) {
+        if (name) sd_name_set(segment, slot, uuid, &next, name);
+        flip(segment, slot, uuid, &now, &next, old_name, name, news);
+        *values = next;
     }
-    fill_blobs(segment, slot, uuid, &next, blobs);
-    if (name) {
-        sd_name_set(segment, slot, uuid, &next, name);
-        flip_with_name(segment, slot, &next, old_name, name);
-    } else if (ids) {
-        result = flip_with_ids(segment, slot, &next, now.id);
-    } else {
-        sd_values_flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-    if (tidy) sd_tidy(segment, slot);
+    int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
+    if (locked) sd_short_unlock(segment, locks);
+    if (result == SD_OK) tell(segment, slot);
+    if (result == SD_OK ? tidy : new_blobs) sd_tidy(segment, slot);
+    errno = error;
     return result;
 }
 
@@ -279,44 +315,59 @@ int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot)
     return SD_OK;
 }
 
+/* All of a new domain but the flip, in a FREE slot: blobs, name and uuid; `next` chooses them. */
 static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
-                   const unsigned char *name, const sd_values *values,
-                   const sd_blob blobs[SD_BLOBS], uint64_t deadline)
+                   const unsigned char *name, sd_values *next, const sd_blob blobs[SD_BLOBS],
+                   uint64_t deadline)
 {
     sd_slot *record = &segment->slots[slot];
-    sd_values next = *values, now;
+    sd_values now;
     if (!sd_count_sound(sd_load(&record->cur))) return SD_CORRUPT;
     sd_values_get(segment, slot, &now); /* the slot is FREE: any choice will do */
-    int result = sd_short_locks(segment, false, true, deadline);
+    next->flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
+    next->flags |= now.flags & SD_FLAG_SWAPPED;
+    for (int b = 0; b < SD_BLOBS; b++) next->flags |= now.flags & SD_FLAG_CHOICE(b);
+    int result = make_blobs(segment, slot, uuid, next, blobs, deadline);
     if (result != SD_OK) return result;
-    result = allocate_blobs(segment, slot, now.flags, blobs);
-    sd_heap_unlock(segment);
-    if (result != SD_OK) return result;
-    next.flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
-    next.flags |= now.flags & SD_FLAG_SWAPPED;
-    for (int b = 0; b < SD_BLOBS; b++) next.flags |= now.flags & SD_FLAG_CHOICE(b);
-    fill_blobs(segment, slot, uuid, &next, blobs);
-    sd_name_set(segment, slot, uuid, &next, name);
+    sd_name_set(segment, slot, uuid, next, name);
     sd_store(&record->died_who, 0);
     sd_store(&record->uuid[0], uuid[0]);
     sd_store(&record->uuid[1], uuid[1]);
     sd_store(&record->sum_and_pid, sd_uuid_sum(uuid));
-    sd_values_flip(record, &next);
     return SD_OK;
+}
+
+/* Insert and remove take the event lock also without events: what `life` says of a dead writer's
+ * has to be read before it changes (E1). */
+static int event_lock_of(const sd_segment *segment)
+{
+    return segment->at.events ? SD_EVENTS : 0;
 }
 
 int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t uuid[2],
               const unsigned char *name, const sd_values *values, const sd_blob blobs[SD_BLOBS],
-              uint64_t deadline)
+              const sd_news *news, uint64_t deadline)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
+    sd_values next = *values;
+    uint64_t life = sd_life_begun(sd_load(&record->life));
+    int locks = event_lock_of(segment);
+    if (!sd_has_news(segment, news)) news = NULL;
     int result = reserve(segment, SD_UUID_INDEX);
     if (result == SD_OK) result = reserve(segment, SD_NAME_INDEX);
-    if (result == SD_OK) result = prepare(segment, slot, uuid, name, values, blobs, deadline);
+    if (result == SD_OK) result = prepare(segment, slot, uuid, name, &next, blobs, deadline);
+    if (result == SD_OK && locks) {
+        result = sd_short_locks(segment, locks, deadline);
+        if (result != SD_OK) sd_tidy(segment, slot);
+    }
     if (result != SD_OK) return result;
+    next.event = 0; /* not another domain's (E1) */
+    if (news)
+        next.event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, news);
+    sd_values_flip(record, &next);
     sd_sequence_begin(&header->list_seq);
-    sd_publish(&record->life, sd_life_begun(sd_load(&record->life)));
+    sd_publish(&record->life, life);
     sd_store(link, sd_load(&record->next_free));
     result = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
     if (result == SD_OK)
@@ -325,26 +376,35 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     sd_store(&header->live, sd_load(&header->live) + 1);
     if (result == SD_OK) sd_sequence_end(&header->list_seq);
     else sd_rebuild_list(segment);
+    if (news) sd_ring_publish(segment, next.event);
+    sd_short_unlock(segment, locks);
+    tell(segment, slot);
     return SD_OK;
 }
 
-int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
+int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t deadline)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
     sd_values now;
     unsigned char name[SD_NAME_MAX + 1];
-    uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
+    uint64_t event = 0, uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (!sd_count_sound(sd_load(&record->life))) return SD_CORRUPT;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
     sd_name_get(segment, slot, now.flags, name); /* a damaged one makes the index be rebuilt */
     bool ids = now.id >= 0;
-    int result = sd_short_locks(segment, ids, false, deadline);
+    uint64_t life = sd_life_ended(sd_load(&record->life));
+    int locks = event_lock_of(segment) | (ids ? SD_IDS : 0);
+    int result = locks ? sd_short_locks(segment, locks, deadline) : SD_OK;
     if (result != SD_OK) return result;
+    if (sd_has_news(segment, news))
+        event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, news);
 
     if (ids) sd_sequence_begin(&header->id_seq);
     sd_sequence_begin(&header->list_seq);
-    sd_publish(&record->life, sd_life_ended(sd_load(&record->life)));
+    sd_publish(&record->life, life);
+    /* For those who wait for it (W1).  Two further, so that the same copy stays the current one. */
+    sd_publish(&record->cur, sd_count_seal(sd_count_value(sd_load(&record->cur)) + 2));
     int listed = sd_index_delete(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
     if (listed == SD_OK)
         listed = sd_index_delete(segment, SD_NAME_INDEX,
@@ -359,8 +419,10 @@ int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline)
         sd_store(&header->active, sd_load(&header->active) - 1);
         if (entered == SD_OK) sd_sequence_end(&header->id_seq);
         else sd_rebuild_ids(segment);
-        sd_ids_unlock(segment);
     }
+    if (event) sd_ring_publish(segment, event);
+    sd_short_unlock(segment, locks);
+    tell(segment, slot);
     sd_tidy(segment, slot);
     return SD_OK;
 }

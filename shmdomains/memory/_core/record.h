@@ -2,7 +2,7 @@
 #ifndef SHMDOMAINS_RECORD_H
 #define SHMDOMAINS_RECORD_H
 
-#include "fields.h"
+#include "ring.h"
 
 /* A change to a blob: keep, clear (bytes NULL), or set. */
 typedef struct {
@@ -17,9 +17,10 @@ void sd_prefetch_replace(const sd_segment *segment, uint32_t slot);
 void sd_prefetch_insert(const sd_segment *segment); /* list lock held */
 
 /* Commit.  Slot lock held; with a new name also the list lock (and the caller has checked that the
- * name is free).  On failure nothing has changed. */
-int sd_commit(sd_segment *segment, uint32_t slot, const sd_values *values,
-              const sd_blob blobs[SD_BLOBS], const unsigned char *name, uint64_t deadline);
+ * name is free).  `values` become what is committed.  `news`: its events, or NULL.  On failure
+ * nothing has changed. */
+int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_blob blobs[SD_BLOBS],
+              const unsigned char *name, const sd_news *news, uint64_t deadline);
 /* The next id, never given out again.  Slot lock held. */
 int sd_take_id(sd_segment *segment, int32_t *id, uint64_t deadline);
 
@@ -32,8 +33,8 @@ int sd_free_slot(sd_segment *segment, sd_word **link, uint32_t *slot);
  * checked for duplicates.  On failure nothing has changed. */
 int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t uuid[2],
               const unsigned char *name, const sd_values *values, const sd_blob blobs[SD_BLOBS],
-              uint64_t deadline);
+              const sd_news *news, uint64_t deadline);
 /* Remove.  List lock and slot lock held. */
-int sd_remove(sd_segment *segment, uint32_t slot, uint64_t deadline);
+int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t deadline);
 
 #endif

@@ -10,10 +10,6 @@ from libc.string cimport memcmp
 
 from shmdomains import errors
 
-cdef enum:
-    DIED_UNKNOWN = 1  # in `died_who`: a holder died, nobody knows which
-
-
 @cython.no_gc_clear
 cdef class Record:
     """A handle to one domain's record. `Domain` adds what a domain may do.
@@ -34,6 +30,10 @@ cdef class Record:
     cdef void *before        # and `after`: neighbours among that thread's locked handles
     cdef void *after
     cdef sd_values values    # with the holder's changes
+    cdef int32_t was_id      # what is committed, of what makes events
+    cdef uint16_t was_state
+    cdef uint64_t was_flags
+    cdef sd_news noted       # events of the next commit that its changes do not tell of
     cdef bint touched        # `values` differ from what is committed
     cdef bint intends        # the holder said what it is going to do
     cdef unsigned pending    # changed blobs, one bit each
@@ -318,7 +318,7 @@ cdef class Record:
         who = sd_load(&at.died_who)
         if not who:
             return None
-        return HOLDERS.dead_holder(sd_who_tid(who) if who != DIED_UNKNOWN else 0,
+        return HOLDERS.dead_holder(sd_who_tid(who) if who != SD_DIED_UNKNOWN else 0,
                                    <uint32_t>sd_load(&at.sum_and_pid), sd_who_start(who))
 
     # --- for the rules ---
@@ -349,6 +349,12 @@ cdef class Record:
     @_intends.setter
     def _intends(self, bint value):
         need_changeable(self).intends = value
+
+    def _note(self, uint32_t type, uint16_t detail=0):
+        """An event that the next commit is to have, beside those of its changes. Domain lock."""
+        cdef Record mine = need_changeable(self)
+        add_news(&mine.noted, type, detail, mine.values.id)
+        mine.touched = True
 
     def _is(self, uuid, name):
         """Whether these are the domain's uuid and name. Domain lock."""

@@ -27,9 +27,12 @@ cdef tuple recover_locks(Segment doms, object timeout):
         raise_poison_or_code(doms, SD_POISONED, "recover")
     if doms.segment.list_nonce != sd_self().nonce:
         recover_list(doms, deadline, timeout, repairs, held)
-    recover_short(doms, "id", &doms.segment.header.id_mutex, deadline, timeout, repairs, held)
-    recover_short(doms, "heap", &doms.segment.header.heap_mutex, deadline, timeout, repairs,
+    recover_short(doms, "id", SD_IDS, &doms.segment.header.id_mutex, deadline, timeout, repairs,
                   held)
+    recover_short(doms, "event", SD_EVENTS, &doms.segment.header.event_mutex, deadline, timeout,
+                  repairs, held)
+    recover_short(doms, "heap", SD_HEAP, &doms.segment.header.heap_mutex, deadline, timeout,
+                  repairs, held)
     begin_wait(doms)
     try:
         freed = recover_slots(doms, repairs, held)
@@ -56,18 +59,17 @@ cdef int recover_list(Segment doms, uint64_t deadline, object timeout, list repa
     return 0
 
 
-cdef int recover_short(Segment doms, object which, pthread_mutex_t *mutex, uint64_t deadline,
-                       object timeout, list repairs, list held) except -1:
+cdef int recover_short(Segment doms, object which, int lock, pthread_mutex_t *mutex,
+                       uint64_t deadline, object timeout, list repairs, list held) except -1:
     cdef sd_repair repair
-    cdef bint ids = mutex == &doms.segment.header.id_mutex
     cdef uint32_t victim = sd_mutex_victim(mutex)
     cdef int result
     memset(&sd_self().repair, 0, sizeof(repair))
     begin_wait(doms)
-    result = sd_short_locks(doms.segment, ids, not ids, deadline)
+    result = sd_short_locks(doms.segment, lock, deadline)
     repair = sd_self().repair
     if result == SD_OK:
-        drop_part(doms, SD_PART_IDS if ids else SD_PART_HEAP)
+        sd_short_unlock(doms.segment, lock)
     end_wait(doms)
     if result == SD_TIMEOUT:
         held.append((which, None, timeout_error(NULL, mutex, which, timeout).holder))

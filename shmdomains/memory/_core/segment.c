@@ -50,11 +50,13 @@ static uint64_t place(uint64_t *end, uint64_t bytes)
     return at;
 }
 
-static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells)
+static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells,
+                        uint64_t events)
 {
     uint64_t end = 2 * SD_PAGE;
     at->max_slots = max_slots;
     at->heap_cells = heap_cells;
+    at->events = events;
     at->attached = place(&end, SD_ATTACHED_MAX * 8);
     at->settings = place(&end, 2 * (SD_SETTINGS_BYTES + 8));
     at->levels = 1;
@@ -64,6 +66,7 @@ static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells
             at->table[index][level] = place(&end, 8ull << (SD_INDEX_BITS + level));
     at->slots = place(&end, max_slots * sizeof(sd_slot));
     at->names = place(&end, max_slots * sizeof(sd_names));
+    at->ring = place(&end, events * sizeof(sd_entry));
     uint64_t fixed = end;
     at->map = place(&end, (heap_cells + 63) / 64 * 8);
     at->heap = place(&end, heap_cells * SD_CELL);
@@ -71,19 +74,22 @@ static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells
     return fixed;
 }
 
-int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_cells)
+int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_cells,
+                     uint64_t events)
 {
     memset(geometry, 0, sizeof *geometry);
     if (max_slots < 1 || max_slots > SD_SLOTS_MAX) return SD_FULL;
     if (heap_cells < 64 || heap_cells >= 1ull << (SD_SEAL_BITS - 1)) return SD_FULL;
-    lay_out(geometry, max_slots, heap_cells);
+    if (events > SD_EVENTS_MAX || events & (events - 1)) return SD_FULL;
+    if (events && events < SD_RING_MIN) return SD_FULL;
+    lay_out(geometry, max_slots, heap_cells, events);
     return SD_OK;
 }
 
-uint64_t sd_geometry_fixed(uint64_t max_slots)
+uint64_t sd_geometry_fixed(uint64_t max_slots, uint64_t events)
 {
     sd_geometry unused;
-    return max_slots && max_slots <= SD_SLOTS_MAX ? lay_out(&unused, max_slots, 64) : 0;
+    return max_slots && max_slots <= SD_SLOTS_MAX ? lay_out(&unused, max_slots, 64, events) : 0;
 }
 
 /* --- what must be equal between creator and attacher ----------------------------------------- */
@@ -95,7 +101,7 @@ static uint64_t signature(void)
                               offsetof(pthread_mutex_t, __data.__kind), sizeof(sd_header),
                               offsetof(sd_header, id_mutex), offsetof(sd_header, heap_mutex),
                               sizeof(sd_slot), offsetof(sd_slot, extent), sizeof(sd_names),
-                              SD_CELL, SD_INDEX_BITS, 0x0102030405060708ull};
+                              sizeof(sd_entry), offsetof(sd_header, event_mutex), SD_CELL, SD_INDEX_BITS, 0x0102030405060708ull};
     uint64_t h = SD_LAYOUT;
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         h = (h ^ shape[i]) * 0x9e3779b97f4a7c15ull;
@@ -208,7 +214,7 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
         snprintf(why, n, "unknown kind of lock %llu", (unsigned long long)header->kind);
         return SD_CORRUPT;
     }
-    if (sd_geometry_make(at, header->max_slots, header->heap_cells) != SD_OK ||
+    if (sd_geometry_make(at, header->max_slots, header->heap_cells, header->events) != SD_OK ||
         at->total_bytes != header->total_bytes) {
         snprintf(why, n, "its limits contradict each other");
         return SD_CORRUPT;
@@ -285,6 +291,8 @@ uint64_t sd_committed_bytes(const sd_segment *segment)
         for (uint64_t i = 0; i <= level && i < at->levels; i++)
             bytes += 8ull << (SD_INDEX_BITS + i);
     }
+    uint64_t entries = sd_unsealed(sd_load(&header->ring_committed));
+    if (entries <= at->events) bytes += whole_pages(entries * sizeof(sd_entry));
     if (slots <= at->max_slots)
         bytes += whole_pages(slots * sizeof(sd_slot)) + whole_pages(slots * sizeof(sd_names));
     if (cells <= at->heap_cells)
@@ -299,6 +307,7 @@ static void set_pointers(sd_segment *segment)
     segment->attached = (sd_word *)(segment->base + at->attached);
     segment->slots = (sd_slot *)(segment->base + at->slots);
     segment->names = (sd_names *)(segment->base + at->names);
+    segment->ring = (sd_entry *)(segment->base + at->ring);
     segment->map = (sd_word *)(segment->base + at->map);
     segment->heap = (sd_word *)(segment->base + at->heap);
     for (int index = 0; index < SD_INDEXES; index++)
@@ -318,6 +327,7 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     header->total_bytes = at->total_bytes;
     header->max_slots = at->max_slots;
     header->heap_cells = at->heap_cells;
+    header->events = at->events;
     if (getrandom(header->id, 16, 0) != 16 || getrandom(&header->seed, 8, 0) != 8) return SD_ERRNO;
     header->creator_who = self->process;
     header->creator_pid = self->pid;
@@ -328,18 +338,21 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     sd_store(&header->slot_count, sd_seal(0));
     sd_store(&header->slots_committed, sd_seal(0));
     sd_store(&header->heap_committed, sd_seal(0));
+    sd_store(&header->event_count, sd_seal(0));
+    sd_store(&header->ring_committed, sd_seal(0));
     sd_store(&header->settings_choice, sd_seal(0));
     sd_store(&header->next_id, sd_seal(1)); /* libvirt never gives out 0 either */
     header->magic = SD_MAGIC;
     header->sum = sd_constants_sum(header);
     if (sd_mutex_init(&header->list_mutex) || sd_mutex_init(&header->id_mutex)) return SD_ERRNO;
+    if (sd_mutex_init(&header->event_mutex)) return SD_ERRNO;
     return sd_mutex_init(&header->heap_mutex);
 }
 
-int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells)
+int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells, uint64_t events)
 {
     sd_geometry at;
-    int result = sd_geometry_make(&at, max_slots, heap_cells);
+    int result = sd_geometry_make(&at, max_slots, heap_cells, events);
     if (result != SD_OK) return result;
     if (ftruncate(fd, (off_t)at.total_bytes)) return SD_ERRNO;
     result = commit_file(fd, 0, at.table[0][0]);

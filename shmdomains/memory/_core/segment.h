@@ -7,18 +7,19 @@
 
 #include <sys/types.h>
 
-/* Where everything lies, from two limits. */
+/* Where everything lies, from three limits. */
 typedef struct {
-    uint64_t max_slots, heap_cells, total_bytes;
-    uint64_t attached, settings, slots, names, map, heap; /* offsets */
+    uint64_t max_slots, heap_cells, events, total_bytes;
+    uint64_t attached, settings, slots, names, ring, map, heap; /* offsets */
     unsigned levels;                                      /* of each index */
     uint64_t table[SD_INDEXES][SD_INDEX_LEVELS];          /* offsets */
 } sd_geometry;
 
 /* SD_FULL when the limits are out of range. */
-int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_cells);
+int sd_geometry_make(sd_geometry *geometry, uint64_t max_slots, uint64_t heap_cells,
+                     uint64_t events);
 /* Bytes that a segment takes besides its heap and the heap's map. */
-uint64_t sd_geometry_fixed(uint64_t max_slots);
+uint64_t sd_geometry_fixed(uint64_t max_slots, uint64_t events);
 
 /* A mapped segment, private to this process. */
 typedef struct sd_segment {
@@ -31,6 +32,7 @@ typedef struct sd_segment {
     sd_header *header;
     sd_slot *slots;
     sd_names *names;
+    sd_entry *ring;
     sd_word *attached, *map, *heap;
     sd_word *table[SD_INDEXES][SD_INDEX_LEVELS];
     unsigned users;        /* objects of this process that refer to it */
@@ -48,7 +50,7 @@ typedef struct sd_segment {
 
 /* Format an empty file of any size as a segment (ours alone, not yet published).
  * SD_FULL: limits out of range.  SD_NO_MEMORY.  SD_ERRNO. */
-int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells);
+int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells, uint64_t events);
 
 /* The checksum of a header's constants. */
 uint64_t sd_constants_sum(const sd_header *header);

@@ -11,6 +11,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from shmdomains import errors
 
 MAX_DOMAINS = SD_SLOTS_MAX
+MIN_EVENTS = SD_RING_MIN
+MAX_EVENTS = SD_EVENTS_MAX
+EVENT_BYTES = sizeof(sd_entry)
 
 
 @cython.no_gc_clear
@@ -227,6 +230,57 @@ cdef class Segment:
     def __iter__(self):
         return iter(self.snapshot())
 
+    # --- for the rules: waiting and events (sleep.pxi) ---
+
+    def _handle_of(self, key):
+        """An unlocked handle to the domain with this key, or None. Takes no lock."""
+        return unlocked_handle(self, key)
+
+    def _look(self, Record record not None, bint definitions=True):
+        """(`DomainInfo` or None once it is removed, stamp). Takes no lock."""
+        return read_with_stamp(self, record, definitions)
+
+    def _sleep(self, Record record not None, uint64_t stamp, timeout=None):
+        """Sleep until the domain has changed since the stamp, a slice at most. Takes no lock."""
+        return bool(sleep_on_record(self, record, stamp, deadline_of(timeout)))
+
+    def _list_stamp(self):
+        """The stamp for `_sleep_on_list`; changes from now on are noticed there."""
+        need_open(self)
+        cdef uint64_t stamp = sd_load_acquire(&self.segment.header.any_seq)
+        arm_list(self, stamp)
+        return stamp
+
+    def _sleep_on_list(self, uint64_t stamp, timeout=None):
+        """Sleep until any domain has changed since `_list_stamp`, a slice at most."""
+        return bool(sleep_on_list(self, stamp, deadline_of(timeout)))
+
+    def _changed(self, bytearray marks not None, bint definitions=True):
+        """The committed states of what changed since the last call with these marks (empty at
+        first)."""
+        need_open(self)
+        return read_changed(self, marks, definitions)
+
+    @property
+    def _events_max(self):
+        need_open(self)
+        return self.segment.at.events
+
+    @property
+    def _event_count(self):
+        """The number of the last event; 0: none yet."""
+        need_open(self)
+        return sd_ring_count(self.segment)
+
+    def _event(self, uint64_t number):
+        """(number, ns since the epoch, type, detail, uuid, name, id; of a death its pid, `who` of a
+        death), or None if it was overwritten, or never recorded."""
+        return read_event(self, number)
+
+    def _sleep_on_events(self, uint64_t count, timeout=None):
+        """Sleep until there are more than `count` events, a slice at most."""
+        return bool(sleep_on_events(self, count, deadline_of(timeout)))
+
     # --- for the rules: what a store offers ---
 
     def _insert(self, uuid, name, bytes definition, int state, bint persistent, timeout, list made,
@@ -335,9 +389,10 @@ cdef class Segment:
 cdef Segment NOWHERE = Segment()
 
 
-def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
-    """Make the empty file behind `fd` a segment. `max_bytes` None: about 16 KiB a domain."""
-    cdef uint64_t fixed = sd_geometry_fixed(max_domains)
+def format_segment(int fd, kind, uint64_t max_domains, max_bytes, uint64_t events):
+    """Make the empty file behind `fd` a segment. `max_bytes` None: about 16 KiB a domain; `events`:
+    a power of two, or 0."""
+    cdef uint64_t fixed = sd_geometry_fixed(max_domains, events)
     cdef uint64_t cells
     if not fixed:
         raise ValueError(f"max_domains is 1 to {SD_SLOTS_MAX}, not {max_domains}")
@@ -349,6 +404,6 @@ def format_segment(int fd, kind, uint64_t max_domains, max_bytes):
         cells = <uint64_t>((max_bytes - fixed - 8192) * 8 // (SD_CELL * 8 + 1))
     cdef uint64_t number = (SD_KIND_MULTIPROCESSING if kind == "multiprocessing"
                             else SD_KIND_ROBUST)
-    cdef int result = sd_format(fd, number, max_domains, cells)
+    cdef int result = sd_format(fd, number, max_domains, cells, events)
     if result != SD_OK:
         raise_code(result, "create the segment")
