@@ -328,6 +328,30 @@ def test_a_full_segment_hinders_no_undefine(
     assert len(doms) == 0 and files(folder) == []
 
 
+def test_undefine_in_a_list_without_any_room(tmp_path: Path) -> None:
+    with DomainList(max_domains=100, max_bytes=3 << 20) as doms:
+        doms.load_all_configs(tmp_path)
+        for number in range(5):
+            doms.define(xml(f"vm{number}"))
+        with doms.locked():
+            for number in range(60):
+                doms.assign_def(DomainDef.from_xml(xml(f"filler{number}"))).unlock()
+        size = 1 << 20
+        for info in doms.list(persistent=False):
+            while size and doms[info.uuid].data is None:
+                try:
+                    with doms.get(info.uuid) as dom:
+                        dom.data = b"x" * size
+                except SegmentFull:
+                    size //= 2
+        with doms.get("vm0") as dom, pytest.raises(SegmentFull):
+            dom.intend("start")
+        doms.set_autostart("vm0", True)
+        for info in doms.list(persistent=True):
+            doms.undefine(info.uuid)
+        assert files(tmp_path) == [] and doms.check().problems == []
+
+
 # --- check and recover --------------------------------------------------------------------------
 
 

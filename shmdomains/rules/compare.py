@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from ..config.change import ConfigDirs
-from ..config.parse import scan_paths
+from ..config.parse import first_uuid, scan_paths
 from ..errors import (
     AlreadyLocked,
     ConfigError,
@@ -88,6 +88,8 @@ def _names(directory: Path | None) -> set[str]:
 def _holds(path: Path, info: DomainInfo) -> bool:
     """Whether the file named after the domain holds it; what cannot be parsed is whose name it
     has."""
+    if first_uuid(str(path)) == info.uuid:
+        return True
     found = definition_in(path)
     if found is None:
         return info.persistent
