@@ -16,10 +16,10 @@ from uuid import UUID
 
 import pytest
 from helpers import EVERY_STORE, SOAK, problems, thread_party, xml
-from killing import Child
+from killing import Child, Planted
 from steps_driver import RULES, prove, prove_settling, storm, watch
 
-from shmdomains import ConfigError, DomainDef, DomainList, LockTimeout, SegmentFull
+from shmdomains import ConfigError, DomainDef, DomainList, LockTimeout, SegmentCorrupt, SegmentFull
 from shmdomains.config import ConfigDirs, change
 from shmdomains.rules.work import Step, Work
 
@@ -449,3 +449,42 @@ def test_recover_settles_and_says_so(tmp_path: Path) -> None:
         )
         assert files(tmp_path) == ["web1.xml"]
         assert doms.recover().repairs == []
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+WORK = 3  # the number of the blob
+
+
+def test_a_flipped_bit_in_what_is_under_way_is_an_error(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, tried: Tried
+) -> None:
+    """Never another directory or another name: the domain is handed out, and its files stay."""
+    flipped = 0
+    with DomainList.create(path=path, max_domains=10) as doms, Planted(path) as planted:
+        doms.load_all_configs(tmp_path)
+        doms.define(xml("web1", WEB1))
+        work = Work(begin(doms, tmp_path))
+        size = 8 + len(work.encode())
+        (tmp_path / "web2.xml").write_text(xml("web2", WEB1))
+        place = planted.at["heap"] + (planted.read(planted.extent(0, WORK)) >> 25) * 64
+        for at in range(place, place + size):
+            for bit in range(0, 8, 1 if SOAK else 3):
+                planted.flip(at, bit, 1)
+                with doms.get("web1") as dom, pytest.raises(SegmentCorrupt):
+                    assert dom.unfinished is None
+                with pytest.raises(SegmentCorrupt):
+                    doms.save_config("web1")
+                assert files(tmp_path) == ["web1.xml", "web2.xml"]
+                planted.flip(at, bit, 1)
+                flipped += 1
+        assert "what was begun with it is not settled" in caplog.text
+        doms.get("web1").unlock()
+        assert files(tmp_path) == ["web1.xml"] and doms.check().problems == []
+        # Damage does not hinder anybody in getting rid of the domain.
+        begin(doms, tmp_path)
+        planted.flip(planted.at["heap"] + (planted.read(planted.extent(0, WORK)) >> 25) * 64, 0)
+        doms.undefine("web1")
+        assert files(tmp_path) == [] and doms.check().problems == []
+        doms.unlink(force=True)
+    tried("bits flipped in what is under way", flipped)
