@@ -223,6 +223,16 @@ def test_a_rule_after_what_could_not_be_settled_leaves_it_to_the_next(
     assert doms._unfinished() == []
 
 
+def test_undefine_takes_what_could_not_be_settled(
+    doms: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: nothing can be written, but removed. Else the next load brought it back."""
+    half_renamed(doms, folder)
+    monkeypatch.setattr(ConfigDirs, "settle", _refuse)
+    doms.undefine("web1")
+    assert files(folder) == [] and len(doms) == 0
+
+
 def _refuse(*args: object, **kwargs: object) -> None:
     raise ConfigError(errno.EIO, os.strerror(errno.EIO), "here")
 

@@ -86,11 +86,14 @@ def delete(
     owner = Owner(doms, dom, dirs)
     commit = Commit(dom, make or (lambda work: dom._commit_work(work, deadline.left())))
     step = Step.of("undefine", dirs, *names_of(dom, dirs, owner))
+    # What could not be settled: a file that is left would bring the domain back with the next load.
+    left = None if work is None else work.step
+    others = left.names if left is not None and left.dirs == dirs else ()
     commit.run(
         doms,
         step,
         deadline,
-        lambda: dirs.delete(name, deadline.left(), commit, owner=owner),
+        lambda: dirs.delete(name, deadline.left(), commit, owner=owner, others=others),
         needs_room=False,
     )
 
