@@ -17,10 +17,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
+from shmdomains.deadline import Deadline
 from shmdomains.errors import SegmentFull
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
+from shmdomains.rules.compare import compare
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
 from shmdomains.rules.store import Changes, Key, NewDomain
@@ -197,6 +199,7 @@ class DictDomainList(PlainDomainList[int]):
         for info in infos:
             if (info.definition.name, info.definition.uuid) != (info.name, info.uuid):
                 problems.append(("I1 identity", f"'{info.name}' has another one's definition"))
+        problems += [("config", text) for text in compare(self, Deadline(10))[0]]
         return SimpleNamespace(problems=problems)
 
     @property
