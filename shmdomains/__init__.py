@@ -48,6 +48,7 @@ from .errors import (
     TooManyLocks,
     Unavailable,
     UncommittedChanges,
+    WaitTimeout,
     WrongList,
 )
 from .holder import LockHolder
@@ -157,6 +158,7 @@ __all__ = [
     "Unavailable",
     "UncommittedChanges",
     "Unfinished",
+    "WaitTimeout",
     "WrongList",
     "preload",
     "segments",

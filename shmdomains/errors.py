@@ -79,6 +79,10 @@ class LockTimeout(ShmDomainsError, TimeoutError):
         self.holder = holder
 
 
+class WaitTimeout(ShmDomainsError, TimeoutError):
+    """What was waited for did not come in time. The message says what the domain is now."""
+
+
 class Busy(ShmDomainsError, TimeoutError):
     """Writers kept a lock-free read from a consistent result until its time was up."""
 

@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ import pytest
 from helpers import SOAK, Store, xml
 
 import shmdomains
-from shmdomains import DomainList
+from shmdomains import DomainList, WaitTimeout
 from shmdomains.config import LOCK_NAME
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -137,6 +138,21 @@ def remove(world: World) -> None:
         world.doms.remove_inactive(dom)
 
 
+def wait(world: World) -> None:
+    with suppress(WaitTimeout):
+        world.doms.wait("a", until=lambda info: False, timeout=0.001)
+
+
+def wait_any(world: World) -> None:
+    with suppress(WaitTimeout):
+        world.doms.wait_any(until=lambda info: False, timeout=0.001)
+
+
+def wait_locked(world: World) -> None:
+    with world.doms.get("a") as dom, suppress(WaitTimeout):
+        dom.wait(lambda dom: dom.name == "z", timeout=0.001)
+
+
 RULES: dict[str, Callable[[World], Any]] = {
     "define": lambda world: world.doms.define(xml("c", C)),
     "define without a UUID": lambda world: world.doms.define(xml("c")),
@@ -149,6 +165,9 @@ RULES: dict[str, Callable[[World], Any]] = {
     "lock many": lock_many,
     "remove": remove,
     "load": World.load,
+    "wait": wait,
+    "wait any": wait_any,
+    "wait, locked": wait_locked,
 }
 
 

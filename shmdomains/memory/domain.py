@@ -41,7 +41,7 @@ class Domain(core.Record, DomainRules):
         return holder_of(caller.pid, caller.tid, caller.start)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._segment, *self._key)
+        return _restore, (self._doms, *self._key)
 
 
 def _restore(doms: Any, slot: int, life: int, uuid: bytes) -> Any:

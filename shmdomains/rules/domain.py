@@ -1,6 +1,7 @@
 """One domain: libvirt's rules about it, whatever store holds its record (virDomainObj).
 
-`DomainRules` are activation and the two definitions, written against `DomainBase`. Each store
+`DomainRules` are activation and the two definitions, written against `DomainBase`, beside
+`DomainWaitRules`. Each store
 mixes them into its own handles.
 """
 
@@ -11,12 +12,12 @@ from typing import Any
 
 from ..errors import DomainActive, DomainInactive
 from ..states import DomainState, RunningReason, ShutoffReason
-from .store import DomainBase
 from .values import checked_pid, checked_reason, checked_state, decode_data, encode_data
+from .wait import DomainWaitRules
 from .work import Intended, Unfinished, replaced
 
 
-class DomainRules(DomainBase):
+class DomainRules(DomainWaitRules):
     """Operations on a locked domain. Every method needs the domain's lock."""
 
     __slots__ = ()
