@@ -27,6 +27,8 @@ from shmdomains.rules.store import Changes, Key, NewDomain
 from shmdomains.rules.values import decode_data
 from shmdomains.rules.work import Caller, Work
 
+SLICE = 0.05
+
 
 class OwnedLock:
     """A lock that can say who holds it."""
@@ -56,6 +58,11 @@ class Record:
         self.values = values
         self.commits = 0
         self.gone = False
+        self.changed = threading.Condition()
+
+    def tell(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
 
     def info(self) -> DomainInfo:
         values = dict(self.values)  # one look: a commit replaces the dict
@@ -65,7 +72,16 @@ class Record:
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
+        return DomainInfo(
+            **values,
+            blobs=blobs,
+            work=None if work is None else Work.decode(work),
+            describe=describe,
+        )
+
+
+def describe(caller: Caller) -> LockHolder:
+    return holder.holder_of(caller.pid, caller.tid, caller.start)
 
 
 class DictStore:
@@ -141,11 +157,13 @@ class DictStore:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
+        there.tell()
         return there.info()
 
     def remove(self, record: int, timeout: float | None) -> None:
         there = self._records.pop(record)
         there.gone = True
+        there.tell()
         there.lock.release()
 
     def next_id(self, timeout: float | None) -> int:
@@ -168,7 +186,20 @@ class DictStore:
         return Caller(*core.caller())
 
     def describe(self, caller: Caller) -> LockHolder:
-        return holder.holder_of(caller.pid, caller.tid, caller.start)
+        return describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
+
+    def sleep(self, record: int, receipt: object, timeout: float | None) -> bool:
+        there = self._records.get(record)
+        if there is None:
+            return True
+        with there.changed:
+            return there.changed.wait_for(
+                lambda: there.gone or there.commits != receipt,
+                SLICE if timeout is None else min(timeout, SLICE),
+            )
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs

@@ -40,6 +40,13 @@ class Domain(core.Record, DomainRules):
     def _describe(self, caller: Caller) -> LockHolder:
         return holder_of(caller.pid, caller.tid, caller.start)
 
+    def _runs(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
+
+    @property
+    def _doms(self) -> Any:
+        return self._segment
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._segment, *self._key)
 

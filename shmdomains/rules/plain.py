@@ -342,7 +342,12 @@ class PlainDomain(DomainRules, Generic[R]):
     def _work(self, value: Work | None) -> None:
         self._held().changes["work"] = None if value is None else value.encode()
 
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         hold = self._held()
         changes = hold.changes
         hold.changes = {"work": None if work is None else work.encode()}
@@ -365,6 +370,17 @@ class PlainDomain(DomainRules, Generic[R]):
 
     def _describe(self, caller: Caller) -> LockHolder:
         return self._list._store.describe(caller)
+
+    def _runs(self, caller: Caller) -> bool:
+        return self._list._store.lives(caller)
+
+    @property
+    def _doms(self) -> PlainDomainList[R]:
+        return self._list
+
+    @property
+    def _depth(self) -> int:
+        return self._held().depth
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PlainDomain):
@@ -731,6 +747,29 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
             if info is not None:
                 found.append(PlainDomain(self, record, info.uuid))
         return found
+
+    def _handle_of(
+        self,
+        key: PlainDomain[R] | DomainInfo | Uuid | int | None = None,
+        /,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> PlainDomain[R] | None:
+        self._usable()
+        record = self._store.find(self._key(key, uuid, name, id))
+        info = None if record is None else self._store.read(record)
+        return None if record is None or info is None else PlainDomain(self, record, info.uuid)
+
+    def _look(self, dom: PlainDomain[R]) -> tuple[DomainInfo | None, object]:
+        self._need_ours(dom)
+        stamp = self._store.receipt(dom._record)
+        return self._store.read(dom._record), stamp
+
+    def _sleep(self, dom: PlainDomain[R], stamp: object, timeout: float | None = None) -> bool:
+        self._need_ours(dom)
+        return self._store.sleep(dom._record, stamp, Deadline(timeout).left())
 
     def _unfinished(self) -> list[PlainDomain[R]]:
         found = []

@@ -225,9 +225,14 @@ class DomainBase(Protocol):
 
     @_work.setter
     def _work(self, value: Work | None, /) -> None: ...
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Commit this as what is under way, and nothing else: the other changes go on waiting,
-        whatever comes of it."""
+        whatever comes of it. `events`: those of this commit, pairs of type and detail."""
 
     @property
     def _intends(self) -> bool:
@@ -242,6 +247,17 @@ class DomainBase(Protocol):
 
     def _describe(self, caller: Caller) -> LockHolder:
         """Who called, and whether it lives. Needs no lock."""
+
+    def _runs(self, caller: Caller) -> bool:
+        """Whether the thread that called lives. Needs no lock."""
+
+    @property
+    def _doms(self) -> ListBase[Any]:
+        """The list that the handle came from. Needs no lock."""
+
+    @property
+    def _depth(self) -> int:
+        """How many ``with`` blocks of the domain its holder is in."""
 
 
 D = TypeVar("D", bound=DomainBase)
@@ -361,6 +377,28 @@ class ListBase(Protocol[D]):
     ) -> None:
         """Change name, definitions and what is under way in one commit. List lock and domain held;
         the name is free."""
+        ...
+
+    def _handle_of(
+        self,
+        key: D | DomainInfo | Uuid | int | None = None,
+        /,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> D | None:
+        """An unlocked handle to the domain that has this key now, or ``None``. Takes no lock."""
+        ...
+
+    def _look(self, dom: D) -> tuple[DomainInfo | None, object]:
+        """The committed state, ``None`` once the domain is removed, and a stamp for `_sleep`. Takes
+        no lock."""
+        ...
+
+    def _sleep(self, dom: D, stamp: Any, timeout: float | None = None) -> bool:
+        """Sleep until the domain has changed since the stamp, a slice at most: whether it has.
+        Takes no lock."""
         ...
 
     def _unfinished(self) -> Sequence[D]:
@@ -490,6 +528,11 @@ class Store(Protocol[R]):
 
     def caller(self) -> Caller: ...
     def describe(self, caller: Caller) -> LockHolder: ...
+    def lives(self, caller: Caller) -> bool: ...
+
+    def sleep(self, record: R, receipt: object, timeout: float | None) -> bool:
+        """Sleep until the record's receipt is another one, a slice at most. No lock."""
+        ...
 
     def remembered(self) -> ConfigDirs | None: ...
     def remember(self, dirs: ConfigDirs | None) -> None:
