@@ -50,6 +50,7 @@ from .errors import (
     TooManyLocks,
     Unavailable,
     UncommittedChanges,
+    WaitTimeout,
     WrongList,
 )
 from .holder import LockHolder
@@ -166,6 +167,7 @@ __all__ = [
     "Unavailable",
     "UncommittedChanges",
     "Unfinished",
+    "WaitTimeout",
     "WrongList",
     "preload",
     "segments",

@@ -94,6 +94,10 @@ class DomainBusy(JobTimeout):
     """A job excludes the call: removing, renaming or redefining the domain. `job` says which."""
 
 
+class WaitTimeout(ShmDomainsError, TimeoutError):
+    """What was waited for did not come in time. The message says what the domain is now."""
+
+
 class Busy(ShmDomainsError, TimeoutError):
     """Writers kept a lock-free read from a consistent result until its time was up."""
 

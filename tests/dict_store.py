@@ -27,8 +27,6 @@ from shmdomains.rules.store import Changes, Key, NewDomain
 from shmdomains.rules.values import decode_data
 from shmdomains.rules.work import Caller, Work
 
-SLICE = 0.05
-
 
 class OwnedLock:
     """A lock that can say who holds it."""
@@ -58,11 +56,6 @@ class Record:
         self.values = values
         self.commits = 0
         self.gone = False
-        self.changed = threading.Condition()
-
-    def tell(self) -> None:
-        with self.changed:
-            self.changed.notify_all()
 
     def info(self) -> DomainInfo:
         values = dict(self.values)  # one look: a commit replaces the dict
@@ -94,6 +87,8 @@ class DictStore:
         self._numbers = itertools.count()
         self._ids = itertools.count(1)
         self._dirs: ConfigDirs | None = None
+        self._changed = threading.Condition()
+        self._changes = 0
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -151,20 +146,21 @@ class DictStore:
         record.lock.acquire("a new domain", 0)
         number = next(self._numbers)
         self._records[number] = record
+        self._tell()
         return number, record.info()
 
     def commit(self, record: int, changes: Changes, timeout: float | None) -> DomainInfo:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
-        there.tell()
+        self._tell()
         return there.info()
 
     def remove(self, record: int, timeout: float | None) -> None:
         there = self._records.pop(record)
         there.gone = True
-        there.tell()
         there.lock.release()
+        self._tell()
 
     def next_id(self, timeout: float | None) -> int:
         return next(self._ids)
@@ -172,6 +168,22 @@ class DictStore:
     def receipt(self, record: int) -> object:
         there = self._records.get(record)
         return None if there is None else there.commits
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def sleep(self, record: int, receipt: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.receipt(record) != receipt, timeout)
+
+    def stamp(self) -> object:
+        return self._changes
+
+    def sleep_on_stamp(self, stamp: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._changes != stamp, timeout)
 
     def died(self, record: int) -> LockHolder | None:
         return None
@@ -190,16 +202,6 @@ class DictStore:
 
     def lives(self, caller: Caller) -> bool:
         return core.thread_runs(caller.tid, caller.start)
-
-    def sleep(self, record: int, receipt: object, timeout: float | None) -> bool:
-        there = self._records.get(record)
-        if there is None:
-            return True
-        with there.changed:
-            return there.changed.wait_for(
-                lambda: there.gone or there.commits != receipt,
-                SLICE if timeout is None else min(timeout, SLICE),
-            )
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs

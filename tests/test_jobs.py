@@ -250,9 +250,15 @@ def test_another_domain_is_not_held_at_the_end(doms: Any, dom: Any) -> None:
     assert dom.jobs == ()
 
 
-def test_the_list_is_not_held(doms: Any, dom: Any) -> None:
+def test_no_other_lock_is_held_at_the_beginning(doms: Any, dom: Any) -> None:
     with doms.locked(), pytest.raises(LockOrder, match="list lock"), dom.job("backup"):
         pass
+    with doms.get("b"), pytest.raises(LockOrder, match="another domain"), dom.job("backup"):
+        pass
+    with doms.lock_many(["a", "b"]) as many:
+        with pytest.raises(LockOrder, match="another domain"), many[0].job("backup"):
+            pass
+        assert many[0].is_locked and many[1].is_locked
 
 
 def test_a_domain_that_ends_with_its_job(doms: Any, dom: Any) -> None:

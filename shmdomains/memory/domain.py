@@ -43,12 +43,8 @@ class Domain(core.Record, DomainRules):
     def _runs(self, caller: Caller) -> bool:
         return core.thread_runs(caller.tid, caller.start)
 
-    @property
-    def _doms(self) -> Any:
-        return self._segment
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._segment, *self._key)
+        return _restore, (self._doms, *self._key)
 
 
 def _restore(doms: Any, slot: int, life: int, uuid: bytes) -> Any:

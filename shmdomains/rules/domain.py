@@ -1,6 +1,7 @@
 """One domain: libvirt's rules about it, whatever store holds its record (virDomainObj).
 
-`DomainRules` are activation and the two definitions, written against `DomainBase`. Each store
+`DomainRules` are activation and the two definitions, written against `DomainBase`, beside
+`DomainWaitRules`. Each store
 mixes them into its own handles.
 """
 
@@ -14,12 +15,12 @@ from ..errors import DomainActive, DomainInactive
 from ..job import Job, JobInfo
 from ..states import DomainState, RunningReason, ShutoffReason
 from . import jobs
-from .store import DomainBase
 from .values import checked_pid, checked_reason, checked_state, decode_data, encode_data
+from .wait import DomainWaitRules
 from .work import Intended, Unfinished, replaced
 
 
-class DomainRules(DomainBase):
+class DomainRules(DomainWaitRules):
     """Operations on a locked domain. Every method needs the domain's lock, except those about
     jobs."""
 
@@ -169,9 +170,9 @@ class DomainRules(DomainBase):
 
         Raises, when the block begins: `JobTimeout`, which names the job that was in the way and its
         holder; `AlreadyLocked` (this thread's own job is), `LockOrder` (this thread holds the list
-        lock, or another job and gives no timeout), `UncommittedChanges`, `NotOwner` (nested in no
-        async job of this thread), `DomainRemoved`, `SegmentFull`, and `LockTimeout` if the domain's
-        lock was not free in time.
+        lock, another domain, or another job and gives no timeout), `UncommittedChanges`, `NotOwner`
+        (nested in no async job of this thread), `DomainRemoved`, `SegmentFull`, and `LockTimeout`
+        if the domain's lock was not free in time.
 
         >>> from shmdomains import DomainList, Job
         >>> doms = DomainList()

@@ -45,8 +45,9 @@ from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
 from . import files, jobs, steps
 from .info import DomainInfo
-from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
+from .store import D, Deadline, Filter, Identity, LockedDomains
 from .values import key_of, not_found, one_key
+from .wait import WaitRules
 from .work import Step, Work
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
     return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
 
 
-class DomainListRules(ListBase[D]):
+class DomainListRules(WaitRules[D]):
     """The rules, to be combined with a store."""
 
     # --- locks ---

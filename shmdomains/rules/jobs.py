@@ -323,9 +323,11 @@ class DomainJob:
         )
 
     def _need_order(self) -> None:
-        if self._dom._doms.is_locked:
+        doms = self._dom._doms
+        if doms.is_locked or doms._holds_other(self._dom):
+            held = "the list lock" if doms.is_locked else "another domain"
             raise LockOrder(
-                "this thread holds the list lock; a job may take minutes: unlock the list first"
+                f"this thread holds {held}, and a job may take minutes: unlock it first"
             )
         others = _held()
         if self._kind is Job.ASYNC_NESTED and len(others) == 1 and others[0]._kind is Job.ASYNC:

@@ -155,18 +155,19 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
     else sd_rebuild_list(segment);
 }
 
-/* After the commit: wake whoever waits for this domain, or for any (W1). */
-static void tell(sd_segment *segment, uint32_t slot)
+/* After the commit: wake whoever waits for this domain, or for any (W1).  `cur` is `step` larger. */
+static void tell(sd_segment *segment, uint32_t slot, unsigned step)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
+    uint64_t cur = sd_count_value(sd_load(&record->cur));
     atomic_thread_fence(memory_order_seq_cst);
-    sd_tell(&record->cur, &record->waiting, sd_count_value(sd_load(&record->cur)));
+    sd_tell(&record->cur, &record->waiting, cur - step + 1, cur);
     uint64_t seq = sd_load(&header->any_seq);
     if (__builtin_expect(sd_load(&header->any_waiting) <= seq, 1)) return;
     sd_crash_point();
     if (atomic_compare_exchange_strong(&header->any_seq, &seq, seq + 1))
-        sd_tell(&header->any_seq, &header->any_waiting, seq + 1);
+        sd_tell(&header->any_seq, &header->any_waiting, seq + 1, seq + 1);
 }
 
 /* All that comes before the flip: new blobs in the heap, where `next` chooses them. */
@@ -246,7 +247,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     }
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
-    if (result == SD_OK) tell(segment, slot);
+    if (result == SD_OK) tell(segment, slot, 1);
     if (result == SD_OK ? tidy : new_blobs) sd_tidy(segment, slot);
     errno = error;
     return result;
@@ -378,7 +379,7 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     else sd_rebuild_list(segment);
     if (news) sd_ring_publish(segment, next.event);
     sd_short_unlock(segment, locks);
-    tell(segment, slot);
+    tell(segment, slot, 1);
     return SD_OK;
 }
 
@@ -422,7 +423,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     }
     if (event) sd_ring_publish(segment, event);
     sd_short_unlock(segment, locks);
-    tell(segment, slot);
+    tell(segment, slot, 2);
     sd_tidy(segment, slot);
     return SD_OK;
 }

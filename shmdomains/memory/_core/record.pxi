@@ -406,9 +406,13 @@ cdef class Record:
         mine.touched = True
 
     @property
-    def _segment(self):
-        """The list."""
+    def _doms(self):
         return self.segment
+
+    def _wait_for_change(self, timeout=None):
+        """Release the lock, sleep until the domain has changed or the time is up, lock it again:
+        whether it changed. `with` blocks go on."""
+        return bool(wait_unlocked(self, deadline_of(timeout)))
 
     @property
     def _key(self):

@@ -88,10 +88,11 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
 void sd_ring_publish(sd_segment *segment, uint64_t last)
 {
     sd_header *header = segment->header;
-    if (sd_ring_count(segment) >= last) return; /* without entries: before the commit */
+    uint64_t count = sd_ring_count(segment);
+    if (count >= last) return; /* without entries: before the commit */
     sd_publish(&header->event_count, sd_seal(last));
     atomic_thread_fence(memory_order_seq_cst);
-    sd_tell(&header->event_count, &header->event_waiting, last);
+    sd_tell(&header->event_count, &header->event_waiting, count + 1, last);
 }
 
 /* A copy of an entry that did not move meanwhile, and fits its checksum. */
