@@ -237,6 +237,7 @@ def to_dict(info: DomainInfo) -> dict[str, Any]:
 def job_to_dict(job: JobInfo) -> dict[str, Any]:
     """A job as ``json.dumps`` takes it: kinds in words.
 
+    >>> from shmdomains import Job
     >>> holder = LockHolder(7, 7, None, 2.5, True, "backup-agent")
     >>> info = JobInfo("backup", Job.MODIFY, None, None, holder, 1.5e9, {"percent": 5}, False)
     >>> found = job_to_dict(info)

@@ -11,6 +11,8 @@ Whoever begins a job looks under the domain's lock and commits it there, so two 
 other cannot both begin. Whoever waits holds no lock. It sleeps until the record changes, a slice at
 most, then looks whether the holder still lives. So after a death it waits one slice at most.
 
+(No generator is left before its end here: a Ctrl-C that comes as it is closed would be lost.)
+
 Who holds what in this thread is known here, too (`_mine`). A job in the record that has this
 thread's name and that this thread does not know is of before an `exec`, or of a former thread of
 this number: its holder is dead. A forked child knows its parent's jobs, but has another pid.
@@ -23,8 +25,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
@@ -89,7 +91,7 @@ def _excludes(begun: Begun, kind: Job) -> bool:
 
 
 def _is_mine(begun: Begun, me: Caller) -> bool:
-    return begun.caller == me and any(job._is(begun) for job in _held())
+    return begun.caller == me and bool([job for job in _held() if job._is(begun)])
 
 
 def _lives(dom: DomainBase, begun: Begun, me: Caller) -> bool:
@@ -232,9 +234,8 @@ class DomainJob:
         info, _ = self._dom._doms._look(self._dom)
         if info is None:
             raise _removed(self._dom)
-        return any(
-            job.abort and (job.is_same(mine) or self._is_inside(job)) for job in _jobs(info._work)
-        )
+        asked = [job for job in _jobs(info._work) if job.abort]
+        return bool([job for job in asked if job.is_same(mine) or self._is_inside(job)])
 
     def _is_inside(self, job: Begun) -> bool:
         mine = self._need_begun()
@@ -253,7 +254,7 @@ class DomainJob:
         begun = self._need_begun()
         if self._is_over:
             raise NotOwner(f"job '{self._operation}' is over; begin another one")
-        if not any(job is self for job in _held()):
+        if not [job for job in _held() if job is self]:
             raise NotOwner(
                 f"job '{self._operation}' is another thread's, or of before a fork; only the "
                 "thread that began it can change or end it"
@@ -294,23 +295,26 @@ class DomainJob:
         traceback: TracebackType | None,
         /,
     ) -> None:
+        try:
+            self._finish()
+        except BaseException:
+            with suppress(ShmDomainsError):
+                self._take_back()
+            raise
+
+    def _finish(self) -> None:
         if self._pid != os.getpid():
             return  # a child that was forked in the block: the job is its parent's
         try:
-            try:
-                self._take_up(None)
-            except DomainRemoved:
-                self._forget()  # it ended with its domain
-            if not self._is_over:
-                self.end()
-        except BaseException:
-            with suppress(ShmDomainsError):
-                self._take_back()  # Ctrl-C in the wait for the lock
-            raise
+            self._take_up(None)
+        except DomainRemoved:
+            self._forget()  # it ended with its domain
+        if not self._is_over:
+            self.end()
 
     def __del__(self) -> None:
-        if self._begun is None or self._is_over or self._pid != os.getpid():
-            return
+        if getattr(self, "_begun", None) is None or self._is_over or self._pid != os.getpid():
+            return  # perhaps a signal handler raised before it was made
         if sys.is_finalizing():
             return  # it ends with the process
         with suppress(Exception):
@@ -363,10 +367,10 @@ class DomainJob:
         if kind is Job.ASYNC_NESTED:
             self._need_async(jobs, me)
         blocking = _blocking(dom, work, kind, me)
-        mine = next((job for job in blocking if _is_mine(job, me)), None)
-        if mine is not None:
+        mine = [job for job in blocking if _is_mine(job, me)]
+        if mine:
             raise AlreadyLocked(
-                f"this thread holds job '{mine.operation}' on domain '{dom.name}' and would wait "
+                f"this thread holds job '{mine[0].operation}' on domain '{dom.name}' and would wait "
                 "for itself"
             )
         if blocking:
@@ -398,7 +402,7 @@ class DomainJob:
         return True
 
     def _need_async(self, jobs: tuple[Begun, ...], me: Caller) -> None:
-        if not any(job.kind is Job.ASYNC and _is_mine(job, me) for job in jobs):
+        if not [job for job in jobs if job.kind is Job.ASYNC and _is_mine(job, me)]:
             raise NotOwner(
                 f"job '{self._operation}' is to be nested in an async job, which this thread does "
                 f"not have on domain '{self._dom.name}'"
@@ -430,14 +434,20 @@ class DomainJob:
         packed = encode_data(value)
         if len(packed) > MAX_PROGRESS:
             raise ValueError(f"a progress of {len(packed)} bytes; the limit is {MAX_PROGRESS}")
-        deadline = self._dom._doms._deadline(timeout)
-        with _locked(self._dom, deadline):
-            begun, work = self._need_held(), self._dom._work
+        dom = self._dom
+        deadline, was_locked = dom._doms._deadline(timeout), dom.is_locked
+        try:
+            if not was_locked:
+                dom.lock(deadline.left())
+            begun, work = self._need_held(), dom._work
             jobs = tuple(
                 msgspec.structs.replace(job, progress=packed) if job.is_same(begun) else job
                 for job in _jobs(work)
             )
-            self._dom._commit_work(replaced(work, jobs=jobs), deadline.left())
+            dom._commit_work(replaced(work, jobs=jobs), deadline.left())
+        finally:
+            if not was_locked:
+                dom._release_unseen()
 
     def end(self, timeout: float | None = None) -> None:
         """End it before its block does, or again after the end of the block failed.
@@ -451,13 +461,20 @@ class DomainJob:
 
     def _end(self, timeout: float | None) -> None:
         dom, begun = self._dom, self._need_begun()
-        deadline = dom._doms._deadline(timeout)
-        with suppress(DomainRemoved), _locked(dom, deadline):
+        deadline, was_locked = dom._doms._deadline(timeout), dom.is_locked
+        try:
+            if not was_locked:
+                dom.lock(deadline.left())
             work = dom._work
             jobs = tuple(job for job in _jobs(work) if not job.is_same(begun))
             if jobs != _jobs(work):
                 event = _ENDED, int(self._kind)
                 dom._commit_work(replaced(work, jobs=jobs), deadline.left(), (event,))
+        except DomainRemoved:
+            pass  # it ended with its domain
+        finally:
+            if not was_locked:
+                dom._release_unseen()
         self._forget()
 
     def _take_back(self) -> None:
@@ -475,19 +492,6 @@ class DomainJob:
     def __repr__(self) -> str:
         state = "over" if self._is_over else "not begun" if self._begun is None else "held"
         return f"<DomainJob {self._operation!r} {self._kind.words} {state}>"
-
-
-@contextmanager
-def _locked(dom: DomainBase, deadline: Deadline) -> Iterator[None]:
-    """The domain locked for a moment; nothing to do if this thread has it locked."""
-    if dom.is_locked:
-        yield
-        return
-    try:
-        dom.lock(deadline.left())
-        yield
-    finally:
-        dom._release_unseen()
 
 
 def _removed(dom: DomainBase) -> DomainRemoved:
@@ -530,21 +534,32 @@ def jobs_on(dom: DomainBase) -> tuple[JobInfo, ...]:
 
 def abort(dom: DomainBase, timeout: float | None) -> None:
     """`Domain.abort_job`."""
-    deadline = dom._doms._deadline(timeout)
-    with _locked(dom, deadline):
-        me, work, name = dom._caller(), dom._work, dom.name
-        living = [job for job in _jobs(work) if _lives(dom, job, me)]
-        if not living:
-            raise DomainStateError(f"no job is active on domain '{name}'")
-        asked = max(living, key=lambda job: job.kind is Job.ASYNC)
-        if asked.kind is Job.ASYNC and Job.ABORT not in kinds_of(asked.allow):
-            raise DomainStateError(
-                f"job '{asked.operation}' on domain '{name}' does not allow to abort it"
-            )
+    deadline, was_locked = dom._doms._deadline(timeout), dom.is_locked
+    try:
+        if not was_locked:
+            dom.lock(deadline.left())
+        work = dom._work
+        asked = _to_abort(dom, work)
         jobs = tuple(
             msgspec.structs.replace(job, abort=True) if job is asked else job for job in _jobs(work)
         )
         dom._commit_work(replaced(work, jobs=jobs), deadline.left())
+    finally:
+        if not was_locked:
+            dom._release_unseen()
+
+
+def _to_abort(dom: DomainBase, work: Work | None) -> Begun:
+    me, name = dom._caller(), dom.name
+    living = [job for job in _jobs(work) if _lives(dom, job, me)]
+    if not living:
+        raise DomainStateError(f"no job is active on domain '{name}'")
+    found = max(living, key=lambda job: job.kind is Job.ASYNC)
+    if found.kind is Job.ASYNC and Job.ABORT not in kinds_of(found.allow):
+        raise DomainStateError(
+            f"job '{found.operation}' on domain '{name}' does not allow to abort it"
+        )
+    return found
 
 
 class Excluded(Exception):
