@@ -180,24 +180,27 @@ cdef void drop_changes(Record record) noexcept:
 cdef int commit_changes(Record record, uint64_t deadline) except -1:
     """All of them or none; on failure they are rolled back."""
     cdef sd_blob changes[BLOBS]
+    cdef const sd_blob *changed = NULL
     cdef sd_news news
     cdef const sd_news *told = NULL
     cdef int b, result
     if not record.touched and not record.pending:
         return 0
-    memset(changes, 0, sizeof(changes))
-    for b in range(BLOBS):
-        if is_pending(record, b):
-            changes[b].change = True
-            if record.blobs[b] is not None:
-                set_change(&changes[b], record.blobs[b])
+    if record.pending:
+        changed = changes
+        memset(changes, 0, sizeof(changes))
+        for b in range(BLOBS):
+            if is_pending(record, b):
+                changes[b].change = True
+                if record.blobs[b] is not None:
+                    set_change(&changes[b], record.blobs[b])
     if has_news(record):
         collect_news(record, &news)
         told = &news
-    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, told,
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changed, NULL, told,
                        deadline)
     if no_room(result) and reclaim(record.segment, record.slot):
-        result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
+        result = sd_commit(record.segment.segment, record.slot, &record.values, changed, NULL,
                            told, deadline)
     if result != SD_OK:
         _objects, _blobs = record.objects, record.blobs  # freed later: that may run anything

@@ -86,9 +86,8 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
         int place = sd_place(values->flags, b);
         uint64_t extent = sd_load(&record->extent[place][sd_choice(values->flags, b)]);
         sd_word *to = sd_extent_at(segment, extent);
-        sd_prefetch_write(to, blobs[b].size + 8); /* arrives while the sum is computed */
-        sd_store(to, sd_blob_sum(uuid, b, values->version[b], blobs[b].bytes, blobs[b].size));
-        sd_copy_in(to + 1, blobs[b].bytes, blobs[b].size);
+        sd_prefetch_write(to, blobs[b].size + 8);
+        sd_blob_put(to, uuid, b, values->version[b], blobs[b].bytes, blobs[b].size);
     }
 }
 
@@ -210,7 +209,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     unsigned char old_name[SD_NAME_MAX + 1];
     const uint64_t private_flags =
         ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
-    bool blob_changes = false, new_blobs = false;
+    bool new_blobs = false;
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (!sd_has_news(segment, news)) news = NULL;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
@@ -221,21 +220,20 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
-    if (blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs)) {
-        change_places(&next);
-        memcpy(without, changes, sizeof without);
-        without[SD_DEFINITION].change = false;
-        blobs = without;
+    if (changes) {
+        if (changes[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, changes)) {
+            change_places(&next);
+            memcpy(without, changes, sizeof without);
+            without[SD_DEFINITION].change = false;
+            blobs = without;
+        }
+        for (int b = 0; b < SD_BLOBS; b++) new_blobs |= blobs[b].change && blobs[b].bytes;
     }
-    for (int b = 0; b < SD_BLOBS; b++) {
-        blob_changes |= changes[b].change;
-        new_blobs |= blobs[b].change && blobs[b].bytes;
-    }
-    bool tidy = blob_changes || sd_load(&record->dirty);
+    bool tidy = changes || sd_load(&record->dirty);
     int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0), result = SD_OK;
 
     if (new_blobs) result = make_blobs(segment, slot, uuid, &next, blobs, deadline);
-    else if (blob_changes) fill_blobs(segment, slot, uuid, &next, blobs);
+    else if (changes) fill_blobs(segment, slot, uuid, &next, blobs);
     if (result == SD_OK && locks) result = sd_short_locks(segment, locks, deadline);
     bool locked = result == SD_OK;
     /* An id that takes another one's place needs no room: a table is half empty at least. */
