@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ import pytest
 from helpers import SOAK, Store, xml
 
 import shmdomains
-from shmdomains import DomainList
+from shmdomains import DomainList, WaitTimeout
 from shmdomains.config import LOCK_NAME
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -150,6 +151,21 @@ def job_of_a_locked_domain(world: World) -> None:
         job.progress(1)
 
 
+def wait(world: World) -> None:
+    with suppress(WaitTimeout):
+        world.doms.wait("a", until=lambda info: False, timeout=0.001)
+
+
+def wait_any(world: World) -> None:
+    with suppress(WaitTimeout):
+        world.doms.wait_any(until=lambda info: False, timeout=0.001)
+
+
+def wait_locked(world: World) -> None:
+    with world.doms.get("a") as dom, suppress(WaitTimeout):
+        dom.wait(lambda dom: dom.name == "z", timeout=0.001)
+
+
 RULES: dict[str, Callable[[World], Any]] = {
     "define": lambda world: world.doms.define(xml("c", C)),
     "define without a UUID": lambda world: world.doms.define(xml("c")),
@@ -164,6 +180,9 @@ RULES: dict[str, Callable[[World], Any]] = {
     "load": World.load,
     "job": job,
     "job of a locked domain": job_of_a_locked_domain,
+    "wait": wait,
+    "wait any": wait_any,
+    "wait, locked": wait_locked,
 }
 
 

@@ -93,6 +93,7 @@ for _command in (
     domain_commands.domname,
     domain_commands.domuuid,
     domain_commands.dumpxml,
+    domain_commands.wait,
     domain_commands.define,
     domain_commands.undefine,
     domain_commands.rename,

@@ -38,11 +38,14 @@ from .tables import (
 )
 from .types import (
     Target,
+    complete_state,
     domain_argument,
     find_domain,
     flag,
     format_option,
+    seconds,
     source_text,
+    state,
     timeout_option,
     to_read,
 )
@@ -270,6 +273,46 @@ def domuuid(target: Target, domain: str) -> None:
     """Print a domain's UUID."""
     with found_domain(target, domain) as (_, info):
         click.echo(info.uuid)
+
+
+@click.command()
+@domain_argument
+@click.option(
+    "--state",
+    "states",
+    metavar="STATE",
+    type=state,
+    multiple=True,
+    required=True,
+    shell_complete=complete_state,
+    help="In virsh's words; one of several, if it is given several times.",
+)
+@click.option(
+    "--timeout",
+    type=seconds,
+    default="inf",
+    show_default=True,
+    help="Seconds after which it fails; 0 looks once.",
+)
+@format_option
+@click.pass_obj
+def wait(
+    target: Target, domain: str, states: tuple[DomainState, ...], timeout: float | None, form: str
+) -> None:
+    """Wait until a domain is in a state, and print that.
+
+    It takes no lock and does not poll. If the domain is removed meanwhile it fails."""
+
+    def reached(info: DomainInfo | None) -> bool:
+        return info is not None and info.state in states
+
+    with _found(target, domain) as (doms, info):
+        found = doms.wait(uuid=info.uuid, until=reached, timeout=timeout)
+        assert found is not None
+        if form == "json":
+            print_record(_info_record(found))
+        else:
+            click.echo(found.state.words)
 
 
 def _dominfo_record(info: DomainInfo) -> dict[str, Any]:
