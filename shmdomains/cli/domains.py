@@ -306,7 +306,7 @@ def wait(
     def reached(info: DomainInfo | None) -> bool:
         return info is not None and info.state in states
 
-    with _found(target, domain) as (doms, info):
+    with found_domain(target, domain) as (doms, info):
         found = doms.wait(uuid=info.uuid, until=reached, timeout=timeout)
         assert found is not None
         if form == "json":

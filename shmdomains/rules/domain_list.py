@@ -43,7 +43,7 @@ from ..job import Job
 from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
-from . import files, jobs, steps
+from . import busy, files, jobs, steps
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, LockedDomains
 from .values import key_of, not_found, one_key
@@ -279,14 +279,14 @@ class DomainListRules(WaitRules[D]):
                 f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
                 "until nobody holds it"
             )
-        jobs.unless_busy(self, deadline, partial(self._remove_inactive, dom, deadline))
+        busy.unless_busy(self, deadline, partial(self._remove_inactive, dom, deadline))
 
     def _remove_inactive(self, dom: D, deadline: Deadline) -> None:
         try:
             dom.lock(deadline.left())
             if dom.is_active:
                 raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
-            jobs.check(dom)
+            busy.check(dom)
             self._remove(dom, deadline.left())
         finally:
             dom._release_unseen()
@@ -305,12 +305,12 @@ class DomainListRules(WaitRules[D]):
         if held is not None:
             raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
         for dom in doms:
-            jobs.unless_busy(self, deadline, partial(self._free, dom, deadline))
+            busy.unless_busy(self, deadline, partial(self._free, dom, deadline))
 
     def _free(self, dom: D, deadline: Deadline) -> None:
         try:
             dom.lock(deadline.left())
-            jobs.check(dom)
+            busy.check(dom)
             self._remove(dom, deadline.left())
         finally:
             dom._release_unseen()
@@ -333,8 +333,8 @@ class DomainListRules(WaitRules[D]):
             self._need_list_lock("rename")
             self._need_ours(dom)
             held = partial(self._rename_held, dom, new_name, deadline)
-            return jobs.unless_busy(self, deadline, held)
-        jobs.unless_busy(self, deadline, partial(self._rename_found, dom, new_name, deadline))
+            return busy.unless_busy(self, deadline, held)
+        busy.unless_busy(self, deadline, partial(self._rename_found, dom, new_name, deadline))
 
     def _rename_found(
         self, key: D | DomainInfo | Uuid | int, new_name: str, deadline: Deadline
@@ -353,7 +353,7 @@ class DomainListRules(WaitRules[D]):
             raise InvalidName(f"Can't rename domain '{old_name}' to itself")
         if self._who_has(None, new_name) is not None:
             raise DomainExists(f"domain with name '{new_name}' already exists")
-        jobs.check(dom)
+        busy.check(dom)
         dirs = self._remembered()
         if dirs is not None:
             steps.make_way(self, dirs, new_name)
@@ -394,7 +394,7 @@ class DomainListRules(WaitRules[D]):
         """
         deadline = self._deadline(timeout)
         wanted = _as_definition(definition)
-        return jobs.unless_busy(self, deadline, partial(self._define, wanted, deadline, new))
+        return busy.unless_busy(self, deadline, partial(self._define, wanted, deadline, new))
 
     def _define(self, definition: DomainDef, deadline: Deadline, new: bool) -> DomainInfo:
         dom, made, commit, step = None, None, None, None
@@ -420,7 +420,7 @@ class DomainListRules(WaitRules[D]):
                     )
                 else:
                     dom = self._redefine(known, definition, persistent, deadline.left())
-                    jobs.check(dom)
+                    busy.check(dom)
                 was_persistent = dirs is not None and dom.persistent
                 if dirs is not None:
                     dom.persistent = True
@@ -467,7 +467,7 @@ class DomainListRules(WaitRules[D]):
         """
         deadline = self._deadline(timeout)
         wanted = one_key(key, uuid, name, id)
-        jobs.unless_busy(self, deadline, partial(self._undefine_found, wanted, deadline))
+        busy.unless_busy(self, deadline, partial(self._undefine_found, wanted, deadline))
 
     def _undefine_found(self, key: dict[str, Any], deadline: Deadline) -> None:
         with self._list_held(deadline.left()):
@@ -480,7 +480,7 @@ class DomainListRules(WaitRules[D]):
     def _undefine(self, dom: D, deadline: Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
-        jobs.check(dom)
+        busy.check(dom)
         files.delete(self, dom, deadline, lambda work: self._forget(dom, work, deadline))
 
     def _forget(self, dom: D, work: Work | None, deadline: Deadline) -> None:

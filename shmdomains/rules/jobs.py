@@ -35,7 +35,6 @@ import msgspec
 
 from ..errors import (
     AlreadyLocked,
-    DomainBusy,
     DomainRemoved,
     DomainStateError,
     JobTimeout,
@@ -53,7 +52,7 @@ from .work import Begun, Caller, Work, job_info, replaced
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-T = TypeVar("T")
+E = TypeVar("E", bound=JobTimeout)
 
 MAX_PROGRESS = 4096
 MAX_TEXT = 255
@@ -73,7 +72,7 @@ class _Mine(threading.local):
 _mine = _Mine()
 
 
-def _held() -> list[DomainJob]:
+def held_jobs() -> list[DomainJob]:
     pid = os.getpid()
     jobs = (known() for known in _mine.jobs)
     return [job for job in jobs if job is not None and job._pid == pid]
@@ -90,36 +89,37 @@ def _excludes(begun: Begun, kind: Job) -> bool:
     return not begun.allow >> (kind - 1) & 1
 
 
-def _is_mine(begun: Begun, me: Caller) -> bool:
-    return begun.caller == me and bool([job for job in _held() if job._is(begun)])
+def is_mine(begun: Begun, me: Caller) -> bool:
+    return begun.caller == me and bool([job for job in held_jobs() if job._is(begun)])
 
 
 def _lives(dom: DomainBase, begun: Begun, me: Caller) -> bool:
-    return _is_mine(begun, me) if begun.caller == me else dom._runs(begun.caller)
+    return is_mine(begun, me) if begun.caller == me else dom._runs(begun.caller)
 
 
 def _jobs(work: Work | None) -> tuple[Begun, ...]:
     return () if work is None else work.jobs
 
 
-def _blocking(dom: DomainBase, work: Work | None, kind: Job, me: Caller) -> list[Begun]:
+def blocking(dom: DomainBase, work: Work | None, kind: Job, me: Caller) -> list[Begun]:
     """The living jobs that exclude one of this kind."""
     return [job for job in _jobs(work) if _excludes(job, kind) and _lives(dom, job, me)]
 
 
-def _wait(
+def wait_while(
     doms: ListBase[Any],
     dom: DomainBase,
     deadline: Deadline,
-    blocking: Callable[[Work | None], list[Begun]],
+    in_the_way: Callable[[Work | None], list[Begun]],
     error: Callable[[str, Begun], ShmDomainsError],
 ) -> None:
-    """Until nothing is `blocking`, or the domain is removed. Raises `error` at the deadline."""
+    """Wait until no job is `in_the_way`, or the domain is removed. Raises `error` at the
+    deadline."""
     while True:
         info, stamp = doms._look(dom)
         if info is None:
             return
-        found = blocking(info._work)
+        found = in_the_way(info._work)
         if not found:
             return
         left = deadline.left()
@@ -128,9 +128,8 @@ def _wait(
         doms._sleep(dom, stamp, left)
 
 
-def _timed_out(
-    kind: type[JobTimeout], dom: DomainBase, name: str, begun: Begun, then: str = ""
-) -> JobTimeout:
+def timed_out(kind: type[E], dom: DomainBase, name: str, begun: Begun, then: str = "") -> E:
+    """The error for a wait for this job that was too long."""
     job = job_info(begun, dom._describe)
     return kind(
         f"cannot acquire state change lock (held by monitor={job.operation}): domain '{name}' has "
@@ -254,7 +253,7 @@ class DomainJob:
         begun = self._need_begun()
         if self._is_over:
             raise NotOwner(f"job '{self._operation}' is over; begin another one")
-        if not [job for job in _held() if job is self]:
+        if not [job for job in held_jobs() if job is self]:
             raise NotOwner(
                 f"job '{self._operation}' is another thread's, or of before a fork; only the "
                 "thread that began it can change or end it"
@@ -333,7 +332,7 @@ class DomainJob:
             raise LockOrder(
                 f"this thread holds {held}, and a job may take minutes: unlock it first"
             )
-        others = _held()
+        others = held_jobs()
         if self._kind is Job.ASYNC_NESTED and len(others) == 1 and others[0]._kind is Job.ASYNC:
             return  # whoever has the other job here, and waits, has a timeout
         if others and self._timeout is None:
@@ -347,7 +346,7 @@ class DomainJob:
         me = dom._caller()
 
         def error(name: str, begun: Begun) -> JobTimeout:
-            return _timed_out(JobTimeout, dom, name, begun)
+            return timed_out(JobTimeout, dom, name, begun)
 
         while True:
             try:
@@ -357,7 +356,7 @@ class DomainJob:
                     return
             finally:
                 dom._release_unseen()
-            _wait(dom._doms, dom, deadline, lambda work: _blocking(dom, work, kind, me), error)
+            wait_while(dom._doms, dom, deadline, lambda work: blocking(dom, work, kind, me), error)
 
     def _try(self, me: Caller, deadline: Deadline) -> bool:
         """Begin it if nobody excludes it. Domain locked."""
@@ -366,14 +365,14 @@ class DomainJob:
         jobs = _jobs(work)
         if kind is Job.ASYNC_NESTED:
             self._need_async(jobs, me)
-        blocking = _blocking(dom, work, kind, me)
-        mine = [job for job in blocking if _is_mine(job, me)]
+        living = blocking(dom, work, kind, me)
+        mine = [job for job in living if is_mine(job, me)]
         if mine:
             raise AlreadyLocked(
-                f"this thread holds job '{mine[0].operation}' on domain '{dom.name}' and would wait "
-                "for itself"
+                f"this thread holds job '{mine[0].operation}' on domain '{dom.name}' and would "
+                "wait for itself"
             )
-        if blocking:
+        if living:
             return False
         gone = sorted(
             (job for job in jobs if _excludes(job, kind)), key=lambda job: job.kind, reverse=True
@@ -402,7 +401,7 @@ class DomainJob:
         return True
 
     def _need_async(self, jobs: tuple[Begun, ...], me: Caller) -> None:
-        if not [job for job in jobs if job.kind is Job.ASYNC and _is_mine(job, me)]:
+        if not [job for job in jobs if job.kind is Job.ASYNC and is_mine(job, me)]:
             raise NotOwner(
                 f"job '{self._operation}' is to be nested in an async job, which this thread does "
                 f"not have on domain '{self._dom.name}'"
@@ -517,7 +516,7 @@ def _command(dom: DomainBase, me: Caller) -> str | None:
     return _commands.get(me.pid)
 
 
-# --- for people, and for the rules ----------------------------------------------------------
+# --- for people -----------------------------------------------------------------------------
 
 
 def jobs_on(dom: DomainBase) -> tuple[JobInfo, ...]:
@@ -560,61 +559,3 @@ def _to_abort(dom: DomainBase, work: Work | None) -> Begun:
             f"job '{found.operation}' on domain '{name}' does not allow to abort it"
         )
     return found
-
-
-class Excluded(Exception):
-    """A job of another thread excludes what a rule is about to do; never leaves the rules."""
-
-    def __init__(self, dom: DomainBase) -> None:
-        self.dom = dom
-
-
-def _excluding(dom: DomainBase, work: Work | None, me: Caller) -> list[Begun]:
-    return [job for job in _blocking(dom, work, Job.MODIFY, me) if not _is_mine(job, me)]
-
-
-def check(dom: DomainBase) -> None:
-    """Raise `Excluded` if a living job of another thread excludes a change such as removing the
-    domain. Domain locked, so none begins meanwhile."""
-    work = dom._work
-    if work is not None and work.jobs and _excluding(dom, work, dom._caller()):
-        raise Excluded(dom)
-
-
-def unless_busy(doms: ListBase[Any], deadline: Deadline, rule: Callable[[], T]) -> T:
-    """Do what `rule` does, once no job excludes it. `DomainBusy` at the deadline.
-
-    What the rule locked it has unlocked when it raises `Excluded`. What the caller had locked stays
-    so in the wait. The job's holder needs the domain to end the job, so there is no wait if the
-    caller has it locked; and none without an end if the caller holds the list lock, which others
-    need.
-    """
-    while True:
-        try:
-            return rule()
-        except Excluded as excluded:
-            dom = excluded.dom
-        _wait_for_rule(doms, dom, deadline)
-
-
-def _wait_for_rule(doms: ListBase[Any], dom: DomainBase, deadline: Deadline) -> None:
-    me = dom._caller()
-    endless = deadline.left() is None
-    if endless and _held() and not dom.is_locked:
-        raise LockOrder(
-            f"this thread holds job '{_held()[-1]._operation}' and would wait for another without "
-            "an end; give a timeout"
-        )
-    then = ""
-    if dom.is_locked:
-        then = "; it is not waited for with the domain locked"
-    elif endless and doms.is_locked:
-        then = "; with the list locked it is waited for only with a timeout"
-
-    def error(name: str, begun: Begun) -> DomainBusy:
-        busy = _timed_out(DomainBusy, dom, name, begun, then)
-        assert isinstance(busy, DomainBusy)
-        return busy
-
-    at_once = doms._deadline(0) if then else deadline
-    _wait(doms, dom, at_once, lambda work: _excluding(dom, work, me), error)
