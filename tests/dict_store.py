@@ -67,7 +67,16 @@ class Record:
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
+        return DomainInfo(
+            **values,
+            blobs=blobs,
+            work=None if work is None else Work.decode(work),
+            describe=describe,
+        )
+
+
+def describe(caller: Caller) -> LockHolder:
+    return holder.holder_of(caller.pid, caller.tid, caller.start)
 
 
 class DictStore:
@@ -191,7 +200,10 @@ class DictStore:
         return Caller(*core.caller())
 
     def describe(self, caller: Caller) -> LockHolder:
-        return holder.holder_of(caller.pid, caller.tid, caller.start)
+        return describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs
