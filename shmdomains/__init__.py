@@ -34,6 +34,7 @@ from .errors import (
     LockLost,
     LockOrder,
     LockTimeout,
+    MutexNotLocked,
     NotOwner,
     SegmentCorrupt,
     SegmentError,
@@ -46,6 +47,7 @@ from .errors import (
     SegmentRefused,
     ShmDomainsError,
     TooManyLocks,
+    TooManyMutexes,
     Unavailable,
     UncommittedChanges,
     WrongList,
@@ -58,10 +60,12 @@ from .memory.domain_list import (
     DomainList,
     ListInfo,
     LockedDomains,
+    Mutex,
     unlink,
 )
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
+from .rules.elect import Election
 from .rules.info import DomainInfo
 from .rules.work import Unfinished
 from .states import (
@@ -115,6 +119,7 @@ __all__ = [
     "DomainState",
     "DomainStateError",
     "DomainTransient",
+    "Election",
     "GraphicsDef",
     "HeldLock",
     "HostdevDef",
@@ -132,6 +137,8 @@ __all__ = [
     "LockOrder",
     "LockTimeout",
     "LockedDomains",
+    "Mutex",
+    "MutexNotLocked",
     "NostateReason",
     "NotOwner",
     "OSDef",
@@ -154,6 +161,7 @@ __all__ = [
     "ShutdownReason",
     "ShutoffReason",
     "TooManyLocks",
+    "TooManyMutexes",
     "Unavailable",
     "UncommittedChanges",
     "Unfinished",

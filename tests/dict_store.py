@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
-from shmdomains.errors import SegmentFull
+from shmdomains.errors import SegmentFull, TooManyMutexes
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
@@ -78,6 +78,8 @@ class DictStore:
         self._numbers = itertools.count()
         self._ids = itertools.count(1)
         self._dirs: ConfigDirs | None = None
+        self._mutexes: dict[str, OwnedLock] = {}
+        self._naming = threading.Lock()
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -156,6 +158,21 @@ class DictStore:
         return None if there is None else there.commits
 
     def died(self, record: int) -> LockHolder | None:
+        return None
+
+    def name_mutex(self, name: str) -> None:
+        with self._naming:
+            if name not in self._mutexes and len(self._mutexes) == 64:
+                raise TooManyMutexes(f"mutex {name!r}: there are 64 already, which is the limit")
+            self._mutexes.setdefault(name, OwnedLock())
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None:
+        self._mutexes[name].acquire(f"mutex {name!r}", timeout)
+
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        self._mutexes[name].release()
+
+    def mutex_died(self, name: str) -> LockHolder | None:
         return None
 
     def started(self, pid: int) -> int:

@@ -34,6 +34,8 @@ INVARIANTS: dict[str, str] = {
     "counts": "The numbers of domains, active domains and slots are right. Rebuilt by the next "
     "holder of the list or id lock after a death.",
     "locks": "Every lock is of the kind that it was made as. Nobody repairs it.",
+    "named locks": "Each has a name that no other one has, and a free one is signed by nobody. "
+    "Nobody repairs a name; who next takes the lock signs it.",
     "heap": "The heap's end of committed memory lies within it. Nobody repairs it.",
     "settings": "The config directories that the list was loaded from can be read. Repaired by "
     "the next load_all_configs().",
@@ -100,7 +102,9 @@ def unsettled(open: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
 _REBUILT = {
     "list": "UUID and name index, free list and counts rebuilt",
     "id": "id index rebuilt",
+    "event": "the last commit's events published, or dropped",
     "heap": "map of used space rebuilt",
+    "mutex": "its next holder is told",
     "domain": "what its holder had not committed is rolled back",
 }
 
@@ -108,8 +112,8 @@ _REBUILT = {
 class Repair(msgspec.Struct, frozen=True):
     """One lock that `DomainList.recover` took over.
 
-    `lock` is ``"list"``, ``"id"``, ``"heap"`` or ``"domain"``; `name` is the domain's, ``None`` for
-    an empty slot. `died` is the dead holder (of the id and the heap lock only the thread is known),
+    `lock` is ``"list"``, ``"id"``, ``"event"``, ``"heap"``, ``"mutex"`` or ``"domain"``; `name` is
+    the named lock's or the domain's, ``None`` for an empty slot. `died` is the dead holder (of the id and the heap lock only the thread is known),
     ``None`` if this repair had been put off earlier.
 
     >>> print(Repair("domain", "web1", LockHolder(7, 7, None, None, False, None)))
@@ -157,6 +161,8 @@ def lock_text(lock: str, name: str | None) -> str:
     >>> lock_text("id", None), lock_text("domain", "web1"), lock_text("domain", None)
     ('id lock', "domain 'web1'", 'a slot without a domain')
     """
+    if lock == "mutex":
+        return "a named lock with a damaged name" if name is None else f"mutex {name!r}"
     if lock != "domain":
         return f"{lock} lock"
     return "a slot without a domain" if name is None else f"domain {name!r}"
