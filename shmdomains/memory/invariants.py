@@ -113,8 +113,8 @@ class Repair(msgspec.Struct, frozen=True):
     """One lock that `DomainList.recover` took over.
 
     `lock` is ``"list"``, ``"id"``, ``"event"``, ``"heap"``, ``"mutex"`` or ``"domain"``; `name` is
-    the named lock's or the domain's, ``None`` for an empty slot. `died` is the dead holder (of the id and the heap lock only the thread is known),
-    ``None`` if this repair had been put off earlier.
+    the named lock's or the domain's, ``None`` for an empty slot. `died` is the dead holder (of the
+    core's own locks only the thread is known), ``None`` if this repair had been put off earlier.
 
     >>> print(Repair("domain", "web1", LockHolder(7, 7, None, None, False, None)))
     domain 'web1': process 7 died holding it; what its holder had not committed is rolled back

@@ -58,7 +58,7 @@ class Election:
         self._stop = threading.Event()
         self._pid = os.getpid()
         self._leads = False
-        self._died: LockHolder | None = None
+        self._died: Callable[[], LockHolder] | None = None
         self._thread = threading.Thread(
             target=self._contend, name=f"shmdomains-elect-{mutex.name}", daemon=True
         )
@@ -87,7 +87,7 @@ class Election:
     @property
     def previous_owner_died(self) -> LockHolder | None:
         """The leader that died before this process became the leader, if one did."""
-        return self._died
+        return None if self._died is None else self._died()
 
     def stop(self, timeout: float | None = None) -> None:
         """Take part no longer: tell `run` to stop, and wait until it has returned and the lock is
@@ -154,7 +154,7 @@ class Election:
     def _lead(self) -> bool:
         """Run the job, the lock held. Whether it came to its end."""
         try:
-            self._died = self._mutex.previous_owner_died
+            self._died = self._mutex._last_death()
             self._leads = True
             if not self._stop.is_set():
                 self._run(self._stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,13 @@ class PlainMutex:
 
     @property
     def previous_owner_died(self) -> LockHolder | None:
+        died = self._last_death()
+        return None if died is None else died()
+
+    def _last_death(self) -> Callable[[], LockHolder] | None:
         self._need_held()
         died: LockHolder | None = self._list._store.mutex_died(self.name)
-        return died
+        return None if died is None else lambda: died
 
     def lock(self, timeout: float | None = None) -> None:
         """Take it; see `MutexBase.lock`."""

@@ -11,8 +11,9 @@ Names that begin with ``_`` are for the rules; they share a class with the publi
 `timeout` is in seconds: ``None`` waits for ever, 0 tries once, a negative one is a `ValueError`.
 When it has passed, `LockTimeout` names the holder.
 
-Lock order: named locks, list, domain, the config directory's filelock. A thread that holds a domain waits for
-another only while it holds the list lock, so waits for domains cannot form a cycle.
+Lock order: named locks, list, domain, the config directory's filelock. A thread that holds a domain
+waits for another only while it holds the list lock, so waits for domains cannot form a cycle. Of
+named locks it waits for a second one only with a time-out.
 
 A caller may die at any instruction. Its commits stay, its uncommitted changes are gone, its locks
 are free, and the next holder of the domain sees `previous_owner_died`. If what is under way in a
@@ -22,7 +23,7 @@ hands the domain out; an error there unlocks it without consuming the notice of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
@@ -256,6 +257,9 @@ class MutexBase(Protocol):
     @property
     def previous_owner_died(self) -> LockHolder | None:
         """Only for its holder, else `MutexNotLocked`."""
+
+    def _last_death(self) -> Callable[[], LockHolder] | None:
+        """What describes `previous_owner_died` later, for that may take a moment."""
 
     def lock(self, timeout: float | None = None) -> None:
         """`AlreadyLocked` for its holder. `LockOrder` for whoever would wait with the list or a

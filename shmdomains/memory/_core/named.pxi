@@ -9,6 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import warnings
+from functools import partial
 
 from shmdomains import errors
 
@@ -29,6 +30,15 @@ cdef int make_lock_name(sd_lock_name *to, object name) except -1:
     to.text[0] = <unsigned char>len(encoded)
     memcpy(to.text + 1, <const char *>encoded, len(encoded))
     return 0
+
+
+cdef list named_locks(Segment doms):
+    """The names, in the order in which they were given. A damaged one is left out."""
+    cdef unsigned place
+    cdef sd_lock_name raw
+    need_open(doms)
+    return [lock_name_object(&raw) for place in range(SD_NAMED_MAX)
+            if sd_named_get(doms.segment, place, &raw) == SD_OK]
 
 
 cdef object what_of(Mutex mutex):
@@ -68,8 +78,8 @@ cdef int may_wait_for_named(Segment doms, uint64_t deadline, object what) except
             "first: take it before, or use timeout=0")
     if deadline == SD_FOREVER and holds_named(doms):
         raise errors.LockOrder(
-            f"this thread holds a named lock and would wait for {what}, perhaps for ever; give it a "
-            "timeout")
+            f"this thread holds a named lock and would wait for {what}, perhaps for ever; give it "
+            "a timeout")
     return 0
 
 
@@ -171,12 +181,12 @@ cdef void abandon_mutex(Mutex mutex) noexcept:
     if warnings is None:  # the interpreter may be going down
         return
     if here:
-        warnings.warn(f"{what_of(mutex)} was dropped while it was locked, and is freed: use 'with'",
-                      ResourceWarning, stacklevel=1)
+        warnings.warn(f"{what_of(mutex)} was dropped while it was locked, and is freed: use "
+                      "'with'", ResourceWarning, stacklevel=1)
         return
-    warnings.warn(f"{what_of(mutex)} was dropped in another thread than the one that holds it, and is "
-                  f"freed when thread {holder} next locks something, or ends: lock and unlock in "
-                  "one thread", ResourceWarning, stacklevel=1)
+    warnings.warn(f"{what_of(mutex)} was dropped in another thread than the one that holds it, and "
+                  f"is freed when thread {holder} next locks something, or ends: lock and unlock "
+                  "in one thread", ResourceWarning, stacklevel=1)
 
 
 @cython.final
@@ -184,9 +194,9 @@ cdef void abandon_mutex(Mutex mutex) noexcept:
 cdef class Mutex:
     """A named lock of a `DomainList`; `DomainList.mutex` gives it.
 
-    A thread holds it, and its death frees it: the next holder sees `previous_owner_died`. It is not
-    recursive. ``with`` waits for as long as `mutex` was told; `lock` and `acquire` take a timeout of
-    their own.
+    A thread holds it, and its death frees it: the next holder sees `previous_owner_died`. It is
+    not recursive. ``with`` waits for as long as `mutex` was told; `lock` and `acquire` take a
+    timeout of their own. To its holder every other `Mutex` of the same lock stands for it.
 
     >>> from shmdomains import DomainList
     >>> with DomainList().mutex("scheduler", timeout=0) as held:
@@ -244,14 +254,19 @@ cdef class Mutex:
     def previous_owner_died(self):
         """The `LockHolder` that died holding it since it was last unlocked in order, or None. Only
         for its holder, else `MutexNotLocked`."""
+        died = self._last_death()
+        return None if died is None else died()
+
+    def _last_death(self):
+        """None, or what describes the same later, for that takes a moment."""
         cdef uint64_t who, pid
         need_mutex(self)
         if sd_named_died(self.doms.segment, self.place, &who, &pid) != SD_OK:
             raise_code(SD_CORRUPT, f"who died holding mutex {self.name!r}")
         if not who:
             return None
-        return HOLDERS.dead_holder(sd_who_tid(who) if who != SD_DIED_UNKNOWN else 0,
-                                   <uint32_t>pid, sd_who_start(who))
+        return partial(HOLDERS.dead_holder, sd_who_tid(who) if who != SD_DIED_UNKNOWN else 0,
+                       <uint32_t>pid, sd_who_start(who))
 
     def lock(self, timeout=None):
         """Take it. `timeout` in seconds: None waits for ever, 0 tries.
@@ -288,8 +303,8 @@ cdef class Mutex:
             unlock_mutex(self)
 
     def __reduce__(self):
-        return self.doms.mutex, (self.name, self.timeout,
-                                 None if self.why is None else self.why.decode())
+        return Mutex, (self.doms, self.name, self.timeout,
+                       None if self.why is None else self.why.decode())
 
     def __repr__(self):
         return f"<Mutex {self.name!r}{' locked' if self.is_locked else ''}>"

@@ -338,6 +338,10 @@ cdef class Segment:
         """What `_set_settings` stored; empty before that."""
         return read_settings(self)
 
+    def _mutex_names(self):
+        """The names of the named locks that there are. Takes no lock."""
+        return named_locks(self)
+
     @property
     def _identity(self):
         """Random, the segment's own: 16 bytes."""
