@@ -62,11 +62,10 @@ class Election:
         self._thread = threading.Thread(
             target=self._contend, name=f"shmdomains-elect-{mutex.name}", daemon=True
         )
-        _running.add(self)
         try:
             self._thread.start()
-        except BaseException:
-            _running.discard(self)
+        except BaseException:  # Ctrl-C, or there are too many threads
+            self._stop.set()
             raise
 
     @property
@@ -127,6 +126,7 @@ class Election:
 
     def _contend(self) -> None:
         pause = self._retry_after
+        _running.add(self)
         try:
             while self._take():
                 began = time.monotonic()
