@@ -351,7 +351,8 @@ def rename(trial: Trial) -> None:
         def use(dom: Any) -> None:
             trial.judge("find_by_name", dom, name="idle")
             named = dom.definition.replace(name="vm5")
-            trial.expect(IDLE, name="vm5", definition=named)
+            for one in list(trial.known[IDLE]):
+                trial.expect(IDLE, name="vm5", definition=named, data=one.data)
             doms.rename(dom, "vm5", PATIENCE)
             trial.judge("rename", dom, name="vm5")
 

@@ -57,20 +57,16 @@ PLANTED = {
     "hold.pxi": [
         (
             """
+    if mine.touched or mine.pending or mine.intends:
         try:
-            commit_changes(mine, deadline)
-        finally:
-            end_hold(mine, True)
 """,
             """
+    if mine.touched or mine.pending or mine.intends:
         if sd_planted == 1:
             end_hold(mine, True)
             commit_changes(mine, deadline)
             return 0
         try:
-            commit_changes(mine, deadline)
-        finally:
-            end_hold(mine, True)
 """,
         )
     ],
@@ -99,7 +95,7 @@ PLANTED = {
     else sd_rebuild_list(segment);
 }
 
-int sd_commit(""",
+/* After the commit: wake""",
             """
     if (sd_planted == 6) usleep(1000);
     if (result == SD_OK && sd_planted != 3)
@@ -109,7 +105,7 @@ int sd_commit(""",
     else sd_rebuild_list(segment);
 }
 
-int sd_commit(""",
+/* After the commit: wake""",
         ),
         (
             """
@@ -127,23 +123,20 @@ int sd_commit(""",
         ),
         (
             """
-    } else {
-        sd_values_flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-""",
+    else
+        sd_values_flip(&segment->slots[slot], next);
+    if (news)""",
             """
-    } else {
+    else {
         if (sd_planted == 5) {
-            sd_values half = next;
-            half.state = now.state;
-            sd_values_flip(record, &half);
+            sd_values half = *next;
+            half.state = now->state;
+            sd_values_flip(&segment->slots[slot], &half);
             sched_yield();
         }
-        sd_values_flip(record, &next);
+        sd_values_flip(&segment->slots[slot], next);
     }
-    if (ids) sd_ids_unlock(segment);
-""",
+    if (news)""",
         ),
     ],
     "find.c": [
@@ -191,8 +184,8 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
     ],
     "locks.c": [
         (
-            "        sd_publish(&record->died_who, who ? who : 1);\n    }\n    sd_tidy(",
-            "        sd_publish(&record->died_who, who ? who : 1);\n    }\n"
+            "            sd_events_unlock(segment);\n        }\n    }\n    sd_tidy(",
+            "            sd_events_unlock(segment);\n        }\n    }\n"
             "    if (sd_planted == 7) sd_undo_state(segment, slot);\n"
             "    sd_tidy(",
         )
