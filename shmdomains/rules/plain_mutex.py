@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class PlainMutex:
     """A handle to a named lock of a `PlainDomainList`, `doms`, whose module imports this one."""
 
+    _list: Any = None  # Ctrl-C may end it as it begins
+
     def __init__(self, doms: Any, name: str, timeout: float | None) -> None:
         self._list, self._timeout, self.name = doms, timeout, name
         check_timeout(timeout)
@@ -27,7 +29,7 @@ class PlainMutex:
         doms._store.name_mutex(check_lock_name(name))
 
     def __del__(self) -> None:
-        if self._list._mine.mutexes.get(self.name) != id(self):
+        if self._list is None or self._list._mine.mutexes.get(self.name) != id(self):
             return
         self._give_back(seen=False)
         warnings.warn(
