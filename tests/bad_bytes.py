@@ -261,8 +261,8 @@ def change(trial: Trial) -> None:
 
 
 def mutexes(trial: Trial) -> None:
-    """Each name leads to a lock of its own, and to no new one; nobody died holding it but, where the
-    mutex itself is damaged, somebody who is not known."""
+    """Each name leads to a lock of its own, and to no new one; nobody died holding it but, where
+    the mutex itself is damaged, somebody who is not known."""
     doms = trial.doms
     held = []
     for name in MUTEXES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import os
@@ -123,7 +124,7 @@ def test_run_raises_and_others_come_first(doms: Any, caplog: pytest.LogCaptureFi
             assert job.began.wait(DEADLINE)
         until(lambda: len(times) >= 4, "it is tried again, and again")
         election.stop()
-    pauses = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+    pauses = [later - sooner for sooner, later in itertools.pairwise(times)]
     assert pauses[0] >= 0.2 and pauses[1] >= 0.4 and pauses[2] >= 0.8  # no busy loop
 
 

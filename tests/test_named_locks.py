@@ -241,7 +241,7 @@ def test_a_timeout_is_none_or_a_time(doms: Any) -> None:
 def test_the_sixty_fifth(doms: Any) -> None:
     for i in range(64):
         doms.mutex(f"lock {i}")
-    with pytest.raises(TooManyMutexes, match="64 .*the limit"):
+    with pytest.raises(TooManyMutexes, match="which is the limit"):
         doms.mutex("one more")
     with doms.mutex("lock 0", 0), doms.mutex("lock 63", 0):
         pass
@@ -480,7 +480,7 @@ def test_dropped_in_another_thread(robust: DomainList) -> None:
 def test_it_can_be_passed_on(robust: DomainList) -> None:
     mutex = pickle.loads(pickle.dumps(robust.mutex("a", 5, why="work")))
     with mutex:
-        assert not pickle.loads(pickle.dumps(mutex)) is mutex
+        assert pickle.loads(pickle.dumps(mutex)) is not mutex
         assert robust.mutex("a").is_locked
 
 
@@ -540,9 +540,7 @@ def test_many_processes_give_the_same_new_names(
         assert sorted(robust._mutex_names()) == sorted(names)
 
 
-def test_a_damaged_name_is_nobodys_and_gets_no_second_place(
-    robust: DomainList, where: str
-) -> None:
+def test_a_damaged_name_is_nobodys_and_gets_no_second_place(robust: DomainList, where: str) -> None:
     for name in ("a", "b"):
         robust.mutex(name)
     with Planted(where) as segment:
@@ -588,9 +586,9 @@ def test_check_sees_what_is_wrong(robust: DomainList, where: str) -> None:
 def test_a_flipped_bit_makes_no_death(robust: DomainList, where: str) -> None:
     with robust.mutex("a") as held, Planted(where) as segment:
         for bit in range(64):
-            with segment.changed(segment.named(0, "died_who"), 1 << bit):
-                with pytest.raises(SegmentCorrupt, match="who died"):
-                    _ = held.previous_owner_died
+            flipped = segment.changed(segment.named(0, "died_who"), 1 << bit)
+            with flipped, pytest.raises(SegmentCorrupt, match="who died"):
+                _ = held.previous_owner_died
         assert held.previous_owner_died is None
 
 
@@ -642,9 +640,7 @@ def test_storms_end_quietly(
     for seed in range(100 if SOAK else 8):
         counts.write_bytes(bytes(72))
         with DomainList.create(path=path, max_domains=8, lock=kind) as doms:
-            workers = [
-                start(storm_worker, path, str(counts), 1000 * seed + i) for i in range(10)
-            ]
+            workers = [start(storm_worker, path, str(counts), 1000 * seed + i) for i in range(10)]
             until(lambda: counts.read_bytes()[:8] != bytes(8), "the first turn")
             for victim in workers[:8]:
                 time.sleep(rng.random() * 0.01)  # when the kill comes
