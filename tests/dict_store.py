@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
 from shmdomains.deadline import Deadline
-from shmdomains.errors import SegmentFull
+from shmdomains.errors import SegmentFull, TooManyMutexes
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
@@ -91,6 +91,8 @@ class DictStore:
         self._dirs: ConfigDirs | None = None
         self._changed = threading.Condition()
         self._changes = 0
+        self._mutexes: dict[str, OwnedLock] = {}
+        self._naming = threading.Lock()
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -188,6 +190,21 @@ class DictStore:
             return self._changed.wait_for(lambda: self._changes != stamp, timeout)
 
     def died(self, record: int) -> LockHolder | None:
+        return None
+
+    def name_mutex(self, name: str) -> None:
+        with self._naming:
+            if name not in self._mutexes and len(self._mutexes) == 64:
+                raise TooManyMutexes(f"mutex {name!r}: there are 64 already, which is the limit")
+            self._mutexes.setdefault(name, OwnedLock())
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None:
+        self._mutexes[name].acquire(f"mutex {name!r}", timeout)
+
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        self._mutexes[name].release()
+
+    def mutex_died(self, name: str) -> LockHolder | None:
         return None
 
     def started(self, pid: int) -> int:

@@ -33,6 +33,7 @@ from ..lazy import LazyModule
 from ..packing import pack
 from ..rules.compare import compare
 from ..rules.domain_list import DomainListRules
+from ..rules.elect import end_elections
 from ..rules.info import DomainInfo
 from ..rules.steps import settle_all
 from ..rules.store import Filter
@@ -58,6 +59,7 @@ else:
 logger = logging.getLogger(__name__)
 
 DomainInfo.register(core.DomainInfo)
+Mutex = core.Mutex
 
 DEFAULT_EVENTS = 16_384
 DEFAULT_MAX_DOMAINS = 65_536
@@ -407,7 +409,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     def close(self) -> None:
         """Detach. The list lock is released if this thread holds it; locked domains stay locked
-        until they are unlocked. From now on everything else raises `ListClosed`."""
+        until they are unlocked, and elections are told to stop. From now on everything else raises
+        `ListClosed`."""
+        end_elections(self)
         self._close()
 
     def __enter__(self) -> DomainList:
