@@ -3,6 +3,7 @@
 #define SHMDOMAINS_RING_H
 
 #include "fields.h"
+#include "mutex.h"
 
 /* What a commit is to be known for. */
 #define SD_NEWS_MAX 8
@@ -17,9 +18,16 @@ typedef struct {
     unsigned char name[SD_NAME_MAX + 1];
 } sd_event;
 
+/* Can there be events?  A damaged event lock cannot be had by anybody, now or later, so a list goes
+ * on without events: they are no reason to refuse a commit. */
+static inline bool sd_ring_works(const sd_segment *segment)
+{
+    return segment->at.events && sd_mutex_sound(&segment->header->event_mutex);
+}
+
 static inline bool sd_has_news(const sd_segment *segment, const sd_news *news)
 {
-    return news && news->count && segment->at.events;
+    return news && news->count && sd_ring_works(segment);
 }
 
 /* Event lock held, until sd_ring_publish() or sd_ring_drop().  Write the entries of a commit that

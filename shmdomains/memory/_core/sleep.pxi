@@ -103,18 +103,22 @@ cdef int sleep_on_events(Segment doms, uint64_t count, uint64_t deadline) except
     """Until there are more than `count` events. A writer that died after its commit and before it
     published the event is made good here, at the end of a slice."""
     cdef sd_header *header
+    cdef uint64_t seen
     cdef int changed
     need_open(doms)
     header = doms.segment.header
+    seen = sd_load_acquire(&header.event_count)  # before the look: what comes after it is noticed
     if sd_ring_count(doms.segment) > count:
         return 1
-    changed = sleep_on(doms, &header.event_count, sd_load(&header.event_count),
-                       &header.event_waiting, count + 1, deadline)
+    changed = sleep_on(doms, &header.event_count, seen, &header.event_waiting, count + 1, deadline)
     if sd_ring_count(doms.segment) > count:
         return 1
     if not changed and sd_ring_unsettled(doms.segment):
+        begin_wait(doms)
         if sd_events_lock_briefly(doms.segment) == SD_OK:
             sd_events_unlock(doms.segment)
+        end_wait(doms)
+        still_open(doms)
     return sd_ring_count(doms.segment) > count
 
 
@@ -149,10 +153,14 @@ cdef list read_changed(Segment doms, bytearray marks, bint blobs):
         mark = <uint64_t *>PyByteArray_AS_STRING(marks) + 2 * slot
         if mark[0] == life and mark[1] == cur:
             continue
+        if life & LIVES:
+            try:
+                info = read_slot(doms, slot, NULL, blobs, sd_now() + SECOND)
+            except BaseException:
+                marks[:] = bytes(len(marks))  # the caller learns of none: all of them next time
+                raise
+            if info is not None:
+                found.append(info)
+        mark = <uint64_t *>PyByteArray_AS_STRING(marks) + 2 * slot
         mark[0], mark[1] = life, cur
-        if not life & LIVES:
-            continue
-        info = read_slot(doms, slot, NULL, blobs, sd_now() + SECOND)
-        if info is not None:
-            found.append(info)
     return found

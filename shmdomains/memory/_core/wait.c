@@ -46,10 +46,9 @@ void sd_wake(sd_word *word)
     syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX);
 }
 
-void sd_lower_damaged(sd_word *waiting, uint64_t largest)
+void sd_lower_damaged(sd_word *waiting, uint64_t raised, uint64_t largest)
 {
-    uint64_t seen = sd_load(waiting);
-    if (seen <= largest) return;
+    if (raised <= largest) return;
     sd_crash_point();
-    atomic_compare_exchange_strong(waiting, &seen, largest);
+    atomic_compare_exchange_strong(waiting, &raised, largest);
 }
