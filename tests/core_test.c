@@ -104,6 +104,7 @@ static void print_header(void)
     HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
     HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);
     HEADER(heap_used), HEADER(heap_dirty), HEADER(heap_hint), HEADER(settings_choice);
+    HEADER(any_waiting), HEADER(any_seq);
 }
 
 static void print_slot(void)

@@ -67,7 +67,16 @@ class Record:
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
+        return DomainInfo(
+            **values,
+            blobs=blobs,
+            work=None if work is None else Work.decode(work),
+            describe=describe,
+        )
+
+
+def describe(caller: Caller) -> LockHolder:
+    return holder.holder_of(caller.pid, caller.tid, caller.start)
 
 
 class DictStore:
@@ -80,6 +89,8 @@ class DictStore:
         self._numbers = itertools.count()
         self._ids = itertools.count(1)
         self._dirs: ConfigDirs | None = None
+        self._changed = threading.Condition()
+        self._changes = 0
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -137,18 +148,21 @@ class DictStore:
         record.lock.acquire("a new domain", 0)
         number = next(self._numbers)
         self._records[number] = record
+        self._tell()
         return number, record.info()
 
     def commit(self, record: int, changes: Changes, timeout: float | None) -> DomainInfo:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
+        self._tell()
         return there.info()
 
     def remove(self, record: int, timeout: float | None) -> None:
         there = self._records.pop(record)
         there.gone = True
         there.lock.release()
+        self._tell()
 
     def next_id(self, timeout: float | None) -> int:
         return next(self._ids)
@@ -156,6 +170,22 @@ class DictStore:
     def receipt(self, record: int) -> object:
         there = self._records.get(record)
         return None if there is None else there.commits
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def sleep(self, record: int, receipt: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.receipt(record) != receipt, timeout)
+
+    def stamp(self) -> object:
+        return self._changes
+
+    def sleep_on_stamp(self, stamp: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._changes != stamp, timeout)
 
     def died(self, record: int) -> LockHolder | None:
         return None
@@ -170,7 +200,10 @@ class DictStore:
         return Caller(*core.caller())
 
     def describe(self, caller: Caller) -> LockHolder:
-        return holder.holder_of(caller.pid, caller.tid, caller.start)
+        return describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs

@@ -37,9 +37,8 @@ def compare(doms: ListBase[Any], deadline: Deadline) -> tuple[list[str], list[st
     """What records and files differ in, and why there is no full verdict. Nobody is waited for, and
     a domain that somebody holds is left out. Once the deadline has passed, this ends, but it may
     take one lock slice."""
-    deadline = (
-        PlainDeadline(max(left, SLICE)) if (left := deadline.left()) is not None else deadline
-    )
+    time = deadline.left()
+    deadline = PlainDeadline(None if time is None else max(time, SLICE))
     dirs = doms._remembered()
     if dirs is None:
         return [], []

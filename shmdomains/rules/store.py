@@ -225,9 +225,14 @@ class DomainBase(Protocol):
 
     @_work.setter
     def _work(self, value: Work | None, /) -> None: ...
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Commit this as what is under way, and nothing else: the other changes go on waiting,
-        whatever comes of it."""
+        whatever comes of it. `events`: those of this commit, pairs of type and detail."""
 
     @property
     def _intends(self) -> bool:
@@ -242,6 +247,29 @@ class DomainBase(Protocol):
 
     def _describe(self, caller: Caller) -> LockHolder:
         """Who called, and whether it lives. Needs no lock."""
+
+    def _runs(self, caller: Caller) -> bool:
+        """Whether the thread that called lives. Needs no lock."""
+
+    @property
+    def _doms(self) -> ListBase[Any]:
+        """The list that the handle came from. Needs no lock."""
+
+    @property
+    def _depth(self) -> int:
+        """How many ``with`` blocks of the domain its holder is in."""
+
+    def _wait_for_change(self, timeout: float | None = None) -> bool:
+        """Release the lock, sleep until the domain has changed or the time is up, and lock it
+        again. Whether it changed.
+
+        Nothing that was committed after the release is missed. The notice of a death is not
+        consumed. ``with`` blocks, and their task, are as before; so is `_intends`, unless another
+        holder changed what was intended. With no time left the lock is still waited for, a slice.
+
+        `UncommittedChanges` leaves the domain locked. Any other error leaves it unlocked:
+        `DomainRemoved`, `LockTimeout` (it could not be locked again), what a signal handler raises.
+        """
 
 
 D = TypeVar("D", bound=DomainBase)
@@ -363,6 +391,54 @@ class ListBase(Protocol[D]):
         the name is free."""
         ...
 
+    def _handle_of(
+        self,
+        key: D | DomainInfo | Uuid | int | None = None,
+        /,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> D | None:
+        """An unlocked handle to the domain that has this key now, or ``None``. Takes no lock."""
+        ...
+
+    def _holds_other(self, dom: D | None) -> bool:
+        """Whether the caller holds a domain of this list other than this one."""
+        ...
+
+    def _look(self, dom: D) -> tuple[DomainInfo | None, object]:
+        """The committed state, ``None`` once the domain is removed, and a stamp that is not newer:
+        it differs from a later one if a commit or the removal took effect in between. Takes no
+        lock."""
+        ...
+
+    def _sleep(self, dom: D, stamp: Any, timeout: float | None = None) -> bool:
+        """Sleep until the stamp is old, or a slice is over, or the time is; then run signal
+        handlers. False: nothing has changed. True: it has, or may have. Takes no lock. `ListClosed`
+        if the list was closed meanwhile.
+
+        A writer that dies between its commit and telling of it costs the sleeper a slice."""
+        ...
+
+    def _list_stamp(self) -> Any:
+        """A stamp of the whole list: commits, new domains and removals from now on make it old."""
+        ...
+
+    def _sleep_on_list(self, stamp: Any, timeout: float | None = None) -> bool:
+        """`_sleep` until anything has changed. False does not mean that nothing has: a writer may
+        have died before it told."""
+        ...
+
+    def _marks(self) -> Any:
+        """What `_changed` needs to remember, empty."""
+        ...
+
+    def _changed(self, marks: Any) -> list[DomainInfo]:
+        """The committed states of the domains that changed since the last call with these marks:
+        of all of them at first. Takes no lock."""
+        ...
+
     def _unfinished(self) -> Sequence[D]:
         """Unlocked handles to the domains whose committed work has a step. Takes no lock."""
         ...
@@ -476,6 +552,19 @@ class Store(Protocol[R]):
         """See `DomainBase._receipt`."""
         ...
 
+    def sleep(self, record: R, receipt: object, timeout: float) -> bool:
+        """Sleep until the record's receipt is not this one any more, or for so long. False: it
+        still is. No lock."""
+        ...
+
+    def stamp(self) -> object:
+        """Changes with each commit, insert and remove."""
+        ...
+
+    def sleep_on_stamp(self, stamp: object, timeout: float) -> bool:
+        """`sleep` until the stamp is not this one any more."""
+        ...
+
     def died(self, record: R) -> LockHolder | None:
         """Who died holding the record since it was last unlocked with `seen`. Record locked."""
         ...
@@ -490,6 +579,7 @@ class Store(Protocol[R]):
 
     def caller(self) -> Caller: ...
     def describe(self, caller: Caller) -> LockHolder: ...
+    def lives(self, caller: Caller) -> bool: ...
 
     def remembered(self) -> ConfigDirs | None: ...
     def remember(self, dirs: ConfigDirs | None) -> None:

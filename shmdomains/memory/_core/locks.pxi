@@ -316,6 +316,16 @@ cdef bint holds_any(Segment doms):
     return False
 
 
+cdef bint holds_any_but(Segment doms, Record record):
+    cdef void *at = sd_self().records
+    while at != NULL:
+        if (<Record>at).segment.segment == doms.segment:
+            if record is None or (<Record>at).slot != record.slot:
+                return True
+        at = (<Record>at).after
+    return False
+
+
 cdef int may_wait(Segment doms, uint64_t deadline) except -1:
     """Raise if this thread may not wait for a domain: for a second one it may wait only under the
     list lock, or two threads could wait for each other."""

@@ -232,9 +232,13 @@ cdef class Segment:
 
     # --- for the rules: waiting and events (sleep.pxi) ---
 
-    def _handle_of(self, key):
+    def _handle_of(self, key=None, /, *, uuid=None, name=None, id=None):
         """An unlocked handle to the domain with this key, or None. Takes no lock."""
-        return unlocked_handle(self, key)
+        return unlocked_handle(self, key, uuid, name, id)
+
+    def _holds_other(self, Record record):
+        """Whether this thread holds a domain of this list other than this one."""
+        return holds_any_but(self, record)
 
     def _look(self, Record record not None, bint definitions=True):
         """(`DomainInfo` or None once it is removed, stamp). Takes no lock."""
@@ -254,6 +258,10 @@ cdef class Segment:
     def _sleep_on_list(self, uint64_t stamp, timeout=None):
         """Sleep until any domain has changed since `_list_stamp`, a slice at most."""
         return bool(sleep_on_list(self, stamp, deadline_of(timeout)))
+
+    def _marks(self):
+        """What `_changed` needs to remember, empty."""
+        return bytearray()
 
     def _changed(self, bytearray marks not None, bint definitions=True):
         """The committed states of what changed since the last call with these marks (empty at
