@@ -95,8 +95,8 @@ def address_space(room: int) -> Iterator[None]:
 
 
 def state(doms: DomainList) -> list[Any]:
-    """All that is committed, and whether it is sound."""
-    assert doms.check().problems == []
+    """All that is committed, and whether it is sound. The directory may have been taken away."""
+    assert [one for one in doms.check().problems if one[0] != "config"] == []
     return sorted(
         (
             info.name, info.uuid, info.id, info.pid, info.state, info.persistent, info.autostart,
