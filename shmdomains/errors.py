@@ -177,6 +177,10 @@ class SegmentFull(SegmentError, MemoryError):
     """No room for another domain, or no memory for its definition."""
 
 
+class NoEvents(SegmentError):
+    """The list keeps no events."""
+
+
 class DescriptorLost(SegmentError):
     """The call needs the segment's descriptor, which this process closed."""
 

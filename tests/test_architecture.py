@@ -18,7 +18,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
     # The vocabulary.
-    ["errors", "states", "names", "holder", "packing", "text", "files", "deadline", "lazy"],
+    [
+        "errors",
+        "states",
+        "events",
+        "names",
+        "holder",
+        "packing",
+        "text",
+        "files",
+        "deadline",
+        "lazy",
+    ],
     ["xml"],
     ["config"],
     ["rules"],

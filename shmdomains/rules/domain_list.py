@@ -42,8 +42,9 @@ from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
 from . import files, steps
 from .info import DomainInfo
-from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
+from .store import D, Deadline, Filter, Identity, LockedDomains
 from .values import key_of, not_found
+from .watch import WatchRules
 from .work import Step, Work
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
     return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
 
 
-class DomainListRules(ListBase[D]):
+class DomainListRules(WatchRules[D]):
     """The rules, to be combined with a store."""
 
     # --- locks ---

@@ -105,6 +105,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_event:
         uint64_t number, life, kind, time
         uint64_t uuid[2]
+        uint32_t pid
         unsigned char name[252]
     ctypedef struct sd_key:
         int what

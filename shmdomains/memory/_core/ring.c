@@ -16,6 +16,7 @@
 #include "wait.h"
 
 #define FIRST_WORDS (offsetof(sd_entry, name) / 8)
+#define PID_SHIFT 40 /* in `place` */
 
 static sd_entry *entry_of(const sd_segment *segment, uint64_t number)
 {
@@ -59,7 +60,8 @@ static void write_entry(sd_entry *to, const uint64_t words[FIRST_WORDS], const u
 }
 
 uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life,
-                       const uint64_t uuid[2], const unsigned char *name, const sd_news *news)
+                       const uint64_t uuid[2], const unsigned char *name,
+                       const unsigned char *old_name, const sd_news *news)
 {
     uint64_t count = sd_ring_count(segment), last = count + news->count, now = sd_now_real();
     bool room = true;
@@ -71,7 +73,7 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
     for (unsigned i = 0; i < news->count; i++) {
         uint64_t left = news->count - 1 - i;
         uint64_t words[FIRST_WORDS] = {sd_seal(count + 1 + i),
-                                       slot | left << 32,
+                                       slot | left << 32 | (uint64_t)news->pid << PID_SHIFT,
                                        life,
                                        news->kind[i] | (uint64_t)by << 24 |
                                            (uint64_t)(uint32_t)news->id[i] << 32,
@@ -79,8 +81,9 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
                                        uuid[0],
                                        uuid[1],
                                        0};
-        words[7] = sum_of(words, name);
-        write_entry(entry_of(segment, count + 1 + i), words, name);
+        const unsigned char *whose = news->kind[i] == SD_RENAMED_FROM ? old_name : name;
+        words[7] = sum_of(words, whose);
+        write_entry(entry_of(segment, count + 1 + i), words, whose);
     }
     return last;
 }
@@ -156,7 +159,7 @@ int sd_ring_settle(sd_segment *segment)
     uint64_t words[FIRST_WORDS], count = sd_ring_count(segment);
     unsigned char name[SD_NAME_MAX + 1];
     if (!copy_entry(segment, count + 1, words, name)) return SD_OK;
-    uint64_t left = words[1] >> 32, last = count + 1 + left;
+    uint64_t left = words[1] >> 32 & 0xff, last = count + 1 + left;
     if (left >= SD_NEWS_MAX) return SD_OK;
     if (is_committed(segment, words, last)) sd_ring_publish(segment, last);
     else clear_entries(segment, count + 1, last);
@@ -175,6 +178,7 @@ int sd_ring_read(const sd_segment *segment, uint64_t number, sd_event *event)
     uint64_t words[FIRST_WORDS];
     if (!copy_entry(segment, number, words, event->name)) return SD_MISS;
     event->number = number;
+    event->pid = (uint32_t)(words[1] >> PID_SHIFT);
     event->life = words[2];
     event->kind = words[3];
     event->time = words[4];

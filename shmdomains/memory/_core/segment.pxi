@@ -272,9 +272,9 @@ cdef class Segment:
         need_open(self)
         return sd_ring_count(self.segment)
 
-    def _event(self, uint64_t number):
-        """(number, ns since the epoch, type, detail, uuid, name, id; of a death its pid, `who` of a
-        death), or None if it was overwritten, or never recorded."""
+    def _read_event(self, uint64_t number):
+        """(number, ns since the epoch, type, detail, uuid, name, id, `who` and pid of a death), or
+        None if it was overwritten, or never recorded."""
         return read_event(self, number)
 
     def _sleep_on_events(self, uint64_t count, timeout=None):
