@@ -29,6 +29,8 @@ INVARIANTS: dict[str, str] = {
     "Rebuilt by the next holder of the list lock (UUID, name) or the id lock after a death.",
     "I5 sequence": "Nobody is in the middle of changing an index without its lock. Ended by the "
     "next holder of the list or id lock after a death.",
+    "E1 events": "Every event that is kept fits its checksum, and no domain names one that has not "
+    "happened. Nobody repairs it: a damaged event counts as missed, and the ring is overwritten.",
     "free list": "Every slot without a domain is on it, once. Rebuilt by the next holder of the "
     "list lock after a death.",
     "counts": "The numbers of domains, active domains and slots are right. Rebuilt by the next "
@@ -56,7 +58,7 @@ def listing_invariants(function: Callable[P, R]) -> Callable[P, R]:
 
 
 # The invariants without a verdict, by the core's number of what it left open: its sums, then the
-# suspects of list, ids, heap.
+# suspects of list, ids, heap, events.
 _OPEN = (
     ("I5 index", "I5 sequence", "counts"),
     ("free list",),
@@ -66,6 +68,7 @@ _OPEN = (
     ("I5 index",),
     ("I5 index",),
     ("I2 map",),
+    ("E1 events",),
 )
 
 
@@ -100,6 +103,7 @@ def unsettled(open: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
 _REBUILT = {
     "list": "UUID and name index, free list and counts rebuilt",
     "id": "id index rebuilt",
+    "event": "events of what its holder committed published",
     "heap": "map of used space rebuilt",
     "domain": "what its holder had not committed is rolled back",
 }
@@ -108,9 +112,9 @@ _REBUILT = {
 class Repair(msgspec.Struct, frozen=True):
     """One lock that `DomainList.recover` took over.
 
-    `lock` is ``"list"``, ``"id"``, ``"heap"`` or ``"domain"``; `name` is the domain's, ``None`` for
-    an empty slot. `died` is the dead holder (of the id and the heap lock only the thread is known),
-    ``None`` if this repair had been put off earlier.
+    `lock` is ``"list"``, ``"id"``, ``"event"``, ``"heap"`` or ``"domain"``; `name` is the domain's,
+    ``None`` for an empty slot. `died` is the dead holder (of the id, event and heap lock only the
+    thread is known), ``None`` if this repair had been put off earlier.
 
     >>> print(Repair("domain", "web1", LockHolder(7, 7, None, None, False, None)))
     domain 'web1': process 7 died holding it; what its holder had not committed is rolled back

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 class Watch(Iterator[DomainEvent | EventsMissed]):
     """What `DomainList.watch` returns: an iterator over events.
 
-    When it has ended because of its `timeout` it may be iterated again, and goes on where it
-    stopped. One thread at a time uses it.
+    When it has ended because of its `timeout`, which may be changed, it may be iterated again, and
+    goes on where it stopped. One thread at a time uses it.
     """
 
     def __init__(self, doms: ListBase[Any], since: int, timeout: float | None) -> None:
-        self._doms, self._timeout = doms, timeout
+        self._doms = doms
+        self.timeout = timeout
         self._since = since
         self._next: DomainEvent | None = None
 
@@ -43,7 +44,7 @@ class Watch(Iterator[DomainEvent | EventsMissed]):
         return self
 
     def __next__(self) -> DomainEvent | EventsMissed:
-        deadline = self._doms._deadline(self._timeout)
+        deadline = self._doms._deadline(self.timeout)
         while True:
             found = self._take()
             if found is not None:

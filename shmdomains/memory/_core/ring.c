@@ -114,6 +114,14 @@ static bool copy_entry(const sd_segment *segment, uint64_t number, uint64_t word
     return sum == sum_of(words, name);
 }
 
+bool sd_ring_sound(const sd_segment *segment, uint64_t number)
+{
+    uint64_t words[FIRST_WORDS];
+    unsigned char name[SD_NAME_MAX + 1];
+    if (copy_entry(segment, number, words, name)) return true;
+    return sd_load(&entry_of(segment, number)->number) != sd_seal(number);
+}
+
 /* Did the commit of this entry happen? */
 static bool is_committed(const sd_segment *segment, const uint64_t words[FIRST_WORDS], uint64_t last)
 {

@@ -38,6 +38,8 @@ int sd_ring_settle(sd_segment *segment);
 uint64_t sd_ring_count(const sd_segment *segment);
 /* SD_OK; SD_MISS: it was overwritten, was never recorded, or is damaged.  No lock. */
 int sd_ring_read(const sd_segment *segment, uint64_t number, sd_event *event);
+/* Whether the entry fits its checksum, or has moved meanwhile. */
+bool sd_ring_sound(const sd_segment *segment, uint64_t number);
 /* Is there an entry behind the last one, that a dead writer may have committed? */
 bool sd_ring_unsettled(const sd_segment *segment);
 

@@ -360,7 +360,7 @@ cdef class Segment:
     def _check(self, timeout=None):
         """Check every invariant: (problems, counts, without a verdict, longest hold in seconds).
 
-        Without a verdict: pairs (number, why); 0 to 4 are the sums of core.h, 5 to 7 the suspects
+        Without a verdict: pairs (number, why); 0 to 4 are the sums of core.h, 5 to 8 the suspects
         that are left of the list, the ids, the heap.
         """
         return check_segment(self, timeout)
