@@ -747,6 +747,7 @@ class Trial:
     def die_at(self, point: int, step: int) -> None:
         """A death at one point; with `step`, also one at each `step`-th point of the recovery."""
         self.second = 0
+        self.watched = point % 2 == 0
         self.place.write(self.image)
         code = self.perform(self.what.run, point, lambda *_: None)
         assert code == -signal.SIGKILL, f"it ended with {code} instead of a SIGKILL"
@@ -789,6 +790,9 @@ class Trial:
             assert known, difference(state, allowed)
             # The last commit's may be unpublished still.
             self.expect_events(doms, {*known, *(max(i - 1, 0) for i in known)})
+            if self.watched:  # who watches publishes what is committed, and takes no other lock
+                list(doms.watch(since=0, timeout=0))
+                self.expect_events(doms, set(known))
             self.look_up(doms, state)
             told = self.take_every_lock(doms)
             died = self.expect_events(doms, set(known))
