@@ -18,6 +18,7 @@ from .errors import (
     DefinitionError,
     DescriptorLost,
     DomainActive,
+    DomainBusy,
     DomainExists,
     DomainInactive,
     DomainLocked,
@@ -28,12 +29,14 @@ from .errors import (
     DomainTransient,
     InDoubt,
     InvalidName,
+    JobTimeout,
     ListClosed,
     ListNotLocked,
     LockKindMismatch,
     LockLost,
     LockOrder,
     LockTimeout,
+    MutexNotLocked,
     NoEvents,
     NotOwner,
     SegmentCorrupt,
@@ -47,8 +50,10 @@ from .errors import (
     SegmentRefused,
     ShmDomainsError,
     TooManyLocks,
+    TooManyMutexes,
     Unavailable,
     UncommittedChanges,
+    WaitTimeout,
     WrongList,
 )
 from .events import (
@@ -67,6 +72,7 @@ from .events import (
     UndefinedDetail,
 )
 from .holder import LockHolder
+from .job import Job, JobInfo
 from .lazy import preload
 from .memory.domain import Domain
 from .memory.domain_list import (
@@ -74,11 +80,14 @@ from .memory.domain_list import (
     DomainList,
     ListInfo,
     LockedDomains,
+    Mutex,
     unlink,
 )
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
+from .rules.elect import Election
 from .rules.info import DomainInfo
+from .rules.jobs import DomainJob
 from .rules.watch import Watch
 from .rules.work import Unfinished
 from .states import (
@@ -123,11 +132,13 @@ __all__ = [
     "DiskDef",
     "Domain",
     "DomainActive",
+    "DomainBusy",
     "DomainDef",
     "DomainEvent",
     "DomainExists",
     "DomainInactive",
     "DomainInfo",
+    "DomainJob",
     "DomainList",
     "DomainLocked",
     "DomainNotFound",
@@ -136,6 +147,7 @@ __all__ = [
     "DomainState",
     "DomainStateError",
     "DomainTransient",
+    "Election",
     "EventType",
     "EventsMissed",
     "GraphicsDef",
@@ -144,6 +156,9 @@ __all__ = [
     "InDoubt",
     "InterfaceDef",
     "InvalidName",
+    "Job",
+    "JobInfo",
+    "JobTimeout",
     "ListClosed",
     "ListInfo",
     "ListNotLocked",
@@ -155,6 +170,8 @@ __all__ = [
     "LockOrder",
     "LockTimeout",
     "LockedDomains",
+    "Mutex",
+    "MutexNotLocked",
     "NoEvents",
     "NostateReason",
     "NotOwner",
@@ -184,10 +201,12 @@ __all__ = [
     "StoppedDetail",
     "SuspendedDetail",
     "TooManyLocks",
+    "TooManyMutexes",
     "Unavailable",
     "UncommittedChanges",
     "UndefinedDetail",
     "Unfinished",
+    "WaitTimeout",
     "Watch",
     "WrongList",
     "preload",

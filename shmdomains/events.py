@@ -14,6 +14,7 @@ from uuid import UUID
 import msgspec
 
 from .holder import LockHolder
+from .job import Job
 
 
 class EventType(enum.IntEnum):
@@ -182,6 +183,8 @@ DETAILS: dict[EventType, type[enum.IntEnum]] = {
     EventType.PMSUSPENDED: PMSuspendedDetail,
     EventType.CRASHED: CrashedDetail,
     EventType.AUTOSTART: AutostartDetail,
+    EventType.JOB_STARTED: Job,
+    EventType.JOB_ENDED: Job,
 }
 """The enum of details for each type that has any."""
 

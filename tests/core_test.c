@@ -106,6 +106,7 @@ static void print_header(void)
     HEADER(heap_used), HEADER(heap_dirty), HEADER(heap_hint), HEADER(settings_choice);
     HEADER(event_mutex), HEADER(event_dirty), HEADER(event_waiting), HEADER(event_count);
     HEADER(ring_committed), HEADER(events);
+    HEADER(any_waiting), HEADER(any_seq);
 }
 
 static void print_slot(void)
@@ -133,6 +134,10 @@ static int layout(const char *path)
     print_header();
     print_slot();
     printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
+    printf("named %lu\nnamed.size %zu\n", at.named, sizeof(sd_named));
+    PLACE("named", sd_named, mutex), PLACE("named", sd_named, owner);
+    PLACE("named", sd_named, died_who), PLACE("named", sd_named, taken);
+    PLACE("named", sd_named, name), PLACE("named", sd_named, why);
     printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
            at.heap, at.levels);
     printf("ring %lu\n", at.ring);

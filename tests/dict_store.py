@@ -18,11 +18,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
-from shmdomains.errors import SegmentFull
+from shmdomains.deadline import Deadline
+from shmdomains.errors import SegmentFull, TooManyMutexes
 from shmdomains.events import DomainEvent, detail_of
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
+from shmdomains.rules.compare import compare
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
 from shmdomains.rules.store import Changes, Key, NewDomain, News
@@ -69,7 +71,16 @@ class Record:
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
+        return DomainInfo(
+            **values,
+            blobs=blobs,
+            work=None if work is None else Work.decode(work),
+            describe=describe,
+        )
+
+
+def describe(caller: Caller) -> LockHolder:
+    return holder.holder_of(caller.pid, caller.tid, caller.start)
 
 
 class DictStore:
@@ -86,6 +97,10 @@ class DictStore:
         self._events: deque[DomainEvent] = deque(maxlen=events)
         self._count = 0
         self._happened = threading.Condition()
+        self._changed = threading.Condition()
+        self._changes = 0
+        self._mutexes: dict[str, OwnedLock] = {}
+        self._naming = threading.Lock()
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -145,7 +160,8 @@ class DictStore:
         record.lock.acquire("a new domain", 0)
         number = next(self._numbers)
         self._records[number] = record
-        self._tell(record, news)
+        self._announce(record, news)
+        self._tell()
         return number, record.info()
 
     def commit(
@@ -154,16 +170,18 @@ class DictStore:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
-        self._tell(there, news)
+        self._announce(there, news)
+        self._tell()
         return there.info()
 
     def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:
         there = self._records.pop(record)
         there.gone = True
-        self._tell(there, news)
+        self._announce(there, news)
         there.lock.release()
+        self._tell()
 
-    def _tell(self, record: Record, news: Sequence[News]) -> None:
+    def _announce(self, record: Record, news: Sequence[News]) -> None:
         if not self.events_max:
             return
         now, uuid = time.time(), record.values["uuid"]
@@ -197,7 +215,38 @@ class DictStore:
         there = self._records.get(record)
         return None if there is None else there.commits
 
+    def _tell(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def sleep(self, record: int, receipt: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.receipt(record) != receipt, timeout)
+
+    def stamp(self) -> object:
+        return self._changes
+
+    def sleep_on_stamp(self, stamp: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._changes != stamp, timeout)
+
     def died(self, record: int) -> LockHolder | None:
+        return None
+
+    def name_mutex(self, name: str) -> None:
+        with self._naming:
+            if name not in self._mutexes and len(self._mutexes) == 64:
+                raise TooManyMutexes(f"mutex {name!r}: there are 64 already, which is the limit")
+            self._mutexes.setdefault(name, OwnedLock())
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None:
+        self._mutexes[name].acquire(f"mutex {name!r}", timeout)
+
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        self._mutexes[name].release()
+
+    def mutex_died(self, name: str) -> LockHolder | None:
         return None
 
     def started(self, pid: int) -> int:
@@ -210,7 +259,10 @@ class DictStore:
         return Caller(*core.caller())
 
     def describe(self, caller: Caller) -> LockHolder:
-        return holder.holder_of(caller.pid, caller.tid, caller.start)
+        return describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs
@@ -239,6 +291,7 @@ class DictDomainList(PlainDomainList[int]):
         for info in infos:
             if (info.definition.name, info.definition.uuid) != (info.name, info.uuid):
                 problems.append(("I1 identity", f"'{info.name}' has another one's definition"))
+        problems += [("config", text) for text in compare(self, Deadline(10))[0]]
         return SimpleNamespace(problems=problems)
 
     @property

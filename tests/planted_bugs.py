@@ -57,20 +57,16 @@ PLANTED = {
     "hold.pxi": [
         (
             """
+    if mine.touched or mine.pending or mine.intends:
         try:
-            commit_changes(mine, deadline)
-        finally:
-            end_hold(mine, True)
 """,
             """
+    if mine.touched or mine.pending or mine.intends:
         if sd_planted == 1:
             end_hold(mine, True)
             commit_changes(mine, deadline)
             return 0
         try:
-            commit_changes(mine, deadline)
-        finally:
-            end_hold(mine, True)
 """,
         )
     ],
@@ -92,24 +88,15 @@ PLANTED = {
         ("#include <errno.h>\n", "#include <errno.h>\n#include <sched.h>\n#include <unistd.h>\n"),
         (
             """
-    if (result == SD_OK)
-        result = sd_index_insert(segment, SD_NAME_INDEX,
+    int listed = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
-    if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
-}
-
-int sd_commit(""",
+    if (gone == SD_OK""",
             """
     if (sd_planted == 6) usleep(1000);
-    if (result == SD_OK && sd_planted != 3)
-        result = sd_index_insert(segment, SD_NAME_INDEX,
-                                 sd_hash_name(segment, name + 1, name[0]), slot);
-    if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
-}
-
-int sd_commit(""",
+    int listed = sd_planted == 3 ? SD_OK
+                                 : sd_index_insert(segment, SD_NAME_INDEX,
+                                                   sd_hash_name(segment, name + 1, name[0]), slot);
+    if (gone == SD_OK""",
         ),
         (
             """
@@ -127,23 +114,20 @@ int sd_commit(""",
         ),
         (
             """
-    } else {
-        sd_values_flip(record, &next);
-    }
-    if (ids) sd_ids_unlock(segment);
-""",
+    else
+        sd_values_flip(&segment->slots[slot], next);
+    if (news)""",
             """
-    } else {
+    else {
         if (sd_planted == 5) {
-            sd_values half = next;
-            half.state = now.state;
-            sd_values_flip(record, &half);
+            sd_values half = *next;
+            half.state = now->state;
+            sd_values_flip(&segment->slots[slot], &half);
             sched_yield();
         }
-        sd_values_flip(record, &next);
+        sd_values_flip(&segment->slots[slot], next);
     }
-    if (ids) sd_ids_unlock(segment);
-""",
+    if (news)""",
         ),
     ],
     "find.c": [
@@ -191,8 +175,8 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
     ],
     "locks.c": [
         (
-            "        sd_publish(&record->died_who, who ? who : 1);\n    }\n    sd_tidy(",
-            "        sd_publish(&record->died_who, who ? who : 1);\n    }\n"
+            "            sd_events_unlock(segment);\n        }\n    }\n    sd_tidy(",
+            "            sd_events_unlock(segment);\n        }\n    }\n"
             "    if (sd_planted == 7) sd_undo_state(segment, slot);\n"
             "    sd_tidy(",
         )

@@ -22,6 +22,7 @@ RANKS = [
         "errors",
         "states",
         "events",
+        "job",
         "names",
         "holder",
         "packing",

@@ -14,7 +14,7 @@ import pytest
 from killing import Child, Pipe
 from shell import failure, invoke, on_terminal, out, process
 
-from shmdomains import DomainList, DomainState, EventType, PausedReason, ShutoffReason
+from shmdomains import DomainList, DomainState, EventType, Job, PausedReason, ShutoffReason
 
 XML = "<domain type='kvm'><name>{}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
 
@@ -32,7 +32,7 @@ def doms(segment_dir: Path) -> Any:
             dom.commit()
             dom.set_state(DomainState.PAUSED, PausedReason.IOERROR)
             dom.commit()
-            dom._note(EventType.JOB_STARTED)
+            dom._note(EventType.JOB_STARTED, Job.MODIFY)
             dom.commit()
             dom.deactivate(ShutoffReason.DESTROYED)
         doms.define(XML.format("web2"))
@@ -44,7 +44,7 @@ LINES = [
     "event 'autostart' for domain 'web1': Enabled",
     "event 'lifecycle' for domain 'web1': Started Booted",
     "event 'lifecycle' for domain 'web1': Suspended I/O Error",
-    "event 'job' for domain 'web1': Started",
+    "event 'job' for domain 'web1': Started modify",
     "event 'lifecycle' for domain 'web1': Stopped Destroyed",
     "event 'lifecycle' for domain 'web2': Defined Added",
 ]

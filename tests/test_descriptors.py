@@ -291,6 +291,7 @@ def test_a_full_file_system(tmp_path: Path, how: str) -> None:
                 assert party.tell("doms.check().problems") == []
                 if not room:
                     os.unlink(folder / "filler")
+            party.do("with doms.get(name='vm0') as dom: dom.deactivate()")
             party.do("doms.undefine(name='vm0'); doms.define(xml('new'))")
             assert process.is_well
         finally:

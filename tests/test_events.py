@@ -30,6 +30,7 @@ from shmdomains import (
     DomainState,
     EventsMissed,
     EventType,
+    Job,
     ListClosed,
     NoEvents,
     PausedReason,
@@ -206,9 +207,9 @@ def test_what_is_rolled_back_is_no_event(doms: Any) -> None:
         dom.activate()
         dom.rollback()
     with doms.get("a") as dom:
-        dom._note(EventType.JOB_ENDED, 2)
+        dom._note(EventType.JOB_ENDED, Job.DESTROY)
         assert dom.changed
-    assert told(doms) == ["a -1: Defined Added", "a -1: Job ended"]
+    assert told(doms) == ["a -1: Defined Added", "a -1: Job ended destroy"]
 
 
 STATES = [state for state in DomainState if state is not DomainState.SHUTOFF]

@@ -25,6 +25,7 @@ from ..config import LoadFailure
 from ..memory import segment_file
 from . import domains as domain_commands
 from . import events as event_commands
+from . import jobs as job_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
 from .tables import is_terminal, print_warning
@@ -93,11 +94,14 @@ for _command in (
     domain_commands.domname,
     domain_commands.domuuid,
     domain_commands.dumpxml,
+    domain_commands.wait,
     domain_commands.define,
     domain_commands.undefine,
     domain_commands.rename,
     domain_commands.autostart,
     event_commands.events,
+    job_commands.domjobinfo,
+    job_commands.domjobabort,
     segment_commands.segments,
     segment_commands.check,
     segment_commands.recover,
