@@ -114,6 +114,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_event:
         uint64_t number, life, kind, time
         uint64_t uuid[2]
+        uint32_t pid
         unsigned char name[252]
     ctypedef struct sd_key:
         int what
@@ -260,6 +261,9 @@ cdef extern from "core.h":
     uint64_t sd_check_overlooked(const sd_check *)
     int sd_check_records(sd_check *, uint64_t)
     int sd_check_part(int)
+    int sd_check_ring(sd_check *, uint64_t)
+    bint sd_check_ring_suspect(const sd_check *)
+    void sd_check_ring_judge(sd_check *)
     int sd_check_prepare(sd_check *, int)
     int sd_check_judge(sd_check *, int, uint64_t)
     int sd_check_sum(sd_check *, int, uint64_t)

@@ -157,6 +157,7 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
         set_change(&blobs[SD_WORK], encoded)
     set_unfinished(mine, work)
     if mine.values.flags & SD_FLAG_PERSISTENT:
+        add_news(&mine.noted, UNDEFINED, RENAMED_FROM, mine.values.id)
         add_news(&mine.noted, DEFINED, RENAMED, mine.values.id)
     cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, &mine.noted,
                                 deadline)

@@ -245,14 +245,14 @@ static uint64_t announce_death(sd_segment *segment, uint32_t slot, uint64_t vict
 {
     const sd_slot *record = &segment->slots[slot];
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
-    const sd_news news = {1, {SD_KIND(SD_HOLDER_DIED, 0)}, {(int32_t)pid}};
     unsigned char name[SD_NAME_MAX + 1];
     sd_values values;
     if (!segment->at.events || !(sd_load(&record->life) & 1)) return 0;
     if (sd_values_get(segment, slot, &values) != SD_OK) return 0;
     sd_name_get(segment, slot, values.flags, name);
+    const sd_news news = {1, {SD_KIND(SD_HOLDER_DIED, 0)}, {values.id}, (uint32_t)pid};
     if (!events_lock_for_death(segment)) return 0;
-    return sd_ring_write(segment, slot, SD_BY_DEATH, victim, uuid, name, &news);
+    return sd_ring_write(segment, slot, SD_BY_DEATH, victim, uuid, name, name, &news);
 }
 
 /* The record itself is sound: the old one or the new one.  If the owner record is empty, either the

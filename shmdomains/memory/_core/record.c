@@ -199,7 +199,7 @@ static void flip(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], con
     if (news)
         next->event = sd_ring_write(segment, slot, SD_BY_CHANGE,
                                     sd_load(&segment->slots[slot].life), uuid,
-                                    name ? name : old_name, news);
+                                    name ? name : old_name, old_name, news);
     if (name)
         flip_with_name(segment, slot, next, old_name, name);
     else if (now->id != next->id)
@@ -374,7 +374,7 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     if (result != SD_OK) return result;
     next.event = 0; /* not another domain's (E1) */
     if (news)
-        next.event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, news);
+        next.event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, name, news);
     sd_values_flip(record, &next);
     sd_sequence_begin(&header->list_seq);
     sd_publish(&record->life, life);
@@ -407,7 +407,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     int result = locks ? sd_short_locks(segment, locks, deadline) : SD_OK;
     if (result != SD_OK) return result;
     if (sd_has_news(segment, news))
-        event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, news);
+        event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, name, news);
 
     if (ids) sd_sequence_begin(&header->id_seq);
     sd_sequence_begin(&header->list_seq);

@@ -16,6 +16,7 @@
 #include "wait.h"
 
 #define FIRST_WORDS (offsetof(sd_entry, name) / 8)
+#define PID_SHIFT 40 /* in `place` */
 
 static sd_entry *entry_of(const sd_segment *segment, uint64_t number)
 {
@@ -98,7 +99,8 @@ static uint64_t mended_count(sd_segment *segment)
 }
 
 uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life,
-                       const uint64_t uuid[2], const unsigned char *name, const sd_news *news)
+                       const uint64_t uuid[2], const unsigned char *name,
+                       const unsigned char *old_name, const sd_news *news)
 {
     uint64_t count = mended_count(segment), last = count + news->count, now = sd_now_real();
     bool room = true;
@@ -110,7 +112,7 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
     for (unsigned i = 0; i < news->count; i++) {
         uint64_t left = news->count - 1 - i;
         uint64_t words[FIRST_WORDS] = {sd_seal(count + 1 + i),
-                                       slot | left << 32,
+                                       slot | left << 32 | (uint64_t)news->pid << PID_SHIFT,
                                        life,
                                        news->kind[i] | (uint64_t)by << 24 |
                                            (uint64_t)(uint32_t)news->id[i] << 32,
@@ -118,8 +120,9 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
                                        uuid[0],
                                        uuid[1],
                                        0};
-        words[7] = sum_of(words, name);
-        write_entry(entry_of(segment, count + 1 + i), words, name);
+        const unsigned char *whose = news->kind[i] == SD_RENAMED_FROM ? old_name : name;
+        words[7] = sum_of(words, whose);
+        write_entry(entry_of(segment, count + 1 + i), words, whose);
     }
     return last;
 }
@@ -147,6 +150,14 @@ static bool copy_entry(const sd_segment *segment, uint64_t number, uint64_t word
     atomic_thread_fence(memory_order_acquire);
     if (sd_load(&from->number) != words[0] || name[0] > SD_NAME_MAX) return false;
     return words[7] == sum_of(words, name);
+}
+
+bool sd_ring_sound(const sd_segment *segment, uint64_t number)
+{
+    uint64_t words[FIRST_WORDS];
+    unsigned char name[SD_NAME_MAX + 1];
+    if (copy_entry(segment, number, words, name)) return true;
+    return sd_load(&entry_of(segment, number)->number) != sd_seal(number);
 }
 
 /* Did the commit of this entry happen? */
@@ -177,7 +188,7 @@ int sd_ring_settle(sd_segment *segment)
     uint64_t words[FIRST_WORDS], count = mended_count(segment);
     unsigned char name[SD_NAME_MAX + 1];
     if (!copy_entry(segment, count + 1, words, name)) return SD_OK;
-    uint64_t left = words[1] >> 32, last = count + 1 + left;
+    uint64_t left = words[1] >> 32 & 0xff, last = count + 1 + left;
     if (left >= SD_NEWS_MAX) return SD_OK;
     if (is_committed(segment, words, last)) sd_ring_publish(segment, last);
     else clear_entries(segment, count + 1, last);
@@ -197,6 +208,7 @@ int sd_ring_read(const sd_segment *segment, uint64_t number, sd_event *event)
     if (number > sd_ring_count(segment)) return SD_MISS;
     if (!copy_entry(segment, number, words, event->name)) return SD_MISS;
     event->number = number;
+    event->pid = (uint32_t)(words[1] >> PID_SHIFT);
     event->life = words[2];
     event->kind = words[3];
     event->time = words[4];

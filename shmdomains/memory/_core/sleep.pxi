@@ -123,14 +123,14 @@ cdef int sleep_on_events(Segment doms, uint64_t count, uint64_t deadline) except
 
 
 cdef tuple read_event(Segment doms, uint64_t number):
-    """(number, time in ns, type, detail, uuid, name, id or pid, who died), or None: it is gone."""
+    """(number, time in ns, type, detail, uuid, name, id, who died, its pid), or None: it is gone."""
     cdef sd_event event
     need_open(doms)
     if sd_ring_read(doms.segment, number, &event) != SD_OK:
         return None
     return (number, event.time, event.kind & 0xff, event.kind >> 8 & 0xffff,
             uuid_object(event.uuid), name_object(event.name) if event.name[0] else None,
-            <int32_t><uint32_t>(event.kind >> 32), event.life)
+            <int32_t><uint32_t>(event.kind >> 32), event.life, event.pid)
 
 
 cdef list read_changed(Segment doms, bytearray marks, bint blobs):
