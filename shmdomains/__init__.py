@@ -36,6 +36,7 @@ from .errors import (
     LockLost,
     LockOrder,
     LockTimeout,
+    MutexNotLocked,
     NotOwner,
     SegmentCorrupt,
     SegmentError,
@@ -48,6 +49,7 @@ from .errors import (
     SegmentRefused,
     ShmDomainsError,
     TooManyLocks,
+    TooManyMutexes,
     Unavailable,
     UncommittedChanges,
     WaitTimeout,
@@ -62,10 +64,12 @@ from .memory.domain_list import (
     DomainList,
     ListInfo,
     LockedDomains,
+    Mutex,
     unlink,
 )
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
+from .rules.elect import Election
 from .rules.info import DomainInfo
 from .rules.jobs import DomainJob
 from .rules.work import Unfinished
@@ -122,6 +126,7 @@ __all__ = [
     "DomainState",
     "DomainStateError",
     "DomainTransient",
+    "Election",
     "GraphicsDef",
     "HeldLock",
     "HostdevDef",
@@ -142,6 +147,8 @@ __all__ = [
     "LockOrder",
     "LockTimeout",
     "LockedDomains",
+    "Mutex",
+    "MutexNotLocked",
     "NostateReason",
     "NotOwner",
     "OSDef",
@@ -164,6 +171,7 @@ __all__ = [
     "ShutdownReason",
     "ShutoffReason",
     "TooManyLocks",
+    "TooManyMutexes",
     "Unavailable",
     "UncommittedChanges",
     "Unfinished",

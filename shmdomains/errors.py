@@ -45,6 +45,10 @@ class DomainLocked(ContractError):
     """This thread holds the domain, and the call would wait for it."""
 
 
+class MutexNotLocked(ContractError):
+    """The call needs the named lock, and this thread does not hold it."""
+
+
 class AlreadyLocked(ContractError):
     """This thread holds the lock already; the locks are not recursive."""
 
@@ -58,7 +62,7 @@ class LockOrder(ContractError):
 
 
 class TooManyLocks(ContractError):
-    """This thread holds 1,000 domains: the kernel releases only 2,048 locks of a dead thread."""
+    """This thread holds 1,000 locks: the kernel releases only 2,048 locks of a dead thread."""
 
 
 class WrongList(ContractError):
@@ -194,6 +198,10 @@ class SegmentPoisoned(SegmentError):
 
 class SegmentFull(SegmentError, MemoryError):
     """No room for another domain, or no memory for its definition."""
+
+
+class TooManyMutexes(SegmentError):
+    """A list has 64 named locks, and their names are never given back."""
 
 
 class DescriptorLost(SegmentError):

@@ -130,6 +130,10 @@ static int layout(const char *path)
     print_header();
     print_slot();
     printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
+    printf("named %lu\nnamed.size %zu\n", at.named, sizeof(sd_named));
+    PLACE("named", sd_named, mutex), PLACE("named", sd_named, owner);
+    PLACE("named", sd_named, died_who), PLACE("named", sd_named, taken);
+    PLACE("named", sd_named, name), PLACE("named", sd_named, why);
     printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
            at.heap, at.levels);
     for (int index = 0; index < SD_INDEXES; index++)

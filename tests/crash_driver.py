@@ -80,7 +80,9 @@ def empty(doms: DomainList) -> None:
 
 
 def few(doms: DomainList) -> None:
-    """Four domains and a free slot. vm1 is active; vm1 and vm3 have a next definition."""
+    """Four domains and a free slot. vm1 is active; vm1 and vm3 have a next definition. There is a
+    named lock."""
+    doms.mutex("scheduler")
     for number in range(5):
         with doms.locked():
             dom = doms.assign_def(definition(number), True)
@@ -218,6 +220,24 @@ def list_lock(doms: DomainList) -> Iterator[None]:
 def domain_lock(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0"):
         yield
+
+
+@operation(points=4)
+def named_lock(doms: DomainList) -> Iterator[None]:
+    with doms.mutex("scheduler"):
+        yield
+
+
+@operation(points=12)
+def named_lock_with_a_reason(doms: DomainList) -> Iterator[None]:
+    with doms.mutex("scheduler", why="rebalancing the hosts of rack 7"):
+        yield
+
+
+@operation(points=9)
+def name_a_lock(doms: DomainList) -> Iterator[None]:
+    doms.mutex("é" * 31)
+    yield
 
 
 @operation(points=16, locks=4)
@@ -593,7 +613,7 @@ class Place:
 
 # --- what can be seen -----------------------------------------------------------------------------
 
-State = dict[str, Any]  # uuid -> fields and blobs, and the settings
+State = dict[str, Any]  # uuid -> fields and blobs, and the settings, and what locks are named
 
 
 def state_of(doms: DomainList) -> State:
@@ -610,7 +630,7 @@ def state_of(doms: DomainList) -> State:
         )
         for info in doms.snapshot()
     }
-    return {**state, "settings": doms._settings()}
+    return {**state, "settings": doms._settings(), "mutexes": doms._mutex_names()}
 
 
 def jobs_of(info: Any) -> tuple[Any, ...]:
@@ -622,7 +642,8 @@ def jobs_of(info: Any) -> tuple[Any, ...]:
 
 
 def domains_of(state: State | None) -> dict[str, Any]:
-    return {key: value for key, value in (state or {}).items() if key != "settings"}
+    others = ("settings", "mutexes")
+    return {key: value for key, value in (state or {}).items() if key not in others}
 
 
 def cells_of(state: State) -> int:
@@ -839,8 +860,8 @@ class Trial:
 
     def take_every_lock(self, doms: DomainList) -> None:
         assert take(doms)
-        for dom in doms._handles():
-            assert take(dom)
+        for lock in [*doms._handles(), *map(doms.mutex, doms._mutex_names())]:
+            assert take(lock)
         if doms._kind == "multiprocessing":
             doms.recover(0)  # free slots, too
         with doms.locked(0):

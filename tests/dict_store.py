@@ -17,10 +17,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
-from shmdomains.errors import SegmentFull
+from shmdomains.deadline import Deadline
+from shmdomains.errors import SegmentFull, TooManyMutexes
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
+from shmdomains.rules.compare import compare
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
 from shmdomains.rules.store import Changes, Key, NewDomain
@@ -89,6 +91,8 @@ class DictStore:
         self._dirs: ConfigDirs | None = None
         self._changed = threading.Condition()
         self._changes = 0
+        self._mutexes: dict[str, OwnedLock] = {}
+        self._naming = threading.Lock()
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -188,6 +192,21 @@ class DictStore:
     def died(self, record: int) -> LockHolder | None:
         return None
 
+    def name_mutex(self, name: str) -> None:
+        with self._naming:
+            if name not in self._mutexes and len(self._mutexes) == 64:
+                raise TooManyMutexes(f"mutex {name!r}: there are 64 already, which is the limit")
+            self._mutexes.setdefault(name, OwnedLock())
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None:
+        self._mutexes[name].acquire(f"mutex {name!r}", timeout)
+
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        self._mutexes[name].release()
+
+    def mutex_died(self, name: str) -> LockHolder | None:
+        return None
+
     def started(self, pid: int) -> int:
         return core.process_start(pid)
 
@@ -230,6 +249,7 @@ class DictDomainList(PlainDomainList[int]):
         for info in infos:
             if (info.definition.name, info.definition.uuid) != (info.name, info.uuid):
                 problems.append(("I1 identity", f"'{info.name}' has another one's definition"))
+        problems += [("config", text) for text in compare(self, Deadline(10))[0]]
         return SimpleNamespace(problems=problems)
 
     @property

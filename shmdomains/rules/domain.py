@@ -47,9 +47,10 @@ class DomainRules(DomainWaitRules):
 
         `pid` is the hypervisor's process, if there is one. Commit `activate` first, then start the
         process, then set `pid`: otherwise a worker that is killed in between leaves a process that
-        no record mentions. Part of the transaction: others see it after `commit()` or `unlock()`;
-        a rollback wastes the id. Raises `DomainActive`, `DomainNotLocked`, `SegmentFull` when the
-        ids are used up, and `LockTimeout` when the id lock was not free within `timeout` seconds.
+        no record mentions. `intend` tells the next holder what was under way. Part of the
+        transaction: others see it after `commit()` or `unlock()`; a rollback wastes the id. Raises
+        `DomainActive`, `DomainNotLocked`, `SegmentFull` when the ids are used up, and `LockTimeout`
+        when the id lock was not free within `timeout` seconds.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()

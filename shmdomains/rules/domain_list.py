@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,6 +45,7 @@ from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
 from . import busy, files, jobs, steps
+from .elect import Election
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, LockedDomains
 from .values import key_of, not_found, one_key
@@ -127,6 +129,38 @@ class DomainListRules(WaitRules[D]):
             yield dom
         finally:
             dom._release_unseen()
+
+    # --- elections ---
+
+    def elect(
+        self,
+        name: str,
+        run: Callable[[threading.Event], object],
+        *,
+        retry_after: float = 1.0,
+    ) -> Election:
+        """Have ``run(stop)`` run in one worker of all that call this, and in another when it dies.
+
+        A thread of this process waits for the named lock `name` (see `mutex`) and then calls
+        `run`, which goes on until the `threading.Event` it is given is set: by `Election.stop`, by
+        the end of a ``with`` block of the election, or when this list is closed.
+
+        When `run` returns, this process takes part no longer. When it raises, that is logged, and
+        this process takes part again after `retry_after` seconds, then after twice as many, up to a
+        minute, so that the others come first. A fork takes no part: begin anew in the child. At
+        the end of the interpreter `run` is told to stop and has a second.
+
+        Raises what `mutex` raises.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> led = []
+        >>> with doms.elect("scheduler", led.append) as election:
+        ...     election._thread.join()
+        >>> len(led), election.leader
+        (1, False)
+        """
+        return Election(self, self.mutex(name), run, retry_after)
 
     # --- assign, remove, rename: the caller holds the list lock ---
 

@@ -38,7 +38,9 @@ from ..states import DomainState
 from ..xml.definition import DomainDef
 from .domain import DomainRules
 from .domain_list import DomainListRules
+from .elect import end_elections
 from .info import DomainInfo, reason_of
+from .plain_mutex import PlainMutex
 from .steps import settle
 from .store import Changes, Filter, Identity, Key, NewDomain, Store
 from .values import (
@@ -81,6 +83,7 @@ class _Mine(threading.local):
     def __init__(self) -> None:
         self.list_held = False
         self.holds: dict[Any, _Hold[Any]] = {}
+        self.mutexes: dict[str, int] = {}  # name -> id() of the handle that took it
 
 
 class PlainDomain(DomainRules, Generic[R]):
@@ -463,6 +466,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         self._mine = _Mine()
         self._held_by: dict[R, int] = {}  # the holding thread, for `NotOwner`
         self._list_held_by: int | None = None
+        self._mutex_held_by: dict[str, int] = {}
         self.closed = False
 
     def close(self) -> None:
@@ -470,6 +474,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         if self.is_locked:
             self.unlock()
         self.closed = True
+        end_elections(self)
 
     def _usable(self) -> None:
         if self.closed:
@@ -527,6 +532,12 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
     def release(self) -> None:
         """`unlock` in the manner of `multiprocessing.Lock`."""
         self.unlock()
+
+    def mutex(
+        self, name: str, timeout: float | None = None, *, why: str | None = None
+    ) -> PlainMutex:
+        """A named lock, not yet locked; see `ListBase.mutex`."""
+        return PlainMutex(self, name, timeout)
 
     def _need_list_lock(self, what: str) -> None:
         self._usable()

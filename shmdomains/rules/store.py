@@ -11,8 +11,9 @@ Names that begin with ``_`` are for the rules; they share a class with the publi
 `timeout` is in seconds: ``None`` waits for ever, 0 tries once, a negative one is a `ValueError`.
 When it has passed, `LockTimeout` names the holder.
 
-Lock order: list, domain, the config directory's filelock. A thread that holds a domain waits for
-another only while it holds the list lock, so waits for domains cannot form a cycle.
+Lock order: named locks, list, domain, the config directory's filelock. A thread that holds a domain
+waits for another only while it holds the list lock, so waits for domains cannot form a cycle. Of
+named locks it waits for a second one only with a time-out.
 
 A caller may die at any instruction. Its commits stay, its uncommitted changes are gone, its locks
 are free, and the next holder of the domain sees `previous_owner_died`. If what is under way in a
@@ -22,7 +23,7 @@ hands the domain out; an error there unlocks it without consuming the notice of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
@@ -272,6 +273,42 @@ class DomainBase(Protocol):
         """
 
 
+class MutexBase(Protocol):
+    """A handle to a named lock. To its holder every other handle to the same lock stands for it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_locked(self) -> bool:
+        """Whether the caller holds it."""
+
+    @property
+    def previous_owner_died(self) -> LockHolder | None:
+        """Only for its holder, else `MutexNotLocked`."""
+
+    def _last_death(self) -> Callable[[], LockHolder] | None:
+        """What describes `previous_owner_died` later, for that may take a moment."""
+
+    def lock(self, timeout: float | None = None) -> None:
+        """`AlreadyLocked` for its holder. `LockOrder` for whoever would wait with the list or a
+        domain held, or without a time-out with another named lock of the list held."""
+
+    def try_lock(self) -> bool: ...
+    def unlock(self) -> None:
+        """`MutexNotLocked`, or `NotOwner` if another thread of the process holds it."""
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool: ...
+    def release(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+
 D = TypeVar("D", bound=DomainBase)
 
 
@@ -306,6 +343,13 @@ class ListBase(Protocol[D]):
     def locked(self, timeout: float | None = None) -> AbstractContextManager[object]:
         """Hold the list lock for a ``with`` block. `AlreadyLocked`; `LockOrder` for whoever holds a
         domain of this list."""
+        ...
+
+    def mutex(
+        self, name: str, timeout: float | None = None, *, why: str | None = None
+    ) -> MutexBase:
+        """The lock with this name, the same for every party of the list; `timeout` is for its
+        ``with`` block. `TooManyMutexes` if the store gives no more names."""
         ...
 
     def get(
@@ -567,6 +611,20 @@ class Store(Protocol[R]):
 
     def died(self, record: R) -> LockHolder | None:
         """Who died holding the record since it was last unlocked with `seen`. Record locked."""
+        ...
+
+    def name_mutex(self, name: str) -> None:
+        """From now on there is a named lock of this name; does nothing if there was. No wait.
+        `TooManyMutexes`."""
+        ...
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None: ...
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        """`seen` as for `unlock`."""
+        ...
+
+    def mutex_died(self, name: str) -> LockHolder | None:
+        """As `died`, of a named lock that the caller holds."""
         ...
 
     def started(self, pid: int) -> int:

@@ -25,6 +25,7 @@
 #include "ring.h"           /* the last events */
 #include "rebuild.h"        /* what is derived, from what is committed */
 #include "locks.h"          /* short locks, slot lock, list lock, and their repairs */
+#include "named.h"          /* locks that belong to no domain */
 #include "find.h"           /* from a key to a slot */
 #include "scan.h"           /* the same without an index */
 #include "record.h"         /* commit, insert, remove */

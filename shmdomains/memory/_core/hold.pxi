@@ -6,7 +6,6 @@
 # (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport malloc
 from libc.string cimport memset
 
 import sys
@@ -423,7 +422,6 @@ cdef bint vacate(Record record) noexcept:
 
 cdef void abandon(Record record) noexcept:
     """A locked handle is freed: warn, roll back, and unlock, or have the holding thread unlock."""
-    cdef sd_orphan *orphan
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
     cdef bint here = record.nonce == thread.nonce
@@ -438,12 +436,7 @@ cdef void abandon(Record record) noexcept:
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
-        orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
-        if orphan != NULL:
-            orphan.segment = record.segment.segment
-            orphan.slot = slot
-            orphan.next = record.thread.orphans
-            record.thread.orphans = orphan
+        leave_orphan(record.thread, record.segment.segment, slot, False)
         sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
     if warnings is None:  # the interpreter may be going down
         return

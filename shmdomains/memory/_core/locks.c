@@ -30,7 +30,7 @@
 
 /* --- owner records --------------------------------------------------------------------------- */
 
-static void sign(sd_owner *owner)
+void sd_sign(sd_owner *owner)
 {
     const sd_thread *self = sd_self();
     sd_store(&owner->pid, self->pid | self->who << 32);
@@ -56,7 +56,7 @@ static bool exchange(sd_owner *owner, uint64_t from, uint64_t to)
 bool sd_take_over(sd_owner *owner, uint64_t dead)
 {
     if (!exchange(owner, dead, sd_self()->who)) return false;
-    sign(owner);
+    sd_sign(owner);
     return true;
 }
 
@@ -82,7 +82,7 @@ bool sd_semaphore_leave(sem_t *semaphore, sd_owner *owner, uint64_t who)
     return true;
 }
 
-static void note_death(uint64_t who, uint64_t pid)
+void sd_note_death(uint64_t who, uint64_t pid)
 {
     sd_repair *repair = &sd_self()->repair;
     repair->died = true;
@@ -99,7 +99,7 @@ static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *d
 {
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = SD_OK;
-    if (locked == SD_DIED) note_death(0, 0);
+    if (locked == SD_DIED) sd_note_death(0, 0);
     if (locked == SD_DIED || sd_load(dirty)) {
         sd_store(dirty, 1);
         if (rebuild(segment) == SD_OK) {
@@ -264,7 +264,7 @@ int sd_slot_entered(sd_segment *segment, uint32_t slot)
 {
     sd_slot *record = &segment->slots[slot];
     if (sd_poisoned(segment)) return SD_POISONED;
-    sign(&record->owner);
+    sd_sign(&record->owner);
     segment->held++;
     sd_self()->held++;
     return SD_OK;
@@ -278,7 +278,7 @@ int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
     if (locked != SD_OK && locked != SD_DIED) return locked;
     if (locked == SD_DIED) {
         uint64_t who = sd_load(&record->owner.who), pid = sd_owner_pid(&record->owner, who);
-        note_death(who, pid);
+        sd_note_death(who, pid);
         sd_recover_slot(segment, slot, who, pid);
         /* We sign only after this: a recoverer that dies in between must not pass for the holder
          * that had the domain. */
@@ -343,14 +343,14 @@ int sd_list_entered(sd_segment *segment, bool died)
 {
     sd_header *header = segment->header;
     uint64_t who = sd_load(&header->list_owner.who), pid = sd_owner_pid(&header->list_owner, who);
-    sign(&header->list_owner); /* before the repair: if we die in it, that must be seen */
+    sd_sign(&header->list_owner); /* before the repair: if we die in it, that must be seen */
     if (died || sd_load(&header->list_dirty)) {
         sd_store(&header->list_dirty, 1);
         if (sd_rebuild_list(segment) != SD_OK) return SD_POISONED;
         if (segment->kind == SD_KIND_ROBUST) tidy_free_slots(segment);
         sd_publish(&header->list_dirty, 0);
         /* After the free slots, whose dead holders are noted in the same place. */
-        note_death(died ? who : 0, died ? pid : 0);
+        sd_note_death(died ? who : 0, died ? pid : 0);
         sd_self()->repair.died = died;
         sd_self()->repair.repaired = true;
     }

@@ -131,6 +131,24 @@ cdef class Segment:
         """`unlock` in the manner of `multiprocessing.Lock`."""
         self.unlock()
 
+    def mutex(self, name, timeout=None, *, why=None):
+        """A lock for what belongs to no domain: a `Mutex`, not yet locked.
+
+            with doms.mutex("scheduler", timeout=0) as held:
+                ...
+
+        Every process that asks for this name gets the same lock; a name is 1 to 63 bytes of UTF-8.
+        A list has 64 of them, and a name is never given back: the 65th is `TooManyMutexes`.
+        `timeout` in seconds is for the ``with`` block: None waits for ever, 0 tries. `why` says,
+        in up to 56 bytes, what it is held for, to whoever looks.
+
+        Named locks come before the list and its domains: whoever holds one may wait for those, and
+        whoever holds those may only try one (`timeout=0`), else `LockOrder`. Waiting for a second
+        one while holding one needs a timeout. They are robust mutexes in lists of either kind, so a
+        stranger to a list with multiprocessing locks may take them, too.
+        """
+        return Mutex(self, name, timeout, why)
+
     # --- finding ---
 
     def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None):
@@ -327,6 +345,10 @@ cdef class Segment:
     def _settings(self):
         """What `_set_settings` stored; empty before that."""
         return read_settings(self)
+
+    def _mutex_names(self):
+        """The names of the named locks that there are. Takes no lock."""
+        return named_locks(self)
 
     @property
     def _identity(self):
