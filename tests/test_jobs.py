@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import DEADLINE, EVERY_STORE, Home, Party, Store, definition, xml
+from helpers import DEADLINE, EVERY_STORE, STORES, Home, Party, Store, definition, xml
 from killing import until
 from test_conformance import WAYS, Pair, way_name
 
@@ -334,6 +334,49 @@ def test_ones_own_job_excludes_nothing(doms: Any, dom: Any) -> None:
     with doms.job("b", "go"), doms.locked():
         doms.remove_inactive("b")
     assert len(doms) == 0
+
+
+# --- events -------------------------------------------------------------------------------------
+
+STARTED, ENDED = 102, 103
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+def test_each_beginning_and_end_is_an_event_of_its_commit(store: Store) -> None:
+    doms = store.make()
+    doms.define(xml("a", A))
+
+    def events(since: int) -> list[tuple[int, int]]:
+        found = [doms._event(number) for number in range(since + 1, doms._event_count + 1)]
+        assert {event[4] for event in found} <= {A}
+        return [event[2:4] for event in found]
+
+    count = doms._event_count
+    with doms.job("a", "migrate", Job.ASYNC) as job:
+        assert events(count) == [(STARTED, Job.ASYNC)]
+        job.progress(1)
+        doms.get("a").unlock()
+        assert len(events(count)) == 1
+        with doms.get("a") as dom:
+            dom.autostart = True
+            with pytest.raises(UncommittedChanges), dom.job("x", Job.ASYNC_NESTED):
+                pass
+            job.end()  # not with the changes that wait, and not a second time with their commit
+            assert events(count) == [(STARTED, Job.ASYNC), (ENDED, Job.ASYNC)]
+        assert [kind for kind, _ in events(count)] == [STARTED, ENDED, 101]
+    count = doms._event_count
+    left = doms.job("a", "left", Job.MODIFY)
+    thread = threading.Thread(target=left.__enter__)
+    thread.start()
+    thread.join(DEADLINE)
+    until(lambda: not doms["a"].jobs[0].holder.alive, "the kernel's thread has ended, too")
+    with doms.job("a", "next", Job.QUERY, timeout=DEADLINE):
+        told = [(STARTED, Job.MODIFY), (ENDED, Job.MODIFY), (STARTED, Job.QUERY)]
+        assert events(count) == told
+    with pytest.warns(ResourceWarning):
+        del left
+    assert doms.check().problems == []
+    doms.close()
 
 
 # --- masks --------------------------------------------------------------------------------------

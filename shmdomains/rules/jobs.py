@@ -304,10 +304,8 @@ class DomainJob:
     def _finish(self) -> None:
         if self._pid != os.getpid():
             return  # a child that was forked in the block: the job is its parent's
-        try:
+        with suppress(DomainRemoved):  # then the job ended with its domain
             self._take_up(None)
-        except DomainRemoved:
-            self._forget()  # it ended with its domain
         if not self._is_over:
             self.end()
 
