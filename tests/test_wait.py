@@ -549,6 +549,20 @@ def test_a_list_that_is_closed_meanwhile(store: Store, way: str) -> None:
         WAITS[way](doms)
 
 
+def test_a_list_that_is_closed_while_other_threads_wait(store: Store) -> None:
+    """Those who run no signal handlers."""
+    doms = store.make()
+    doms.define(xml("a"))
+    with thread_party(doms=doms) as one, thread_party(doms=doms) as two:
+        one.start("doms.wait('a', until=lambda info: False)")
+        two.start("with doms.get('a') as dom: dom.wait(lambda dom: False)")
+        assert one.is_waiting() and two.is_waiting()
+        doms.close()
+        for party in (one, two):
+            with pytest.raises(ListClosed):
+                party.answer()
+
+
 # --- deaths ------------------------------------------------------------------------------------
 
 FUTEX_WAKE = 1

@@ -14,6 +14,10 @@ int sd_sleep(const sd_word *word, uint64_t seen, sd_word *waiting, uint64_t numb
 void sd_raise(sd_word *waiting, uint64_t number);
 /* Everybody who sleeps on the word. */
 void sd_wake(sd_word *word);
+/* Between these, one thread of this process at a time: who was woken with many others asks for the
+ * GIL alone.  Hundreds at once that ask for it wake every 5 ms to ask again. */
+void sd_gate_enter(void);
+void sd_gate_leave(void);
 /* After a slow wake: a number that no waiter can have stored is damage, and would cost every writer
  * a system call. */
 void sd_lower_damaged(sd_word *waiting, uint64_t largest);
