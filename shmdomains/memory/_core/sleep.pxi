@@ -1,8 +1,8 @@
 # Sleeping until something changes: a domain, any domain, the number of events.
 #
 # No lock is taken. Each call sleeps one slice at most where signal handlers can run, then they do;
-# whoever waits looks again and calls again. A stamp is what the word was before the look, so a change that came between
-# the look and the sleep ends the sleep at once (layout.h, W1).
+# whoever waits looks again and calls again. A stamp is what the word was before the look, so a
+# change that came between the look and the sleep ends the sleep at once (layout.h, W1).
 
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int32_t, uint32_t, uint64_t
