@@ -18,6 +18,7 @@ from .errors import (
     DefinitionError,
     DescriptorLost,
     DomainActive,
+    DomainBusy,
     DomainExists,
     DomainInactive,
     DomainLocked,
@@ -28,6 +29,7 @@ from .errors import (
     DomainTransient,
     InDoubt,
     InvalidName,
+    JobTimeout,
     ListClosed,
     ListNotLocked,
     LockKindMismatch,
@@ -52,6 +54,7 @@ from .errors import (
     WrongList,
 )
 from .holder import LockHolder
+from .job import Job, JobInfo
 from .lazy import preload
 from .memory.domain import Domain
 from .memory.domain_list import (
@@ -64,6 +67,7 @@ from .memory.domain_list import (
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
 from .rules.info import DomainInfo
+from .rules.jobs import DomainJob
 from .rules.work import Unfinished
 from .states import (
     BlockedReason,
@@ -104,10 +108,12 @@ __all__ = [
     "DiskDef",
     "Domain",
     "DomainActive",
+    "DomainBusy",
     "DomainDef",
     "DomainExists",
     "DomainInactive",
     "DomainInfo",
+    "DomainJob",
     "DomainList",
     "DomainLocked",
     "DomainNotFound",
@@ -122,6 +128,9 @@ __all__ = [
     "InDoubt",
     "InterfaceDef",
     "InvalidName",
+    "Job",
+    "JobInfo",
+    "JobTimeout",
     "ListClosed",
     "ListInfo",
     "ListNotLocked",

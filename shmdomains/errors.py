@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .holder import LockHolder
+    from .job import JobInfo
 
 
 INTERRUPTED = 130
@@ -77,6 +78,20 @@ class LockTimeout(ShmDomainsError, TimeoutError):
     def __init__(self, message: str, holder: LockHolder | None = None) -> None:
         super().__init__(message)
         self.holder = holder
+
+
+class JobTimeout(LockTimeout):
+    """Another job kept the domain until the time was up. `job` says which, `holder` whose."""
+
+    def __init__(
+        self, message: str, holder: LockHolder | None = None, job: JobInfo | None = None
+    ) -> None:
+        super().__init__(message, holder)
+        self.job = job
+
+
+class DomainBusy(JobTimeout):
+    """A job excludes the call: removing, renaming or redefining the domain. `job` says which."""
 
 
 class WaitTimeout(ShmDomainsError, TimeoutError):

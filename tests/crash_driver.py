@@ -45,12 +45,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shmdomains import DomainDef, DomainList, DomainState
+from shmdomains import DomainDef, DomainList, DomainState, Job
 from shmdomains.config import ConfigDirs
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
 from shmdomains.memory.domain_list import _encode_dirs
 from shmdomains.rules.values import encode_data
+from shmdomains.rules.work import Begun, Caller, Work
 
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
@@ -91,6 +92,15 @@ def few(doms: DomainList) -> None:
             if number in (1, 3):
                 dom.next_definition = definition(number, 2000)
     doms.undefine(name="vm4")
+
+
+def a_dead_holder(doms: DomainList) -> None:
+    """Whose two jobs are on vm0."""
+    few(doms)
+    with doms.get("vm0") as dom:
+        dead = Caller(1 << 21, 1 << 21, 1)
+        begun = [Begun("gone", kind, 0, dead, None, 0.0) for kind in (Job.ASYNC, Job.QUERY)]
+        dom._work = Work(jobs=tuple(begun))
 
 
 def crowded(doms: DomainList, count: int = 256, active: bool = False) -> None:
@@ -417,6 +427,44 @@ def restart(doms: DomainList) -> Iterator[None]:
     yield
 
 
+# Jobs
+
+
+@operation(points=180, locks=3)
+def a_job(doms: DomainList) -> Iterator[None]:
+    """It begins, says how far it is, and ends; a dead victim still has it."""
+    with doms.job("vm0", "long work") as job:
+        yield
+        job.progress({"done": 1, "text": "x" * 500})
+        yield
+    yield
+
+
+@operation(points=620)
+def an_async_job(doms: DomainList) -> Iterator[None]:
+    """With another one in it, and somebody who asks to end it."""
+    with doms.job("vm1", "migrate", Job.ASYNC) as job:
+        yield
+        with doms.job("vm1", "step", Job.ASYNC_NESTED, why="y" * 200) as step:
+            yield
+            job.progress("x" * 300)
+            yield
+            step.progress(1)
+            yield
+            job._dom.abort_job()
+            yield
+        yield
+    yield
+
+
+@operation(points=105, on=a_dead_holder)
+def a_job_in_a_dead_holders_place(doms: DomainList) -> Iterator[None]:
+    with doms.job("vm0", "clean up", timeout=0) as job:
+        assert job.previous_owner_died is not None
+        yield
+    yield
+
+
 # Remove
 
 
@@ -558,10 +606,19 @@ def state_of(doms: DomainList) -> State:
             info.definition.encode(),
             None if info.next_definition is None else info.next_definition.encode(),
             None if info.data is None else encode_data(info.data),
+            jobs_of(info),
         )
         for info in doms.snapshot()
     }
     return {**state, "settings": doms._settings()}
+
+
+def jobs_of(info: Any) -> tuple[Any, ...]:
+    """What is the same in each run."""
+    jobs = () if info._work is None else info._work.jobs
+    return tuple(
+        (job.operation, job.kind, job.progress, job.abort, len(job.replaced)) for job in jobs
+    )
 
 
 def domains_of(state: State | None) -> dict[str, Any]:
@@ -570,7 +627,13 @@ def domains_of(state: State | None) -> dict[str, Any]:
 
 def cells_of(state: State) -> int:
     """The cells of the heap that the blobs of this state need."""
-    return sum(cells(blob) for one in domains_of(state).values() for blob in one[3:])
+    return sum(cells(blob) for one in domains_of(state).values() for blob in one[3:6])
+
+
+def cells_of_work(doms: DomainList) -> int:
+    """Those of what is under way; its size differs from run to run."""
+    works = [info._work for info in doms.snapshot()]
+    return sum(cells(work.encode()) for work in works if work is not None)
 
 
 def cells(blob: bytes | None) -> int:
@@ -582,7 +645,7 @@ def difference(found: State | None, allowed: list[State | None]) -> str:
         if state is None:
             return "no segment"
         return {
-            name: (*rest[:2], *(blob and zlib.crc32(blob) for blob in rest[2:]))
+            name: (*rest[:2], *(blob and zlib.crc32(blob) for blob in rest[2:5]), rest[5])
             for name, *rest in domains_of(state).values()
         }
 
@@ -760,6 +823,19 @@ class Trial:
             assert state_of(doms) == state, difference(state_of(doms), [state])
             self.look_up(doms, state)
             self.work(doms, state)
+            self.take_jobs(doms, state)
+
+    def take_jobs(self, doms: DomainList, state: State) -> None:
+        """Whoever had a job is dead, so the next one has it at once, and is told of the dead."""
+        for key, one in domains_of(state).items():
+            if not one[6]:
+                continue
+            with doms.job(key, "after a death", Job.ASYNC, timeout=0, allow=[]) as job:
+                told = [(died.operation, died.kind) for died in job.replaced[: len(one[6])]]
+                assert set(told) == {(name, kind) for name, kind, *_ in one[6]}
+                assert not any(died.holder.alive for died in job.replaced)
+        assert all(info.jobs == () for info in doms.snapshot())
+        expect_cells(doms, cells_of(state))
 
     def take_every_lock(self, doms: DomainList) -> None:
         assert take(doms)
@@ -845,7 +921,7 @@ def expect_cells(doms: DomainList, expected: int) -> None:
     report = doms.check()
     assert report, report.problems
     assert report.counts["garbage"] == 0, f"{report.counts['garbage']} blobs are garbage"
-    used = report.counts["cells"]
+    used = report.counts["cells"] - cells_of_work(doms)
     assert used == expected, f"{used} cells are in use, the domains need {expected}"
 
 

@@ -17,10 +17,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
+from shmdomains.deadline import Deadline
 from shmdomains.errors import SegmentFull
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
+from shmdomains.rules.compare import compare
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
 from shmdomains.rules.store import Changes, Key, NewDomain
@@ -65,7 +67,16 @@ class Record:
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
+        return DomainInfo(
+            **values,
+            blobs=blobs,
+            work=None if work is None else Work.decode(work),
+            describe=describe,
+        )
+
+
+def describe(caller: Caller) -> LockHolder:
+    return holder.holder_of(caller.pid, caller.tid, caller.start)
 
 
 class DictStore:
@@ -189,7 +200,10 @@ class DictStore:
         return Caller(*core.caller())
 
     def describe(self, caller: Caller) -> LockHolder:
-        return holder.holder_of(caller.pid, caller.tid, caller.start)
+        return describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs
@@ -218,6 +232,7 @@ class DictDomainList(PlainDomainList[int]):
         for info in infos:
             if (info.definition.name, info.definition.uuid) != (info.name, info.uuid):
                 problems.append(("I1 identity", f"'{info.name}' has another one's definition"))
+        problems += [("config", text) for text in compare(self, Deadline(10))[0]]
         return SimpleNamespace(problems=problems)
 
     @property

@@ -56,6 +56,9 @@ IMAGES = {
     "remove inactive": 68,
     "undefine active": 32,
     "free": 218,
+    "a job": 240,
+    "an async job": 650,
+    "a job in a dead holders place": 145,
 }
 """Images that are known of each operation; fewer mean that something is not seen any more."""
 

@@ -346,7 +346,12 @@ class PlainDomain(DomainRules, Generic[R]):
     def _work(self, value: Work | None) -> None:
         self._held().changes["work"] = None if value is None else value.encode()
 
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         hold = self._held()
         changes = hold.changes
         hold.changes = {"work": None if work is None else work.encode()}
@@ -370,9 +375,16 @@ class PlainDomain(DomainRules, Generic[R]):
     def _describe(self, caller: Caller) -> LockHolder:
         return self._list._store.describe(caller)
 
+    def _runs(self, caller: Caller) -> bool:
+        return self._list._store.lives(caller)
+
     @property
     def _doms(self) -> PlainDomainList[R]:
         return self._list
+
+    @property
+    def _depth(self) -> int:
+        return self._held().depth
 
     def _wait_for_change(self, timeout: float | None = None) -> bool:
         deadline = Deadline(timeout)

@@ -225,9 +225,14 @@ class DomainBase(Protocol):
 
     @_work.setter
     def _work(self, value: Work | None, /) -> None: ...
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Commit this as what is under way, and nothing else: the other changes go on waiting,
-        whatever comes of it."""
+        whatever comes of it. `events`: those of this commit, pairs of type and detail."""
 
     @property
     def _intends(self) -> bool:
@@ -243,9 +248,16 @@ class DomainBase(Protocol):
     def _describe(self, caller: Caller) -> LockHolder:
         """Who called, and whether it lives. Needs no lock."""
 
+    def _runs(self, caller: Caller) -> bool:
+        """Whether the thread that called lives. Needs no lock."""
+
     @property
     def _doms(self) -> ListBase[Any]:
         """The list that the handle came from. Needs no lock."""
+
+    @property
+    def _depth(self) -> int:
+        """How many ``with`` blocks of the domain its holder is in."""
 
     def _wait_for_change(self, timeout: float | None = None) -> bool:
         """Release the lock, sleep until the domain has changed or the time is up, and lock it
@@ -567,6 +579,7 @@ class Store(Protocol[R]):
 
     def caller(self) -> Caller: ...
     def describe(self, caller: Caller) -> LockHolder: ...
+    def lives(self, caller: Caller) -> bool: ...
 
     def remembered(self) -> ConfigDirs | None: ...
     def remember(self, dirs: ConfigDirs | None) -> None:

@@ -13,6 +13,7 @@
 #include "layout.h"         /* the segment, byte by byte */
 #include "codes.h"          /* what functions answer */
 #include "prefetch.h"       /* cache lines ahead of their use */
+#include "sum.h"            /* the checksum of a blob */
 #include "thread.h"         /* this process's threads, who else runs, the time */
 #include "mutex.h"          /* one robust mutex */
 #include "wait.h"           /* sleep until a word changes */

@@ -199,11 +199,12 @@ uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot)
     uint64_t life = sd_load(&record->life);
     bool live = life & 1 || !sd_count_sound(life);
     if (sd_values_get(segment, slot, &values) != SD_OK && live) return 0;
-    for (int b = 0; b < SD_BLOBS; b++)
+    for (int place = 0; place < SD_BLOBS; place++)
         for (int i = 0; i < 2; i++) {
+            if (!sd_load(&record->extent[place][i])) continue; /* nearly all of them */
+            int b = sd_place(values.flags, place); /* it is its own inverse */
             bool current = values.flags & SD_FLAG_PRESENT(b) && sd_choice(values.flags, b) == i;
-            sd_word *descriptor = &record->extent[sd_place(values.flags, b)][i];
-            if (!live || !current) cells += sd_heap_free(segment, descriptor);
+            if (!live || !current) cells += sd_heap_free(segment, &record->extent[place][i]);
         }
     sd_publish(&record->dirty, 0);
     return cells;

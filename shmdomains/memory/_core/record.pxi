@@ -337,9 +337,10 @@ cdef class Record:
         set_blob(mine, SD_WORK, value, encoded)
         set_unfinished(mine, value)
 
-    def _commit_work(self, work, timeout=None):
-        """Commit this as what is under way; the other changes go on waiting. Domain lock."""
-        commit_work(need_changeable(self), work, deadline_of(timeout))
+    def _commit_work(self, work, timeout=None, tuple events not None=()):
+        """Commit this as what is under way, and tell of it with these events, pairs of type and
+        detail; the other changes go on waiting. Domain lock."""
+        commit_work(need_changeable(self), work, deadline_of(timeout), events)
 
     @property
     def _intends(self):
@@ -349,6 +350,11 @@ cdef class Record:
     @_intends.setter
     def _intends(self, bint value):
         need_changeable(self).intends = value
+
+    @property
+    def _depth(self):
+        """How many `with` blocks the holder is in. Domain lock."""
+        return need_locked(self).depth
 
     def _note(self, uint32_t type, uint16_t detail=0):
         """An event that the next commit is to have, beside those of its changes. Domain lock."""

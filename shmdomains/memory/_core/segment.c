@@ -19,6 +19,7 @@
 #include "segment.h"
 
 #include "mutex.h"
+#include "sum.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -101,7 +102,8 @@ static uint64_t signature(void)
                               offsetof(pthread_mutex_t, __data.__kind), sizeof(sd_header),
                               offsetof(sd_header, id_mutex), offsetof(sd_header, heap_mutex),
                               sizeof(sd_slot), offsetof(sd_slot, extent), sizeof(sd_names),
-                              sizeof(sd_entry), offsetof(sd_header, event_mutex), SD_CELL, SD_INDEX_BITS, 0x0102030405060708ull};
+                              sizeof(sd_entry), offsetof(sd_header, event_mutex), SD_CELL,
+                              SD_INDEX_BITS, sd_sums_by_crc(), 0x0102030405060708ull};
     uint64_t h = SD_LAYOUT;
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         h = (h ^ shape[i]) * 0x9e3779b97f4a7c15ull;
@@ -200,7 +202,7 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
     }
     if (header->signature != signature()) {
         snprintf(why, n, "made by a build with other sizes of shared structures (another C library "
-                 "or architecture)");
+                 "or architecture), or under an emulator");
         return SD_MISMATCH;
     }
     if (read_boot(boot) != SD_OK) return SD_ERRNO;
