@@ -39,7 +39,7 @@ from shmdomains import (
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-SLICE = 0.05
+MASK = (1 << 48) - 1  # of a count, as layout.h has it
 NEVER: Callable[[Any], object] = lambda _: False  # noqa: E731
 
 
@@ -854,7 +854,11 @@ def test_a_flipped_bit_in_what_waiters_say(named: DomainList, path: str, bit: in
                 value = random.random()
                 with meanwhile(lambda value=value: set_data(named, "a", value)):  # type: ignore[misc]
                     wait("a", until=lambda info, value=value: info.data == value, timeout=DEADLINE)
-            set_data(named, "a", 0)
+            for _ in range(3):
+                set_data(named, "a", 0)
+            cur, seq = planted.slot(0, "cur"), planted.header("any_seq")
+            assert planted.read(planted.slot(0, "waiting")) <= (planted.read(cur) & MASK) + 1
+            assert planted.read(planted.header("any_waiting")) <= planted.read(seq) + 1
 
 
 def test_a_damaged_domain_is_told_and_not_passed_over(named: DomainList, path: str) -> None:
