@@ -472,8 +472,8 @@ class ListBase(Protocol[D]):
 
     def _sleep(self, dom: D, stamp: Any, timeout: float | None = None) -> bool:
         """Sleep until the stamp is old, or a slice is over, or the time is; then run signal
-        handlers. False: nothing has changed. True: it has, or may have. Takes no lock. `ListClosed`
-        if the list was closed meanwhile.
+        handlers. (A thread that runs none may sleep on.) False: nothing has changed. True: it has,
+        or may have. Takes no lock. `ListClosed` if the list was closed meanwhile.
 
         A writer that dies between its commit and telling of it costs the sleeper a slice."""
         ...

@@ -237,6 +237,8 @@ cdef extern from "core.h" nogil:
     uint64_t sd_count_value(uint64_t)
     void sd_raise(sd_word *, uint64_t)
     int sd_sleep(const sd_word *, uint64_t, sd_word *, uint64_t, uint64_t)
+    void sd_gate_enter()
+    void sd_gate_leave()
     int sd_events_lock_briefly(sd_segment *)
     void sd_events_unlock(sd_segment *)
     uint64_t sd_ring_count(const sd_segment *)

@@ -1,13 +1,18 @@
 # Sleeping until something changes: a domain, any domain, the number of events.
 #
-# No lock is taken. Each call sleeps one slice at most, then signal handlers run; whoever waits looks
-# again and calls again. A stamp is what the word was before the look, so a change that came between
-# the look and the sleep ends the sleep at once (layout.h, W1).
+# No lock is taken. Each call sleeps one slice at most where signal handlers can run, then they do;
+# whoever waits looks again and calls again. A stamp is what the word was before the look, so a
+# change that came between the look and the sleep ends the sleep at once (layout.h, W1).
 
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+import threading
+
 from shmdomains import errors
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident()
 
 
 cdef int sleep_on(Segment doms, const sd_word *word, uint64_t seen, sd_word *waiting,
@@ -44,12 +49,41 @@ cdef tuple read_with_stamp(Segment doms, Record record, bint blobs):
 
 
 cdef int sleep_on_record(Segment doms, Record record, uint64_t stamp, uint64_t deadline) except -1:
+    """1: the domain changed, or may have; 0: it is as it was. Signal handlers run in one thread
+    only, so the others look at the record after a slice and sleep on, without the GIL."""
     cdef sd_slot *at
+    cdef int result = SD_TIMEOUT
+    cdef uint64_t number = sd_count_value(stamp) + 1
+    cdef sd_thread *thread = sd_self()
     need_ours(doms, record)
     at = &doms.segment.slots[record.slot]
     if sd_load_acquire(&at.life) != record.life:
         return 1
-    return sleep_on(doms, &at.cur, stamp, &at.waiting, sd_count_value(stamp) + 1, deadline)
+    if runs_handlers():
+        return sleep_on(doms, &at.cur, stamp, &at.waiting, number, deadline)
+    begin_wait(doms)
+    with nogil:
+        while result == SD_TIMEOUT:
+            result = sd_sleep(&at.cur, stamp, &at.waiting, number, deadline)
+            if sd_load_acquire(&at.life) != record.life:
+                result = SD_OK
+            if doms.closed or thread.orphans != NULL or sd_now() >= deadline:
+                break
+        sd_gate_enter()
+    sd_gate_leave()
+    result = after_slice(result)
+    end_wait(doms)
+    if result != SD_OK and result != SD_TIMEOUT:
+        return raise_code(result, "wait")
+    still_open(doms)
+    return result == SD_OK
+
+
+cdef bint runs_handlers() except -1:
+    """Whether this may be the thread that runs signal handlers."""
+    cdef sd_thread *thread = sd_self()
+    return (sd_who_tid(thread.who) == thread.pid
+            or threading.main_thread().ident == PyThread_get_thread_ident())
 
 
 cdef int wait_unlocked(Record record, uint64_t deadline) except -1:

@@ -46,6 +46,28 @@ void sd_wake(sd_word *word)
     syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX);
 }
 
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+
+static void open_gate_in_child(void)
+{
+    pthread_mutex_init(&gate, NULL);
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    pthread_atfork(NULL, NULL, open_gate_in_child);
+}
+
+void sd_gate_enter(void)
+{
+    pthread_mutex_lock(&gate);
+}
+
+void sd_gate_leave(void)
+{
+    pthread_mutex_unlock(&gate);
+}
+
 void sd_lower_damaged(sd_word *waiting, uint64_t raised, uint64_t largest)
 {
     if (raised <= largest) return;

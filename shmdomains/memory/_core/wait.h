@@ -17,6 +17,10 @@ void sd_wake(sd_word *word);
 /* After a wake: `raised` was loaded from `waiting`, and no waiter can have stored a number above
  * `largest` before that.  So it is damage, and would cost every writer a system call. */
 void sd_lower_damaged(sd_word *waiting, uint64_t raised, uint64_t largest);
+/* Between these, one thread of this process at a time: who was woken with many others asks for the
+ * GIL alone.  Hundreds at once that ask for it wake every 5 ms to ask again. */
+void sd_gate_enter(void);
+void sd_gate_leave(void);
 
 /* The writer's side: the word was just counted up to `last`; `first` is the number that came after
  * the old one.  The caller has a full fence between that store and this call, and the lock that
