@@ -10,6 +10,7 @@ from libc.string cimport memcmp
 
 from shmdomains import errors
 
+
 @cython.no_gc_clear
 cdef class Record:
     """A handle to one domain's record. `Domain` adds what a domain may do.

@@ -157,7 +157,8 @@ cdef int sleep_on_events(Segment doms, uint64_t count, uint64_t deadline) except
 
 
 cdef tuple read_event(Segment doms, uint64_t number):
-    """(number, time in ns, type, detail, uuid, name, id, who died, its pid), or None: it is gone."""
+    """(number, time in ns, type, detail, uuid, name, id, who died, its pid), or None: it is
+    gone."""
     cdef sd_event event
     need_open(doms)
     if sd_ring_read(doms.segment, number, &event) != SD_OK:
