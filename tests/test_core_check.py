@@ -576,9 +576,7 @@ def test_a_damaged_index_that_grows_is_made_anew(
 
 
 @pytest.mark.parametrize("index", [UUIDS, NAMES, IDS], ids=["uuids", "names", "ids"])
-def test_two_damages_do_not_poison_the_list(
-    doms: DomainList, planted: Planted, index: int
-) -> None:
+def test_two_damages_do_not_poison_the_list(doms: DomainList, planted: Planted, index: int) -> None:
     """An index cannot be made anew where a record is damaged; the change of another domain stands
     all the same, and who misses past the damaged entry asks the records."""
     fields = planted.slot(3, "copy0"), planted.slot(3, "copy1")

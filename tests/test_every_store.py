@@ -106,7 +106,16 @@ REPAIRS = {
 """And of the repair after a death in it. Those of large segments take too long."""
 
 SHORT = ["create", "attach and close", "first use after a fork", "list lock", "domain lock"]
-SHORT += ["name a lock", "named lock with a reason", "settings", "change fields", "clear a blob", "activate", "rename", "remove inactive"]
+SHORT += [
+    "name a lock",
+    "named lock with a reason",
+    "settings",
+    "change fields",
+    "clear a blob",
+    "activate",
+    "rename",
+    "remove inactive",
+]
 
 TRACED = list(OPERATIONS) if SOAK else SHORT
 REPAIRED = list(REPAIRS) if SOAK else ["activate"]
