@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from . import awake, limits, loading, results, starting
+from . import awake, limits, loading, results, starting, waking
 from .contestants import ALL, Contestant, NotOfferedError
 from .contestants.base import MEMORY, memory_folder
 from .host import FailedError, Host
@@ -38,11 +38,18 @@ class Plan(msgspec.Struct, frozen=True):
     killed: int  # rounds
     files: int
     limit_rounds: int
+    wakes: tuple[tuple[int, int], ...]  # waiters, and how often they are woken
 
 
-QUICK = Plan((1_000, 100_000), False, 5, 0.01, 0.15, 2, (1, 2, 4), 7, 1_000, 500_000)
-FULL = Plan((1_000, 100_000, 1_000_000), True, 9, 0.03, 0.5, 3, (1, 2, 4, 8), 30, 10_000, 5_000_000)
-TINY = Plan((30,), True, 1, 0.0005, 0.02, 1, (1, 2), 1, 12, 1_000)
+QUICK = Plan(
+    *((1_000, 100_000), False, 5, 0.01, 0.15, 2, (1, 2, 4), 7, 1_000, 500_000),
+    ((1, 300), (1_000, 5)),
+)
+FULL = Plan(
+    *((1_000, 100_000, 1_000_000), True, 9, 0.03, 0.5, 3, (1, 2, 4, 8), 30, 10_000, 5_000_000),
+    ((1, 2_000), (1_000, 20)),
+)
+TINY = Plan((30,), True, 1, 0.0005, 0.02, 1, (1, 2), 1, 12, 1_000, ((1, 3), (6, 2)))
 
 
 class Runner:
@@ -70,6 +77,7 @@ class Runner:
         self._limits()
         self._starting()
         self._loading()
+        self._waking()
         for domains in self._plan.sizes:
             self._stage(domains)
         return self.results
@@ -110,6 +118,19 @@ class Runner:
         folder.parent.rmdir()
         for (name, workers), seconds in taken.items():
             self.results.add("load", name, count, seconds, workers=workers)
+
+    def _waking(self) -> None:
+        for kind in waking.WAYS:
+            why = kind.missing()
+            if why is not None:
+                self.results.skipped[f"n, {kind.name}"] = why
+                continue
+            for waiters, wakes in self._plan.wakes:
+                self._say(f"{kind.name}: waking {waiters:,}")
+                seconds = sorted(waking.measure(kind, waiters, wakes))
+                self.results.add("wake", kind.name, 1, seconds, workers=waiters)
+                slow = seconds[len(seconds) * 99 // 100]
+                self.results.add("wake: p99", kind.name, 1, [slow], workers=waiters)
 
     def _stage(self, domains: int) -> None:
         stands = [

@@ -76,6 +76,16 @@ def _table(results: Results, title: str, domains: int, columns: list[Column]) ->
     return made if rows else None
 
 
+def _woken(results: Results) -> Table:
+    made = Table("", "waiters", "median", "p99", title="n: µs until who waits is awake")
+    for figure in results.figures:
+        if figure.work == "wake":
+            name, waiters = figure.contestant, figure.workers
+            slow = results.get("wake: p99", name, 1, waiters) or 0
+            made.add_row(name, f"{waiters:,}", _us(figure.median), _us(slow))
+    return made
+
+
 def tables(results: Results) -> Iterator[Table]:
     sizes = sorted({figure.domains for figure in results.figures if figure.work == "read_state"})
     for domains in sizes:
@@ -87,6 +97,7 @@ def tables(results: Results) -> Iterator[Table]:
             made = _table(results, f"{domains:,} domains: {title}", domains, columns)
             if made is not None:
                 yield made
+    yield _woken(results)
     others = Table("", "µs", title="limits, m: a start, and j: µs a file")
     for figure in results.figures:
         if figure.domains == 0 or figure.work == "load":

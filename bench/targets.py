@@ -172,6 +172,13 @@ def _starting(results: Results) -> Iterator[Target]:
     yield _at_most("m", "shmdomains list", 0.12, listed, 1e3, "ms")
 
 
+def _waking(results: Results) -> Iterator[Target]:
+    for waiters in (1, 1_000):
+        for what, work, limit in (("median", "wake", 0.0002), ("p99", "wake: p99", 0.001)):
+            reached = results.get(work, OURS, 1, waiters)
+            yield _at_most("n", f"{waiters:,} waiting, {what}", limit, reached, 1e3, "ms")
+
+
 def evaluate(results: Results) -> list[Target]:
     sizes = sorted({figure.domains for figure in results.figures if figure.work == "read_state"})
     first, largest = (sizes[0], sizes[-1]) if sizes else (1_000, 1_000_000)
@@ -186,6 +193,7 @@ def evaluate(results: Results) -> list[Target]:
         *_room(results, largest),
         *_loading(results),
         *_starting(results),
+        *_waking(results),
     ]
 
 

@@ -200,6 +200,10 @@ class SegmentFull(SegmentError, MemoryError):
     """No room for another domain, or no memory for its definition."""
 
 
+class NoEvents(SegmentError):
+    """The list keeps no events."""
+
+
 class TooManyMutexes(SegmentError):
     """A list has 64 named locks, and their names are never given back."""
 

@@ -7,6 +7,7 @@ next before it attaches, so that a crash or a hang names its bit. Of each damage
 - an answer must be of the domain that was asked for: uuid, name, definition, next definition and
   data belong together and are what was stored. Where a domain is not found, or its state is
   another, `check` has to say that the segment is damaged;
+- an event is what happened, in its order, under its number; where one is missed `check` says so;
 - reading commits no memory: a look behind what is committed makes a page where a hole was, and
   would be SIGBUS where the file system is full.
 
@@ -28,7 +29,14 @@ from uuid import UUID
 
 from killing import Pipe, xml
 
-from shmdomains import DomainDef, DomainList, DomainState, ShmDomainsError
+from shmdomains import (
+    DomainDef,
+    DomainEvent,
+    DomainList,
+    DomainState,
+    EventsMissed,
+    ShmDomainsError,
+)
 from shmdomains.transfer import export_domains
 
 PATIENCE = 0.01  # seconds, for every wait
@@ -151,6 +159,7 @@ class Trial:
     doms: DomainList
     known: dict[UUID, list[Known]]  # what each domain may be; more than one after changes
     config: str | None
+    events: dict[int, DomainEvent]  # all that happened, by number
     met: Counter[str]
     wrong: list[str] = field(default_factory=list)
     quiet: list[str] = field(default_factory=list)  # for `check` to say
@@ -231,6 +240,7 @@ def read(trial: Trial) -> None:
     about = trial.attempt("info", lambda: doms.info)
     if about is not None and about.config_dir != trial.config:
         trial.wrong.append(f"the config directory is {about.config_dir}, not {trial.config}")
+    trial.attempt("watch", lambda: watch(trial))
     names = trial.attempt("names of locks", doms._mutex_names)
     if names is not None and names != list(MUTEXES):
         trial.quiet.append(f"the named locks are {names}")
@@ -238,6 +248,20 @@ def read(trial: Trial) -> None:
     trial.attempt("count", lambda: (doms.count(), doms.count(active=True)))
     trial.attempt("contains", lambda: (ONE in doms, GONE in doms))
     trial.attempt("export", lambda: export_domains(doms, io.BytesIO()))
+
+
+def watch(trial: Trial) -> None:
+    last = 0
+    for event in trial.doms.watch(since=0, timeout=0):
+        if isinstance(event, EventsMissed):
+            trial.quiet.append(f"watch: {event.count} events missed")
+            last = event.number
+            continue
+        if event != trial.events.get(event.number, event) or event.number != last + 1:
+            trial.wrong.append(f"watch: {event} is not what happened")
+        last = event.number
+    if last < len(trial.events):
+        trial.quiet.append(f"watch: only {last} events")
 
 
 def check(trial: Trial) -> bool:
@@ -258,6 +282,7 @@ def change(trial: Trial) -> None:
             trial.wrong.append(f"{step.__name__}: the list is still locked")
     for info in trial.attempt("snapshot", trial.doms.snapshot) or []:
         trial.judge("snapshot afterwards", info)
+    trial.attempt("watch", lambda: watch(trial))
 
 
 def mutexes(trial: Trial) -> None:
@@ -351,7 +376,7 @@ def rename(trial: Trial) -> None:
         def use(dom: Any) -> None:
             trial.judge("find_by_name", dom, name="idle")
             named = dom.definition.replace(name="vm5")
-            for one in list(trial.known[IDLE]):
+            for one in list(trial.known[IDLE]):  # a change before may have been rolled back
                 trial.expect(IDLE, name="vm5", definition=named, data=one.data)
             doms.rename(dom, "vm5", PATIENCE)
             trial.judge("rename", dom, name="vm5")
@@ -454,6 +479,9 @@ class Bench:
         with DomainList.attach(path=original) as doms:
             self.config = doms.info.config_dir
             self.known = {info.uuid: [Known.of(info)] for info in doms.snapshot()}
+            events = list(doms.watch(since=0, timeout=0))
+        self.events = {one.number: one for one in events if isinstance(one, DomainEvent)}
+        assert len(self.events) == len(events) > 10
 
     def try_out(self, damage: Damage) -> list[str]:
         """All that was wrong with the answers of a copy that is damaged like this."""
@@ -472,7 +500,7 @@ class Bench:
         if isinstance(damage, int):
             doms.close()
             return ["attached to a file of another size"]
-        trial = Trial(doms, dict(self.known), self.config, self.met)
+        trial = Trial(doms, dict(self.known), self.config, self.events, self.met)
         try:
             (repair_and_read if self.dirty else self.use)(trial)
         finally:

@@ -104,6 +104,8 @@ static void print_header(void)
     HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
     HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);
     HEADER(heap_used), HEADER(heap_dirty), HEADER(heap_hint), HEADER(settings_choice);
+    HEADER(event_mutex), HEADER(event_dirty), HEADER(event_waiting), HEADER(event_count);
+    HEADER(ring_committed), HEADER(events);
     HEADER(any_waiting), HEADER(any_seq);
 }
 
@@ -114,7 +116,9 @@ static void print_slot(void)
     printf("slot.size %zu\nnames.size %zu\n", sizeof(sd_slot), sizeof(sd_names));
     printf("names.length %u\n", SD_NAME_AT);
     PLACE("fields", sd_fields, ids), PLACE("fields", sd_fields, status);
-    PLACE("fields", sd_fields, version);
+    PLACE("fields", sd_fields, version), PLACE("fields", sd_fields, event);
+    printf("entry.size %zu\n", sizeof(sd_entry));
+    PLACE("entry", sd_entry, number), PLACE("entry", sd_entry, kind), PLACE("entry", sd_entry, name);
     PLACE("owner", sd_owner, who), PLACE("owner", sd_owner, pid);
     PLACE("mutex", pthread_mutex_t, __data.__lock), PLACE("mutex", pthread_mutex_t, __data.__kind);
     PLACE("mutex", pthread_mutex_t, __data.__owner);
@@ -136,6 +140,7 @@ static int layout(const char *path)
     PLACE("named", sd_named, name), PLACE("named", sd_named, why);
     printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
            at.heap, at.levels);
+    printf("ring %lu\n", at.ring);
     for (int index = 0; index < SD_INDEXES; index++)
         for (unsigned level = 0; level < at.levels; level++)
             printf("table.%d.%u %lu\n", index, level, at.table[index][level]);
@@ -385,7 +390,7 @@ static void spell_name(uint64_t k, unsigned char *name)
     name[0] = (unsigned char)n;
 }
 
-static const sd_news NEWS = {2, {SD_KIND(1, 2), SD_KIND(3, 4)}, {5, 6}};
+static const sd_news NEWS = {2, {SD_KIND(1, 2), SD_KIND(3, 4)}, {5, 6}, 0};
 
 /* Everything of a record follows from one number. */
 static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[SD_BLOBS][64],

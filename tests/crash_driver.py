@@ -11,7 +11,10 @@ of JSON. For one operation and each point n of it:
    lead to these domains, and every key of a state that did not come about leads nowhere.
 3. It takes every lock, and repairs. Every invariant holds, no state has changed, and the keys lead
    where they did.
-4. Everything works again, and then every cell of the heap is accounted for: what is in use is what
+4. The events are those of the commits that happened, each once and in their order: before the
+   repair perhaps without the last commit's, after it with them. Whose death the next holder of a
+   domain is told of, that is an event, once.
+5. Everything works again, and then every cell of the heap is accounted for: what is in use is what
    the blobs that can be read need, and no garbage is left.
 
 Then the same with a second death: a process that takes every lock, those of free slots included,
@@ -45,7 +48,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shmdomains import DomainDef, DomainList, DomainState, Job
+from shmdomains import CheckReport, DomainDef, DomainList, DomainState, EventType, Job
 from shmdomains.config import ConfigDirs
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
@@ -641,9 +644,34 @@ def jobs_of(info: Any) -> tuple[Any, ...]:
     )
 
 
+Happened = tuple[Any, ...]
+Death = tuple[str, str]  # the domain's uuid, who died holding it
+
+
+def events_of(doms: DomainList) -> tuple[list[Happened], list[Death]]:
+    """All that happened, and who died holding which domain. Not by `watch`, which mends."""
+    happened, died = [], []
+    for event in map(doms._event, range(1, doms._event_count + 1)):
+        assert event is not None
+        if event.type is EventType.HOLDER_DIED:
+            died.append((str(event.uuid), str(event.holder)))
+        else:
+            happened.append((event.type, event.detail, event.uuid, event.name, event.id))
+    return happened, died
+
+
 def domains_of(state: State | None) -> dict[str, Any]:
-    others = ("settings", "mutexes")
-    return {key: value for key, value in (state or {}).items() if key not in others}
+    no_domains = ("settings", "mutexes", "events")
+    return {key: value for key, value in (state or {}).items() if key not in no_domains}
+
+
+def with_events(doms: DomainList) -> State:
+    return {**state_of(doms), "events": events_of(doms)[0]}
+
+
+def fits(known: State | None, state: State) -> bool:
+    """Whether it is this state, whatever is known of its events."""
+    return known is not None and {**state, "events": known["events"]} == known
 
 
 def cells_of(state: State) -> int:
@@ -755,7 +783,7 @@ class Trial:
             begin()
             for _ in run(subject):
                 if not point:
-                    seen = state_of(subject) if self.what.start == "attached" else None
+                    seen = with_events(subject) if self.what.start == "attached" else None
                     marks.append((self.count.value, seen))
             self.at.value = 0
             told(self.count.value, marks)
@@ -795,20 +823,21 @@ class Trial:
         if not self.place.path.exists():
             return None
         with self.place.attach() as doms:
-            return state_of(doms)
+            return with_events(doms)
 
     # The deaths
 
     def die_at(self, point: int, step: int) -> None:
         """A death at one point; with `step`, also one at each `step`-th point of the recovery."""
         self.second = 0
+        self.watched = point % 2 == 0
         self.place.write(self.image)
         code = self.perform(self.what.run, point, lambda *_: None)
         assert code == -signal.SIGKILL, f"it ended with {code} instead of a SIGKILL"
         broken = self.place.read() if step and self.place.path.exists() else None
         done = sum(mark < point for mark in self.marks)
         allowed = self.states if self.what.like else self.states[done : done + 2]
-        self.survive(allowed)
+        died = self.survive(allowed)
         if broken is None:
             return
         while True:
@@ -816,7 +845,10 @@ class Trial:
             self.place.write(broken)
             code = ended(start(self.recover_and_die))
             assert code in (0, -signal.SIGKILL), f"the recovery ended with {code}"
-            self.survive(allowed)
+            again = self.survive(allowed)
+            # With the other kind a recoverer may die in the first one's place.
+            if self.place.lock == "robust":
+                assert set(died) <= set(again), f"{died} died at first, and now only {again}"
             if code == 0:
                 return
             self.found.recoveries += 1
@@ -828,23 +860,32 @@ class Trial:
 
     # What must hold afterwards
 
-    def survive(self, allowed: list[State | None]) -> None:
+    def survive(self, allowed: list[State | None]) -> list[Death]:
+        """Returns the deaths that are events."""
         if not self.place.path.exists():
             assert None in allowed, "the segment is gone"
             assert list(self.place.folder.iterdir()) == [], "something is left of it"
             self.place.create().close()
-            return
+            return []
         with self.place.attach() as doms:
             state = state_of(doms)
-            assert state in allowed, difference(state, allowed)
+            known = [i for i, one in enumerate(self.states) if one in allowed and fits(one, state)]
+            assert known, difference(state, allowed)
+            # The last commit's may be unpublished still.
+            self.expect_events(doms, {*known, *(max(i - 1, 0) for i in known)})
+            if self.watched:  # who watches publishes what is committed, and takes no other lock
+                list(doms.watch(since=0, timeout=0))
+                self.expect_events(doms, set(known))
             self.look_up(doms, state)
-            self.take_every_lock(doms)
-            report = doms.check()
-            assert report, report.problems
+            told = self.take_every_lock(doms)
+            died = self.expect_events(doms, set(known))
+            assert set(told) <= set(died), f"{told} died, of which only {died} are events"
+            assert_sound(doms.check())
             assert state_of(doms) == state, difference(state_of(doms), [state])
             self.look_up(doms, state)
             self.work(doms, state)
             self.take_jobs(doms, state)
+        return died
 
     def take_jobs(self, doms: DomainList, state: State) -> None:
         """Whoever had a job is dead, so the next one has it at once, and is told of the dead."""
@@ -858,18 +899,36 @@ class Trial:
         assert all(info.jobs == () for info in doms.snapshot())
         expect_cells(doms, cells_of(state))
 
-    def take_every_lock(self, doms: DomainList) -> None:
+    def expect_events(self, doms: DomainList, known: set[int]) -> list[Death]:
+        """Those of one of these states. Returns the deaths among them, each of which is there
+        once."""
+        happened, died = events_of(doms)
+        expected = [one["events"] for i in known if (one := self.states[i]) is not None]
+        assert happened in expected, f"{happened} are none of {expected}"
+        assert len(set(died)) == len(died), f"{died} are told twice"
+        return died
+
+    def take_every_lock(self, doms: DomainList) -> list[Death]:
+        """Returns who died holding which domain."""
         assert take(doms)
-        for lock in [*doms._handles(), *map(doms.mutex, doms._mutex_names())]:
-            assert take(lock)
+        told = []
+        for dom in doms._handles():
+            assert dom.try_lock()
+            if dom.previous_owner_died is not None:
+                told.append((str(dom.uuid), str(dom.previous_owner_died)))
+            dom.unlock()
+        for name in doms._mutex_names():
+            assert take(doms.mutex(name))
         if doms._kind == "multiprocessing":
             doms.recover(0)  # free slots, too
         with doms.locked(0):
             held = doms.recover(0).held
             report = doms.check(0)
-        assert report and not report.unsettled and not held, (report, held)
+        assert not held, held
+        assert_sound(report)
         if doms._kind == "robust":  # the core tidies free slots only if their locks are its own
             assert report.counts["garbage"] == 0, f"{report.counts['garbage']} blobs are garbage"
+        return told
 
     def look_up(self, doms: DomainList, state: State) -> None:
         """The keys of this state lead to its domains, those of other states nowhere."""
@@ -928,7 +987,14 @@ def repair(doms: DomainList) -> None:
             assert take(dom)
         doms.recover(0)
         report = doms.check(0)
-    assert report and not report.unsettled, report
+    assert_sound(report)
+
+
+def assert_sound(report: CheckReport) -> None:
+    """Nothing is wrong or left open in the segment. These domains have no files: the directories
+    that the list remembers are not there."""
+    found = [one for one in report.problems + report.unsettled if one[0] != "config"]
+    assert found == [], report
 
 
 def take(lock: Any) -> bool:
@@ -940,7 +1006,7 @@ def take(lock: Any) -> bool:
 
 def expect_cells(doms: DomainList, expected: int) -> None:
     report = doms.check()
-    assert report, report.problems
+    assert_sound(report)
     assert report.counts["garbage"] == 0, f"{report.counts['garbage']} blobs are garbage"
     used = report.counts["cells"] - cells_of_work(doms)
     assert used == expected, f"{used} cells are in use, the domains need {expected}"

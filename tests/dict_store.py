@@ -11,7 +11,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,15 +20,18 @@ from weakref import WeakValueDictionary
 from shmdomains.config.change import ConfigDirs
 from shmdomains.deadline import Deadline
 from shmdomains.errors import SegmentFull, TooManyMutexes
+from shmdomains.events import DomainEvent, detail_of
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
 from shmdomains.rules.compare import compare
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
-from shmdomains.rules.store import Changes, Key, NewDomain
+from shmdomains.rules.store import Changes, Key, NewDomain, News
 from shmdomains.rules.values import decode_data
 from shmdomains.rules.work import Caller, Work
+
+SLICE = 0.05  # seconds, of a sleep
 
 
 class OwnedLock:
@@ -82,13 +86,17 @@ def describe(caller: Caller) -> LockHolder:
 class DictStore:
     """`rules.store.Store`, in this process's memory. A record is named by a number."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, events: int) -> None:
         self._room = room
         self._list = OwnedLock()
         self._records: dict[int, Record] = {}
         self._numbers = itertools.count()
         self._ids = itertools.count(1)
         self._dirs: ConfigDirs | None = None
+        self.events_max = events
+        self._events: deque[DomainEvent] = deque(maxlen=events)
+        self._count = 0
+        self._happened = threading.Condition()
         self._changed = threading.Condition()
         self._changes = 0
         self._mutexes: dict[str, OwnedLock] = {}
@@ -127,7 +135,9 @@ class DictStore:
         if record in self._records:
             self._records[record].lock.release()
 
-    def insert(self, new: NewDomain, timeout: float | None) -> tuple[int, DomainInfo]:
+    def insert(
+        self, new: NewDomain, news: Sequence[News], timeout: float | None
+    ) -> tuple[int, DomainInfo]:
         if len(self._records) == self._room:
             raise SegmentFull(f"define a domain: there is room for {self._room}")
         record = Record(
@@ -150,21 +160,53 @@ class DictStore:
         record.lock.acquire("a new domain", 0)
         number = next(self._numbers)
         self._records[number] = record
+        self._announce(record, news)
         self._tell()
         return number, record.info()
 
-    def commit(self, record: int, changes: Changes, timeout: float | None) -> DomainInfo:
+    def commit(
+        self, record: int, changes: Changes, news: Sequence[News], timeout: float | None
+    ) -> DomainInfo:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
+        self._announce(there, news)
         self._tell()
         return there.info()
 
-    def remove(self, record: int, timeout: float | None) -> None:
+    def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:
         there = self._records.pop(record)
         there.gone = True
+        self._announce(there, news)
         there.lock.release()
         self._tell()
+
+    def _announce(self, record: Record, news: Sequence[News]) -> None:
+        if not self.events_max:
+            return
+        now, uuid = time.time(), record.values["uuid"]
+        with self._happened:
+            for one in news:
+                self._count += 1
+                event = (self._count, now, one.type, detail_of(one.type, one.detail), uuid)
+                self._events.append(DomainEvent(*event, one.name, one.id))
+            self._happened.notify_all()
+
+    @property
+    def event_count(self) -> int:
+        return self._count
+
+    def event(self, number: int) -> DomainEvent | None:
+        with self._happened:
+            behind = self._count - number
+            return self._events[-1 - behind] if 0 <= behind < len(self._events) else None
+
+    def sleep_on_events(self, count: int, timeout: float | None) -> bool:
+        with self._happened:
+            self._happened.wait_for(
+                lambda: self._count > count, SLICE if timeout is None else min(timeout, SLICE)
+            )
+            return self._count > count
 
     def next_id(self, timeout: float | None) -> int:
         return next(self._ids)
@@ -235,8 +277,8 @@ _lists: WeakValueDictionary[int, DictDomainList] = WeakValueDictionary()
 class DictDomainList(PlainDomainList[int]):
     """The rules over a `DictStore`, with what the tests ask of a list besides."""
 
-    def __init__(self, max_domains: int = 64) -> None:
-        super().__init__(DictStore(max_domains))
+    def __init__(self, max_domains: int = 64, events: int = 16_384) -> None:
+        super().__init__(DictStore(max_domains, events))
         _lists[id(self)] = self
 
     def check(self) -> SimpleNamespace:

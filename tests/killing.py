@@ -368,6 +368,11 @@ class Planted:
         [place] = [place for place in places if self.read(place)]
         return place
 
+    def event(self, number: int, field: str) -> int:
+        """A field of an event in the ring."""
+        place = number % self.read(self.header("events"))
+        return self.at["ring"] + place * self.at["entry.size"] + self.at[f"entry.{field}"]
+
     def watermark(self, at: int) -> int:
         """A word that carries its complement: 36 bits of value."""
         return self.read(at) & (1 << 36) - 1

@@ -68,6 +68,7 @@ class Specimen:
                 **{f"table.{index}.0": 8192 for index in range(3)},
                 "slots": slots * at["slot.size"],
                 "names": slots * at["names.size"],
+                "ring": planted.watermark(planted.header("ring_committed")) * at["entry.size"],
                 "map": -(-cells // 8),
                 "heap": cells * 64,
             }
@@ -77,7 +78,7 @@ class Specimen:
             lives = [
                 planted.slot(i, "life") for i in range(planted.read(planted.header("live")) + 1)
             ]
-            dirty = [planted.header(f"{lock}_dirty") for lock in ("list", "id", "heap")]
+            dirty = [planted.header(f"{lock}_dirty") for lock in ("list", "id", "event", "heap")]
             count = planted.header("slot_count")
             return cls(path, str(folder), parts, hints, lives, count, dirty, choice)
 
@@ -185,7 +186,7 @@ def test_every_bit_of_the_first_pages(nursery: Nursery, specimen: Specimen, trie
     tried("bits of the first pages flipped before attaching", len(damages))
 
 
-PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "map", "heap"]
+PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "ring", "map", "heap"]
 
 
 @pytest.mark.soak

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import awake, host, limits, plot, run, starting, tables, targets, work, world
+from bench import awake, host, limits, plot, run, starting, tables, targets, waking, work, world
 from bench.contestants import ALL, Contestant
 from bench.contestants.base import MEMORY
 from bench.contestants.in_process import InProcess
@@ -121,6 +121,15 @@ def test_every_work_is_timed(name: str) -> None:
     assert all(timing.wall > 0 for timing in timings)
 
 
+@pytest.mark.parametrize("kind", waking.WAYS, ids=lambda kind: kind.name)
+def test_every_waiter_is_woken_by_every_change(kind: type[waking.Way]) -> None:
+    why = kind.missing()
+    if why is not None:
+        pytest.skip(f"{kind.name}: {why}")
+    seconds = waking.measure(kind, 6, 3)
+    assert len(seconds) == 18 and min(seconds) > 0
+
+
 def test_what_a_killed_holder_had_is_had_again_and_others_are_not_blocked() -> None:
     told = host.Host(Robust, COUNT, patience=60)
     try:
@@ -211,7 +220,9 @@ def test_a_missing_contestant_is_named_in_a_line_and_a_broken_one_dropped(
 ) -> None:
     line = "skipped: something else: it is not installed: apt install something-else\n"
     assert line in told.getvalue()
-    assert results.skipped == {"something else": "it is not installed: apt install something-else"}
+    skipped = {kind.missing() for kind in waking.WAYS} - {None}
+    skipped.add("it is not installed: apt install something-else")
+    assert {*results.skipped.values()} == skipped
     assert [line for line in results.failed if "this is broken" not in line] == []
     assert len(results.failed) == 1
 
@@ -221,7 +232,14 @@ def test_a_run_measures_every_work(results: Results) -> None:
     singles = {*work.SINGLE, "remove"}
     parties = {"contend random", "contend one", "contend own", "killed, waiting", "killed, later"}
     room = {"bytes per domain", "create", "attach", "fork", "private"}
-    others = {"load", "kept while listed", "slower while written", "blocks others"}
+    others = {
+        "wake",
+        "wake: p99",
+        "load",
+        "kept while listed",
+        "slower while written",
+        "blocks others",
+    }
     assert measured >= singles | parties | room | others
     alone = {figure.work for figure in results.figures if figure.domains == 0}
     assert alone == {*limits.NAMES, "start"}

@@ -94,6 +94,10 @@ def field(number: int, name: str, change: Callable[[int], int], offset: int = 0)
     return word(lambda at: at.copy(number, name) + offset, change)
 
 
+def event(number: int, field: str, change: Callable[[int], int]) -> Plant:
+    return word(lambda at: at.event(number, field), change)
+
+
 def extent(number: int, blob: int, change: Callable[[int], int]) -> Plant:
     return word(lambda at: at.extent(number, blob), change)
 
@@ -317,6 +321,57 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
         header("id_seq", lambda old: old | 1),
         "I5 sequence",
         "the ids' sequence is odd",
+    ),
+    # E1: events
+    "an event of another type": (
+        event(2, "kind", lambda old: old ^ 1),
+        "E1 events",
+        "event 2 does not fit its checksum",
+    ),
+    "an event of another domain": (
+        event(2, "name", lambda old: old ^ 1 << 9),
+        "E1 events",
+        "event 2 does not fit its checksum",
+    ),
+    "an event with another number": (
+        event(2, "number", lambda old: sealed(3)),
+        "E1 events",
+        "place 2 of the ring has a damaged number",
+    ),
+    "an event with a flipped bit in its number": (
+        event(2, "number", lambda old: old ^ 1 << 14),
+        "E1 events",
+        "place 2 of the ring has a damaged number",
+    ),
+    "an event that has not happened": (
+        event(2, "number", lambda old: sealed(2 + (1 << 14))),
+        "E1 events",
+        "event 16386 is in the ring and has not happened",
+    ),
+    "the number of events": (
+        header("event_count", lambda old: old ^ 1),
+        "E1 events",
+        "the number of events is damaged",
+    ),
+    "the number of events goes back": (
+        header("event_count", lambda old: sealed(1)),
+        "E1 events",
+        "which has not happened",
+    ),
+    "the ring's watermark": (
+        header("ring_committed", lambda old: old ^ 1 << 8),
+        "E1 events",
+        "the ring's watermark is damaged",
+    ),
+    "a domain's last event": (
+        field(1, "event", lambda old: old + 1000),
+        "E1 events",
+        "slot 1 names event",
+    ),
+    "the events' lock": (
+        header("event_mutex", lambda old: old ^ 1 << 4, 16),
+        "locks",
+        "the events' lock is damaged",
     ),
     # the rest
     "the count of domains": (

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import EVERY_STORE, SOAK, Home, Party, Store, thread_party, xml
-from killing import DEADLINE, Child, Pipe, Planted, until
+from helpers import A_MOMENT, EVERY_STORE, SOAK, Home, Party, Store, thread_party, xml
+from killing import DEADLINE, Child, Pipe, Planted, hold_mutex, until
 from test_conformance import Pair, held_by, way_name
 
 from shmdomains import (
@@ -538,6 +538,35 @@ def test_many_processes_give_the_same_new_names(
             child.close()
         assert taken(where) == len(names)
         assert sorted(robust._mutex_names()) == sorted(names)
+
+
+def name_one(pipe: Pipe, path: str) -> None:
+    doms = DomainList.attach(path=path)
+    pipe.say("ready")
+    pipe.listen()
+    doms.mutex("new")
+    pipe.say("named")
+    pipe.rest()
+
+
+def test_whoever_waited_to_give_a_name_looks_again(
+    robust: DomainList, where: str, start: Callable[..., Child]
+) -> None:
+    with Planted(where) as segment:
+        holder = start(hold_mutex, where, segment.header("id_mutex"))
+        assert holder.hear() == 0
+        children = [start(name_one, where) for _ in range(4)]
+        for child in children:
+            assert child.hear() == "ready"
+            child.tell()
+        segment.await_waiter(segment.header("id_mutex"))
+        for child in children:
+            assert not child.conn.poll(A_MOMENT)
+        assert holder.ask() == 0
+        for child in children:
+            assert child.hear() == "named"
+    assert robust._mutex_names() == ["new"]
+    assert taken(where) == 1
 
 
 def test_a_damaged_name_is_nobodys_and_gets_no_second_place(robust: DomainList, where: str) -> None:

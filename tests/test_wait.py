@@ -39,7 +39,7 @@ from shmdomains import (
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-SLICE = 0.05
+MASK = (1 << 48) - 1  # of a count, as layout.h has it
 NEVER: Callable[[Any], object] = lambda _: False  # noqa: E731
 
 
@@ -549,6 +549,20 @@ def test_a_list_that_is_closed_meanwhile(store: Store, way: str) -> None:
         WAITS[way](doms)
 
 
+def test_a_list_that_is_closed_while_other_threads_wait(store: Store) -> None:
+    """Those who run no signal handlers."""
+    doms = store.make()
+    doms.define(xml("a"))
+    with thread_party(doms=doms) as one, thread_party(doms=doms) as two:
+        one.start("doms.wait('a', until=lambda info: False)")
+        two.start("with doms.get('a') as dom: dom.wait(lambda dom: False)")
+        assert one.is_waiting() and two.is_waiting()
+        doms.close()
+        for party in (one, two):
+            with pytest.raises(ListClosed):
+                party.answer()
+
+
 # --- deaths ------------------------------------------------------------------------------------
 
 FUTEX_WAKE = 1
@@ -641,6 +655,9 @@ def test_a_writer_that_dies_before_it_told_costs_a_slice(
         with Planted(path) as planted:
             at = planted.slot(0, "waiting") if way == "wait" else planted.header("any_waiting")
             until(lambda: planted.read(at), "it waits")
+        if way == "any":
+            with pytest.raises(WaitTimeout):  # it wakes this one first, if the domain was there
+                named.wait("a", until=NEVER, timeout=0.01)
         victim.tell()
         victim.join()
         began = time.monotonic()
@@ -840,7 +857,11 @@ def test_a_flipped_bit_in_what_waiters_say(named: DomainList, path: str, bit: in
                 value = random.random()
                 with meanwhile(lambda value=value: set_data(named, "a", value)):  # type: ignore[misc]
                     wait("a", until=lambda info, value=value: info.data == value, timeout=DEADLINE)
-            set_data(named, "a", 0)
+            for _ in range(3):
+                set_data(named, "a", 0)
+            cur, seq = planted.slot(0, "cur"), planted.header("any_seq")
+            assert planted.read(planted.slot(0, "waiting")) <= (planted.read(cur) & MASK) + 1
+            assert planted.read(planted.header("any_waiting")) <= planted.read(seq) + 1
 
 
 def test_a_damaged_domain_is_told_and_not_passed_over(named: DomainList, path: str) -> None:

@@ -24,6 +24,7 @@ from .. import __version__
 from ..config import LoadFailure
 from ..memory import segment_file
 from . import domains as domain_commands
+from . import events as event_commands
 from . import jobs as job_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
@@ -98,6 +99,7 @@ for _command in (
     domain_commands.undefine,
     domain_commands.rename,
     domain_commands.autostart,
+    event_commands.events,
     job_commands.domjobinfo,
     job_commands.domjobabort,
     segment_commands.segments,

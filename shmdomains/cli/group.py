@@ -28,11 +28,11 @@ With --format json each line on standard error is a JSON object: of an error its
 its "message" and, where known, "path", "element", "line" and "holder"; or a "warning".
 """
 
-_OTHER_NAMES = {"domrename": "rename"}  # virsh's; not listed by --help
+_OTHER_NAMES = {"domrename": "rename", "event": "events"}  # virsh's; not listed by --help
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("domjobinfo", "wait", "segments", "check"),
+    *("domjobinfo", "wait", "events", "segments", "check"),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.
@@ -43,7 +43,7 @@ detach-device detach-device-alias detach-disk detach-interface domblkerror dombl
 domblkstat domblkthreshold domcontrol domdirtyrate-calc domdisplay domdisplay-reload domfsfreeze
 domfsinfo domfsthaw domfstrim domhostname domif-getlink domif-setlink domifaddr domiflist
 domifstat domiftune domlaunchsecinfo dommemstat dompmsuspend dompmwakeup
-domsetlaunchsecstate domstats domtime domxml-from-native domxml-to-native dump edit event
+domsetlaunchsecstate domstats domtime domxml-from-native domxml-to-native dump edit
 get-user-sshkeys guest-agent-timeout guestinfo guestvcpus inject-nmi iothreadadd iothreaddel
 iothreadinfo iothreadpin iothreadset managedsave managedsave-define managedsave-dumpxml
 managedsave-edit managedsave-remove memtune metadata migrate migrate-compcache

@@ -29,6 +29,7 @@ from ..errors import (
     SegmentNotFound,
     ShmDomainsError,
 )
+from ..events import DomainEvent, EventType, detail_of
 from ..lazy import LazyModule
 from ..packing import pack
 from ..rules.compare import compare
@@ -144,11 +145,11 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     ones, gone with the last process. `create`, `attach` and `open` use a segment with a name.
 
     `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
-    about 16 KiB a domain); memory is committed only as used. `events` is how many of the last events
-    are kept for `watch`, at 320 bytes each: up to 16,777,216, made a power of two; 0: none; default
-    16,384, fewer if they would take more than a quarter of `max_bytes`. `lock` is ``"robust"`` or
-    ``"multiprocessing"``; for the latter, `context` is the multiprocessing context that makes the
-    locks, if not the default one.
+    about 16 KiB a domain); memory is committed only as used. `events` is how many of the last
+    events are kept for `watch`, at 320 bytes each: up to 16,777,216, made a power of two; 0: none;
+    default 16,384, fewer if they would take more than a quarter of `max_bytes`. `lock` is
+    ``"robust"`` or ``"multiprocessing"``; for the latter, `context` is the multiprocessing context
+    that makes the locks, if not the default one.
 
     >>> doms = DomainList(max_domains=100)
     >>> len(doms)
@@ -412,6 +413,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         until they are unlocked, and elections are told to stop. From now on everything else raises
         `ListClosed`."""
         end_elections(self)
+        self._stop_events()
         self._close()
 
     def __enter__(self) -> DomainList:
@@ -518,6 +520,19 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     def _count(self, wanted: Filter) -> int:
         return self._count_all(*_as_numbers(wanted))
+
+    def _event(self, number: int) -> DomainEvent | None:
+        found = self._read_event(number)
+        if found is None:
+            return None
+        number, nanoseconds, kind, detail, uuid, name, id, who, pid = found
+        type = EventType(kind)
+        dead = None
+        if type is EventType.HOLDER_DIED:
+            dead = holder.dead_in_event(who, pid)
+        return DomainEvent(
+            number, nanoseconds / 1e9, type, detail_of(type, detail), uuid, name or "", id, dead
+        )
 
     def _remembered(self) -> ConfigDirs | None:
         blob = self._settings()

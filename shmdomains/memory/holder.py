@@ -22,6 +22,8 @@ else:
     psutil = LazyModule("psutil")
 
 _TICKS = float(os.sysconf("SC_CLK_TCK"))
+_TID_BITS = 22
+_UNKNOWN = 1  # a holder died, nobody knows which
 
 
 def process_started(start_ticks: int) -> float | None:
@@ -111,6 +113,12 @@ def dead_holder(tid: int, pid: int, start_ticks: int) -> LockHolder:
         alive=False,
         command=None,
     )
+
+
+def dead_in_event(who: int, pid: int) -> LockHolder:
+    """Describe a dead holder by the words that the segment has of it (``_core/layout.h``)."""
+    tid, start = who & ((1 << _TID_BITS) - 1), who >> _TID_BITS
+    return dead_holder(0 if who == _UNKNOWN else tid, pid, start)
 
 
 def failed_repair(

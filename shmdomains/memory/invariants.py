@@ -29,6 +29,8 @@ INVARIANTS: dict[str, str] = {
     "Rebuilt by the next holder of the list lock (UUID, name) or the id lock after a death.",
     "I5 sequence": "Nobody is in the middle of changing an index without its lock. Ended by the "
     "next holder of the list or id lock after a death.",
+    "E1 events": "Every event that is kept fits its checksum, and no domain names one that has not "
+    "happened. Nobody repairs it: a damaged event counts as missed, and the ring is overwritten.",
     "free list": "Every slot without a domain is on it, once. Rebuilt by the next holder of the "
     "list lock after a death.",
     "counts": "The numbers of domains, active domains and slots are right. Rebuilt by the next "
@@ -62,7 +64,7 @@ def listing_invariants(function: Callable[P, R]) -> Callable[P, R]:
 
 
 # The invariants without a verdict, by the core's number of what it left open: its sums, then the
-# suspects of list, ids, heap.
+# suspects of list, ids, heap, events.
 _OPEN = (
     ("I5 index", "I5 sequence", "counts"),
     ("free list",),
@@ -72,6 +74,7 @@ _OPEN = (
     ("I5 index",),
     ("I5 index",),
     ("I2 map",),
+    ("E1 events",),
 )
 
 

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from ..config.change import ConfigDirs
 from ..config.parse import first_uuid, scan_paths
+from ..deadline import Deadline as PlainDeadline
 from ..errors import (
     AlreadyLocked,
     ConfigError,
@@ -28,12 +29,16 @@ from .info import DomainInfo
 from .owner import Owner, definition_in
 from .store import Deadline, DomainBase, Filter, ListBase
 
+SLICE = 0.05  # seconds
 MOST = 20  # differences that are told
 
 
 def compare(doms: ListBase[Any], deadline: Deadline) -> tuple[list[str], list[str]]:
     """What records and files differ in, and why there is no full verdict. Nobody is waited for, and
-    a domain that somebody holds is left out. Once the deadline has passed, this ends."""
+    a domain that somebody holds is left out. Once the deadline has passed, this ends, but it may
+    take one lock slice."""
+    time = deadline.left()
+    deadline = PlainDeadline(None if time is None else max(time, SLICE))
     dirs = doms._remembered()
     if dirs is None:
         return [], []

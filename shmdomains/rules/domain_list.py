@@ -49,6 +49,7 @@ from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, LockedDomains
 from .values import key_of, not_found, one_key
 from .wait import WaitRules
+from .watch import WatchRules
 from .work import Step, Work
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
     return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
 
 
-class DomainListRules(WaitRules[D]):
+class DomainListRules(WaitRules[D], WatchRules[D]):
     """The rules, to be combined with a store."""
 
     # --- locks ---

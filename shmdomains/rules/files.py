@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.change import ConfigDirs
-from ..errors import DomainTransient, SegmentCorrupt, UncommittedChanges
+from ..errors import DomainTransient, UncommittedChanges
 from ..xml.definition import DomainDef
 from .owner import Owner
 from .steps import Commit, names_of
@@ -73,12 +73,7 @@ def delete(
     make: Callable[[Work | None], object] | None = None,
 ) -> None:
     """Remove the domain's file and link; `make` changes the record."""
-    dirs, name = doms._remembered(), dom.name
-    try:
-        work = dom._work
-    except SegmentCorrupt:
-        dom._commit_work(None, deadline.left())  # damage hinders nobody in getting rid of a domain
-        work = None
+    dirs, name, work = doms._remembered(), dom.name, dom._work
     if dirs is None:
         if make is not None:
             make(work)

@@ -32,6 +32,7 @@ from ..errors import (
     UncommittedChanges,
     WrongList,
 )
+from ..events import DomainEvent, EventType
 from ..holder import LockHolder
 from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
@@ -39,10 +40,11 @@ from ..xml.definition import DomainDef
 from .domain import DomainRules
 from .domain_list import DomainListRules
 from .elect import end_elections
+from .events import news_of_change, news_of_end, news_of_new
 from .info import DomainInfo, reason_of
 from .plain_mutex import PlainMutex
 from .steps import settle
-from .store import Changes, Filter, Identity, Key, NewDomain, Store
+from .store import Changes, Filter, Identity, Key, NewDomain, News, Store
 from .values import (
     checked_definition,
     checked_pid,
@@ -67,14 +69,19 @@ SLICE = 0.1
 class _Hold(Generic[R]):
     """One lock of one domain: its committed state and the uncommitted changes."""
 
-    __slots__ = ("changes", "depth", "info", "intends", "record")
+    __slots__ = ("changes", "depth", "info", "intends", "noted", "record")
 
     def __init__(self, record: R, info: DomainInfo) -> None:
         self.record = record
         self.info = info
         self.changes: Changes = {}
+        self.noted: list[News] = []  # events of the next commit that its changes do not tell of
         self.depth = 0  # of ``with`` blocks
         self.intends = False  # the holder said what it is going to do
+
+    def drop(self) -> None:
+        """Roll back."""
+        self.changes, self.noted = {}, []
 
 
 class _Mine(threading.local):
@@ -188,7 +195,7 @@ class PlainDomain(DomainRules, Generic[R]):
         if hold is None:
             return
         if kind is not None:
-            hold.changes = {}
+            hold.drop()
             hold.intends = False
         if hold.depth > 1:
             hold.depth -= 1  # an inner block; the outer one goes on
@@ -201,11 +208,12 @@ class PlainDomain(DomainRules, Generic[R]):
 
     def rollback(self) -> None:
         """Drop all changes since the last commit."""
-        self._held().changes = {}
+        self._held().drop()
 
     @property
     def changed(self) -> bool:
-        return bool(self._held().changes)
+        hold = self._held()
+        return bool(hold.changes or hold.noted)
 
     @property
     def previous_owner_died(self) -> LockHolder | None:
@@ -356,13 +364,15 @@ class PlainDomain(DomainRules, Generic[R]):
         events: tuple[tuple[int, int], ...] = (),
     ) -> None:
         hold = self._held()
-        changes = hold.changes
+        changes, noted = hold.changes, hold.noted
         hold.changes = {"work": None if work is None else work.encode()}
+        id, name = hold.info.id, hold.info.name
+        hold.noted = [News(EventType(type), detail, id, name) for type, detail in events]
         try:
             self._list._commit(hold, timeout)
         finally:
             changes.pop("work", None)
-            hold.changes = changes
+            hold.changes, hold.noted = changes, noted
 
     @property
     def _intends(self) -> bool:
@@ -371,6 +381,9 @@ class PlainDomain(DomainRules, Generic[R]):
     @_intends.setter
     def _intends(self, value: bool) -> None:
         self._held().intends = value
+
+    def _note(self, type: int, detail: int = 0) -> None:
+        self._held().noted.append(News(EventType(type), detail, self.id, self.name))
 
     def _caller(self) -> Caller:
         return self._list._store.caller()
@@ -471,6 +484,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
 
     def close(self) -> None:
         """Close the list; from now on everything else raises `ListClosed`."""
+        self._stop_events()
         if self.is_locked:
             self.unlock()
         self.closed = True
@@ -672,10 +686,12 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
 
     def _commit(self, hold: _Hold[R], timeout: float | None) -> None:
         deadline = Deadline(timeout)
-        changes, hold.changes = hold.changes, {}
-        if not changes:
+        changes, noted = hold.changes, hold.noted
+        hold.drop()
+        if not changes and not noted:
             return
-        hold.info = self._store.commit(hold.record, changes, deadline.left())
+        news = [*noted, *news_of_change(hold.info, changes)]
+        hold.info = self._store.commit(hold.record, changes, news, deadline.left())
 
     # --- reading ---
 
@@ -751,7 +767,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
                 f"domain '{known.name}' was defined meanwhile with uuid {known.uuid}"
             )
         new = NewDomain(uuid, name, DomainDef.decode(definition), persistent, state, work)
-        record, info = self._store.insert(new, deadline.left())
+        record, info = self._store.insert(new, news_of_new(name, persistent), deadline.left())
         made[0] = dom = self._handle(record, self._hold(record, info))
         return dom
 
@@ -759,7 +775,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         self._need_list_lock("remove")
         self._need_ours(dom)
         hold = dom._held()
-        self._store.remove(hold.record, timeout)
+        self._store.remove(hold.record, news_of_end(hold.info), timeout)
         self._held_by.pop(hold.record, None)
         del self._mine.holds[hold.record]
 
@@ -849,6 +865,24 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
 
     def _empty(self) -> PlainLockedDomains[R]:
         return PlainLockedDomains()
+
+    @property
+    def _events_max(self) -> int:
+        self._usable()
+        return self._store.events_max
+
+    @property
+    def _event_count(self) -> int:
+        self._usable()
+        return self._store.event_count
+
+    def _event(self, number: int) -> DomainEvent | None:
+        self._usable()
+        return self._store.event(number)
+
+    def _sleep_on_events(self, count: int, timeout: float | None = None) -> bool:
+        self._usable()
+        return self._store.sleep_on_events(count, timeout)
 
     def _remembered(self) -> ConfigDirs | None:
         self._usable()

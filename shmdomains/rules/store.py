@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
 from uuid import UUID
 
 from ..config.change import ConfigDirs
+from ..events import DomainEvent, EventType
 from ..holder import LockHolder
 from ..names import Uuid
 from ..states import DomainState
@@ -67,6 +68,15 @@ class NewDomain(NamedTuple):
     persistent: bool
     state: DomainState
     work: Work | None = None
+
+
+class News(NamedTuple):
+    """One event of a commit, before it has a number and a time (`rules.events`)."""
+
+    type: EventType
+    detail: int
+    id: int
+    name: str
 
 
 class Filter(NamedTuple):
@@ -243,6 +253,9 @@ class DomainBase(Protocol):
 
     @_intends.setter
     def _intends(self, value: bool, /) -> None: ...
+    def _note(self, type: int, detail: int = 0) -> None:
+        """An event that the next commit is to have, beside those of its changes."""
+
     def _caller(self) -> Caller:
         """Who calls. Needs no lock."""
 
@@ -459,8 +472,8 @@ class ListBase(Protocol[D]):
 
     def _sleep(self, dom: D, stamp: Any, timeout: float | None = None) -> bool:
         """Sleep until the stamp is old, or a slice is over, or the time is; then run signal
-        handlers. False: nothing has changed. True: it has, or may have. Takes no lock. `ListClosed`
-        if the list was closed meanwhile.
+        handlers. (A thread that runs none may sleep on.) False: nothing has changed. True: it has,
+        or may have. Takes no lock. `ListClosed` if the list was closed meanwhile.
 
         A writer that dies between its commit and telling of it costs the sleeper a slice."""
         ...
@@ -500,6 +513,24 @@ class ListBase(Protocol[D]):
         ...
 
     def _count(self, wanted: Filter) -> int: ...
+
+    @property
+    def _events_max(self) -> int:
+        """How many of the last events are kept; 0: none, ever."""
+        ...
+
+    @property
+    def _event_count(self) -> int:
+        """The number of the last event; 0: none yet. Numbers have no gaps."""
+        ...
+
+    def _event(self, number: int) -> DomainEvent | None:
+        """``None``: it is not kept any more, or never was. Takes no lock."""
+        ...
+
+    def _sleep_on_events(self, count: int, timeout: float | None = None) -> bool:
+        """Sleep until there are more than `count` events, or for a moment; whether there are."""
+        ...
 
     def _remembered(self) -> ConfigDirs | None:
         """The directories that `_remember` was last called with, by any process."""
@@ -574,17 +605,22 @@ class Store(Protocol[R]):
         is gone."""
         ...
 
-    def insert(self, new: NewDomain, timeout: float | None) -> tuple[R, DomainInfo]:
+    def insert(
+        self, new: NewDomain, news: Sequence[News], timeout: float | None
+    ) -> tuple[R, DomainInfo]:
         """List held, uuid and name free. Returns the record, committed and locked, and its
-        committed state."""
+        committed state. Here and below, `news` are the events of this commit: they are there if
+        and only if it happened, and in the order of commits."""
         ...
 
-    def commit(self, record: R, changes: Changes, timeout: float | None) -> DomainInfo:
+    def commit(
+        self, record: R, changes: Changes, news: Sequence[News], timeout: float | None
+    ) -> DomainInfo:
         """Record locked; for a new name the list is held as well. All or nothing. Returns the
         committed state in the same call, so that an error never leaves the holder in doubt."""
         ...
 
-    def remove(self, record: R, timeout: float | None) -> None:
+    def remove(self, record: R, news: Sequence[News], timeout: float | None) -> None:
         """List held, record locked. Frees the record's lock."""
         ...
 
@@ -634,6 +670,16 @@ class Store(Protocol[R]):
     def runs(self, pid: int, started: int) -> bool:
         """Whether the process runs that started then."""
         ...
+
+    @property
+    def events_max(self) -> int:
+        """See `ListBase._events_max`; so the next three."""
+        ...
+
+    @property
+    def event_count(self) -> int: ...
+    def event(self, number: int) -> DomainEvent | None: ...
+    def sleep_on_events(self, count: int, timeout: float | None) -> bool: ...
 
     def caller(self) -> Caller: ...
     def describe(self, caller: Caller) -> LockHolder: ...

@@ -114,6 +114,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_event:
         uint64_t number, life, kind, time
         uint64_t uuid[2]
+        uint32_t pid
         unsigned char name[252]
     ctypedef struct sd_key:
         int what
@@ -236,6 +237,8 @@ cdef extern from "core.h" nogil:
     uint64_t sd_count_value(uint64_t)
     void sd_raise(sd_word *, uint64_t)
     int sd_sleep(const sd_word *, uint64_t, sd_word *, uint64_t, uint64_t)
+    void sd_gate_enter()
+    void sd_gate_leave()
     int sd_events_lock_briefly(sd_segment *)
     void sd_events_unlock(sd_segment *)
     uint64_t sd_ring_count(const sd_segment *)
@@ -260,6 +263,9 @@ cdef extern from "core.h":
     uint64_t sd_check_overlooked(const sd_check *)
     int sd_check_records(sd_check *, uint64_t)
     int sd_check_part(int)
+    int sd_check_ring(sd_check *, uint64_t)
+    bint sd_check_ring_suspect(const sd_check *)
+    void sd_check_ring_judge(sd_check *)
     int sd_check_prepare(sd_check *, int)
     int sd_check_judge(sd_check *, int, uint64_t)
     int sd_check_sum(sd_check *, int, uint64_t)

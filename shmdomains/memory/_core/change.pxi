@@ -44,6 +44,7 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     cdef uint64_t epoch = sd_fork_epoch
     cdef Record record
     cdef int result
+    encoded = None if work is None else ENCODE_WORK(work)  # may run anything, an unlock, too
     need_list(doms, "assign_def")
     may_wait(doms, deadline)
     uuid_words(uuid, key.uuid)
@@ -59,7 +60,6 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
         add_news(&news, DEFINED, ADDED, -1)
     set_change(&blobs[SD_DEFINITION], definition)
     if work is not None:
-        encoded = ENCODE_WORK(work)
         set_change(&blobs[SD_WORK], encoded)
         values.flags |= SD_FLAG_UNFINISHED if work.step is not None else 0
     record = new_record(doms)
@@ -139,6 +139,8 @@ cdef int remove_record(Segment doms, Record record, object timeout) except -1:
 cdef int rename_record(Segment doms, Record record, object name, bytes definition,
                        bytes next_definition, object timeout, object work) except -1:
     need_ours(doms, record)
+    need_changeable(record)
+    encoded = None if work is None else ENCODE_WORK(work)  # may run anything, an unlock, too
     cdef Record mine = need_changeable(record)
     cdef uint64_t deadline = deadline_of(timeout)
     cdef unsigned char raw[252]
@@ -152,10 +154,10 @@ cdef int rename_record(Segment doms, Record record, object name, bytes definitio
         set_change(&blobs[SD_NEXT_DEFINITION], next_definition)
     blobs[SD_WORK].change = mine.values.flags & SD_FLAG_PRESENT(SD_WORK) != 0
     if work is not None:
-        encoded = ENCODE_WORK(work)
         set_change(&blobs[SD_WORK], encoded)
     set_unfinished(mine, work)
     if mine.values.flags & SD_FLAG_PERSISTENT:
+        add_news(&mine.noted, UNDEFINED, RENAMED_FROM, mine.values.id)
         add_news(&mine.noted, DEFINED, RENAMED, mine.values.id)
     cdef int result = sd_commit(doms.segment, mine.slot, &mine.values, blobs, raw, &mine.noted,
                                 deadline)

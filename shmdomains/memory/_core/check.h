@@ -59,6 +59,10 @@ typedef struct sd_check {
     sd_suspect *suspects[SD_PARTS];
     uint32_t suspected[SD_PARTS];
     uint64_t overlooked;
+    bool ring_begun;
+    uint64_t ring_size, ring_next; /* places of the ring, and the one to look at next */
+    uint64_t event_named;          /* the last event that a record names, and which */
+    uint32_t event_named_by;
     sd_sum sum[SD_SUMS];
     /* One bit a cell: named in this walk, and named again; marked and nobody's in every walk, and
      * named twice in every walk. */

@@ -14,6 +14,7 @@ cdef enum:
     FAULTS_MAX = 1000
     LOOK_NS = 5000000  # of a look without a lock, before other threads of this process run
     LOOKS = 3          # without a lock, before one under it
+    EVENTS = SD_PARTS  # one part more: the ring
     WALKS = 20         # over the descriptors, of which each acquits two of three that moved
 
 # What a checker that does not get a lock reports instead of a verdict.
@@ -69,6 +70,28 @@ cdef bint check_records(Segment doms, sd_check *check) except -1:
         if result != SD_TIMEOUT:
             return result == SD_OK
         between_parts(doms)
+
+
+cdef object check_events(Segment doms, sd_check *check, uint64_t deadline, object timeout,
+                         uint64_t *longest):
+    """The ring, and whether a record names an event that has not happened. None, or why there is no
+    verdict."""
+    cdef bint taken
+    cdef uint64_t began
+    while sd_check_ring(check, sd_now() + LOOK_NS) == SD_TIMEOUT:
+        between_parts(doms)
+    if not sd_check_ring_suspect(check):
+        return None
+    try:
+        taken = hold_part(doms, EVENTS, deadline, timeout)
+    except OUT_OF_REACH as exc:
+        return f"a record names an event that has not happened, but {exc}"
+    began = sd_now()
+    sd_check_ring_judge(check)
+    if taken:
+        drop_part(doms, EVENTS)
+        longest[0] = max(longest[0], sd_now() - began)
+    return None
 
 
 cdef object judge_part(Segment doms, sd_check *check, int part, uint64_t deadline, object timeout,
@@ -144,8 +167,7 @@ cdef bint hold_part(Segment doms, int part, uint64_t deadline, object timeout) e
             # Holding a domain, only try: see find_under_lock.
             acquire_list(doms, SD_TRY if holds_any(doms) else deadline, timeout)
             return True
-        result = sd_short_locks(doms.segment, SD_IDS if part == SD_PART_IDS else SD_HEAP,
-                                deadline)
+        result = sd_short_locks(doms.segment, lock_of_part(part), deadline)
         if result != SD_OK:
             raise_poison_or_code(doms, result, "check")
     except errors.SegmentPoisoned:
@@ -153,13 +175,16 @@ cdef bint hold_part(Segment doms, int part, uint64_t deadline, object timeout) e
     return True
 
 
+cdef inline int lock_of_part(int part) noexcept:
+    if part == EVENTS:
+        return SD_EVENTS
+    return SD_IDS if part == SD_PART_IDS else SD_HEAP
+
+
 cdef int drop_part(Segment doms, int part) except -1:
     if part == SD_PART_LIST:
         return release_list(doms)
-    if part == SD_PART_IDS:
-        sd_ids_unlock(doms.segment)
-    else:
-        sd_heap_unlock(doms.segment)
+    sd_short_unlock(doms.segment, lock_of_part(part))
     return 0
 
 
@@ -185,6 +210,9 @@ cdef tuple check_segment(Segment doms, object timeout):
                 why = judge_sum(doms, check, sum, deadline, timeout, &longest)
                 if why is not None:
                     open.append((sum, why))
+        why = check_events(doms, check, deadline, timeout, &longest)
+        if why is not None:
+            open.append((SD_SUMS + EVENTS, why))
         if sd_check_overlooked(check):
             open.append((SD_SUMS, f"{sd_check_overlooked(check)} more records or entries look "
                          "wrong, too many to judge"))

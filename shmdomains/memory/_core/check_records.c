@@ -6,6 +6,7 @@
  */
 #include "check_records.h"
 
+#include "check_ring.h"
 #include "find.h"
 #include "mutex.h"
 #include "named.h"
@@ -103,6 +104,7 @@ static void check_values(sd_check *check, uint32_t slot, const sd_view *view)
     if (!sd_uuid_sound(&check->segment->slots[slot]) &&
         sd_view_check(check->segment, slot, view) == SD_OK)
         sd_fault(check, "I1 identity", "slot %u has a uuid that does not fit its checksum", slot);
+    sd_check_event_named(check, slot, values->event);
     if (values->state >= check->states)
         sd_fault(check, "I3 fields", "slot %u has the unknown state %u", slot, values->state);
     if (values->id < 0) return;

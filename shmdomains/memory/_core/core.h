@@ -30,6 +30,7 @@
 #include "scan.h"           /* the same without an index */
 #include "record.h"         /* commit, insert, remove */
 #include "check.h"          /* every invariant, from outside: what was seen so far */
+#include "check_ring.h"     /* the last events */
 #include "check_records.h"  /* record by record */
 #include "check_sums.h"     /* numbers that must be equal */
 

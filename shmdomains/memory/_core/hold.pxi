@@ -217,9 +217,11 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
     return 0
 
 
-cdef int commit_work(Record record, object work, uint64_t deadline, tuple events) except -1:
+cdef int commit_work(Record record, object work, bytes encoded, uint64_t deadline,
+                     tuple events) except -1:
     """What is under way, and nothing else: the other changes go on waiting, whatever comes of it.
-    `work` replaces a change of it that waits, too. `events`: those of this commit, pairs of type
+    `work` replaces a change of it that waits, too; encoding it may run anything, so the caller has.
+    `events`: those of this commit, pairs of type
     and detail."""
     cdef sd_blob changes[BLOBS]
     cdef sd_values waiting
@@ -228,7 +230,6 @@ cdef int commit_work(Record record, object work, uint64_t deadline, tuple events
     cdef bint touched
     cdef int result
     cdef uint64_t public = SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART
-    encoded = None if work is None else ENCODE_WORK(work)
     memset(&news, 0, sizeof(news))
     for type, detail in events:
         add_news(&news, type, detail, record.was_id)
@@ -270,7 +271,8 @@ cdef int end_intention(Record record) except -1:
     work = read_blob(record, SD_WORK)
     if work is not None and work.intended is not None:
         work = work.without_intention()
-        set_blob(record, SD_WORK, work, None if work is None else ENCODE_WORK(work))
+        encoded = None if work is None else ENCODE_WORK(work)  # may run anything, an unlock, too
+        set_blob(need_changeable(record), SD_WORK, work, encoded)
     record.intends = False
     return 0
 

@@ -283,9 +283,10 @@ static inline uint64_t sd_named_died_sum(uint64_t who, uint64_t pid)
  * dead writer leaves an entry that is whole or has number 0; the lock's next holder judges it. */
 typedef struct {
     sd_word number; /* sealed; stored first as 0 and last as it is */
-    sd_word place;  /* low half: slot; high half: how many more events the same commit has */
+    sd_word place;  /* bits 0-31 slot, 32-39 how many more events the same commit has, 40-63 pid of
+                       a death */
     sd_word life;   /* `life` once the commit has happened; of a death: `died_who` */
-    sd_word kind;   /* bits 0-7 type, 8-23 detail, 24-25 SD_BY_*; high half: id, or pid of a death */
+    sd_word kind;   /* bits 0-7 type, 8-23 detail, 24-25 SD_BY_*; high half: id */
     sd_word time;   /* CLOCK_REALTIME, ns */
     sd_word uuid[2];
     sd_word sum;      /* of all the others */
@@ -295,6 +296,7 @@ typedef struct {
 /* Which store is the commit: `cur`, `life`, or `died_who`. */
 enum { SD_BY_CHANGE = 0, SD_BY_LIFE = 1, SD_BY_DEATH = 2 };
 #define SD_HOLDER_DIED 100 /* the type of the only events that the core makes itself */
+#define SD_RENAMED_FROM SD_KIND(1, 1) /* undefined, renamed: bears the name of before */
 #define SD_DIED_UNKNOWN 1  /* in `died_who`: a holder died, nobody knows which */
 #define SD_KIND(type, detail) ((uint64_t)(type) | (uint64_t)(detail) << 8)
 #define SD_KIND_OF(kind) ((kind) & 0xffffff)

@@ -221,6 +221,23 @@ void sd_tidy(sd_segment *segment, uint32_t slot)
 
 /* --- a slot's lock --------------------------------------------------------------------------- */
 
+/* Where the event lock's holder is stopped, one slice of waiting is enough for all that this thread
+ * recovers within a second. */
+static bool events_lock_for_death(sd_segment *segment)
+{
+    sd_thread *self = sd_self();
+    sd_header *header = segment->header;
+    if (!sd_ring_works(segment)) return false;
+    if (sd_now() < self->muted) {
+        int locked = sd_mutex_lock(&header->event_mutex, NULL, SD_TRY);
+        return entered_short(segment, &header->event_mutex, &header->event_dirty, locked,
+                             sd_ring_settle) == SD_OK;
+    }
+    if (sd_events_lock_briefly(segment) == SD_OK) return true;
+    self->muted = sd_now() + SD_SECOND_NS;
+    return false;
+}
+
 /* The event of a death, whose commit is the store of `died_who`; event lock held if it is not 0.
  * Where that lock's holder is stopped for longer than a slice there is no event: the domain matters
  * more. */
@@ -228,14 +245,14 @@ static uint64_t announce_death(sd_segment *segment, uint32_t slot, uint64_t vict
 {
     const sd_slot *record = &segment->slots[slot];
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
-    const sd_news news = {1, {SD_KIND(SD_HOLDER_DIED, 0)}, {(int32_t)pid}};
     unsigned char name[SD_NAME_MAX + 1];
     sd_values values;
     if (!segment->at.events || !(sd_load(&record->life) & 1)) return 0;
     if (sd_values_get(segment, slot, &values) != SD_OK) return 0;
     sd_name_get(segment, slot, values.flags, name);
-    if (sd_events_lock_briefly(segment) != SD_OK) return 0;
-    return sd_ring_write(segment, slot, SD_BY_DEATH, victim, uuid, name, &news);
+    const sd_news news = {1, {SD_KIND(SD_HOLDER_DIED, 0)}, {values.id}, (uint32_t)pid};
+    if (!events_lock_for_death(segment)) return 0;
+    return sd_ring_write(segment, slot, SD_BY_DEATH, victim, uuid, name, name, &news);
 }
 
 /* The record itself is sound: the old one or the new one.  If the owner record is empty, either the
@@ -256,6 +273,10 @@ void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t 
             sd_ring_publish(segment, event);
             sd_events_unlock(segment);
         }
+    } else if (sd_ring_unsettled(segment) && events_lock_for_death(segment)) {
+        /* A recoverer may have died before us, in the event of this death.  `died_who` says that it
+         * happened, until somebody clears it. */
+        sd_events_unlock(segment);
     }
     sd_tidy(segment, slot);
 }

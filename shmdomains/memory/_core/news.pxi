@@ -18,22 +18,28 @@ cdef enum:
     PMSUSPENDED = 7
     CRASHED = 8
     AUTOSTART = 101
-    ADDED = 0       # details of DEFINED
+    ADDED = 0         # details of DEFINED
     UPDATED = 1
     RENAMED = 2
-    WAKEUP = 4      # of STARTED
-    IS_RUNNING = 1  # DomainState
+    RENAMED_FROM = 1  # of UNDEFINED
+    WAKEUP = 4        # of STARTED
+    BY_CRASH = 2      # of STOPPED
+    NO_STATE = 0      # DomainState
+    IS_RUNNING = 1
+    IS_BLOCKED = 2
     IS_PAUSED = 3
     IS_SHUTDOWN = 4
     IS_CRASHED = 6
     IS_PMSUSPENDED = 7
     REASONS_KNOWN = 16
 
-# The detail for each reason of the new state; a driver's own reasons have 0.
+# The detail for each reason of the new state, as in libvirt's QEMU driver; a driver's own reasons
+# have 0.
 cdef uint16_t[REASONS_KNOWN] STARTED_BY = [0, 0, 1, 2, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]
-cdef uint16_t[REASONS_KNOWN] SUSPENDED_BY = [0, 0, 1, 0, 0, 2, 3, 5, 0, 0, 0, 0, 7, 8, 0, 0]
-cdef uint16_t[REASONS_KNOWN] RESUMED_BY = [0, 0, 1, 0, 2, 0, 0, 0, 0, 0, 3, 4, 0, 0, 0, 0]
-cdef uint16_t[REASONS_KNOWN] STOPPED_BY = [0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 0, 0, 0, 0]
+cdef uint16_t[REASONS_KNOWN] STARTED_PAUSED_BY = [0, 0, 1, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0]
+cdef uint16_t[REASONS_KNOWN] SUSPENDED_BY = [0, 0, 1, 0, 0, 2, 3, 5, 0, 0, 0, 0, 7, 8, 6, 0]
+cdef uint16_t[REASONS_KNOWN] RESUMED_BY = [0, 0, 1, 2, 2, 0, 1, 0, 0, 0, 3, 4, 0, 0, 0, 0]
+cdef uint16_t[REASONS_KNOWN] STOPPED_BY = [0, 0, 1, 2, 3, 4, 5, 6, 5, 0, 0, 0, 0, 0, 0, 0]
 
 
 cdef inline void remember_state(Record record) noexcept:
@@ -68,7 +74,7 @@ cdef void collect_news(Record record, sd_news *news) noexcept:
     cdef const sd_values *now = &record.values
     cdef bint was_persistent = record.was_flags & SD_FLAG_PERSISTENT != 0
     cdef bint persistent = now.flags & SD_FLAG_PERSISTENT != 0
-    cdef bint stopped = record.was_id >= 0 and now.id < 0
+    cdef bint stopped = record.was_id >= 0 and record.was_id != now.id
     news[0] = record.noted
     if persistent and not was_persistent:
         add_news(news, DEFINED, ADDED, now.id)
@@ -76,19 +82,41 @@ cdef void collect_news(Record record, sd_news *news) noexcept:
         add_news(news, DEFINED, UPDATED, now.id)
     if record.was_id != now.id:
         if record.was_id >= 0:
-            if record.was_state != IS_CRASHED and now.state == IS_CRASHED:
-                add_news(news, CRASHED, 0, record.was_id)
-            add_news(news, STOPPED, detail_of(STOPPED_BY, now.reason), record.was_id)
+            add_end(record, news)
         if now.id >= 0:
-            add_news(news, STARTED, detail_of(STARTED_BY, now.reason), now.id)
-            if now.state == IS_PAUSED:
-                add_news(news, SUSPENDED, detail_of(SUSPENDED_BY, now.reason), now.id)
+            add_start(now, news)
     elif now.id >= 0 and record.was_state != now.state:
         add_change_of_state(record, news)
     if was_persistent and not persistent:
         add_news(news, UNDEFINED, 0, now.id)
     if (record.was_flags ^ now.flags) & SD_FLAG_AUTOSTART:
         add_news(news, AUTOSTART, now.flags & SD_FLAG_AUTOSTART != 0, now.id)
+
+
+cdef void add_end(Record record, sd_news *news) noexcept:
+    """A domain that has another id by now was restarted: nobody knows why it ended."""
+    cdef const sd_values *now = &record.values
+    cdef uint16_t detail = 0
+    if now.id < 0 and now.state == IS_CRASHED:
+        if record.was_state != IS_CRASHED:
+            add_news(news, CRASHED, 0, record.was_id)
+        detail = BY_CRASH
+    elif now.id < 0:
+        detail = detail_of(STOPPED_BY, now.reason)
+    add_news(news, STOPPED, detail, record.was_id)
+
+
+cdef void add_start(const sd_values *now, sd_news *news) noexcept:
+    if now.state == IS_PAUSED:
+        add_news(news, STARTED, detail_of(STARTED_PAUSED_BY, now.reason), now.id)
+        add_news(news, SUSPENDED, detail_of(SUSPENDED_BY, now.reason), now.id)
+    else:
+        add_news(news, STARTED,
+                 detail_of(STARTED_BY, now.reason) if now.state == IS_RUNNING else 0, now.id)
+
+
+cdef inline bint is_working(uint16_t state) noexcept:
+    return state == IS_RUNNING or state == IS_BLOCKED or state == NO_STATE
 
 
 cdef bint is_redefined(Record record) noexcept:
@@ -102,10 +130,10 @@ cdef void add_change_of_state(Record record, sd_news *news) noexcept:
     cdef int32_t id = record.values.id
     if state == IS_PAUSED:
         add_news(news, SUSPENDED, detail_of(SUSPENDED_BY, reason), id)
-    elif state == IS_RUNNING and record.was_state == IS_PMSUSPENDED:
+    elif is_working(state) and record.was_state == IS_PMSUSPENDED:
         add_news(news, STARTED, WAKEUP, id)
-    elif state == IS_RUNNING:
-        add_news(news, RESUMED, detail_of(RESUMED_BY, reason), id)
+    elif is_working(state) and not is_working(record.was_state):
+        add_news(news, RESUMED, detail_of(RESUMED_BY, reason) if state == IS_RUNNING else 0, id)
     elif state == IS_SHUTDOWN:
         add_news(news, SHUTDOWN, 0, id)
     elif state == IS_CRASHED:

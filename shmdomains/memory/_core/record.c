@@ -172,8 +172,11 @@ static void tell(sd_segment *segment, uint32_t slot, unsigned step)
     uint64_t seq = sd_load(&header->any_seq);
     if (__builtin_expect(sd_load(&header->any_waiting) <= seq, 1)) return;
     sd_crash_point();
-    if (atomic_compare_exchange_strong(&header->any_seq, &seq, seq + 1))
-        sd_tell(&header->any_seq, &header->any_waiting, seq + 1, seq + 1);
+    if (!atomic_compare_exchange_strong(&header->any_seq, &seq, seq + 1)) return;
+    sd_wake(&header->any_seq);
+    /* Without a lock `any_seq` may be further by now, and a waiter beyond that: it is loaded last. */
+    uint64_t raised = sd_load_acquire(&header->any_waiting);
+    sd_lower_damaged(&header->any_waiting, raised, sd_load(&header->any_seq) + 1);
 }
 
 /* All that comes before the flip: new blobs in the heap, where `next` chooses them. */
@@ -196,7 +199,7 @@ static void flip(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], con
     if (news)
         next->event = sd_ring_write(segment, slot, SD_BY_CHANGE,
                                     sd_load(&segment->slots[slot].life), uuid,
-                                    name ? name : old_name, news);
+                                    name ? name : old_name, old_name, news);
     if (name)
         flip_with_name(segment, slot, next, old_name, name);
     else if (now->id != next->id)
@@ -222,7 +225,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
     if (name || news) {
         sd_name_get(segment, slot, now.flags, old_name);
-        if (!old_name[0]) return SD_CORRUPT;
+        if (name && !old_name[0]) return SD_CORRUPT;
     }
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
@@ -253,7 +256,8 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
     if (result == SD_OK) tell(segment, slot, 1);
-    if (result == SD_OK ? tidy : new_blobs) sd_tidy(segment, slot);
+    /* In a child that a signal handler forked, the new blobs are its parent's. */
+    if (result == SD_OK ? tidy : new_blobs && result != SD_FORKED) sd_tidy(segment, slot);
     errno = error;
     return result;
 }
@@ -347,7 +351,7 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
  * has to be read before it changes (E1). */
 static int event_lock_of(const sd_segment *segment)
 {
-    return segment->at.events ? SD_EVENTS : 0;
+    return sd_ring_works(segment) ? SD_EVENTS : 0;
 }
 
 int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t uuid[2],
@@ -365,12 +369,12 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     if (result == SD_OK) result = prepare(segment, slot, uuid, name, &next, blobs, deadline);
     if (result == SD_OK && locks) {
         result = sd_short_locks(segment, locks, deadline);
-        if (result != SD_OK) sd_tidy(segment, slot);
+        if (result != SD_OK && result != SD_FORKED) sd_tidy(segment, slot);
     }
     if (result != SD_OK) return result;
     next.event = 0; /* not another domain's (E1) */
     if (news)
-        next.event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, news);
+        next.event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, name, news);
     sd_values_flip(record, &next);
     sd_sequence_begin(&header->list_seq);
     sd_publish(&record->life, life);
@@ -403,7 +407,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     int result = locks ? sd_short_locks(segment, locks, deadline) : SD_OK;
     if (result != SD_OK) return result;
     if (sd_has_news(segment, news))
-        event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, news);
+        event = sd_ring_write(segment, slot, SD_BY_LIFE, life, uuid, name, name, news);
 
     if (ids) sd_sequence_begin(&header->id_seq);
     sd_sequence_begin(&header->list_seq);

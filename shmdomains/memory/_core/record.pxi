@@ -340,7 +340,9 @@ cdef class Record:
     def _commit_work(self, work, timeout=None, tuple events not None=()):
         """Commit this as what is under way, and tell of it with these events, pairs of type and
         detail; the other changes go on waiting. Domain lock."""
-        commit_work(need_changeable(self), work, deadline_of(timeout), events)
+        need_changeable(self)
+        encoded = None if work is None else ENCODE_WORK(work)  # may run anything, an unlock, too
+        commit_work(need_changeable(self), work, encoded, deadline_of(timeout), events)
 
     @property
     def _intends(self):

@@ -16,6 +16,7 @@
 #include "wait.h"
 
 #define FIRST_WORDS (offsetof(sd_entry, name) / 8)
+#define PID_SHIFT 40 /* in `place` */
 
 static sd_entry *entry_of(const sd_segment *segment, uint64_t number)
 {
@@ -29,19 +30,20 @@ static bool has_memory(const sd_segment *segment, uint64_t number)
 }
 
 /* Memory for the entries up to this one, from the first that has none.  The place of an event comes
- * after that of the one before, or is the first, so it is one step at most. */
+ * after that of the one before, or is the first, so it is one step at most, unless the watermark was
+ * damaged: then it begins again, and what has memory keeps it. */
 static bool make_room(sd_segment *segment, uint64_t number)
 {
     if (has_memory(segment, number)) return true;
     uint64_t committed = sd_unsealed(sd_load(&segment->header->ring_committed));
-    if (committed > segment->at.events) return false;
+    if (committed > segment->at.events) committed = 0;
     uint64_t more = segment->at.events - committed;
     if (more > SD_RING_STEP) more = SD_RING_STEP;
     if (sd_commit_memory(segment, segment->at.ring + committed * sizeof(sd_entry),
                          more * sizeof(sd_entry)) != SD_OK)
         return false;
     sd_publish(&segment->header->ring_committed, sd_seal(committed + more));
-    return has_memory(segment, number);
+    return make_room(segment, number);
 }
 
 /* Not the checksum of a blob, which takes longer to begin than all of this. */
@@ -64,10 +66,43 @@ static void write_entry(sd_entry *to, const uint64_t words[FIRST_WORDS], const u
     sd_publish(&to->number, words[0]);
 }
 
-uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life,
-                       const uint64_t uuid[2], const unsigned char *name, const sd_news *news)
+/* A damaged count: the largest number in the ring. */
+static uint64_t count_anew(const sd_segment *segment)
 {
-    uint64_t count = sd_ring_count(segment), last = count + news->count, now = sd_now_real();
+    uint64_t count = 0, committed = sd_unsealed(sd_load(&segment->header->ring_committed));
+    for (uint64_t i = 0; i < committed && committed <= segment->at.events; i++) {
+        uint64_t number = sd_unsealed(sd_load(&segment->ring[i].number));
+        if (number != UINT64_MAX && number > count) count = number;
+    }
+    return count;
+}
+
+uint64_t sd_ring_count(const sd_segment *segment)
+{
+    uint64_t count = sd_unsealed(sd_load_acquire(&segment->header->event_count));
+    return __builtin_expect(count != UINT64_MAX, 1) ? count : count_anew(segment);
+}
+
+/* Event lock held: a damaged count is stored anew.  The records know events that have no entry. */
+static uint64_t mended_count(sd_segment *segment)
+{
+    uint64_t count = sd_unsealed(sd_load(&segment->header->event_count));
+    if (__builtin_expect(count != UINT64_MAX, 1)) return count;
+    count = count_anew(segment);
+    for (uint32_t slot = 0; slot < sd_slot_count(segment); slot++) {
+        sd_values values;
+        if (sd_values_settled(segment, slot, &values) == SD_OK && values.event > count)
+            count = values.event;
+    }
+    sd_publish(&segment->header->event_count, sd_seal(count));
+    return count;
+}
+
+uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life,
+                       const uint64_t uuid[2], const unsigned char *name,
+                       const unsigned char *old_name, const sd_news *news)
+{
+    uint64_t count = mended_count(segment), last = count + news->count, now = sd_now_real();
     bool room = true;
     for (unsigned i = 1; i <= news->count; i++) room &= make_room(segment, count + i);
     if (!room) {
@@ -77,7 +112,7 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
     for (unsigned i = 0; i < news->count; i++) {
         uint64_t left = news->count - 1 - i;
         uint64_t words[FIRST_WORDS] = {sd_seal(count + 1 + i),
-                                       slot | left << 32,
+                                       slot | left << 32 | (uint64_t)news->pid << PID_SHIFT,
                                        life,
                                        news->kind[i] | (uint64_t)by << 24 |
                                            (uint64_t)(uint32_t)news->id[i] << 32,
@@ -85,8 +120,9 @@ uint64_t sd_ring_write(sd_segment *segment, uint32_t slot, int by, uint64_t life
                                        uuid[0],
                                        uuid[1],
                                        0};
-        words[7] = sum_of(words, name);
-        write_entry(entry_of(segment, count + 1 + i), words, name);
+        const unsigned char *whose = news->kind[i] == SD_RENAMED_FROM ? old_name : name;
+        words[7] = sum_of(words, whose);
+        write_entry(entry_of(segment, count + 1 + i), words, whose);
     }
     return last;
 }
@@ -116,6 +152,14 @@ static bool copy_entry(const sd_segment *segment, uint64_t number, uint64_t word
     return words[7] == sum_of(words, name);
 }
 
+bool sd_ring_sound(const sd_segment *segment, uint64_t number)
+{
+    uint64_t words[FIRST_WORDS];
+    unsigned char name[SD_NAME_MAX + 1];
+    if (copy_entry(segment, number, words, name)) return true;
+    return sd_load(&entry_of(segment, number)->number) != sd_seal(number);
+}
+
 /* Did the commit of this entry happen? */
 static bool is_committed(const sd_segment *segment, const uint64_t words[FIRST_WORDS], uint64_t last)
 {
@@ -139,29 +183,12 @@ static void clear_entries(sd_segment *segment, uint64_t first, uint64_t last)
     }
 }
 
-/* A damaged count: the largest number in the ring. */
-static uint64_t count_anew(const sd_segment *segment)
-{
-    uint64_t count = 0, committed = sd_unsealed(sd_load(&segment->header->ring_committed));
-    for (uint64_t i = 0; i < committed && committed <= segment->at.events; i++) {
-        uint64_t number = sd_unsealed(sd_load(&segment->ring[i].number));
-        if (number != UINT64_MAX && number > count) count = number;
-    }
-    return count;
-}
-
-uint64_t sd_ring_count(const sd_segment *segment)
-{
-    uint64_t count = sd_unsealed(sd_load_acquire(&segment->header->event_count));
-    return __builtin_expect(count != UINT64_MAX, 1) ? count : count_anew(segment);
-}
-
 int sd_ring_settle(sd_segment *segment)
 {
-    uint64_t words[FIRST_WORDS], count = sd_ring_count(segment);
+    uint64_t words[FIRST_WORDS], count = mended_count(segment);
     unsigned char name[SD_NAME_MAX + 1];
     if (!copy_entry(segment, count + 1, words, name)) return SD_OK;
-    uint64_t left = words[1] >> 32, last = count + 1 + left;
+    uint64_t left = words[1] >> 32 & 0xff, last = count + 1 + left;
     if (left >= SD_NEWS_MAX) return SD_OK;
     if (is_committed(segment, words, last)) sd_ring_publish(segment, last);
     else clear_entries(segment, count + 1, last);
@@ -178,8 +205,10 @@ bool sd_ring_unsettled(const sd_segment *segment)
 int sd_ring_read(const sd_segment *segment, uint64_t number, sd_event *event)
 {
     uint64_t words[FIRST_WORDS];
+    if (number > sd_ring_count(segment)) return SD_MISS;
     if (!copy_entry(segment, number, words, event->name)) return SD_MISS;
     event->number = number;
+    event->pid = (uint32_t)(words[1] >> PID_SHIFT);
     event->life = words[2];
     event->kind = words[3];
     event->time = words[4];

@@ -298,9 +298,9 @@ cdef class Segment:
         need_open(self)
         return sd_ring_count(self.segment)
 
-    def _event(self, uint64_t number):
-        """(number, ns since the epoch, type, detail, uuid, name, id; of a death its pid, `who` of a
-        death), or None if it was overwritten, or never recorded."""
+    def _read_event(self, uint64_t number):
+        """(number, ns since the epoch, type, detail, uuid, name, id, `who` and pid of a death), or
+        None if it was overwritten, or never recorded."""
         return read_event(self, number)
 
     def _sleep_on_events(self, uint64_t count, timeout=None):
@@ -390,7 +390,7 @@ cdef class Segment:
     def _check(self, timeout=None):
         """Check every invariant: (problems, counts, without a verdict, longest hold in seconds).
 
-        Without a verdict: pairs (number, why); 0 to 4 are the sums of core.h, 5 to 7 the suspects
+        Without a verdict: pairs (number, why); 0 to 4 are the sums of core.h, 5 to 8 the suspects
         that are left of the list, the ids, the heap.
         """
         return check_segment(self, timeout)

@@ -1,13 +1,18 @@
 # Sleeping until something changes: a domain, any domain, the number of events.
 #
-# No lock is taken. Each call sleeps one slice at most, then signal handlers run; whoever waits looks
-# again and calls again. A stamp is what the word was before the look, so a change that came between
-# the look and the sleep ends the sleep at once (layout.h, W1).
+# No lock is taken. Each call sleeps one slice at most where signal handlers can run, then they do;
+# whoever waits looks again and calls again. A stamp is what the word was before the look, so a
+# change that came between the look and the sleep ends the sleep at once (layout.h, W1).
 
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+import threading
+
 from shmdomains import errors
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident()
 
 
 cdef int sleep_on(Segment doms, const sd_word *word, uint64_t seen, sd_word *waiting,
@@ -44,12 +49,41 @@ cdef tuple read_with_stamp(Segment doms, Record record, bint blobs):
 
 
 cdef int sleep_on_record(Segment doms, Record record, uint64_t stamp, uint64_t deadline) except -1:
+    """1: the domain changed, or may have; 0: it is as it was. Signal handlers run in one thread
+    only, so the others look at the record after a slice and sleep on, without the GIL."""
     cdef sd_slot *at
+    cdef int result = SD_TIMEOUT
+    cdef uint64_t number = sd_count_value(stamp) + 1
+    cdef sd_thread *thread = sd_self()
     need_ours(doms, record)
     at = &doms.segment.slots[record.slot]
     if sd_load_acquire(&at.life) != record.life:
         return 1
-    return sleep_on(doms, &at.cur, stamp, &at.waiting, sd_count_value(stamp) + 1, deadline)
+    if runs_handlers():
+        return sleep_on(doms, &at.cur, stamp, &at.waiting, number, deadline)
+    begin_wait(doms)
+    with nogil:
+        while result == SD_TIMEOUT:
+            result = sd_sleep(&at.cur, stamp, &at.waiting, number, deadline)
+            if sd_load_acquire(&at.life) != record.life:
+                result = SD_OK
+            if doms.closed or thread.orphans != NULL or sd_now() >= deadline:
+                break
+        sd_gate_enter()
+    sd_gate_leave()
+    result = after_slice(result)
+    end_wait(doms)
+    if result != SD_OK and result != SD_TIMEOUT:
+        return raise_code(result, "wait")
+    still_open(doms)
+    return result == SD_OK
+
+
+cdef bint runs_handlers() except -1:
+    """Whether this may be the thread that runs signal handlers."""
+    cdef sd_thread *thread = sd_self()
+    return (sd_who_tid(thread.who) == thread.pid
+            or threading.main_thread().ident == PyThread_get_thread_ident())
 
 
 cdef int wait_unlocked(Record record, uint64_t deadline) except -1:
@@ -103,30 +137,34 @@ cdef int sleep_on_events(Segment doms, uint64_t count, uint64_t deadline) except
     """Until there are more than `count` events. A writer that died after its commit and before it
     published the event is made good here, at the end of a slice."""
     cdef sd_header *header
+    cdef uint64_t seen
     cdef int changed
     need_open(doms)
     header = doms.segment.header
+    seen = sd_load_acquire(&header.event_count)  # before the look: what comes after it is noticed
     if sd_ring_count(doms.segment) > count:
         return 1
-    changed = sleep_on(doms, &header.event_count, sd_load(&header.event_count),
-                       &header.event_waiting, count + 1, deadline)
+    changed = sleep_on(doms, &header.event_count, seen, &header.event_waiting, count + 1, deadline)
     if sd_ring_count(doms.segment) > count:
         return 1
     if not changed and sd_ring_unsettled(doms.segment):
+        begin_wait(doms)
         if sd_events_lock_briefly(doms.segment) == SD_OK:
             sd_events_unlock(doms.segment)
+        end_wait(doms)
+        still_open(doms)
     return sd_ring_count(doms.segment) > count
 
 
 cdef tuple read_event(Segment doms, uint64_t number):
-    """(number, time in ns, type, detail, uuid, name, id or pid, who died), or None: it is gone."""
+    """(number, time in ns, type, detail, uuid, name, id, who died, its pid), or None: it is gone."""
     cdef sd_event event
     need_open(doms)
     if sd_ring_read(doms.segment, number, &event) != SD_OK:
         return None
     return (number, event.time, event.kind & 0xff, event.kind >> 8 & 0xffff,
             uuid_object(event.uuid), name_object(event.name) if event.name[0] else None,
-            <int32_t><uint32_t>(event.kind >> 32), event.life)
+            <int32_t><uint32_t>(event.kind >> 32), event.life, event.pid)
 
 
 cdef list read_changed(Segment doms, bytearray marks, bint blobs):
@@ -149,10 +187,14 @@ cdef list read_changed(Segment doms, bytearray marks, bint blobs):
         mark = <uint64_t *>PyByteArray_AS_STRING(marks) + 2 * slot
         if mark[0] == life and mark[1] == cur:
             continue
+        if life & LIVES:
+            try:
+                info = read_slot(doms, slot, NULL, blobs, sd_now() + SECOND)
+            except BaseException:
+                marks[:] = bytes(len(marks))  # the caller learns of none: all of them next time
+                raise
+            if info is not None:
+                found.append(info)
+        mark = <uint64_t *>PyByteArray_AS_STRING(marks) + 2 * slot
         mark[0], mark[1] = life, cur
-        if not life & LIVES:
-            continue
-        info = read_slot(doms, slot, NULL, blobs, sd_now() + SECOND)
-        if info is not None:
-            found.append(info)
     return found

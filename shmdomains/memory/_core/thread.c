@@ -179,6 +179,7 @@ sd_thread *sd_thread_begin(void)
     self->pid = (uint64_t)getpid();
     self->process = sd_identity((uint32_t)self->pid, start_of_self);
     self->who = sd_identity(tid, start == SD_START_UNKNOWN ? 0 : start);
+    self->muted = 0;
     self->held = self->lists = self->nested = self->short_wait = 0;
     self->records = self->named = NULL;
     self->orphans = NULL;

@@ -34,6 +34,7 @@ typedef struct sd_thread {
     unsigned lists;      /* list locks it holds */
     unsigned short_wait; /* it waits for one of the core's own short locks */
     unsigned nested;     /* signal handlers running inside a wait of this thread */
+    uint64_t muted;      /* until then it does not wait to tell of a death (locks.c) */
     void *records;       /* the binding's list of its locked handles */
     void *named;         /* and of the named locks that it holds */
     sd_orphan *orphans;

@@ -46,10 +46,31 @@ void sd_wake(sd_word *word)
     syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX);
 }
 
-void sd_lower_damaged(sd_word *waiting, uint64_t largest)
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+
+static void open_gate_in_child(void)
 {
-    uint64_t seen = sd_load(waiting);
-    if (seen <= largest) return;
+    pthread_mutex_init(&gate, NULL);
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    pthread_atfork(NULL, NULL, open_gate_in_child);
+}
+
+void sd_gate_enter(void)
+{
+    pthread_mutex_lock(&gate);
+}
+
+void sd_gate_leave(void)
+{
+    pthread_mutex_unlock(&gate);
+}
+
+void sd_lower_damaged(sd_word *waiting, uint64_t raised, uint64_t largest)
+{
+    if (raised <= largest) return;
     sd_crash_point();
-    atomic_compare_exchange_strong(waiting, &seen, largest);
+    atomic_compare_exchange_strong(waiting, &raised, largest);
 }

@@ -14,17 +14,22 @@ int sd_sleep(const sd_word *word, uint64_t seen, sd_word *waiting, uint64_t numb
 void sd_raise(sd_word *waiting, uint64_t number);
 /* Everybody who sleeps on the word. */
 void sd_wake(sd_word *word);
-/* After a slow wake: a number that no waiter can have stored is damage, and would cost every writer
- * a system call. */
-void sd_lower_damaged(sd_word *waiting, uint64_t largest);
+/* After a wake: `raised` was loaded from `waiting`, and no waiter can have stored a number above
+ * `largest` before that.  So it is damage, and would cost every writer a system call. */
+void sd_lower_damaged(sd_word *waiting, uint64_t raised, uint64_t largest);
+/* Between these, one thread of this process at a time: who was woken with many others asks for the
+ * GIL alone.  Hundreds at once that ask for it wake every 5 ms to ask again. */
+void sd_gate_enter(void);
+void sd_gate_leave(void);
 
 /* The writer's side: the word was just counted up to `last`; `first` is the number that came after
- * the old one.  The caller has a full fence between that store and this call. */
+ * the old one.  The caller has a full fence between that store and this call, and the lock that
+ * nobody else counts up without. */
 static inline void sd_tell(sd_word *word, sd_word *waiting, uint64_t first, uint64_t last)
 {
     if (__builtin_expect(sd_load(waiting) < first, 1)) return;
     sd_wake(word);
-    sd_lower_damaged(waiting, last + 1);
+    sd_lower_damaged(waiting, sd_load(waiting), last + 1);
 }
 
 #endif
