@@ -9,6 +9,8 @@ import os
 import re
 import shlex
 import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,23 @@ def commands_of_the_readme() -> list[str]:
     return re.findall(r"^\$ (shmdomains .*?)(?: +#.*)?$", README.read_text(), re.MULTILINE)
 
 
+@contextmanager
+def what_is_there(command: str) -> Iterator[None]:
+    """What the reader has running, and a command is about."""
+    with ExitStack() as there:
+        if command in ("domjobabort", "wait"):
+            doms = there.enter_context(DomainList.attach())
+        if command == "domjobabort":
+            there.enter_context(doms.job("web1", "backup"))
+        if command == "wait":
+            with doms.get("web1") as dom:
+                dom.activate()
+        yield
+        if command == "wait":
+            with dom:
+                dom.deactivate()
+
+
 def test_the_commands_of_the_readme_run(
     segment_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +269,8 @@ def test_the_commands_of_the_readme_run(
         args = shlex.split(line)[1:]
         if args[0] == "stress":
             args += ["--seconds", "0.3", "--workers", "2"]
-        done = program(*args)
+        with what_is_there(args[0]):
+            done = program(*args)
         assert done.returncode == 0, (line, done)
         ran.add(args[2] if args[0] == "-s" else args[0])
     assert ran == set(cli.commands) - {"completion"}

@@ -35,9 +35,10 @@ def principal(info: DomainInfo) -> JobInfo | None:
 @format_option
 @click.pass_obj
 def domjobinfo(target: Target, domain: str, form: str) -> None:
-    """Show a domain's job: the async one, or else the other one; as JSON both.
+    """Show a domain's job.
 
-    A job of type Failed is a dead holder's: it is in nobody's way."""
+    The async one, or else the other one; as JSON both. A job of type Failed is a dead holder's: it
+    is in nobody's way."""
     with found_domain(target, domain) as (_, info):
         if form == "json":
             print_record({"jobs": [job_record(job) for job in info.jobs]})

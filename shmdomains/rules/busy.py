@@ -2,22 +2,19 @@
 removing, renaming or redefining it.
 
 A rule takes no job itself. It looks with the domain locked (`check`), so none begins before it is
-done. If a job of another thread is in the way, the rule gives up what it locked, waits, and begins
-again (`unless_busy`).
+done. If a job of another thread is in the way, the rule gives up what it locked, waits (`wait`) and
+begins again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import DomainBusy, LockOrder
 from ..job import Job
 from .jobs import blocking, held_jobs, is_mine, timed_out, wait_while
 from .store import Deadline, DomainBase, ListBase
 from .work import Begun, Caller, Work
-
-T = TypeVar("T")
 
 
 class Excluded(Exception):
@@ -39,30 +36,22 @@ def check(dom: DomainBase) -> None:
         raise Excluded(dom)
 
 
-def unless_busy(doms: ListBase[Any], deadline: Deadline, rule: Callable[[], T]) -> T:
-    """Do what `rule` does, once no job excludes it. `DomainBusy` at the deadline.
+def wait(doms: ListBase[Any], excluded: Excluded, deadline: Deadline) -> None:
+    """Wait until no job excludes the rule any more. `DomainBusy` at the deadline.
 
     What the rule locked it has unlocked when it raises `Excluded`. What the caller had locked stays
     so in the wait. The job's holder needs the domain to end the job, so there is no wait if the
     caller has it locked; and none without an end if the caller holds the list lock, which others
     need.
     """
-    while True:
-        try:
-            return rule()
-        except Excluded as excluded:
-            dom = excluded.dom
-        _wait_for_rule(doms, dom, deadline)
-
-
-def _wait_for_rule(doms: ListBase[Any], dom: DomainBase, deadline: Deadline) -> None:
+    dom = excluded.dom
     me = dom._caller()
     endless = deadline.left() is None
     if endless and held_jobs() and not dom.is_locked:
         raise LockOrder(
             f"this thread holds job '{held_jobs()[-1]._operation}' and would wait for another "
             "without an end; give a timeout"
-        )
+        ) from None
     then = ""
     if dom.is_locked:
         then = "; it is not waited for with the domain locked"
@@ -70,7 +59,9 @@ def _wait_for_rule(doms: ListBase[Any], dom: DomainBase, deadline: Deadline) -> 
         then = "; with the list locked it is waited for only with a timeout"
 
     def error(name: str, begun: Begun) -> DomainBusy:
-        return timed_out(DomainBusy, dom, name, begun, then)
+        busy = timed_out(DomainBusy, dom, name, begun, then)
+        busy.__suppress_context__ = True  # `Excluded` is nobody's business
+        return busy
 
     at_once = doms._deadline(0) if then else deadline
     wait_while(doms, dom, at_once, lambda work: _excluding(dom, work, me), error)

@@ -22,7 +22,6 @@ import threading
 import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +313,11 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
                 f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
                 "until nobody holds it"
             )
-        busy.unless_busy(self, deadline, partial(self._remove_inactive, dom, deadline))
+        while True:
+            try:
+                return self._remove_inactive(dom, deadline)
+            except busy.Excluded as excluded:
+                busy.wait(self, excluded, deadline)
 
     def _remove_inactive(self, dom: D, deadline: Deadline) -> None:
         try:
@@ -340,7 +343,12 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         if held is not None:
             raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
         for dom in doms:
-            busy.unless_busy(self, deadline, partial(self._free, dom, deadline))
+            while True:
+                try:
+                    self._free(dom, deadline)
+                    break
+                except busy.Excluded as excluded:
+                    busy.wait(self, excluded, deadline)
 
     def _free(self, dom: D, deadline: Deadline) -> None:
         try:
@@ -367,9 +375,16 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         if isinstance(dom, self._handle_type):
             self._need_list_lock("rename")
             self._need_ours(dom)
-            held = partial(self._rename_held, dom, new_name, deadline)
-            return busy.unless_busy(self, deadline, held)
-        busy.unless_busy(self, deadline, partial(self._rename_found, dom, new_name, deadline))
+            while True:
+                try:
+                    return self._rename_held(dom, new_name, deadline)
+                except busy.Excluded as excluded:
+                    busy.wait(self, excluded, deadline)
+        while True:
+            try:
+                return self._rename_found(dom, new_name, deadline)
+            except busy.Excluded as excluded:
+                busy.wait(self, excluded, deadline)
 
     def _rename_found(
         self, key: D | DomainInfo | Uuid | int, new_name: str, deadline: Deadline
@@ -429,7 +444,11 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         """
         deadline = self._deadline(timeout)
         wanted = _as_definition(definition)
-        return busy.unless_busy(self, deadline, partial(self._define, wanted, deadline, new))
+        while True:
+            try:
+                return self._define(wanted, deadline, new)
+            except busy.Excluded as excluded:
+                busy.wait(self, excluded, deadline)
 
     def _define(self, definition: DomainDef, deadline: Deadline, new: bool) -> DomainInfo:
         dom, made, commit, step = None, None, None, None
@@ -502,7 +521,11 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         """
         deadline = self._deadline(timeout)
         wanted = one_key(key, uuid, name, id)
-        busy.unless_busy(self, deadline, partial(self._undefine_found, wanted, deadline))
+        while True:
+            try:
+                return self._undefine_found(wanted, deadline)
+            except busy.Excluded as excluded:
+                busy.wait(self, excluded, deadline)
 
     def _undefine_found(self, key: dict[str, Any], deadline: Deadline) -> None:
         with self._list_held(deadline.left()):
