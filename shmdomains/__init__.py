@@ -60,6 +60,7 @@ from .memory.domain_list import (
     LockedDomains,
     unlink,
 )
+from .memory.held import LockInfo, Statistics
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
 from .rules.info import DomainInfo
@@ -127,6 +128,7 @@ __all__ = [
     "LoadFailure",
     "LoadReport",
     "LockHolder",
+    "LockInfo",
     "LockKindMismatch",
     "LockLost",
     "LockOrder",
@@ -153,6 +155,7 @@ __all__ = [
     "ShmDomainsError",
     "ShutdownReason",
     "ShutoffReason",
+    "Statistics",
     "TooManyLocks",
     "Unavailable",
     "UncommittedChanges",

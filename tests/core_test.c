@@ -104,6 +104,17 @@ static void print_header(void)
     HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
     HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);
     HEADER(heap_used), HEADER(heap_dirty), HEADER(heap_hint), HEADER(settings_choice);
+    HEADER(counters_committed), HEADER(waiters_committed), HEADER(list_why);
+}
+
+static void print_waiters(const sd_geometry *at)
+{
+    printf("counters %lu\nwaiters %lu\n", at->counters, at->waiters);
+    printf("counters.size %zu\nwaiter.size %zu\n", sizeof(sd_counters), sizeof(sd_waiter));
+    printf("waiters.max %u\n", SD_WAITERS_MAX);
+    PLACE("waiter", sd_waiter, who), PLACE("waiter", sd_waiter, pid);
+    PLACE("waiter", sd_waiter, what), PLACE("waiter", sd_waiter, since);
+    PLACE("waiter", sd_waiter, sum), PLACE("counters", sd_counters, acquired);
 }
 
 static void print_slot(void)
@@ -128,6 +139,7 @@ static int layout(const char *path)
     MUST(sd_geometry_make(&at, header.max_slots, header.heap_cells, header.events) == SD_OK);
     print_header();
     print_slot();
+    print_waiters(&at);
     printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
     printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
            at.heap, at.levels);

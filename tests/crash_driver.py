@@ -37,6 +37,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import uuid
 import zlib
@@ -45,7 +46,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shmdomains import DomainDef, DomainList, DomainState
+from shmdomains import DomainDef, DomainList, DomainState, LockTimeout
 from shmdomains.config import ConfigDirs
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
@@ -183,6 +184,7 @@ def first_use_after_a_fork(doms: DomainList) -> Iterator[None]:
 def snapshot(doms: DomainList) -> Iterator[None]:
     doms.snapshot(), doms.list(active=True), doms.count(), doms.info, doms.check()
     doms.peek(name="vm0"), doms.peek(id=1), UUIDS[0] in doms, UUIDS[9] in doms
+    doms.locks(), doms.statistics, doms.statistics_of_all()
     yield
 
 
@@ -208,6 +210,36 @@ def list_lock(doms: DomainList) -> Iterator[None]:
 def domain_lock(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0"):
         yield
+
+
+@operation(points=21, locks=2)
+def say_why(doms: DomainList) -> Iterator[None]:
+    with doms.locked(why="to count them all, one by one"):
+        pass
+    with doms.get(name="vm0", why="a snapshot of a large disk"):
+        yield
+
+
+@operation(points=15, locks=1)
+def wait_in_vain(doms: DomainList) -> Iterator[None]:
+    """Another thread holds the domain, and does nothing meanwhile. The first waiter of a list: the
+    table gets its memory."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with doms.get(name="vm0"):
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        doms.get(name="vm0", timeout=0.001)
+    except LockTimeout:
+        done.set()
+    holder.join()
+    yield
 
 
 @operation(points=16, locks=4)

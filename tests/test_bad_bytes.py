@@ -27,6 +27,7 @@ from helpers import SOAK
 from killing import Child, ChildDied, Nursery, Planted, driver
 
 from shmdomains import DomainList
+from shmdomains.memory._core import core
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(900 if SOAK else 120)]
 
@@ -58,7 +59,11 @@ class Specimen:
         with Planted(path) as planted:
             at = planted.at
             planted.write(at["attached"], 77 << 22 | 1)  # somebody who is dead
+            pid, tid, start = core.caller()
+            planted.leave_waiter(0, tid | start << 22, pid, 0)
             slots = planted.watermark(planted.header("slots_committed"))
+            blocks = planted.watermark(planted.header("counters_committed"))
+            waiters = planted.watermark(planted.header("waiters_committed"))
             cells = planted.watermark(planted.header("heap_committed"))
             sizes = {
                 "header": at["attached"],
@@ -67,6 +72,8 @@ class Specimen:
                 **{f"table.{index}.0": 8192 for index in range(3)},
                 "slots": slots * at["slot.size"],
                 "names": slots * at["names.size"],
+                "counters": blocks * at["counters.size"],
+                "waiters": waiters * at["waiter.size"],
                 "map": -(-cells // 8),
                 "heap": cells * 64,
             }
@@ -184,7 +191,7 @@ def test_every_bit_of_the_first_pages(nursery: Nursery, specimen: Specimen, trie
     tried("bits of the first pages flipped before attaching", len(damages))
 
 
-PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "map", "heap"]
+PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "counters", "waiters", "map", "heap"]
 
 
 @pytest.mark.soak

@@ -24,6 +24,7 @@ from .. import __version__
 from ..config import LoadFailure
 from ..memory import segment_file
 from . import domains as domain_commands
+from . import locks as lock_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
 from .tables import is_terminal, print_warning
@@ -97,6 +98,7 @@ for _command in (
     domain_commands.rename,
     domain_commands.autostart,
     segment_commands.segments,
+    lock_commands.locks,
     segment_commands.check,
     segment_commands.recover,
     segment_commands.export_command,

@@ -32,7 +32,7 @@ _OTHER_NAMES = {"domrename": "rename"}  # virsh's; not listed by --help
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("segments", "check"),
+    *("segments", "locks", "check"),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.

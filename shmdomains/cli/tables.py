@@ -258,6 +258,11 @@ def print_record(record: dict[str, Any]) -> None:
     click.echo(_json(record, sys.stdout, indent=2))
 
 
+def print_line_record(record: dict[str, Any]) -> None:
+    """Print one JSON object on a line of its own, at once: for output that goes on."""
+    click.echo(_json(record, sys.stdout))
+
+
 def _json(value: Any, stream: TextIO | None, indent: int | None = None) -> str:
     encoding = (getattr(stream, "encoding", None) or "ascii").lower()
     text = json.dumps(value, indent=indent, ensure_ascii=encoding not in ("utf-8", "utf8"))

@@ -1,6 +1,6 @@
 """What the core calls in Python; `configure` gives it this module.
 
-The core calls it when a wait timed out, when it reports a death or a failed repair, and when a
+The core calls it when a wait timed out or is slow, when it reports a death or a failed repair, and when a
 lock-free read has to be tried again; never on a path that succeeds.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 
-from .holder import dead_holder, failed_repair, lock_timeout
+from .holder import dead_holder, failed_repair, lock_timeout, slow_wait
 
-__all__ = ["dead_holder", "failed_repair", "lock_timeout", "pause"]
+__all__ = ["dead_holder", "failed_repair", "lock_timeout", "pause", "slow_wait"]
 
 
 def pause() -> None:

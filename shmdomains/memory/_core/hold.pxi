@@ -92,6 +92,7 @@ cdef void enter_thread(Record record) noexcept:
     record.pending = 0
     record.touched = False
     record.intends = False
+    record.says = False
     record.depth = 0
     record.inside = 0
     record.noted.count = 0
@@ -155,6 +156,8 @@ cdef int end_hold(Record record, bint delivered) except -1:
     if record.nonce != sd_self().nonce:
         return 0  # a signal handler forked in a wait: the lock is the parent's
     leave_thread(record)
+    if record.says:
+        unsay(record)
     return release_slot(record.segment, record.slot, delivered)
 
 
@@ -266,6 +269,19 @@ cdef int end_intention(Record record) except -1:
     return 0
 
 
+cdef int say(Record record, object why) except -1:
+    """What the holder is doing, for whoever waits. Domain lock held."""
+    cdef bytes operation = as_operation(why)
+    record.says = True
+    sd_why_set(record.segment.segment.slots[record.slot].why, PyBytes_AS_STRING(operation),
+               PyBytes_GET_SIZE(operation))
+    return 0
+
+
+cdef void unsay(Record record) noexcept:
+    sd_why_clear(record.segment.segment.slots[record.slot].why)
+
+
 cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1:
     cdef sd_slot *at
     cdef void *held
@@ -281,7 +297,7 @@ cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1
         raise_outlived(record)  # a life that ended does not come back: no need to wait
     may_wait(record.segment, deadline)
     if acquire_slot(record.segment, record.slot, deadline) == SD_TIMEOUT:
-        raise_timed_out(&at.owner, &at.mutex, describe(record.segment, record.slot),
+        raise_timed_out(&at.owner, &at.mutex, at.why, describe(record.segment, record.slot),
                         timeout)
     if sd_load(&at.life) != record.life:
         release_slot(record.segment, record.slot, False)
@@ -420,6 +436,8 @@ cdef void abandon(Record record) noexcept:
     cdef uint32_t holder = sd_who_tid(record.thread.who)
     cdef sd_word *since = &record.segment.segment.slots[slot].owner.since
     leave_thread(record)
+    if record.says and (here or record.segment.multiprocessing):
+        unsay(record)
     if record.segment.multiprocessing:
         record.thread.held -= 1
         thread.held += 1

@@ -155,11 +155,12 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
     else sd_rebuild_list(segment);
 }
 
-/* After the commit: wake whoever waits for this domain, or for any (W1). */
+/* After the commit: count it, and wake whoever waits for this domain, or for any (W1). */
 static void tell(sd_segment *segment, uint32_t slot)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
+    sd_count(&segment->counters->commits);
     atomic_thread_fence(memory_order_seq_cst);
     sd_tell(&record->cur, &record->waiting, sd_count_value(sd_load(&record->cur)));
     uint64_t seq = sd_load(&header->any_seq);

@@ -183,6 +183,7 @@ sd_thread *sd_thread_begin(void)
     self->records = NULL;
     self->orphans = NULL;
     self->awaited = NULL;
+    self->wait = NULL;
     return self;
 }
 
