@@ -150,14 +150,14 @@ cdef void leave_thread(Record record) noexcept:
     if record.after != NULL:
         (<Record>record.after).before = record.before
     record.nonce = 0
+    if record.says:
+        unsay(record)
 
 
 cdef int end_hold(Record record, bint delivered) except -1:
     if record.nonce != sd_self().nonce:
         return 0  # a signal handler forked in a wait: the lock is the parent's
     leave_thread(record)
-    if record.says:
-        unsay(record)
     return release_slot(record.segment, record.slot, delivered)
 
 
@@ -436,8 +436,6 @@ cdef void abandon(Record record) noexcept:
     cdef uint32_t holder = sd_who_tid(record.thread.who)
     cdef sd_word *since = &record.segment.segment.slots[slot].owner.since
     leave_thread(record)
-    if record.says and (here or record.segment.multiprocessing):
-        unsay(record)
     if record.segment.multiprocessing:
         record.thread.held -= 1
         thread.held += 1

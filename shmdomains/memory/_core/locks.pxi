@@ -380,7 +380,6 @@ cdef void free_orphans(sd_thread *thread) noexcept:
     while thread.orphans != NULL:
         orphan = thread.orphans
         thread.orphans = orphan.next
-        sd_why_clear(orphan.segment.slots[orphan.slot].why)
         sd_slot_unlock(orphan.segment, orphan.slot, False)
         sd_detach(orphan.segment)
         free(orphan)
