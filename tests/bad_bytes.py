@@ -238,7 +238,7 @@ def read(trial: Trial) -> None:
         trial.wrong.append(f"the config directory is {about.config_dir}, not {trial.config}")
     for lock in trial.attempt("locks", doms.locks) or []:
         # A damaged mutex is held by somebody; whoever waits is the one that was planted, or nobody.
-        if lock.waiting > 1 or lock.waiting and lock.name != "vm1":
+        if lock.waiting > 1 or (lock.waiting and lock.name != "vm1"):
             trial.wrong.append(f"locks: {lock}")
         if lock.name is not None:
             trial.judge("locks", doms.peek(uuid=lock.uuid), name=lock.name)

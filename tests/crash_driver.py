@@ -220,7 +220,7 @@ def say_why(doms: DomainList) -> Iterator[None]:
         yield
 
 
-@operation(points=15, locks=1)
+@operation(points=12, locks=1)
 def wait_in_vain(doms: DomainList) -> Iterator[None]:
     """Another thread holds the domain, and does nothing meanwhile. The first waiter of a list: the
     table gets its memory."""

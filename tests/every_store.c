@@ -40,7 +40,8 @@ typedef struct {
     uint64_t place;         /* offset of the store */
     uint64_t instruction;   /* its offset in the core; 0: it lies outside */
     uint64_t in_mutex;      /* the store is one into a mutex */
-    uint64_t is_time;       /* the store is one of the time since when a lock is held */
+    uint64_t is_time;       /* the store is one of the time since when a lock is held, or the next */
+    uint64_t is_counter;    /* the store is one of what the process counts */
     uint64_t lost;          /* offset of a lock that this death would leave taken; 0: none */
     uint64_t words, deaths; /* how many of the following */
     uint64_t word[MOST][2];  /* offset and new value of what has changed */
@@ -129,31 +130,19 @@ static void step(void)
     MUST(WIFSTOPPED(status) && WSTOPSIG(status) == SIGTRAP, "status %x", status);
 }
 
-static void protect_part(uint64_t begin, uint64_t end, int protection)
+static void protect(int protection)
 {
     struct user_regs_struct saved = registers(), call = saved;
     saved.orig_rax = call.orig_rax = ~0ull; /* nothing to restart */
     call.rip = (uint64_t)sd_trace_gate;
     call.rax = SYS_mprotect;
-    call.rdi = base + begin;
-    call.rsi = end - begin;
+    call.rdi = base;
+    call.rsi = size;
     call.rdx = (uint64_t)protection;
     MUST(ptrace(PTRACE_SETREGS, victim, NULL, &call) == 0);
     step();
     MUST(registers().rax == 0);
     MUST(ptrace(PTRACE_SETREGS, victim, NULL, &saved) == 0);
-}
-
-/* All but the counters: nothing depends on a store there, and none is a crash point (layout.h, V2). */
-static void protect(int protection)
-{
-    protect_part(0, at.counters, protection);
-    protect_part(at.waiters, size, protection);
-}
-
-static bool is_counter(off_t place)
-{
-    return (uint64_t)place >= at.counters && (uint64_t)place < at.waiters;
 }
 
 static bool in_core(uint64_t instruction)
@@ -197,7 +186,7 @@ static void compare(sd_trace_event *event)
         end = lseek(file, begin, SEEK_HOLE);
         MUST(end > begin);
         for (off_t page = begin; page < end; page += SD_PAGE) {
-            if (is_counter(page) || !memcmp(now + page, seen + page, SD_PAGE)) continue;
+            if (!memcmp(now + page, seen + page, SD_PAGE)) continue;
             for (off_t i = page; i < page + (off_t)SD_PAGE; i += 8) {
                 if (!memcmp(now + i, seen + i, 8)) continue;
                 MUST(event->words < MOST, "more than one store");
@@ -255,8 +244,15 @@ static bool in_mutex(uint64_t place)
            place - mutex_place(HEADER_MUTEXES + slot) < sizeof(pthread_mutex_t);
 }
 
+/* Nothing depends on a store there, and none is a crash point (layout.h, V2). */
+static bool is_counter(uint64_t place)
+{
+    return place >= at.counters && place < at.waiters;
+}
+
 static bool is_time(uint64_t place)
 {
+    if (is_counter(place)) return true;
     if (place == offsetof(sd_header, list_owner) + offsetof(sd_owner, since)) return true;
     if (place >= at.ring && place < at.map)
         return (place - at.ring) % sizeof(sd_entry) == offsetof(sd_entry, time);
@@ -371,6 +367,7 @@ static void describe(sd_trace_event *event)
     event->place = fault;
     event->in_mutex = in_mutex(fault);
     event->is_time = is_time(fault);
+    event->is_counter = is_counter(fault);
 }
 
 /* The victim stands before a store. */

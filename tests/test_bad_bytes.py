@@ -191,7 +191,18 @@ def test_every_bit_of_the_first_pages(nursery: Nursery, specimen: Specimen, trie
     tried("bits of the first pages flipped before attaching", len(damages))
 
 
-PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "counters", "waiters", "map", "heap"]
+PARTS = [
+    "attached",
+    "table.0.0",
+    "table.1.0",
+    "table.2.0",
+    "slots",
+    "names",
+    "counters",
+    "waiters",
+    "map",
+    "heap",
+]
 
 
 @pytest.mark.soak

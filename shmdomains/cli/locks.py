@@ -74,9 +74,7 @@ def _print(found: list[LockInfo], form: str) -> None:
 
 def _print_again(doms: DomainList, form: str) -> None:
     if form == "json":
-        print_line_record(
-            {"time": time.time(), "locks": [_record(lock) for lock in doms.locks()]}
-        )
+        print_line_record({"time": time.time(), "locks": [_record(lock) for lock in doms.locks()]})
         return
     found = doms.locks()
     if is_terminal():

@@ -1,7 +1,7 @@
 """What the core calls in Python; `configure` gives it this module.
 
-The core calls it when a wait timed out or is slow, when it reports a death or a failed repair, and when a
-lock-free read has to be tried again; never on a path that succeeds.
+The core calls it when a wait timed out or is slow, when it reports a death or a failed repair, and
+when a lock-free read has to be tried again; never on a path that succeeds.
 """
 
 from __future__ import annotations

@@ -72,8 +72,11 @@ class Statistics(msgspec.Struct, frozen=True):
     def of(cls, counts: list[tuple[Any, ...]]) -> Statistics:
         """The sum of what the core read of each process."""
         *numbers, waits = zip(*counts, strict=True)
+        acquisitions, contended, commits, recoveries, deaths, unlisted = map(sum, numbers)
         sizes = tuple(map(sum, zip(*waits, strict=True)))
-        return cls(len(counts), *map(sum, numbers), sizes)
+        return cls(
+            len(counts), acquisitions, contended, commits, recoveries, deaths, unlisted, sizes
+        )
 
 
 def as_locks(taken: Iterable[tuple[Any, ...]]) -> list[LockInfo]:
@@ -84,7 +87,7 @@ def as_locks(taken: Iterable[tuple[Any, ...]]) -> list[LockInfo]:
             kind,
             name,
             uuid,
-            None if holder is None else describe_holder(*holder, commands=commands),
+            None if holder is None else describe_holder(commands, *holder),
             waiting,
             longest / 1e9,
         )

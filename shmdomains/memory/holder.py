@@ -73,7 +73,7 @@ def lock_timeout(
     waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
     if not tid:
         return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
-    holder = describe_holder(tid, pid, start_ticks, held_for, operation, {})
+    holder = describe_holder({}, tid, pid, start_ticks, held_for, operation)
     text = f"{what} {waited}; held by {holder}"
     if dropped and holder.alive:
         text += (
@@ -84,12 +84,12 @@ def lock_timeout(
 
 
 def describe_holder(
+    commands: dict[int, str | None],
     tid: int,
     pid: int,
     start_ticks: int,
     held_for: float | None,
     operation: str | None,
-    commands: dict[int, str | None],
 ) -> LockHolder:
     """Describe a thread that holds a lock, or died with it. `commands` remembers what was looked
     up."""
