@@ -66,12 +66,11 @@ static void get(int count)
 
 static void change(int count)
 {
-    sd_blob blobs[SD_BLOBS] = {{false, NULL, 0}};
     sd_values values;
     for (int i = 0; i < count; i++) {
         uint32_t slot = take((uint64_t)i * 7919, &values);
         values.state ^= 2;
-        MUST(sd_commit(segment, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
+        MUST(sd_commit(segment, slot, &values, NULL, NULL, NULL, SD_FOREVER) == SD_OK);
         sd_slot_unlock(segment, slot, true);
     }
 }

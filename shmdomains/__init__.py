@@ -18,6 +18,7 @@ from .errors import (
     DefinitionError,
     DescriptorLost,
     DomainActive,
+    DomainBusy,
     DomainExists,
     DomainInactive,
     DomainLocked,
@@ -28,12 +29,14 @@ from .errors import (
     DomainTransient,
     InDoubt,
     InvalidName,
+    JobTimeout,
     ListClosed,
     ListNotLocked,
     LockKindMismatch,
     LockLost,
     LockOrder,
     LockTimeout,
+    MutexNotLocked,
     NotOwner,
     SegmentCorrupt,
     SegmentError,
@@ -46,11 +49,14 @@ from .errors import (
     SegmentRefused,
     ShmDomainsError,
     TooManyLocks,
+    TooManyMutexes,
     Unavailable,
     UncommittedChanges,
+    WaitTimeout,
     WrongList,
 )
 from .holder import LockHolder
+from .job import Job, JobInfo
 from .lazy import preload
 from .memory.domain import Domain
 from .memory.domain_list import (
@@ -58,12 +64,15 @@ from .memory.domain_list import (
     DomainList,
     ListInfo,
     LockedDomains,
+    Mutex,
     unlink,
 )
 from .memory.held import LockInfo, Statistics
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
+from .rules.elect import Election
 from .rules.info import DomainInfo
+from .rules.jobs import DomainJob
 from .rules.work import Unfinished
 from .states import (
     BlockedReason,
@@ -104,10 +113,12 @@ __all__ = [
     "DiskDef",
     "Domain",
     "DomainActive",
+    "DomainBusy",
     "DomainDef",
     "DomainExists",
     "DomainInactive",
     "DomainInfo",
+    "DomainJob",
     "DomainList",
     "DomainLocked",
     "DomainNotFound",
@@ -116,12 +127,16 @@ __all__ = [
     "DomainState",
     "DomainStateError",
     "DomainTransient",
+    "Election",
     "GraphicsDef",
     "HeldLock",
     "HostdevDef",
     "InDoubt",
     "InterfaceDef",
     "InvalidName",
+    "Job",
+    "JobInfo",
+    "JobTimeout",
     "ListClosed",
     "ListInfo",
     "ListNotLocked",
@@ -134,6 +149,8 @@ __all__ = [
     "LockOrder",
     "LockTimeout",
     "LockedDomains",
+    "Mutex",
+    "MutexNotLocked",
     "NostateReason",
     "NotOwner",
     "OSDef",
@@ -157,9 +174,11 @@ __all__ = [
     "ShutoffReason",
     "Statistics",
     "TooManyLocks",
+    "TooManyMutexes",
     "Unavailable",
     "UncommittedChanges",
     "Unfinished",
+    "WaitTimeout",
     "WrongList",
     "preload",
     "segments",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .holder import LockHolder
+    from .job import JobInfo
 
 
 INTERRUPTED = 130
@@ -44,6 +45,10 @@ class DomainLocked(ContractError):
     """This thread holds the domain, and the call would wait for it."""
 
 
+class MutexNotLocked(ContractError):
+    """The call needs the named lock, and this thread does not hold it."""
+
+
 class AlreadyLocked(ContractError):
     """This thread holds the lock already; the locks are not recursive."""
 
@@ -57,7 +62,7 @@ class LockOrder(ContractError):
 
 
 class TooManyLocks(ContractError):
-    """This thread holds 1,000 domains: the kernel releases only 2,048 locks of a dead thread."""
+    """This thread holds 1,000 locks: the kernel releases only 2,048 locks of a dead thread."""
 
 
 class WrongList(ContractError):
@@ -77,6 +82,24 @@ class LockTimeout(ShmDomainsError, TimeoutError):
     def __init__(self, message: str, holder: LockHolder | None = None) -> None:
         super().__init__(message)
         self.holder = holder
+
+
+class JobTimeout(LockTimeout):
+    """Another job kept the domain until the time was up. `job` says which, `holder` whose."""
+
+    def __init__(
+        self, message: str, holder: LockHolder | None = None, job: JobInfo | None = None
+    ) -> None:
+        super().__init__(message, holder)
+        self.job = job
+
+
+class DomainBusy(JobTimeout):
+    """A job excludes the call: removing, renaming or redefining the domain. `job` says which."""
+
+
+class WaitTimeout(ShmDomainsError, TimeoutError):
+    """What was waited for did not come in time. The message says what the domain is now."""
 
 
 class Busy(ShmDomainsError, TimeoutError):
@@ -175,6 +198,10 @@ class SegmentPoisoned(SegmentError):
 
 class SegmentFull(SegmentError, MemoryError):
     """No room for another domain, or no memory for its definition."""
+
+
+class TooManyMutexes(SegmentError):
+    """A list has 64 named locks, and their names are never given back."""
 
 
 class DescriptorLost(SegmentError):

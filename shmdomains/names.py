@@ -86,6 +86,27 @@ def check_name(name: str) -> str:
     return name
 
 
+MAX_LOCK_NAME_BYTES = 63
+
+
+def check_lock_name(name: str) -> str:
+    """Return `name` if a named lock may have it: 1 to 63 bytes of UTF-8.
+
+    >>> check_lock_name("")
+    Traceback (most recent call last):
+    ...
+    ValueError: the name of a lock is 1 to 63 bytes of UTF-8, not 0
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a lock is a str, not {type(name).__name__}")
+    size = len(name.encode())
+    if not 1 <= size <= MAX_LOCK_NAME_BYTES:
+        raise ValueError(
+            f"the name of a lock is 1 to {MAX_LOCK_NAME_BYTES} bytes of UTF-8, not {size}"
+        )
+    return name
+
+
 def parse_uuid(value: str | bytes | UUID) -> UUID:
     """Return `value` as a UUID: a `uuid.UUID`, text as libvirt reads it, or 16 raw bytes.
 

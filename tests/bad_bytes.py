@@ -35,6 +35,7 @@ from shmdomains.transfer import export_domains
 PATIENCE = 0.01  # seconds, for every wait
 ONE, TWO, THREE, LONG, IDLE, GONE, NEW, NEXT = (UUID(int=i) for i in (1, 2, 3, 4, 5, 6, 8, 9))
 FRESH = ("fresh1", "fresh2", "fresh3")  # more than there are free slots
+MUTEXES = ("scheduler", "migrations 1", "m" * 63)
 LONG_NAME = "n" * 251  # fills its buffer to the last byte
 
 Flip = tuple[int, int]
@@ -60,6 +61,9 @@ def fill(path: str, lock: Any = "robust", config: str | None = None) -> None:
     with DomainList.create(path=path, max_domains=600, max_bytes=4 << 20, lock=lock) as doms:
         if config is not None:
             doms.load_all_configs(config, Path(config, "autostart"))
+        for lock_name in MUTEXES:
+            with doms.mutex(lock_name, why="for a test"):
+                pass
         for name, uuid in (("vm1", ONE), ("vm2", TWO), ("old", THREE), (LONG_NAME, LONG)):
             doms.define(definition(name, uuid))
         doms.define(definition("gone", GONE))
@@ -245,6 +249,9 @@ def read(trial: Trial) -> None:
     for count in ("statistics", "statistics of all"):
         of = doms.statistics_of_all if count.endswith("all") else lambda: doms.statistics
         trial.attempt(count, of)
+    names = trial.attempt("names of locks", doms._mutex_names)
+    if names is not None and names != list(MUTEXES):
+        trial.quiet.append(f"the named locks are {names}")
     trial.attempt("length", lambda: (len(doms), repr(doms)))
     trial.attempt("count", lambda: (doms.count(), doms.count(active=True)))
     trial.attempt("contains", lambda: (ONE in doms, GONE in doms))
@@ -263,12 +270,32 @@ def check(trial: Trial) -> bool:
 
 def change(trial: Trial) -> None:
     """All that takes locks. What fails on the way is rolled back or was done; both may be seen."""
-    for step in (use_each, start_and_stop, rename, define, assign_and_remove, many, free):
+    for step in (mutexes, use_each, start_and_stop, rename, define, assign_and_remove, many, free):
         trial.attempt(step.__name__, lambda step=step: step(trial))
         if trial.doms.is_locked:
             trial.wrong.append(f"{step.__name__}: the list is still locked")
     for info in trial.attempt("snapshot", trial.doms.snapshot) or []:
         trial.judge("snapshot afterwards", info)
+
+
+def mutexes(trial: Trial) -> None:
+    """Each name leads to a lock of its own, and to no new one; nobody died holding it but, where
+    the mutex itself is damaged, somebody who is not known."""
+    doms = trial.doms
+    held = []
+    for name in MUTEXES:
+        mutex = trial.attempt(f"mutex({name})", lambda name=name: doms.mutex(name, PATIENCE))
+        if mutex is None or trial.attempt("lock", lambda m=mutex: (m.lock(PATIENCE), 1)) is None:
+            continue
+        held.append(mutex)
+        died = trial.attempt("previous_owner_died", lambda m=mutex: m.previous_owner_died)
+        if died is not None and died.tid is not None:
+            trial.wrong.append(f"mutex {name}: {died} died holding it")
+    for mutex in held:
+        trial.attempt("unlock", mutex.unlock)
+    names = trial.attempt("names", lambda: doms._mutex_names()) or []
+    if set(names) - set(MUTEXES) or len(set(names)) != len(names):
+        trial.wrong.append(f"the named locks are {names}")
 
 
 def holding(trial: Trial, dom: Any, use: Callable[[Any], Any]) -> None:

@@ -22,7 +22,7 @@ import helpers
 import other_user
 import psutil
 import pytest
-from helpers import STORES, Home, Party, Process, Store, thread_party
+from helpers import STORES, Home, Party, Process, Store, problems, thread_party
 from killing import Child, Nursery, Planted, driver
 from shell import WEB1, invoke
 
@@ -51,12 +51,12 @@ def store(request: pytest.FixtureRequest) -> Store:
 
 
 @pytest.fixture
-def doms(store: Store) -> Iterator[DomainList]:
+def doms(store: Store, request: pytest.FixtureRequest) -> Iterator[DomainList]:
     """An empty list with room for 64 domains. After the test all its invariants must hold."""
     doms = store.make()
     yield doms
     if not doms.closed:
-        assert doms.check().problems == []
+        assert problems(doms, request) == []
         doms.close()
 
 

@@ -104,6 +104,7 @@ static void print_header(void)
     HEADER(free_head), HEADER(id_mutex), HEADER(id_seq), HEADER(id_level), HEADER(id_dirty);
     HEADER(next_id), HEADER(active), HEADER(heap_mutex), HEADER(heap_committed);
     HEADER(heap_used), HEADER(heap_dirty), HEADER(heap_hint), HEADER(settings_choice);
+    HEADER(any_waiting), HEADER(any_seq);
     HEADER(counters_committed), HEADER(waiters_committed), HEADER(list_why);
 }
 
@@ -141,6 +142,10 @@ static int layout(const char *path)
     print_slot();
     print_waiters(&at);
     printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
+    printf("named %lu\nnamed.size %zu\n", at.named, sizeof(sd_named));
+    PLACE("named", sd_named, mutex), PLACE("named", sd_named, owner);
+    PLACE("named", sd_named, died_who), PLACE("named", sd_named, taken);
+    PLACE("named", sd_named, name), PLACE("named", sd_named, why);
     printf("slots %lu\nnames %lu\nmap %lu\nheap %lu\nlevels %u\n", at.slots, at.names, at.map,
            at.heap, at.levels);
     for (int index = 0; index < SD_INDEXES; index++)

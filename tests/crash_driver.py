@@ -46,12 +46,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shmdomains import DomainDef, DomainList, DomainState, LockTimeout
+from shmdomains import DomainDef, DomainList, DomainState, Job, LockTimeout
 from shmdomains.config import ConfigDirs
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
 from shmdomains.memory.domain_list import _encode_dirs
 from shmdomains.rules.values import encode_data
+from shmdomains.rules.work import Begun, Caller, Work
 
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
@@ -80,7 +81,9 @@ def empty(doms: DomainList) -> None:
 
 
 def few(doms: DomainList) -> None:
-    """Four domains and a free slot. vm1 is active; vm1 and vm3 have a next definition."""
+    """Four domains and a free slot. vm1 is active; vm1 and vm3 have a next definition. There is a
+    named lock."""
+    doms.mutex("scheduler")
     for number in range(5):
         with doms.locked():
             dom = doms.assign_def(definition(number), True)
@@ -92,6 +95,15 @@ def few(doms: DomainList) -> None:
             if number in (1, 3):
                 dom.next_definition = definition(number, 2000)
     doms.undefine(name="vm4")
+
+
+def a_dead_holder(doms: DomainList) -> None:
+    """Whose two jobs are on vm0."""
+    few(doms)
+    with doms.get("vm0") as dom:
+        dead = Caller(1 << 21, 1 << 21, 1)
+        begun = [Begun("gone", kind, 0, dead, None, 0.0) for kind in (Job.ASYNC, Job.QUERY)]
+        dom._work = Work(jobs=tuple(begun))
 
 
 def crowded(doms: DomainList, count: int = 256, active: bool = False) -> None:
@@ -239,6 +251,24 @@ def wait_in_vain(doms: DomainList) -> Iterator[None]:
     except LockTimeout:
         done.set()
     holder.join()
+    yield
+
+
+@operation(points=4)
+def named_lock(doms: DomainList) -> Iterator[None]:
+    with doms.mutex("scheduler"):
+        yield
+
+
+@operation(points=12)
+def named_lock_with_a_reason(doms: DomainList) -> Iterator[None]:
+    with doms.mutex("scheduler", why="rebalancing the hosts of rack 7"):
+        yield
+
+
+@operation(points=9)
+def name_a_lock(doms: DomainList) -> Iterator[None]:
+    doms.mutex("é" * 31)
     yield
 
 
@@ -449,6 +479,44 @@ def restart(doms: DomainList) -> Iterator[None]:
     yield
 
 
+# Jobs
+
+
+@operation(points=180, locks=3)
+def a_job(doms: DomainList) -> Iterator[None]:
+    """It begins, says how far it is, and ends; a dead victim still has it."""
+    with doms.job("vm0", "long work") as job:
+        yield
+        job.progress({"done": 1, "text": "x" * 500})
+        yield
+    yield
+
+
+@operation(points=620)
+def an_async_job(doms: DomainList) -> Iterator[None]:
+    """With another one in it, and somebody who asks to end it."""
+    with doms.job("vm1", "migrate", Job.ASYNC) as job:
+        yield
+        with doms.job("vm1", "step", Job.ASYNC_NESTED, why="y" * 200) as step:
+            yield
+            job.progress("x" * 300)
+            yield
+            step.progress(1)
+            yield
+            job._dom.abort_job()
+            yield
+        yield
+    yield
+
+
+@operation(points=105, on=a_dead_holder)
+def a_job_in_a_dead_holders_place(doms: DomainList) -> Iterator[None]:
+    with doms.job("vm0", "clean up", timeout=0) as job:
+        assert job.previous_owner_died is not None
+        yield
+    yield
+
+
 # Remove
 
 
@@ -577,7 +645,7 @@ class Place:
 
 # --- what can be seen -----------------------------------------------------------------------------
 
-State = dict[str, Any]  # uuid -> fields and blobs, and the settings
+State = dict[str, Any]  # uuid -> fields and blobs, and the settings, and what locks are named
 
 
 def state_of(doms: DomainList) -> State:
@@ -590,19 +658,35 @@ def state_of(doms: DomainList) -> State:
             info.definition.encode(),
             None if info.next_definition is None else info.next_definition.encode(),
             None if info.data is None else encode_data(info.data),
+            jobs_of(info),
         )
         for info in doms.snapshot()
     }
-    return {**state, "settings": doms._settings()}
+    return {**state, "settings": doms._settings(), "mutexes": doms._mutex_names()}
+
+
+def jobs_of(info: Any) -> tuple[Any, ...]:
+    """What is the same in each run."""
+    jobs = () if info._work is None else info._work.jobs
+    return tuple(
+        (job.operation, job.kind, job.progress, job.abort, len(job.replaced)) for job in jobs
+    )
 
 
 def domains_of(state: State | None) -> dict[str, Any]:
-    return {key: value for key, value in (state or {}).items() if key != "settings"}
+    others = ("settings", "mutexes")
+    return {key: value for key, value in (state or {}).items() if key not in others}
 
 
 def cells_of(state: State) -> int:
     """The cells of the heap that the blobs of this state need."""
-    return sum(cells(blob) for one in domains_of(state).values() for blob in one[3:])
+    return sum(cells(blob) for one in domains_of(state).values() for blob in one[3:6])
+
+
+def cells_of_work(doms: DomainList) -> int:
+    """Those of what is under way; its size differs from run to run."""
+    works = [info._work for info in doms.snapshot()]
+    return sum(cells(work.encode()) for work in works if work is not None)
 
 
 def cells(blob: bytes | None) -> int:
@@ -614,7 +698,7 @@ def difference(found: State | None, allowed: list[State | None]) -> str:
         if state is None:
             return "no segment"
         return {
-            name: (*rest[:2], *(blob and zlib.crc32(blob) for blob in rest[2:]))
+            name: (*rest[:2], *(blob and zlib.crc32(blob) for blob in rest[2:5]), rest[5])
             for name, *rest in domains_of(state).values()
         }
 
@@ -792,11 +876,24 @@ class Trial:
             assert state_of(doms) == state, difference(state_of(doms), [state])
             self.look_up(doms, state)
             self.work(doms, state)
+            self.take_jobs(doms, state)
+
+    def take_jobs(self, doms: DomainList, state: State) -> None:
+        """Whoever had a job is dead, so the next one has it at once, and is told of the dead."""
+        for key, one in domains_of(state).items():
+            if not one[6]:
+                continue
+            with doms.job(key, "after a death", Job.ASYNC, timeout=0, allow=[]) as job:
+                told = [(died.operation, died.kind) for died in job.replaced[: len(one[6])]]
+                assert set(told) == {(name, kind) for name, kind, *_ in one[6]}
+                assert not any(died.holder.alive for died in job.replaced)
+        assert all(info.jobs == () for info in doms.snapshot())
+        expect_cells(doms, cells_of(state))
 
     def take_every_lock(self, doms: DomainList) -> None:
         assert take(doms)
-        for dom in doms._handles():
-            assert take(dom)
+        for lock in [*doms._handles(), *map(doms.mutex, doms._mutex_names())]:
+            assert take(lock)
         if doms._kind == "multiprocessing":
             doms.recover(0)  # free slots, too
         with doms.locked(0):
@@ -877,7 +974,7 @@ def expect_cells(doms: DomainList, expected: int) -> None:
     report = doms.check()
     assert report, report.problems
     assert report.counts["garbage"] == 0, f"{report.counts['garbage']} blobs are garbage"
-    used = report.counts["cells"]
+    used = report.counts["cells"] - cells_of_work(doms)
     assert used == expected, f"{used} cells are in use, the domains need {expected}"
 
 

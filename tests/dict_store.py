@@ -17,10 +17,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdomains.config.change import ConfigDirs
-from shmdomains.errors import SegmentFull
+from shmdomains.deadline import Deadline
+from shmdomains.errors import SegmentFull, TooManyMutexes
 from shmdomains.holder import LockHolder
 from shmdomains.memory import holder
 from shmdomains.memory._core import core
+from shmdomains.rules.compare import compare
 from shmdomains.rules.info import DomainInfo
 from shmdomains.rules.plain import PlainDomainList
 from shmdomains.rules.store import Changes, Key, NewDomain
@@ -65,7 +67,16 @@ class Record:
             values.pop("next_definition"),
             None if data is None else decode_data(data),
         )
-        return DomainInfo(**values, blobs=blobs, work=None if work is None else Work.decode(work))
+        return DomainInfo(
+            **values,
+            blobs=blobs,
+            work=None if work is None else Work.decode(work),
+            describe=describe,
+        )
+
+
+def describe(caller: Caller) -> LockHolder:
+    return holder.holder_of(caller.pid, caller.tid, caller.start)
 
 
 class DictStore:
@@ -78,6 +89,10 @@ class DictStore:
         self._numbers = itertools.count()
         self._ids = itertools.count(1)
         self._dirs: ConfigDirs | None = None
+        self._changed = threading.Condition()
+        self._changes = 0
+        self._mutexes: dict[str, OwnedLock] = {}
+        self._naming = threading.Lock()
 
     def lock_list(self, timeout: float | None) -> None:
         self._list.acquire("the list lock", timeout)
@@ -135,18 +150,21 @@ class DictStore:
         record.lock.acquire("a new domain", 0)
         number = next(self._numbers)
         self._records[number] = record
+        self._tell()
         return number, record.info()
 
     def commit(self, record: int, changes: Changes, timeout: float | None) -> DomainInfo:
         there = self._records[record]
         there.values = {**there.values, **changes}
         there.commits += 1
+        self._tell()
         return there.info()
 
     def remove(self, record: int, timeout: float | None) -> None:
         there = self._records.pop(record)
         there.gone = True
         there.lock.release()
+        self._tell()
 
     def next_id(self, timeout: float | None) -> int:
         return next(self._ids)
@@ -155,7 +173,38 @@ class DictStore:
         there = self._records.get(record)
         return None if there is None else there.commits
 
+    def _tell(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    def sleep(self, record: int, receipt: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.receipt(record) != receipt, timeout)
+
+    def stamp(self) -> object:
+        return self._changes
+
+    def sleep_on_stamp(self, stamp: object, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._changes != stamp, timeout)
+
     def died(self, record: int) -> LockHolder | None:
+        return None
+
+    def name_mutex(self, name: str) -> None:
+        with self._naming:
+            if name not in self._mutexes and len(self._mutexes) == 64:
+                raise TooManyMutexes(f"mutex {name!r}: there are 64 already, which is the limit")
+            self._mutexes.setdefault(name, OwnedLock())
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None:
+        self._mutexes[name].acquire(f"mutex {name!r}", timeout)
+
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        self._mutexes[name].release()
+
+    def mutex_died(self, name: str) -> LockHolder | None:
         return None
 
     def started(self, pid: int) -> int:
@@ -168,7 +217,10 @@ class DictStore:
         return Caller(*core.caller())
 
     def describe(self, caller: Caller) -> LockHolder:
-        return holder.holder_of(caller.pid, caller.tid, caller.start)
+        return describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
 
     def remembered(self) -> ConfigDirs | None:
         return self._dirs
@@ -197,6 +249,7 @@ class DictDomainList(PlainDomainList[int]):
         for info in infos:
             if (info.definition.name, info.definition.uuid) != (info.name, info.uuid):
                 problems.append(("I1 identity", f"'{info.name}' has another one's definition"))
+        problems += [("config", text) for text in compare(self, Deadline(10))[0]]
         return SimpleNamespace(problems=problems)
 
     @property

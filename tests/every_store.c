@@ -220,10 +220,11 @@ static bool watch(void)
 }
 
 #define HEADER_MUTEXES 4
+#define MUTEXES_BEFORE_SLOTS (HEADER_MUTEXES + SD_NAMED_MAX)
 
 static uint64_t mutexes(void)
 {
-    return HEADER_MUTEXES + sd_unsealed(((const sd_header *)now)->slot_count);
+    return MUTEXES_BEFORE_SLOTS + sd_unsealed(((const sd_header *)now)->slot_count);
 }
 
 static uint64_t mutex_place(uint64_t number)
@@ -231,17 +232,19 @@ static uint64_t mutex_place(uint64_t number)
     const uint64_t places[] = {offsetof(sd_header, list_mutex), offsetof(sd_header, id_mutex),
                                offsetof(sd_header, event_mutex), offsetof(sd_header, heap_mutex)};
     if (number < HEADER_MUTEXES) return places[number];
-    return at.slots + (number - HEADER_MUTEXES) * sizeof(sd_slot) + offsetof(sd_slot, mutex);
+    if (number < MUTEXES_BEFORE_SLOTS)
+        return at.named + (number - HEADER_MUTEXES) * sizeof(sd_named) + offsetof(sd_named, mutex);
+    return at.slots + (number - MUTEXES_BEFORE_SLOTS) * sizeof(sd_slot) + offsetof(sd_slot, mutex);
 }
 
 /* Of the slots not yet counted, too: a mutex is initialised before. */
 static bool in_mutex(uint64_t place)
 {
-    for (uint64_t i = 0; i < HEADER_MUTEXES; i++)
+    for (uint64_t i = 0; i < MUTEXES_BEFORE_SLOTS; i++)
         if (place - mutex_place(i) < sizeof(pthread_mutex_t)) return true;
     uint64_t slot = (place - at.slots) / sizeof(sd_slot);
     return place >= at.slots && slot < at.max_slots &&
-           place - mutex_place(HEADER_MUTEXES + slot) < sizeof(pthread_mutex_t);
+           place - mutex_place(MUTEXES_BEFORE_SLOTS + slot) < sizeof(pthread_mutex_t);
 }
 
 /* Nothing depends on a store there, and none is a crash point (layout.h, V2). */
@@ -254,6 +257,9 @@ static bool is_time(uint64_t place)
 {
     if (is_counter(place)) return true;
     if (place == offsetof(sd_header, list_owner) + offsetof(sd_owner, since)) return true;
+    if (place >= at.named && place < at.table[0][0])
+        return (place - at.named) % sizeof(sd_named) ==
+               offsetof(sd_named, owner) + offsetof(sd_owner, since);
     if (place >= at.ring && place < at.map)
         return (place - at.ring) % sizeof(sd_entry) == offsetof(sd_entry, time);
     return place >= at.slots && place < at.names &&

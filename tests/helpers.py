@@ -146,6 +146,12 @@ EVERY_STORE = [*STORES, DICT]
 """With one of another kind, behind the same rules: for the tests of the rules and of their seam."""
 
 
+def problems(doms: Any, request: Any) -> list[tuple[str, str]]:
+    """What `check` finds at the end of a test, but for what a test marked ``differs`` wants."""
+    wanted = request.node.get_closest_marker("differs") is not None
+    return [one for one in doms.check().problems if not (wanted and one[0] == "config")]
+
+
 # --- the party's side --------------------------------------------------------------------------
 
 

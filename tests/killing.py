@@ -358,6 +358,9 @@ class Planted:
     def slot(self, number: int, field: str) -> int:
         return self.at["slots"] + number * self.at["slot.size"] + self.at[f"slot.{field}"]
 
+    def named(self, place: int, field: str) -> int:
+        return self.at["named"] + place * self.at["named.size"] + self.at[f"named.{field}"]
+
     def name(self, number: int, buffer: int) -> int:
         """Where its length stands, and the name behind that."""
         size = self.at["names.size"]

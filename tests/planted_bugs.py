@@ -88,24 +88,15 @@ PLANTED = {
         ("#include <errno.h>\n", "#include <errno.h>\n#include <sched.h>\n#include <unistd.h>\n"),
         (
             """
-    if (result == SD_OK)
-        result = sd_index_insert(segment, SD_NAME_INDEX,
+    int listed = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
-    if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
-}
-
-/* After the commit: wake""",
+    if (gone == SD_OK""",
             """
     if (sd_planted == 6) usleep(1000);
-    if (result == SD_OK && sd_planted != 3)
-        result = sd_index_insert(segment, SD_NAME_INDEX,
-                                 sd_hash_name(segment, name + 1, name[0]), slot);
-    if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
-}
-
-/* After the commit: wake""",
+    int listed = sd_planted == 3 ? SD_OK
+                                 : sd_index_insert(segment, SD_NAME_INDEX,
+                                                   sd_hash_name(segment, name + 1, name[0]), slot);
+    if (gone == SD_OK""",
         ),
         (
             """

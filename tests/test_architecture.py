@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
     # The vocabulary.
-    ["errors", "states", "names", "holder", "packing", "text", "files", "deadline", "lazy"],
+    ["errors", "states", "job", "names", "holder", "packing", "text", "files", "deadline", "lazy"],
     ["xml"],
     ["config"],
     ["rules"],

@@ -68,7 +68,8 @@ class Specimen:
             sizes = {
                 "header": at["attached"],
                 "attached": at["settings"] - at["attached"],
-                "settings": at["table.0.0"] - at["settings"],
+                "settings": at["named"] - at["settings"],
+                "named": 64 * at["named.size"],
                 **{f"table.{index}.0": 8192 for index in range(3)},
                 "slots": slots * at["slot.size"],
                 "names": slots * at["names.size"],
@@ -214,6 +215,17 @@ def test_bits_of_what_is_used(
     damages = some(bits(specimen.used(part)), 12_000 if SOAK else 150)
     try_all(nursery, specimen, damages)
     tried("bits of what is used flipped before attaching", len(damages))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_bits_of_named_locks(nursery: Nursery, specimen: Specimen, tried: Tried) -> None:
+    """Of places that have a name, and of those that the next names get, what is 0 included."""
+    start, _ = specimen.parts["named"]
+    damages = some(bits(range(start, start + 5 * 256)), 10_000_000 if SOAK else 400)
+    met = try_all(nursery, specimen, damages)
+    assert met["SegmentCorrupt"] and met["LockTimeout"]
+    tried("bits of named locks flipped before attaching", len(damages))
 
 
 @pytest.mark.soak

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from helpers import thread_party, xml
-from killing import Planted
+from killing import Planted, until
 from lxml import etree
 from shell import (
     DEADLINE,
@@ -375,6 +375,29 @@ def test_the_words_of_one_domain(loaded: DomainList) -> None:
         assert failure(command, "nope") == "failed to get domain 'nope'"
 
 
+def test_waiting_for_a_state(loaded: DomainList) -> None:
+    assert out("wait", "db1", "--state", "shut off") == ["shut off"]
+    assert out("wait", "db1", "--state", "paused", "--state", "SHUTOFF", "--timeout", 0) == [
+        "shut off"
+    ]
+    with process(
+        *("-m", "shmdomains", "wait", "web1", "--state", "running", "--format", "json"),
+        stdout=subprocess.PIPE,
+    ) as waiting:
+        with Planted(loaded.info.path) as planted:
+            slot = next(at for at in range(4) if loaded._handles()[at].uuid == loaded["web1"].uuid)
+            until(lambda: planted.read(planted.slot(slot, "waiting")), "it waits", DEADLINE)
+        assert activate(loaded, "web1") == 1
+        printed, _ = waiting.communicate(timeout=DEADLINE)
+    record = json.loads(printed)
+    assert (waiting.returncode, record["name"], record["state"]) == (0, "web1", "running")
+    in_vain = "waited 0.01 s in vain for domain 'db1', which is shut off"
+    assert failure("wait", "db1", "--state", "running", "--timeout", 0.01) == in_vain
+    assert failure("wait", "nope", "--state", "running") == "failed to get domain 'nope'"
+    for wrong in (["--state", "off"], [], ["--state", "running", "--timeout", "-1"]):
+        assert invoke("wait", "db1", *wrong, status=2).stdout == ""
+
+
 def test_define_from_files_and_standard_input(
     loaded: DomainList, config_dir: Path, tmp_path: Path
 ) -> None:
@@ -584,6 +607,7 @@ def test_a_segment_that_is_not_there(segment_dir: Path) -> None:
         ["dominfo", "web1"],
         ["dumpxml", "web1"],
         ["domstate", "web1"],
+        ["wait", "web1", "--state", "running"],
         ["undefine", "web1"],
         ["rename", "a", "b"],
         ["autostart", "web1"],
@@ -890,7 +914,11 @@ def test_streams_that_are_closed(loaded: DomainList) -> None:
     assert run("define <&- 2>&-") == 1
 
 
-@pytest.mark.parametrize("command", [["undefine", "web1"], ["define", "-"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command",
+    [["undefine", "web1"], ["define", "-"], ["wait", "web1", "--state", "crashed"]],
+    ids=lambda c: c[0],
+)
 def test_ctrl_c(loaded: DomainList, command: list[str]) -> None:
     with thread_party(doms=loaded) as other:
         other.tell("dom = doms.get(name='web1')")

@@ -618,3 +618,58 @@ def test_definitions_travel(one: Party, two: Party) -> None:
     one.tell(f"doms.define(DomainDef.decode({made.encode()!r})).name")
     assert two.tell("doms.peek(name='web1').definition") == made
     assert two.tell("doms.peek(name='web1').definition.to_xml()") == made.to_xml()
+
+
+# --- waiting -----------------------------------------------------------------------------------
+
+CHANGES = {
+    "commit": ("with doms.get('web1') as dom: dom.data = 7", "info.data == 7"),
+    "activation": ("with doms.get('web1') as dom: dom.activate()", "info.is_active"),
+    "rename": (
+        "with doms.locked(), doms.get('web1') as dom: doms.rename(dom, 'web2')",
+        "info.name == 'web2'",
+    ),
+    "removal": ("doms.undefine('web1')", "info is None"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_ends_the_wait_of_the_other(one: Party, two: Party, what: str) -> None:
+    change, condition = CHANGES[what]
+    define(one, "web1")
+    one.start(f"doms.wait('web1', until=lambda info: {condition}, timeout=20)")
+    assert one.is_waiting()
+    two.do(change)
+    found = one.answer()
+    assert found == two.tell("doms.peek(name='web2') or doms.peek(name='web1')")
+
+
+def test_any_domain_may_end_a_wait(one: Party, two: Party) -> None:
+    define(one, "web1")
+    one.start("doms.wait_any(until=lambda info: info.name == 'web2', timeout=20).name")
+    assert one.is_waiting()
+    two.do("doms.undefine('web1')")
+    assert one.is_waiting()
+    define(two, "web2")
+    assert one.answer() == "web2"
+
+
+def test_a_holder_who_waits_lets_the_other_in(one: Party, two: Party) -> None:
+    define(one, "web1")
+    one.start(
+        "with doms.get('web1') as dom:\n"
+        "    dom.wait(lambda dom: dom.data == 1, timeout=20)\n"
+        "    dom.data = 2\n"
+        "    seen = dom.is_locked\n"
+        "seen"
+    )
+    assert one.is_waiting()
+    two.do("with doms.get('web1', timeout=20) as dom: dom.data = 1")
+    assert one.answer() is True
+    assert two.tell("doms.peek('web1').data") == 2
+    one.start("with doms.get('web1') as dom: dom.wait(lambda dom: False, timeout=20)")
+    assert one.is_waiting()
+    two.do("doms.undefine('web1', timeout=20)")
+    with pytest.raises(DomainRemoved):
+        one.answer()
+    assert two.tell("doms.acquire(False), doms.release()") == (True, None)

@@ -575,6 +575,28 @@ def test_a_damaged_index_that_grows_is_made_anew(
     assert doms.peek(name="d1") and doms.peek(id=1) and doms.check()
 
 
+@pytest.mark.parametrize("index", [UUIDS, NAMES, IDS], ids=["uuids", "names", "ids"])
+def test_two_damages_do_not_poison_the_list(doms: DomainList, planted: Planted, index: int) -> None:
+    """An index cannot be made anew where a record is damaged; the change of another domain stands
+    all the same, and who misses past the damaged entry asks the records."""
+    fields = planted.slot(3, "copy0"), planted.slot(3, "copy1")
+    for where in fields:
+        planted.write(where, planted.read(where) ^ 1 << 3)
+    where = planted.entry(index, 1)
+    planted.write(where, planted.read(where) ^ 1 << 45)
+    with doms.locked():
+        dom = doms.find_by_id(1, 0)
+        dom.deactivate()
+        dom.commit(0)
+        doms.rename(dom, "renamed", 0)
+        dom.unlock()
+        assert doms.find_by_name("renamed", 0) is not None
+    assert doms.info.poisoned is None
+    assert doms.peek(name="renamed").id == -1
+    doms.undefine(name="renamed", timeout=1)
+    assert doms.info.poisoned is None and len(doms) == 4
+
+
 def test_the_pid_of_a_dead_holder_says_nothing_of_a_uuid(
     doms: DomainList, planted: Planted
 ) -> None:
@@ -815,7 +837,7 @@ def test_every_invariant_is_named_in_one_place() -> None:
     documented = DomainList.check.__doc__ or ""
     sources = "".join(path.read_text() for path in CORE.glob("check*.c"))
     reported = set(re.findall(r'fault\(check,\s*"([^"]+)"', sources))
-    assert reported | {"settings"} == set(INVARIANTS)
+    assert reported | {"settings", "config"} == set(INVARIANTS)
     assert [name for name in INVARIANTS if not re.search(rf"^ *{name}$", documented, re.M)] == []
 
 

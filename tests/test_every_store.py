@@ -27,6 +27,9 @@ IMAGES = {
     "settings": 29,
     "list lock": 12,
     "domain lock": 12,
+    "named lock": 13,
+    "named lock with a reason": 18,
+    "name a lock": 19,
     "find under the list lock": 57,
     "lock many": 55,
     "assign new": 159,
@@ -55,6 +58,9 @@ IMAGES = {
     "remove inactive": 68,
     "undefine active": 32,
     "free": 218,
+    "a job": 240,
+    "an async job": 650,
+    "a job in a dead holders place": 145,
 }
 """Images that are known of each operation; fewer mean that something is not seen any more."""
 
@@ -66,6 +72,9 @@ REPAIRS = {
     "settings": 102,
     "list lock": 102,
     "domain lock": 98,
+    "named lock": 107,
+    "named lock with a reason": 110,
+    "name a lock": 99,
     "find under the list lock": 148,
     "lock many": 152,
     "assign new": 160,
@@ -96,7 +105,16 @@ REPAIRS = {
 """And of the repair after a death in it. Those of large segments take too long."""
 
 SHORT = ["create", "attach and close", "first use after a fork", "list lock", "domain lock"]
-SHORT += ["settings", "change fields", "clear a blob", "activate", "rename", "remove inactive"]
+SHORT += [
+    "name a lock",
+    "named lock with a reason",
+    "settings",
+    "change fields",
+    "clear a blob",
+    "activate",
+    "rename",
+    "remove inactive",
+]
 
 TRACED = list(IMAGES) if SOAK else SHORT
 REPAIRED = list(REPAIRS) if SOAK else ["activate"]

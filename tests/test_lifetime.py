@@ -1631,7 +1631,7 @@ def change_it(dom: Domain) -> None:
 def look_up_again(dom: Domain) -> None:
     if not ended:  # it runs for that handle, too
         ended.append("looks")
-        unlocked(dom._segment)
+        unlocked(dom._doms)
         ended.clear()
 
 
@@ -1751,7 +1751,7 @@ def test_a_handle_that_is_being_made_leads_nowhere() -> None:
 
     def look(*_: object) -> None:
         for one in gc.get_objects():
-            if type(one) is Domain and one._segment is doms and one._receipt == (0, 0):
+            if type(one) is Domain and one._doms is doms and one._receipt == (0, 0):
                 with suppress(ShmDomainsError):
                     outcomes.append(one._key[:2])
                     outcomes.append(one.try_lock())

@@ -541,3 +541,26 @@ def test_the_command(segment_dir: Path, xml: Any) -> None:
         assert records[0]["holder"]["operation"] == "count"
         assert records[1]["uuid"] == str(uuid.UUID(int=7))
         assert invoke("-s", "seen", "locks", "--format", "json").stdout == "[]\n"
+
+
+def test_named_locks_are_seen(filled: DomainList) -> None:
+    with (
+        filled.mutex("scheduler", why="rebalancing"),
+        filled.get(name="vm0"),
+        ThreadPoolExecutor(1) as pool,
+    ):
+
+        def fails() -> None:
+            with filled.mutex("scheduler", timeout=0.4):
+                pass
+
+        filled.slow_after = 0.01
+        wait = pool.submit(fails)
+        until(lambda: waiting(filled, "mutex", "scheduler") == 1, "one waits")
+        kinds = [(lock.kind, lock.name) for lock in filled.locks()]
+        assert kinds == [("mutex", "scheduler"), ("domain", "vm0")]
+        lock = lock_of(filled, "mutex", "scheduler")
+        assert lock is not None and lock.holder is not None
+        assert (lock.holder.pid, lock.holder.operation) == (os.getpid(), "rebalancing")
+        assert "doing 'rebalancing'" in str(wait.exception())
+    assert filled.locks() == []

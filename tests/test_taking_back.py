@@ -100,6 +100,7 @@ def test_a_define_that_waited_for_one_that_fails_stays(
     assert "2048" in (folder / "web1.xml").read_text()
 
 
+@pytest.mark.differs
 @pytest.mark.parametrize(
     "use",
     [

@@ -24,6 +24,7 @@ from .. import __version__
 from ..config import LoadFailure
 from ..memory import segment_file
 from . import domains as domain_commands
+from . import jobs as job_commands
 from . import locks as lock_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
@@ -93,10 +94,13 @@ for _command in (
     domain_commands.domname,
     domain_commands.domuuid,
     domain_commands.dumpxml,
+    domain_commands.wait,
     domain_commands.define,
     domain_commands.undefine,
     domain_commands.rename,
     domain_commands.autostart,
+    job_commands.domjobinfo,
+    job_commands.domjobabort,
     segment_commands.segments,
     lock_commands.locks,
     segment_commands.check,

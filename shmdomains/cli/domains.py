@@ -6,6 +6,7 @@ a time-out, and reaches the config directory that the list was loaded from.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ import click
 from ..config import MAX_FILE_BYTES
 from ..deadline import Deadline
 from ..errors import DomainNotFound, SegmentError, ShmDomainsError
+from ..job import JobInfo
 from ..memory.domain_list import DomainList
-from ..rules.info import DomainInfo
+from ..rules.info import DomainInfo, job_to_dict
 from ..states import DomainState
 from ..xml import document
 from ..xml.definition import DomainDef
@@ -36,11 +38,14 @@ from .tables import (
 )
 from .types import (
     Target,
+    complete_state,
     domain_argument,
     find_domain,
     flag,
     format_option,
+    seconds,
     source_text,
+    state,
     timeout_option,
     to_read,
 )
@@ -79,6 +84,7 @@ _STATE_COLOURS = {
 @flag("uuid", "Print UUIDs only.")
 @flag("id", "Print ids only.")
 @flag("title", "Print titles as well.")
+@flag("with-job", "Domains with a job, and what it does.")
 @format_option
 @click.pass_obj
 def list_domains(target: Target, /, form: str, **flags: bool) -> None:
@@ -93,15 +99,17 @@ def list_domains(target: Target, /, form: str, **flags: bool) -> None:
             persistent=_either(flags["persistent"], flags["transient"]),
             autostart=_either(flags["autostart"], flags["no_autostart"]),
             state=_state_filter(flags),
-            definitions=flags["title"],
+            definitions=flags["title"] or flags["with_job"],
         )
+        if flags["with_job"]:
+            infos = [info for info in infos if info.jobs]
         infos.sort(key=_virsh_order)
         if form == "json":
             print_records([_list_record(info, flags) for info in infos])
         elif flags["name"] or flags["uuid"] or flags["id"]:
             print_names(_bare_lines(infos, flags))
         else:
-            _print_domains(infos, flags["title"])
+            _print_domains(infos, flags)
 
 
 def _active_filter(flags: dict[str, bool]) -> bool | None:
@@ -143,17 +151,22 @@ def _bare_lines(infos: list[DomainInfo], flags: dict[str, bool]) -> Iterator[str
         yield " ".join(word for word in words if word is not None)
 
 
-def _print_domains(infos: list[DomainInfo], titles: bool) -> None:
+def _print_domains(infos: list[DomainInfo], flags: dict[str, bool]) -> None:
     columns = [Column("Id"), Column("Name"), Column("State", colour=_STATE_COLOURS.get)]
-    if not titles:
-        print_table(columns, [[_id_text(info), info.name, info.state.words] for info in infos])
-        return
-    print_table(
-        [*columns, Column("Title")],
-        [
-            [_id_text(info), info.name, info.state.words, info.definition.title or ""]
-            for info in infos
-        ],
+    rows = [[_id_text(info), info.name, info.state.words] for info in infos]
+    if flags["title"]:
+        columns.append(Column("Title"))
+        rows = [[*row, info.definition.title or ""] for row, info in zip(rows, infos, strict=True)]
+    if flags["with_job"]:
+        columns.append(Column("Job"))
+        rows = [[*row, _job_text(info)] for row, info in zip(rows, infos, strict=True)]
+    print_table(columns, rows)
+
+
+def _job_text(info: DomainInfo) -> str:
+    return ", ".join(
+        job.operation if job.holder.alive else f"{job.operation} (its holder is dead)"
+        for job in info.jobs
     )
 
 
@@ -162,8 +175,21 @@ def _list_record(info: DomainInfo, flags: dict[str, bool]) -> dict[str, Any]:
     record = _info_record(info)
     if flags["title"]:
         record["title"] = info.definition.title
+    if flags["with_job"]:
+        record["jobs"] = [job_record(job) for job in info.jobs]
+        chosen += ["jobs"] if chosen and chosen != ["title"] else []
     if chosen and chosen != ["title"]:
         return {key: record[key] for key in chosen}
+    return record
+
+
+def job_record(job: JobInfo) -> dict[str, Any]:
+    """A job for JSON; a progress that JSON cannot express is shown as text."""
+    record = job_to_dict(job)
+    try:
+        json.dumps(record["progress"], allow_nan=False)
+    except (TypeError, ValueError):
+        record["progress"] = str(record["progress"])
     return record
 
 
@@ -189,7 +215,7 @@ def _reason_words(info: DomainInfo) -> str:
 
 
 @contextmanager
-def _found(target: Target, key: str) -> Iterator[tuple[DomainList, DomainInfo]]:
+def found_domain(target: Target, key: str) -> Iterator[tuple[DomainList, DomainInfo]]:
     """The domain that `key` names. If it is removed during the block, the error names `key` too."""
     with target.attach() as doms:
         info = find_domain(doms, key)
@@ -205,7 +231,7 @@ def _found(target: Target, key: str) -> Iterator[tuple[DomainList, DomainInfo]]:
 @click.pass_obj
 def dominfo(target: Target, domain: str, form: str) -> None:
     """Show what a domain is and does."""
-    with _found(target, domain) as (_, info):
+    with found_domain(target, domain) as (_, info):
         if form == "json":
             print_record(_dominfo_record(info))
         else:
@@ -218,7 +244,7 @@ def dominfo(target: Target, domain: str, form: str) -> None:
 @click.pass_obj
 def domstate(target: Target, domain: str, reason: bool) -> None:
     """Print a domain's state."""
-    with _found(target, domain) as (_, info):
+    with found_domain(target, domain) as (_, info):
         click.echo(f"{info.state.words} ({_reason_words(info)})" if reason else info.state.words)
 
 
@@ -227,7 +253,7 @@ def domstate(target: Target, domain: str, reason: bool) -> None:
 @click.pass_obj
 def domid(target: Target, domain: str) -> None:
     """Print a domain's id; - if it is inactive."""
-    with _found(target, domain) as (_, info):
+    with found_domain(target, domain) as (_, info):
         click.echo(_id_text(info))
 
 
@@ -236,7 +262,7 @@ def domid(target: Target, domain: str) -> None:
 @click.pass_obj
 def domname(target: Target, domain: str) -> None:
     """Print a domain's name."""
-    with _found(target, domain) as (_, info):
+    with found_domain(target, domain) as (_, info):
         print_names([info.name])
 
 
@@ -245,8 +271,48 @@ def domname(target: Target, domain: str) -> None:
 @click.pass_obj
 def domuuid(target: Target, domain: str) -> None:
     """Print a domain's UUID."""
-    with _found(target, domain) as (_, info):
+    with found_domain(target, domain) as (_, info):
         click.echo(info.uuid)
+
+
+@click.command()
+@domain_argument
+@click.option(
+    "--state",
+    "states",
+    metavar="STATE",
+    type=state,
+    multiple=True,
+    required=True,
+    shell_complete=complete_state,
+    help="In virsh's words; one of several, if it is given several times.",
+)
+@click.option(
+    "--timeout",
+    type=seconds,
+    default="inf",
+    show_default=True,
+    help="Seconds after which it fails; 0 looks once.",
+)
+@format_option
+@click.pass_obj
+def wait(
+    target: Target, domain: str, states: tuple[DomainState, ...], timeout: float | None, form: str
+) -> None:
+    """Wait until a domain is in a state, and print that.
+
+    It takes no lock and does not poll. If the domain is removed meanwhile it fails."""
+
+    def reached(info: DomainInfo | None) -> bool:
+        return info is not None and info.state in states
+
+    with found_domain(target, domain) as (doms, info):
+        found = doms.wait(uuid=info.uuid, until=reached, timeout=timeout)
+        assert found is not None
+        if form == "json":
+            print_record(_info_record(found))
+        else:
+            click.echo(found.state.words)
 
 
 def _dominfo_record(info: DomainInfo) -> dict[str, Any]:
@@ -296,7 +362,7 @@ def _is_updated(info: DomainInfo) -> bool:
 @click.pass_obj
 def dumpxml(target: Target, domain: str, inactive: bool) -> None:
     """Print a domain's definition; of an active one with its id."""
-    with _found(target, domain) as (_, info):
+    with found_domain(target, domain) as (_, info):
         if inactive:
             print_xml(_with_id(info.next_definition or info.definition, None))
         else:
@@ -368,7 +434,7 @@ def undefine(target: Target, domain: str, timeout: float | None) -> None:
     """Undefine a domain.
 
     Its config file and autostart link are removed. An active domain becomes transient."""
-    with _found(target, domain) as (doms, info):
+    with found_domain(target, domain) as (doms, info):
         doms.undefine(uuid=info.uuid, timeout=timeout)
     click.echo(printable(f"Domain '{info.name}' has been undefined"))
 
@@ -382,7 +448,7 @@ def rename(target: Target, domain: str, new_name: str, timeout: float | None) ->
     """Rename an inactive domain."""
     deadline = Deadline(timeout)
     with (
-        _found(target, domain) as (doms, info),
+        found_domain(target, domain) as (doms, info),
         doms.locked(deadline.left()),
         doms.get(uuid=info.uuid, timeout=deadline.left()) as dom,
     ):
@@ -399,7 +465,7 @@ def rename(target: Target, domain: str, new_name: str, timeout: float | None) ->
 def autostart(target: Target, domain: str, disable: bool, timeout: float | None) -> None:
     """Start a domain with the host, or not."""
     with (
-        _found(target, domain) as (doms, info),
+        found_domain(target, domain) as (doms, info),
         doms.get(uuid=info.uuid, timeout=timeout) as dom,
     ):
         doms.set_autostart(dom, not disable)

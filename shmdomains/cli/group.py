@@ -32,7 +32,7 @@ _OTHER_NAMES = {"domrename": "rename"}  # virsh's; not listed by --help
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("segments", "locks", "check"),
+    *("domjobinfo", "wait", "segments", "locks", "check"),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.
@@ -42,7 +42,7 @@ blockcopy blockjob blockpull blockresize change-media console cpu-stats desc des
 detach-device detach-device-alias detach-disk detach-interface domblkerror domblkinfo domblklist
 domblkstat domblkthreshold domcontrol domdirtyrate-calc domdisplay domdisplay-reload domfsfreeze
 domfsinfo domfsthaw domfstrim domhostname domif-getlink domif-setlink domifaddr domiflist
-domifstat domiftune domjobabort domjobinfo domlaunchsecinfo dommemstat dompmsuspend dompmwakeup
+domifstat domiftune domlaunchsecinfo dommemstat dompmsuspend dompmwakeup
 domsetlaunchsecstate domstats domtime domxml-from-native domxml-to-native dump edit event
 get-user-sshkeys guest-agent-timeout guestinfo guestvcpus inject-nmi iothreadadd iothreaddel
 iothreadinfo iothreadpin iothreadset managedsave managedsave-define managedsave-dumpxml

@@ -479,7 +479,8 @@ def recover(target: Target, timeout: float | None, form: str) -> None:
 
 def _recover_rows(report: RecoverReport) -> Iterator[tuple[str, str, str]]:
     for repair in report.repairs:
-        died = "an earlier repair" if repair.died is None else f"{repair.died.who}, dead"
+        died = "a rule that was begun" if repair.lock == "files" else "an earlier repair"
+        died = died if repair.died is None else f"{repair.died.who}, dead"
         yield lock_text(repair.lock, repair.name), died, repair.what
     for lock in report.held:
         holder = str(lock.holder or "an unknown process")

@@ -25,6 +25,7 @@ from ..memory import segment_file
 from ..memory.domain_list import DomainList, unlink
 from ..names import parse_number, parse_uuid
 from ..rules.info import DomainInfo
+from ..states import DomainState
 
 SEGMENT_VARIABLE = "SHMDOMAINS_SEGMENT"
 COMPLETE_VARIABLE = "_SHMDOMAINS_COMPLETE"
@@ -127,6 +128,18 @@ def file_mode(value: str) -> int:
     return int(value, 8)
 
 
+def state(value: str) -> DomainState:
+    """Read a domain's state, in libvirt's words or as `list` has it.
+
+    >>> state("shut off") is state("shutoff")
+    True
+    """
+    try:
+        return DomainState.parse(value)
+    except ValueError as exc:
+        raise click.BadParameter(f"{exc}.") from None
+
+
 # --- completion -----------------------------------------------------------------------------
 
 
@@ -150,6 +163,12 @@ def complete_domain(
     except Exception:  # as above
         return []
     return _items(names, incomplete)
+
+
+def complete_state(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    return _items({one.words for one in DomainState}, incomplete)
 
 
 def _items(names: set[str], incomplete: str) -> list[CompletionItem[str]]:

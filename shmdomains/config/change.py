@@ -441,10 +441,12 @@ class ConfigDirs(msgspec.Struct, frozen=True):
         commit: Commit | None = None,
         *,
         owner: Owner | None = None,
+        others: Iterable[str] = (),
     ) -> None:
         """Remove the domain's config file and autostart link; a missing one is no error.
 
-        A file there that holds another domain stays, and so does its link. Source:
+        A file there that holds another domain stays, and so does its link. Files of `others`, names
+        that the domain had for a moment, are removed if they hold it. Source:
         virDomainDeleteConfig, which goes on if the link cannot be removed. The link would then
         start the next domain of this name, so here that is an error.
         """
@@ -453,6 +455,9 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             if self._make_room(change, name, owner) is None:
                 self._adopt(change, name, owner)
                 self._remove(change, name)
+            for other in others:
+                if owner is not None and other != name:
+                    self._drop(change, other, owner)
 
         self._change(self.config_file(name), timeout, make, commit)
 

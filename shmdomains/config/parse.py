@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import stat
 import sys
 from collections import deque
@@ -22,7 +23,7 @@ from uuid import UUID
 from ..errors import ConfigError, DefinitionError
 from ..files import reported
 from ..lazy import LazyModule
-from ..names import SUFFIX
+from ..names import SUFFIX, parse_uuid
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
 from .report import LoadFailure
@@ -131,6 +132,22 @@ def parse_file(path: str) -> ParsedFile:
         logger.exception("%s: the parser failed", shown_path(path))
         failure = LoadFailure(Path(path), None, f"the parser failed: {type(exc).__name__}: {exc}")
     return ParsedFile(path, stamp, failure)
+
+
+_UUID = re.compile(rb"<uuid>\s*([0-9a-fA-F -]+?)\s*</uuid>")
+
+
+def first_uuid(path: str) -> UUID | None:
+    """Return the first uuid in a config file without parsing it, which would take far longer;
+    ``None`` if there is none to be seen.
+
+    >>> first_uuid("/no/such/file.xml") is None
+    True
+    """
+    with suppress(OSError, DefinitionError):
+        found = _UUID.search(_read(path)[1])
+        return None if found is None else parse_uuid(found[1].decode())
+    return None
 
 
 _TO_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC

@@ -40,8 +40,11 @@ class Domain(core.Record, DomainRules):
     def _describe(self, caller: Caller) -> LockHolder:
         return holder_of(caller.pid, caller.tid, caller.start)
 
+    def _runs(self, caller: Caller) -> bool:
+        return core.thread_runs(caller.tid, caller.start)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._segment, *self._key)
+        return _restore, (self._doms, *self._key)
 
 
 def _restore(doms: Any, slot: int, life: int, uuid: bytes) -> Any:

@@ -31,8 +31,11 @@ from ..errors import (
 )
 from ..lazy import LazyModule
 from ..packing import pack
+from ..rules.compare import compare
 from ..rules.domain_list import DomainListRules
+from ..rules.elect import end_elections
 from ..rules.info import DomainInfo
+from ..rules.steps import settle_all
 from ..rules.store import Filter
 from . import holder, mp_locks, segment_file
 from ._core import core
@@ -57,6 +60,7 @@ else:
 logger = logging.getLogger(__name__)
 
 DomainInfo.register(core.DomainInfo)
+Mutex = core.Mutex
 
 DEFAULT_EVENTS = 16_384
 DEFAULT_MAX_DOMAINS = 65_536
@@ -406,7 +410,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     def close(self) -> None:
         """Detach. The list lock is released if this thread holds it; locked domains stay locked
-        until they are unlocked. From now on everything else raises `ListClosed`."""
+        until they are unlocked, and elections are told to stop. From now on everything else raises
+        `ListClosed`."""
+        end_elections(self)
         self._close()
 
     def __enter__(self) -> DomainList:
@@ -456,9 +462,10 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         """Test every invariant of the segment; nobody waits for it longer than a lock slice.
 
         Most of it takes no lock. Whatever looks wrong, perhaps only because writers are at work, is
-        tested again under the list, id or heap lock, for 40 ms at most each time. `timeout` in
-        seconds is for all these waits together; what could not be tested in time is in
-        `CheckReport.unsettled`. Taking a dead holder's lock repairs what it protects, as always.
+        tested again under the list, id or heap lock, for 40 ms at most each time. If the list was
+        loaded from a config directory, every file is read. `timeout` in seconds is for all this
+        together; what could not be tested in time is in `CheckReport.unsettled`. Taking a dead
+        holder's lock repairs what it protects, as always.
 
         >>> bool(DomainList(max_domains=10).check())
         True
@@ -466,21 +473,27 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         The invariants, as in `shmdomains.INVARIANTS`; if nobody repairs one, export, unlink and
         create anew:
         """
+        deadline = Deadline(timeout)
         problems, counts, open, longest = self._check(timeout)
         poisoned = self._statistics()["poisoned"]
         problems = [(name, poisoned if name == "poisoned" else text) for name, text in problems]
         try:
             self._remembered()
+            differ, doubtful = compare(self, deadline)
         except SegmentCorrupt as exc:
             problems.append(("settings", str(exc)))
-        return CheckReport(problems, counts, unsettled(open), longest)
+            differ, doubtful = [], ["the directory is not known"]
+        problems += [("config", text) for text in differ]
+        left_open = unsettled(open) + [("config", why) for why in doubtful]
+        return CheckReport(problems, counts, left_open, longest)
 
     def recover(self, timeout: float | None = 10.0) -> RecoverReport:
         """Take each lock once, as its next holder would, so that all repairs are done now.
 
-        This is never necessary: whoever takes a lock repairs what its dead holder left. It is for
-        people who want to see what is repaired. `timeout` in seconds is for the waits for the list,
-        id and heap lock together; a domain that somebody holds is left alone. A death reported here
+        This is never necessary: whoever takes a lock repairs what its dead holder left, the files
+        of a domain included that a rule was killed in the middle of changing. It is for people who
+        want to see what is repaired. `timeout` in seconds is for the waits for the list, id and
+        heap lock together; a domain that somebody holds is left alone. A death reported here
         is still in `Domain.previous_owner_died` for the next holder.
 
         Raises `SegmentPoisoned` when a repair fails or has failed before; `LockOrder` if this
@@ -492,9 +505,12 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         RecoverReport(repairs=[], held=[], freed=0)
         """
         repairs, held, freed = self._recover(timeout)
-        return RecoverReport(
-            [Repair(*repair) for repair in repairs], [HeldLock(*lock) for lock in held], freed
-        )
+        settled = settle_all(self, 0)
+        done = [Repair(*repair) for repair in repairs]
+        done += [Repair("files", name, None) for name, left in settled if left is None]
+        busy = [HeldLock(*lock) for lock in held]
+        busy += [HeldLock("files", name, left.holder) for name, left in settled if left is not None]
+        return RecoverReport(done, busy, freed)
 
     def locks(self) -> list[LockInfo]:
         """Every lock of the list that is held or waited for: by whom, since when, for what, how

@@ -20,8 +20,8 @@ from .invariants import lock_text
 class LockInfo(msgspec.Struct, frozen=True):
     """A lock that is held or waited for, as `DomainList.locks` gives it.
 
-    `kind` is ``"list"`` or ``"domain"``; `name` and `uuid` are the domain's, ``None`` for a slot
-    without one. `holder` is ``None`` where the lock is just changing hands; `LockHolder.alive` is
+    `kind` is ``"list"``, ``"mutex"`` or ``"domain"``; `name` is the mutex's or the domain's, `uuid`
+    the domain's, ``None`` for a slot without one. `holder` is ``None`` where the lock is just changing hands; `LockHolder.alive` is
     false where it died and nobody has taken the lock since. `waiting` threads sleep for it, the
     first of them for `longest_wait` seconds.
 
@@ -47,7 +47,7 @@ class LockInfo(msgspec.Struct, frozen=True):
 class Statistics(msgspec.Struct, frozen=True):
     """What processes counted since they attached to the list.
 
-    `acquisitions` are list and domain locks that were taken; `contended` the waits that slept,
+    `acquisitions` are the list, domain and named locks that were taken; `contended` the waits that slept,
     whether or not they got the lock; `waits[i]` those of them that took less than 2**i microseconds
     and not less than half of that (the last: all longer ones). `commits` are changes, new domains
     and removals; `deaths` the locks whose holder was found dead, `recoveries` the repairs made.

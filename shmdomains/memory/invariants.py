@@ -34,9 +34,15 @@ INVARIANTS: dict[str, str] = {
     "counts": "The numbers of domains, active domains and slots are right. Rebuilt by the next "
     "holder of the list or id lock after a death.",
     "locks": "Every lock is of the kind that it was made as. Nobody repairs it.",
+    "named locks": "Each has a name that no other one has, and a free one is signed by nobody. "
+    "Nobody repairs a name; who next takes the lock signs it.",
     "heap": "The heap's end of committed memory lies within it. Nobody repairs it.",
     "settings": "The config directories that the list was loaded from can be read. Repaired by "
     "the next load_all_configs().",
+    "config": "The config directory that the list was loaded from says what the records say: a "
+    "persistent domain has its file, and its autostart link if it is set to autostart; no other "
+    "one has a file, and none has a second one. Left out is what somebody holds. Of a killed rule "
+    "the domain's next holder repairs it; of a person, whoever saves or undefines the domain.",
     "poisoned": "No repair has ever failed. Nobody repairs it: export, unlink, create anew.",
 }
 """The invariants that `DomainList.check` tests: name, meaning and who repairs it.
@@ -100,17 +106,21 @@ def unsettled(open: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
 _REBUILT = {
     "list": "UUID and name index, free list and counts rebuilt",
     "id": "id index rebuilt",
+    "event": "the last commit's events published, or dropped",
     "heap": "map of used space rebuilt",
+    "mutex": "its next holder is told",
     "domain": "what its holder had not committed is rolled back",
+    "files": "they are what its record says",
 }
 
 
 class Repair(msgspec.Struct, frozen=True):
     """One lock that `DomainList.recover` took over.
 
-    `lock` is ``"list"``, ``"id"``, ``"heap"`` or ``"domain"``; `name` is the domain's, ``None`` for
-    an empty slot. `died` is the dead holder (of the id and the heap lock only the thread is known),
-    ``None`` if this repair had been put off earlier.
+    `lock` is ``"list"``, ``"id"``, ``"event"``, ``"heap"``, ``"mutex"``, ``"domain"``, or
+    ``"files"`` if a rule was killed between a record and its files; `name` is the named lock's or
+    the domain's, ``None`` for an empty slot. `died` is the dead holder (of the core's own locks
+    only the thread is known), ``None`` for files, and if this repair had been put off earlier.
 
     >>> print(Repair("domain", "web1", LockHolder(7, 7, None, None, False, None)))
     domain 'web1': process 7 died holding it; what its holder had not committed is rolled back
@@ -127,6 +137,8 @@ class Repair(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         why = "its repair had been put off"
+        if self.lock == "files":
+            why = "a rule that was killed had begun to change them"
         if self.died is not None:
             why = f"{self.died.who} died holding it"
         return f"{lock_text(self.lock, self.name)}: {why}; {self.what}"
@@ -157,6 +169,10 @@ def lock_text(lock: str, name: str | None) -> str:
     >>> lock_text("id", None), lock_text("domain", "web1"), lock_text("domain", None)
     ('id lock', "domain 'web1'", 'a slot without a domain')
     """
+    if lock == "files":
+        return f"files of domain {name!r}"
+    if lock == "mutex":
+        return "a named lock with a damaged name" if name is None else f"mutex {name!r}"
     if lock != "domain":
         return f"{lock} lock"
     return "a slot without a domain" if name is None else f"domain {name!r}"

@@ -1,23 +1,28 @@
 """One domain: libvirt's rules about it, whatever store holds its record (virDomainObj).
 
-`DomainRules` are activation and the two definitions, written against `DomainBase`. Each store
+`DomainRules` are activation and the two definitions, written against `DomainBase`, beside
+`DomainWaitRules`. Each store
 mixes them into its own handles.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import DomainActive, DomainInactive
+from ..job import Job, JobInfo
 from ..states import DomainState, RunningReason, ShutoffReason
-from .store import DomainBase
+from . import jobs
 from .values import checked_pid, checked_reason, checked_state, decode_data, encode_data
+from .wait import DomainWaitRules
 from .work import Intended, Unfinished, replaced
 
 
-class DomainRules(DomainBase):
-    """Operations on a locked domain. Every method needs the domain's lock."""
+class DomainRules(DomainWaitRules):
+    """Operations on a locked domain. Every method needs the domain's lock, except those about
+    jobs."""
 
     __slots__ = ()
 
@@ -42,9 +47,10 @@ class DomainRules(DomainBase):
 
         `pid` is the hypervisor's process, if there is one. Commit `activate` first, then start the
         process, then set `pid`: otherwise a worker that is killed in between leaves a process that
-        no record mentions. Part of the transaction: others see it after `commit()` or `unlock()`;
-        a rollback wastes the id. Raises `DomainActive`, `DomainNotLocked`, `SegmentFull` when the
-        ids are used up, and `LockTimeout` when the id lock was not free within `timeout` seconds.
+        no record mentions. `intend` tells the next holder what was under way. Part of the
+        transaction: others see it after `commit()` or `unlock()`; a rollback wastes the id. Raises
+        `DomainActive`, `DomainNotLocked`, `SegmentFull` when the ids are used up, and `LockTimeout`
+        when the id lock was not free within `timeout` seconds.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()
@@ -137,3 +143,64 @@ class DomainRules(DomainBase):
             self._describe(intended.caller),
             intended.since,
         )
+
+    def job(
+        self,
+        operation: str,
+        kind: Job = Job.MODIFY,
+        timeout: float | None = None,
+        *,
+        allow: Iterable[Job] | None = None,
+        why: str | None = None,
+    ) -> jobs.DomainJob:
+        """A job, for a ``with`` block: long work that excludes other long work, without a lock
+        (virDomainObjBeginJob).
+
+        It begins with the block, once no job of another thread excludes it (`shmdomains.job` says
+        what may run beside what), and ends with the block or with this thread. `operation` says
+        what is done, `why` is for people. `allow`, for an async job only: the normal kinds that may
+        run beside it; default query, destroy and abort; destroy always may.
+
+        Works with any handle. If this thread has the domain locked, its lock is put down for the
+        block and the wait, and taken up again afterwards, also if the job did not begin; others may
+        change the domain meanwhile. In the block, lock the domain to change it: ``with dom: ...``.
+        Hold no other domain when the block ends: the end needs this one's lock.
+
+        Whoever waits sleeps until the domain changes; after the death of a job's holder it goes on
+        within a slice (50 ms), and `DomainJob.previous_owner_died` says what is to be cleaned up.
+
+        Raises, when the block begins: `JobTimeout`, which names the job that was in the way and its
+        holder; `AlreadyLocked` (this thread's own job is), `LockOrder` (this thread holds the list
+        lock, another domain, or another job and gives no timeout), `UncommittedChanges`, `NotOwner`
+        (nested in no async job of this thread), `DomainRemoved`, `SegmentFull`, and `LockTimeout`
+        if the domain's lock was not free in time.
+
+        >>> from shmdomains import DomainList, Job
+        >>> doms = DomainList()
+        >>> info = doms.define("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...                    "<os><type>hvm</type></os></domain>")
+        >>> with doms.get("web1") as dom:
+        ...     with dom.job("backup", Job.ASYNC, timeout=30) as job:
+        ...         job.progress({"data_processed": 1 << 20})
+        ...         dom.is_locked, doms.peek("web1").jobs[0].progress["data_processed"]
+        ...     dom.is_locked, dom.jobs
+        (False, 1048576)
+        (True, ())
+        """
+        return jobs.DomainJob(self, operation, kind, timeout, allow, why)
+
+    @property
+    def jobs(self) -> tuple[JobInfo, ...]:
+        """The jobs on the domain: one async job and one other at most, also those of dead holders
+        that no other job has replaced. Needs no lock. Raises `DomainRemoved`."""
+        return jobs.jobs_on(self)
+
+    def abort_job(self, timeout: float | None = None) -> None:
+        """Ask the holder of the async job, or else of the other one, to end it
+        (virDomainAbortJob): `DomainJob.abort_requested` tells it.
+
+        Locks the domain for a moment, unless this thread has it locked. Raises `DomainStateError`
+        if there is no job of a living holder, or an async job that does not allow `Job.ABORT`;
+        `DomainRemoved`, `LockTimeout`.
+        """
+        jobs.abort(self, timeout)

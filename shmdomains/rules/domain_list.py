@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..config.change import ConfigDirs
 from ..config.load import load_all
@@ -37,13 +40,16 @@ from ..errors import (
     LockTimeout,
     UncommittedChanges,
 )
+from ..job import Job
 from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef, EncodedDef
-from . import files, steps
+from . import busy, files, jobs, steps
+from .elect import Election
 from .info import DomainInfo
-from .store import D, Deadline, Filter, Identity, ListBase, LockedDomains
-from .values import key_of, not_found
+from .store import D, Deadline, Filter, Identity, LockedDomains
+from .values import key_of, not_found, one_key
+from .wait import WaitRules
 from .work import Step, Work
 
 logger = logging.getLogger(__name__)
@@ -55,7 +61,7 @@ def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
     return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
 
 
-class DomainListRules(ListBase[D]):
+class DomainListRules(WaitRules[D]):
     """The rules, to be combined with a store."""
 
     # --- locks ---
@@ -123,6 +129,38 @@ class DomainListRules(ListBase[D]):
             yield dom
         finally:
             dom._release_unseen()
+
+    # --- elections ---
+
+    def elect(
+        self,
+        name: str,
+        run: Callable[[threading.Event], object],
+        *,
+        retry_after: float = 1.0,
+    ) -> Election:
+        """Have ``run(stop)`` run in one worker of all that call this, and in another when it dies.
+
+        A thread of this process waits for the named lock `name` (see `mutex`) and then calls
+        `run`, which goes on until the `threading.Event` it is given is set: by `Election.stop`, by
+        the end of a ``with`` block of the election, or when this list is closed.
+
+        When `run` returns, this process takes part no longer. When it raises, that is logged, and
+        this process takes part again after `retry_after` seconds, then after twice as many, up to a
+        minute, so that the others come first. A fork takes no part: begin anew in the child. At
+        the end of the interpreter `run` is told to stop and has a second.
+
+        Raises what `mutex` raises.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> led = []
+        >>> with doms.elect("scheduler", led.append) as election:
+        ...     election._thread.join()
+        >>> len(led), election.leader
+        (1, False)
+        """
+        return Election(self, self.mutex(name), run, retry_after)
 
     # --- assign, remove, rename: the caller holds the list lock ---
 
@@ -261,7 +299,8 @@ class DomainListRules(ListBase[D]):
 
         `dom` may be a key, as `get` takes it. Waits until nobody holds the domain. Raises
         `DomainLocked` (this thread holds it and would wait for itself), `DomainActive`,
-        `DomainRemoved`, `DomainNotFound`, `ListNotLocked`, `LockTimeout`.
+        `DomainRemoved`, `DomainNotFound`, `ListNotLocked`, `LockTimeout`, and `DomainBusy` if a job
+        of another thread excludes it: after `timeout` or, without one, at once.
         """
         self._need_list_lock("remove_inactive")
         deadline = self._deadline(timeout)
@@ -274,10 +313,14 @@ class DomainListRules(ListBase[D]):
                 f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
                 "until nobody holds it"
             )
+        busy.unless_busy(self, deadline, partial(self._remove_inactive, dom, deadline))
+
+    def _remove_inactive(self, dom: D, deadline: Deadline) -> None:
         try:
             dom.lock(deadline.left())
             if dom.is_active:
                 raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
+            busy.check(dom)
             self._remove(dom, deadline.left())
         finally:
             dom._release_unseen()
@@ -287,7 +330,7 @@ class DomainListRules(ListBase[D]):
 
         Takes each domain's lock before it removes the domain. Raises `DomainLocked` before anything
         is removed if this thread holds one of them, and `LockTimeout` (what was removed by then is
-        gone).
+        gone), or `DomainBusy` as `remove_inactive` does.
         """
         self._need_list_lock("free")
         deadline = self._deadline(timeout)
@@ -296,11 +339,15 @@ class DomainListRules(ListBase[D]):
         if held is not None:
             raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
         for dom in doms:
-            try:
-                dom.lock(deadline.left())
-                self._remove(dom, deadline.left())
-            finally:
-                dom._release_unseen()
+            busy.unless_busy(self, deadline, partial(self._free, dom, deadline))
+
+    def _free(self, dom: D, deadline: Deadline) -> None:
+        try:
+            dom.lock(deadline.left())
+            busy.check(dom)
+            self._remove(dom, deadline.left())
+        finally:
+            dom._release_unseen()
 
     def rename(
         self, dom: D | DomainInfo | Uuid | int, new_name: str, timeout: float | None = None
@@ -312,14 +359,21 @@ class DomainListRules(ListBase[D]):
         and the domain is persistent, its file and autostart link follow; a failure there leaves
         everything as it was. Raises `InvalidName` (also for its present name), `DomainExists`,
         `DomainActive`, `UncommittedChanges`, `ConfigError`, `ListNotLocked`, `DomainNotLocked`,
-        `DomainNotFound`, and `LockTimeout`.
+        `DomainNotFound`, `LockTimeout`, and `DomainBusy` if a job of another thread excludes it: at
+        once with a handle, after `timeout` with a key.
         """
         deadline = self._deadline(timeout)
         if isinstance(dom, self._handle_type):
             self._need_list_lock("rename")
             self._need_ours(dom)
-            return self._rename_held(dom, new_name, deadline)
-        with self._list_held(deadline.left()), self._held(dom, deadline) as found:
+            held = partial(self._rename_held, dom, new_name, deadline)
+            return busy.unless_busy(self, deadline, held)
+        busy.unless_busy(self, deadline, partial(self._rename_found, dom, new_name, deadline))
+
+    def _rename_found(
+        self, key: D | DomainInfo | Uuid | int, new_name: str, deadline: Deadline
+    ) -> None:
+        with self._list_held(deadline.left()), self._held(key, deadline) as found:
             self._rename_held(found, new_name, deadline)
 
     def _rename_held(self, dom: D, new_name: str, deadline: Deadline) -> None:
@@ -333,6 +387,7 @@ class DomainListRules(ListBase[D]):
             raise InvalidName(f"Can't rename domain '{old_name}' to itself")
         if self._who_has(None, new_name) is not None:
             raise DomainExists(f"domain with name '{new_name}' already exists")
+        busy.check(dom)
         dirs = self._remembered()
         if dirs is not None:
             steps.make_way(self, dirs, new_name)
@@ -368,10 +423,14 @@ class DomainListRules(ListBase[D]):
         may take a lock slice (50 ms) longer than `timeout`. An error after the commit - no memory
         for the info, a signal handler of yours - leaves the domain defined, in memory and on disk.
         If an autostart link of a former domain has a new domain's name, it is removed. Raises
-        `DefinitionError`, `DomainExists`, `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`.
+        `DefinitionError`, `DomainExists`, `ConfigError`, `LockTimeout`, `SegmentFull`, `LockOrder`,
+        and `DomainBusy` if a job of another thread excludes redefining it, after `timeout`.
         """
         deadline = self._deadline(timeout)
-        definition = _as_definition(definition)
+        wanted = _as_definition(definition)
+        return busy.unless_busy(self, deadline, partial(self._define, wanted, deadline, new))
+
+    def _define(self, definition: DomainDef, deadline: Deadline, new: bool) -> DomainInfo:
         dom, made, commit, step = None, None, None, None
         try:
             with self._list_held(deadline.left()):
@@ -395,6 +454,7 @@ class DomainListRules(ListBase[D]):
                     )
                 else:
                     dom = self._redefine(known, definition, persistent, deadline.left())
+                    busy.check(dom)
                 was_persistent = dirs is not None and dom.persistent
                 if dirs is not None:
                     dom.persistent = True
@@ -436,11 +496,16 @@ class DomainListRules(ListBase[D]):
         lock is taken. The file is removed even if it is not named after the domain. A second file
         of the domain (a forgotten ``web1-backup.xml``), which the load reported as a failure,
         stays: the next load takes the domain from it. Raises `DomainNotFound`, `DomainTransient`
-        (an active domain that is not persistent), `ConfigError`, `LockTimeout`, `LockOrder`.
+        (an active domain that is not persistent), `ConfigError`, `LockTimeout`, `LockOrder`, and
+        `DomainBusy` if a job of another thread excludes it, after `timeout`.
         """
         deadline = self._deadline(timeout)
+        wanted = one_key(key, uuid, name, id)
+        busy.unless_busy(self, deadline, partial(self._undefine_found, wanted, deadline))
+
+    def _undefine_found(self, key: dict[str, Any], deadline: Deadline) -> None:
         with self._list_held(deadline.left()):
-            dom = self.get(key, uuid=uuid, name=name, id=id, timeout=deadline.left())
+            dom = self.get(**key, timeout=deadline.left())
             try:
                 self._undefine(dom, deadline)
             finally:
@@ -449,6 +514,7 @@ class DomainListRules(ListBase[D]):
     def _undefine(self, dom: D, deadline: Deadline) -> None:
         if dom.is_active and not dom.persistent:
             raise DomainTransient(f"domain '{dom.name}' is transient: cannot undefine it")
+        busy.check(dom)
         files.delete(self, dom, deadline, lambda work: self._forget(dom, work, deadline))
 
     def _forget(self, dom: D, work: Work | None, deadline: Deadline) -> None:
@@ -459,6 +525,38 @@ class DomainListRules(ListBase[D]):
         dom.autostart = False
         dom._work = work
         dom.commit(deadline.left())
+
+    # --- jobs ---
+
+    def job(
+        self,
+        key: D | DomainInfo | Uuid | int,
+        operation: str,
+        kind: Job = Job.MODIFY,
+        timeout: float | None = None,
+        *,
+        allow: Iterable[Job] | None = None,
+        why: str | None = None,
+    ) -> jobs.DomainJob:
+        """`Domain.job` on the domain of a handle, or with this key, as `get` takes it.
+
+        Raises `DomainNotFound`, too.
+
+        >>> from shmdomains import DomainList
+        >>> DomainList().job("web1", "backup")
+        Traceback (most recent call last):
+        ...
+        shmdomains.errors.DomainNotFound: no domain with matching name 'web1'
+        """
+        dom: D | None
+        if isinstance(key, self._handle_type):
+            self._need_ours(key)
+            dom = key
+        else:
+            dom = self._handle_of(key)
+        if dom is None:
+            raise not_found(**key_of(key))
+        return jobs.DomainJob(dom, operation, kind, timeout, allow, why)
 
     # --- config directories ---
 

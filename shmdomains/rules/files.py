@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.change import ConfigDirs
-from ..errors import DomainTransient, UncommittedChanges
+from ..errors import DomainTransient, SegmentCorrupt, UncommittedChanges
 from ..xml.definition import DomainDef
 from .owner import Owner
 from .steps import Commit, names_of
@@ -60,10 +60,10 @@ def save(
 
 def save_config(doms: ListBase[Any], dom: DomainBase, deadline: Deadline) -> None:
     """`DomainListRules.save_config`."""
-    dom.changed  # noqa: B018 - the domain lock is needed, even if there is nothing to do
-    dirs = doms._remembered()
+    commit = commit_of(dom, deadline)
+    dirs, _ = doms._remembered(), dom.name  # which needs the domain lock, dirs or not
     if dirs is not None:
-        save(doms, dom, dirs, deadline, commit_of(dom, deadline))
+        save(doms, dom, dirs, deadline, commit)
 
 
 def delete(
@@ -73,8 +73,12 @@ def delete(
     make: Callable[[Work | None], object] | None = None,
 ) -> None:
     """Remove the domain's file and link; `make` changes the record."""
-    dirs = doms._remembered()
-    name, work = dom.name, dom._work
+    dirs, name = doms._remembered(), dom.name
+    try:
+        work = dom._work
+    except SegmentCorrupt:
+        dom._commit_work(None, deadline.left())  # damage hinders nobody in getting rid of a domain
+        work = None
     if dirs is None:
         if make is not None:
             make(work)
@@ -82,11 +86,14 @@ def delete(
     owner = Owner(doms, dom, dirs)
     commit = Commit(dom, make or (lambda work: dom._commit_work(work, deadline.left())))
     step = Step.of("undefine", dirs, *names_of(dom, dirs, owner))
+    # What could not be settled: a file that is left would bring the domain back with the next load.
+    left = None if work is None else work.step
+    others = left.names if left is not None and left.dirs == dirs else ()
     commit.run(
         doms,
         step,
         deadline,
-        lambda: dirs.delete(name, deadline.left(), commit, owner=owner),
+        lambda: dirs.delete(name, deadline.left(), commit, owner=owner, others=others),
         needs_room=False,
     )
 

@@ -13,11 +13,18 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from ..errors import DefinitionError
+from ..holder import LockHolder
+from ..job import JobInfo
+from ..packing import pack
 from ..states import REASONS, DomainState
 from ..xml.definition import DomainDef
 from .values import decode_data, encode_data
-from .work import Work
+from .work import Caller, Work, job_info
+
+Describe = Callable[[Caller], LockHolder]
 
 _FIELDS = ("id", "name", "uuid", "state", "reason", "persistent", "autostart", "pid")
 
@@ -29,7 +36,7 @@ class DomainInfo(metaclass=ABCMeta):
     those of one listing may be of different moments. Compared by content, and picklable.
     """
 
-    __slots__ = ("_blobs", "_started", "_work", *_FIELDS)
+    __slots__ = ("_blobs", "_describe", "_started", "_work", *_FIELDS)
 
     id: int
     """The id of the running domain, -1 when it is inactive."""
@@ -46,6 +53,7 @@ class DomainInfo(metaclass=ABCMeta):
     """The hypervisor's process id."""
     _blobs: tuple[DomainDef, DomainDef | None, Any] | None
     _work: Work | None
+    _describe: Describe | None
     _started: int
 
     def __init__(
@@ -62,15 +70,18 @@ class DomainInfo(metaclass=ABCMeta):
         blobs: tuple[DomainDef, DomainDef | None, Any] | None,
         work: Work | None = None,
         started: int = 0,
+        describe: Describe | None = None,
     ) -> None:
-        """`blobs`: definition, next definition and data, or ``None`` if taken without them. `work`
-        and `started` (of the process) are for a store's rules, and no part of the value."""
+        """`blobs`: definition, next definition and data, or ``None`` if taken without them. Of
+        `work` only the jobs are part of the value, and `describe` says who holds them; the rest and
+        `started` (of the process) are for a store's rules."""
         values = (id, name, uuid, state, reason_of(state, reason), persistent, autostart, pid)
         for field, value in zip(_FIELDS, values, strict=True):
             object.__setattr__(self, field, value)
         object.__setattr__(self, "_blobs", blobs)
         object.__setattr__(self, "_work", work)
         object.__setattr__(self, "_started", started)
+        object.__setattr__(self, "_describe", describe)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a DomainInfo cannot be changed: it is what was committed then")
@@ -96,6 +107,13 @@ class DomainInfo(metaclass=ABCMeta):
     def data(self) -> Any:
         """The driver's own data, or None."""
         return self._taken()[2]
+
+    @property
+    def jobs(self) -> tuple[JobInfo, ...]:
+        """The jobs on the domain: one async job and one other at most. Whether their holders live
+        is looked up now; of an unpickled info, it is what was found when it was pickled."""
+        self._taken()
+        return jobs_of(self._work, self._describe)
 
     def _taken(self) -> tuple[DomainDef, DomainDef | None, Any]:
         if self._blobs is None:
@@ -145,7 +163,9 @@ def equal(info: DomainInfo, other: object) -> Any:
     """Whether all values are equal; `NotImplemented` for anything but a `DomainInfo`."""
     if not isinstance(other, DomainInfo):
         return NotImplemented
-    return _plain(info) == _plain(other) and _blobs(info) == _blobs(other)
+    if _plain(info) != _plain(other) or _blobs(info) != _blobs(other):
+        return False
+    return _begun(info) == _begun(other)
 
 
 def _plain(info: DomainInfo) -> tuple[Any, ...]:
@@ -157,6 +177,22 @@ def _blobs(info: DomainInfo) -> tuple[DomainDef, DomainDef | None, Any] | None:
         return info.definition, info.next_definition, info.data
     except AttributeError:
         return None
+
+
+def _begun(info: DomainInfo) -> tuple[Any, ...]:
+    """The jobs as they are in the record."""
+    try:
+        work = info._work
+    except AttributeError:
+        return ()
+    return () if work is None else work.jobs
+
+
+def jobs_of(work: Work | None, describe: Describe | None) -> tuple[JobInfo, ...]:
+    """`DomainInfo.jobs`."""
+    if work is None or describe is None:
+        return ()
+    return tuple(job_info(job, describe) for job in work.jobs)
 
 
 def hash_of(info: DomainInfo) -> int:
@@ -172,12 +208,13 @@ def shown(info: DomainInfo) -> str:
 def to_dict(info: DomainInfo) -> dict[str, Any]:
     """Return a dict for ``json.dumps``: state and reason in words, `id` None if inactive.
 
-    Definitions are XML; they and `data` are there if the info was taken with them. ``json.dumps``
-    fails if `data` holds what JSON cannot express: MessagePack has bytes, JSON does not.
+    Definitions are XML; they, `data` and `jobs` are there if the info was taken with them.
+    ``json.dumps`` fails if `data` or the progress of a job holds what JSON cannot express:
+    MessagePack has bytes, JSON does not.
     """
     reason = info.reason
     why = reason.name.lower().replace("_", " ") if isinstance(reason, enum.Enum) else reason
-    found = {
+    found: dict[str, Any] = {
         "id": info.id if info.is_active else None,
         "name": info.name,
         "uuid": str(info.uuid),
@@ -193,7 +230,30 @@ def to_dict(info: DomainInfo) -> dict[str, Any]:
         found["definition"] = definition.to_xml()
         found["next_definition"] = None if successor is None else successor.to_xml()
         found["data"] = _json_value(data)
+        found["jobs"] = [job_to_dict(job) for job in info.jobs]
     return found
+
+
+def job_to_dict(job: JobInfo) -> dict[str, Any]:
+    """A job as ``json.dumps`` takes it: kinds in words.
+
+    >>> from shmdomains import Job
+    >>> holder = LockHolder(7, 7, None, 2.5, True, "backup-agent")
+    >>> info = JobInfo("backup", Job.MODIFY, None, None, holder, 1.5e9, {"percent": 5}, False)
+    >>> found = job_to_dict(info)
+    >>> found["kind"], found["progress"], found["holder"]["command"]
+    ('modify', {'percent': 5}, 'backup-agent')
+    """
+    return {
+        "operation": job.operation,
+        "kind": job.kind.words,
+        "why": job.why,
+        "allow": None if job.allow is None else [kind.words for kind in sorted(job.allow)],
+        "holder": msgspec.structs.asdict(job.holder),
+        "since": job.since,
+        "progress": _json_value(job.progress),
+        "abort_requested": job.abort_requested,
+    }
 
 
 def _json_value(value: Any) -> Any:
@@ -216,10 +276,16 @@ def reduced(info: DomainInfo) -> tuple[Callable[..., DomainInfo], tuple[Any, ...
         )
     id, name, uuid, state, reason, *rest = _plain(info)
     plain = (id, name, uuid.bytes, int(state), int(reason), *rest)
-    return _restored, (plain, None if blobs is None else packed)
+    begun = _begun(info)
+    jobs = (Work(jobs=begun).encode(), pack([job.holder for job in info.jobs])) if begun else None
+    return _restored, (plain, None if blobs is None else packed, jobs)
 
 
-def _restored(plain: tuple[Any, ...], blobs: tuple[Any, ...] | None) -> DomainInfo:
+def _restored(
+    plain: tuple[Any, ...],
+    blobs: tuple[Any, ...] | None,
+    jobs: tuple[bytes, bytes] | None = None,
+) -> DomainInfo:
     try:
         id, name, uuid, state, reason, persistent, autostart, pid = plain
         taken = None
@@ -230,6 +296,12 @@ def _restored(plain: tuple[Any, ...], blobs: tuple[Any, ...] | None) -> DomainIn
                 None if successor is None else DomainDef.decode(successor),
                 None if data is None else decode_data(data),
             )
+        work = describe = None
+        if jobs is not None:
+            work = Work.decode(jobs[0])
+            holders = msgspec.msgpack.decode(jobs[1], type=list[LockHolder])
+            known = {job.caller: holder for job, holder in zip(work.jobs, holders, strict=True)}
+            describe = known.__getitem__
         return DomainInfo(
             id=int(id),
             name=str(name),
@@ -240,6 +312,8 @@ def _restored(plain: tuple[Any, ...], blobs: tuple[Any, ...] | None) -> DomainIn
             autostart=bool(autostart),
             pid=None if pid is None else int(pid),
             blobs=taken,
+            work=work,
+            describe=describe,
         )
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, msgspec.MsgspecError) as exc:
         raise DefinitionError(f"this is no pickled DomainInfo: {exc}") from None

@@ -38,7 +38,7 @@ class Owner:
         return self._found
 
     def other(self, path: Path) -> Other | None:
-        found, place = _definition(path), path.name.removesuffix(SUFFIX)
+        found, place = definition_in(path), path.name.removesuffix(SUFFIX)
         if found is None or found.uuid == self._uuid:
             return None
         if found.uuid is None and found.name in (place, self._name):
@@ -55,7 +55,7 @@ class Owner:
 
     def holds(self, path: Path) -> bool:
         """Whether the file holds this UUID."""
-        found = _definition(path)
+        found = definition_in(path)
         return found is not None and found.uuid == self._uuid
 
     def _known(self, found: DomainDef) -> DomainInfo | None:
@@ -64,7 +64,7 @@ class Owner:
         return by_uuid or next((info for info in infos if info.name == found.name), None)
 
     def _has_file(self, info: DomainInfo) -> bool:
-        found = _definition(self._dirs.config_file(info.name))
+        found = definition_in(self._dirs.config_file(info.name))
         return found is not None and found.name == info.name and found.uuid in (None, info.uuid)
 
     def _file_of(self, name: str, uuid: UUID | None, to_read: set[str]) -> Path | None:
@@ -75,6 +75,7 @@ class Owner:
         return self._doms._scan(Filter(persistent=True), False)
 
 
-def _definition(path: Path) -> DomainDef | None:
+def definition_in(path: Path) -> DomainDef | None:
+    """What a config file holds; ``None`` if it cannot be read."""
     found = parse_file(str(path)).result
     return found if isinstance(found, DomainDef) else None

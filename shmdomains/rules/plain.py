@@ -29,6 +29,7 @@ from ..errors import (
     LockOrder,
     LockTimeout,
     NotOwner,
+    UncommittedChanges,
     WrongList,
 )
 from ..holder import LockHolder
@@ -37,7 +38,9 @@ from ..states import DomainState
 from ..xml.definition import DomainDef
 from .domain import DomainRules
 from .domain_list import DomainListRules
+from .elect import end_elections
 from .info import DomainInfo, reason_of
+from .plain_mutex import PlainMutex
 from .steps import settle
 from .store import Changes, Filter, Identity, Key, NewDomain, Store
 from .values import (
@@ -56,6 +59,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 R = TypeVar("R")
+
+SLICE = 0.1
+"""Seconds of sleep after which it is looked whether the list was closed."""
 
 
 class _Hold(Generic[R]):
@@ -77,6 +83,7 @@ class _Mine(threading.local):
     def __init__(self) -> None:
         self.list_held = False
         self.holds: dict[Any, _Hold[Any]] = {}
+        self.mutexes: dict[str, int] = {}  # name -> id() of the handle that took it
 
 
 class PlainDomain(DomainRules, Generic[R]):
@@ -342,7 +349,12 @@ class PlainDomain(DomainRules, Generic[R]):
     def _work(self, value: Work | None) -> None:
         self._held().changes["work"] = None if value is None else value.encode()
 
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         hold = self._held()
         changes = hold.changes
         hold.changes = {"work": None if work is None else work.encode()}
@@ -366,6 +378,37 @@ class PlainDomain(DomainRules, Generic[R]):
     def _describe(self, caller: Caller) -> LockHolder:
         return self._list._store.describe(caller)
 
+    def _runs(self, caller: Caller) -> bool:
+        return self._list._store.lives(caller)
+
+    @property
+    def _doms(self) -> PlainDomainList[R]:
+        return self._list
+
+    @property
+    def _depth(self) -> int:
+        return self._held().depth
+
+    def _wait_for_change(self, timeout: float | None = None) -> bool:
+        deadline = Deadline(timeout)
+        doms, hold = self._list, self._held()
+        if hold.changes:
+            raise UncommittedChanges(f"domain '{self.name}' has changes")
+        receipt, intended = self._receipt, _intended(hold) if hold.intends else None
+        doms._give_back(hold, seen=False)
+        while not (changed := doms._sleep(self, receipt, deadline.left())):
+            if deadline.left() == 0:
+                break
+        left = deadline.left()
+        again = doms._take(self._record, left if left is None else max(left, SLICE))
+        if again is None:
+            raise DomainRemoved(f"domain {self._uuid} was removed; this handle outlived it")
+        doms._mine.holds[self._record] = hold  # so that it is still the handle's that locked it
+        hold.info = again.info
+        hold.intends = intended is not None and _intended(hold) == intended
+        doms._settle(self, deadline)
+        return changed
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PlainDomain):
             return NotImplemented
@@ -381,6 +424,11 @@ class PlainDomain(DomainRules, Generic[R]):
         if not self.is_locked:
             return f"<Domain {self._uuid}>"
         return f"<Domain {self.name!r} {self._uuid} locked>"
+
+
+def _intended(hold: _Hold[R]) -> object:
+    work = hold.info._work
+    return None if work is None else work.intended
 
 
 class PlainLockedDomains(list[PlainDomain[R]]):
@@ -418,6 +466,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         self._mine = _Mine()
         self._held_by: dict[R, int] = {}  # the holding thread, for `NotOwner`
         self._list_held_by: int | None = None
+        self._mutex_held_by: dict[str, int] = {}
         self.closed = False
 
     def close(self) -> None:
@@ -425,6 +474,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         if self.is_locked:
             self.unlock()
         self.closed = True
+        end_elections(self)
 
     def _usable(self) -> None:
         if self.closed:
@@ -482,6 +532,12 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
     def release(self) -> None:
         """`unlock` in the manner of `multiprocessing.Lock`."""
         self.unlock()
+
+    def mutex(
+        self, name: str, timeout: float | None = None, *, why: str | None = None
+    ) -> PlainMutex:
+        """A named lock, not yet locked; see `ListBase.mutex`."""
+        return PlainMutex(self, name, timeout)
 
     def _need_list_lock(self, what: str) -> None:
         self._usable()
@@ -732,6 +788,57 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
                 found.append(PlainDomain(self, record, info.uuid))
         return found
 
+    def _handle_of(
+        self,
+        key: Uuid | int | DomainInfo | PlainDomain[R] | None = None,
+        /,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> PlainDomain[R] | None:
+        self._usable()
+        wanted = self._key(key, uuid, name, id)
+        record = self._store.find(wanted)
+        info = None if record is None else self._store.read(record)
+        if record is None or info is None or getattr(info, wanted.kind) != wanted.value:
+            return None
+        return PlainDomain(self, record, info.uuid)
+
+    def _holds_other(self, dom: PlainDomain[R] | None) -> bool:
+        own = None if dom is None else dom._record
+        return any(record != own for record in self._mine.holds)
+
+    def _look(self, dom: PlainDomain[R]) -> tuple[DomainInfo | None, object]:
+        self._usable()
+        receipt = self._store.receipt(dom._record)
+        return self._store.read(dom._record), receipt
+
+    def _sleep(self, dom: PlainDomain[R], stamp: object, timeout: float | None = None) -> bool:
+        changed = self._store.sleep(dom._record, stamp, _slice(timeout))
+        self._usable()
+        return changed
+
+    def _list_stamp(self) -> object:
+        self._usable()
+        return self._store.stamp()
+
+    def _sleep_on_list(self, stamp: object, timeout: float | None = None) -> bool:
+        changed = self._store.sleep_on_stamp(stamp, _slice(timeout))
+        self._usable()
+        return changed
+
+    def _marks(self) -> dict[R, object]:
+        return {}
+
+    def _changed(self, marks: dict[R, object]) -> list[DomainInfo]:
+        self._usable()
+        now = {record: self._store.receipt(record) for record in self._store.records()}
+        found = [self._store.read(record) for record in now if marks.get(record) != now[record]]
+        marks.clear()
+        marks.update(now)
+        return [info for info in found if info is not None]
+
     def _unfinished(self) -> list[PlainDomain[R]]:
         found = []
         for record in self._store.records():
@@ -750,6 +857,10 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
     def _remember(self, dirs: ConfigDirs | None) -> None:
         self._need_list_lock("settings")
         self._store.remember(dirs)
+
+
+def _slice(timeout: float | None) -> float:
+    return SLICE if timeout is None else min(timeout, SLICE)
 
 
 def _as_timeout(block: bool, timeout: float | None) -> float | None:

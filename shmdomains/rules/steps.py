@@ -25,7 +25,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from ..config.change import ConfigDirs
@@ -33,7 +33,7 @@ from ..deadline import Deadline as PlainDeadline
 from ..errors import DomainRemoved, LockTimeout, SegmentFull, ShmDomainsError
 from ..text import shown_path
 from .owner import Owner
-from .store import D, Deadline, DomainBase, ListBase
+from .store import Deadline, DomainBase, ListBase
 from .work import Step, Work, replaced
 
 logger = logging.getLogger(__name__)
@@ -208,23 +208,35 @@ def _warn(dom: DomainBase, step: Step | None, exc: Exception) -> None:
     )
 
 
-def settle_all(doms: ListBase[D], timeout: float | None) -> list[D]:
-    """Lock every domain with a step, so that it is settled; returns those.
+class Settled(NamedTuple):
+    """A domain that had a step; `left`: why it still has one."""
+
+    name: str
+    left: LockTimeout | None
+
+
+def settle_all(doms: ListBase[Any], timeout: float | None) -> list[Settled]:
+    """Lock every domain with a step, so that it is settled.
 
     `timeout` in seconds is for each of them; one that was not free in time is left to its holder.
     """
-    settled = []
+    found = []
     for dom in doms._unfinished():
-        if dom.is_locked:
+        info = doms.peek(uuid=dom.uuid)
+        if info is None or dom.is_locked:
             continue
         try:
             dom.lock(timeout)
-            settled.append(dom)
-        except (LockTimeout, DomainRemoved):
+            work = dom._work
+            if work is None or work.step is None:
+                found.append(Settled(dom.name, None))
+        except LockTimeout as exc:
+            found.append(Settled(info.name, exc))
+        except DomainRemoved:
             pass
         finally:
             dom._release_unseen()
-    return settled
+    return found
 
 
 def make_way(doms: ListBase[Any], dirs: ConfigDirs, name: str) -> None:

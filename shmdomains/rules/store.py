@@ -11,8 +11,9 @@ Names that begin with ``_`` are for the rules; they share a class with the publi
 `timeout` is in seconds: ``None`` waits for ever, 0 tries once, a negative one is a `ValueError`.
 When it has passed, `LockTimeout` names the holder.
 
-Lock order: list, domain, the config directory's filelock. A thread that holds a domain waits for
-another only while it holds the list lock, so waits for domains cannot form a cycle.
+Lock order: named locks, list, domain, the config directory's filelock. A thread that holds a domain
+waits for another only while it holds the list lock, so waits for domains cannot form a cycle. Of
+named locks it waits for a second one only with a time-out.
 
 A caller may die at any instruction. Its commits stay, its uncommitted changes are gone, its locks
 are free, and the next holder of the domain sees `previous_owner_died`. If what is under way in a
@@ -22,7 +23,7 @@ hands the domain out; an error there unlocks it without consuming the notice of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
@@ -225,9 +226,14 @@ class DomainBase(Protocol):
 
     @_work.setter
     def _work(self, value: Work | None, /) -> None: ...
-    def _commit_work(self, work: Work | None, timeout: float | None = None) -> None:
+    def _commit_work(
+        self,
+        work: Work | None,
+        timeout: float | None = None,
+        events: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Commit this as what is under way, and nothing else: the other changes go on waiting,
-        whatever comes of it."""
+        whatever comes of it. `events`: those of this commit, pairs of type and detail."""
 
     @property
     def _intends(self) -> bool:
@@ -242,6 +248,65 @@ class DomainBase(Protocol):
 
     def _describe(self, caller: Caller) -> LockHolder:
         """Who called, and whether it lives. Needs no lock."""
+
+    def _runs(self, caller: Caller) -> bool:
+        """Whether the thread that called lives. Needs no lock."""
+
+    @property
+    def _doms(self) -> ListBase[Any]:
+        """The list that the handle came from. Needs no lock."""
+
+    @property
+    def _depth(self) -> int:
+        """How many ``with`` blocks of the domain its holder is in."""
+
+    def _wait_for_change(self, timeout: float | None = None) -> bool:
+        """Release the lock, sleep until the domain has changed or the time is up, and lock it
+        again. Whether it changed.
+
+        Nothing that was committed after the release is missed. The notice of a death is not
+        consumed. ``with`` blocks, and their task, are as before; so is `_intends`, unless another
+        holder changed what was intended. With no time left the lock is still waited for, a slice.
+
+        `UncommittedChanges` leaves the domain locked. Any other error leaves it unlocked:
+        `DomainRemoved`, `LockTimeout` (it could not be locked again), what a signal handler raises.
+        """
+
+
+class MutexBase(Protocol):
+    """A handle to a named lock. To its holder every other handle to the same lock stands for it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_locked(self) -> bool:
+        """Whether the caller holds it."""
+
+    @property
+    def previous_owner_died(self) -> LockHolder | None:
+        """Only for its holder, else `MutexNotLocked`."""
+
+    def _last_death(self) -> Callable[[], LockHolder] | None:
+        """What describes `previous_owner_died` later, for that may take a moment."""
+
+    def lock(self, timeout: float | None = None) -> None:
+        """`AlreadyLocked` for its holder. `LockOrder` for whoever would wait with the list or a
+        domain held, or without a time-out with another named lock of the list held."""
+
+    def try_lock(self) -> bool: ...
+    def unlock(self) -> None:
+        """`MutexNotLocked`, or `NotOwner` if another thread of the process holds it."""
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool: ...
+    def release(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
 
 
 D = TypeVar("D", bound=DomainBase)
@@ -278,6 +343,13 @@ class ListBase(Protocol[D]):
     def locked(self, timeout: float | None = None) -> AbstractContextManager[object]:
         """Hold the list lock for a ``with`` block. `AlreadyLocked`; `LockOrder` for whoever holds a
         domain of this list."""
+        ...
+
+    def mutex(
+        self, name: str, timeout: float | None = None, *, why: str | None = None
+    ) -> MutexBase:
+        """The lock with this name, the same for every party of the list; `timeout` is for its
+        ``with`` block. `TooManyMutexes` if the store gives no more names."""
         ...
 
     def get(
@@ -361,6 +433,54 @@ class ListBase(Protocol[D]):
     ) -> None:
         """Change name, definitions and what is under way in one commit. List lock and domain held;
         the name is free."""
+        ...
+
+    def _handle_of(
+        self,
+        key: D | DomainInfo | Uuid | int | None = None,
+        /,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> D | None:
+        """An unlocked handle to the domain that has this key now, or ``None``. Takes no lock."""
+        ...
+
+    def _holds_other(self, dom: D | None) -> bool:
+        """Whether the caller holds a domain of this list other than this one."""
+        ...
+
+    def _look(self, dom: D) -> tuple[DomainInfo | None, object]:
+        """The committed state, ``None`` once the domain is removed, and a stamp that is not newer:
+        it differs from a later one if a commit or the removal took effect in between. Takes no
+        lock."""
+        ...
+
+    def _sleep(self, dom: D, stamp: Any, timeout: float | None = None) -> bool:
+        """Sleep until the stamp is old, or a slice is over, or the time is; then run signal
+        handlers. False: nothing has changed. True: it has, or may have. Takes no lock. `ListClosed`
+        if the list was closed meanwhile.
+
+        A writer that dies between its commit and telling of it costs the sleeper a slice."""
+        ...
+
+    def _list_stamp(self) -> Any:
+        """A stamp of the whole list: commits, new domains and removals from now on make it old."""
+        ...
+
+    def _sleep_on_list(self, stamp: Any, timeout: float | None = None) -> bool:
+        """`_sleep` until anything has changed. False does not mean that nothing has: a writer may
+        have died before it told."""
+        ...
+
+    def _marks(self) -> Any:
+        """What `_changed` needs to remember, empty."""
+        ...
+
+    def _changed(self, marks: Any) -> list[DomainInfo]:
+        """The committed states of the domains that changed since the last call with these marks:
+        of all of them at first. Takes no lock."""
         ...
 
     def _unfinished(self) -> Sequence[D]:
@@ -476,8 +596,35 @@ class Store(Protocol[R]):
         """See `DomainBase._receipt`."""
         ...
 
+    def sleep(self, record: R, receipt: object, timeout: float) -> bool:
+        """Sleep until the record's receipt is not this one any more, or for so long. False: it
+        still is. No lock."""
+        ...
+
+    def stamp(self) -> object:
+        """Changes with each commit, insert and remove."""
+        ...
+
+    def sleep_on_stamp(self, stamp: object, timeout: float) -> bool:
+        """`sleep` until the stamp is not this one any more."""
+        ...
+
     def died(self, record: R) -> LockHolder | None:
         """Who died holding the record since it was last unlocked with `seen`. Record locked."""
+        ...
+
+    def name_mutex(self, name: str) -> None:
+        """From now on there is a named lock of this name; does nothing if there was. No wait.
+        `TooManyMutexes`."""
+        ...
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None: ...
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        """`seen` as for `unlock`."""
+        ...
+
+    def mutex_died(self, name: str) -> LockHolder | None:
+        """As `died`, of a named lock that the caller holds."""
         ...
 
     def started(self, pid: int) -> int:
@@ -490,6 +637,7 @@ class Store(Protocol[R]):
 
     def caller(self) -> Caller: ...
     def describe(self, caller: Caller) -> LockHolder: ...
+    def lives(self, caller: Caller) -> bool: ...
 
     def remembered(self) -> ConfigDirs | None: ...
     def remember(self, dirs: ConfigDirs | None) -> None:

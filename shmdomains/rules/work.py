@@ -8,6 +8,8 @@ says it, and no death can leave half of it.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import msgspec
 
 from ..config.change import ConfigDirs
 from ..holder import LockHolder
+from ..job import Job, JobInfo, kinds_of
 from ..packing import pack
+from .values import decode_data
 
 
 class Caller(msgspec.Struct, frozen=True, array_like=True):
@@ -75,11 +79,38 @@ class Intended(msgspec.Struct, frozen=True, array_like=True):
     """Seconds since the epoch."""
 
 
+class Begun(msgspec.Struct, frozen=True, array_like=True):
+    """A job that somebody began (`jobs`)."""
+
+    operation: str
+    kind: Job
+    allow: int
+    """`job.mask_of`; 0 for all but an async job."""
+    caller: Caller
+    command: str | None
+    """The process's command line."""
+    since: float
+    """Seconds since the epoch."""
+    why: str | None = None
+    progress: bytes | None = None
+    """MessagePack."""
+    abort: bool = False
+    """Somebody asks the holder to end it."""
+    replaced: tuple[Begun, ...] = ()
+    """Jobs of dead holders in whose place it came, the last one first; those have none."""
+
+    def is_same(self, other: Begun) -> bool:
+        """Whether it is the same job, however far it is."""
+        mine = self.caller, self.kind, self.since
+        return mine == (other.caller, other.kind, other.since)
+
+
 class Work(msgspec.Struct, frozen=True, array_like=True):
     """All that is under way in one domain."""
 
     step: Step | None = None
     intended: Intended | None = None
+    jobs: tuple[Begun, ...] = ()
 
     def encode(self) -> bytes:
         """As MessagePack."""
@@ -94,9 +125,12 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
         """What `encode` made. Raises `ValueError` for anything else.
 
         >>> Work.decode(Work().encode())
-        Work(step=None, intended=None)
+        Work(step=None, intended=None, jobs=())
         """
-        return msgspec.msgpack.decode(blob, type=cls)
+        try:
+            return msgspec.msgpack.decode(blob, type=cls)
+        except msgspec.MsgspecError as exc:
+            raise ValueError(f"not what is under way: {exc}") from None
 
 
 def replaced(work: Work | None, **parts: Any) -> Work | None:
@@ -107,6 +141,26 @@ def replaced(work: Work | None, **parts: Any) -> Work | None:
     """
     changed = msgspec.structs.replace(work or Work(), **parts)
     return None if changed == Work() else changed
+
+
+def job_info(begun: Begun, describe: Callable[[Caller], LockHolder]) -> JobInfo:
+    """The job as its public value; `describe` looks up who holds it."""
+    holder = describe(begun.caller)
+    holder = msgspec.structs.replace(
+        holder,
+        held_for=max(time.time() - begun.since, 0.0),
+        command=holder.command or begun.command,
+    )
+    return JobInfo(
+        operation=begun.operation,
+        kind=begun.kind,
+        why=begun.why,
+        allow=kinds_of(begun.allow) if begun.kind is Job.ASYNC else None,
+        holder=holder,
+        since=begun.since,
+        progress=None if begun.progress is None else decode_data(begun.progress),
+        abort_requested=begun.abort,
+    )
 
 
 class Unfinished(msgspec.Struct, frozen=True):

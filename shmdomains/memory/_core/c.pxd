@@ -48,6 +48,12 @@ cdef extern from "core.h" nogil:
         sd_word dirty, waiting
         sd_word why[7]
         sd_owner owner
+    ctypedef struct sd_named:
+        pthread_mutex_t mutex
+        sd_owner owner
+        sd_word why[7]
+    ctypedef struct sd_lock_name:
+        unsigned char text[64]
     ctypedef struct sd_header:
         pthread_mutex_t list_mutex
         pthread_mutex_t id_mutex
@@ -75,6 +81,7 @@ cdef extern from "core.h" nogil:
         uint64_t kind
         uint64_t id[2]
         sd_header *header
+        sd_named *named
         sd_slot *slots
         sd_word *attached
         sd_counters *blocks
@@ -87,6 +94,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_orphan:
         sd_segment *segment
         uint32_t slot
+        bint named
         sd_orphan *next
     ctypedef struct sd_repair:
         bint repaired, died
@@ -108,6 +116,7 @@ cdef extern from "core.h" nogil:
         unsigned nested
         unsigned short_wait
         void *records
+        void *named
         sd_orphan *orphans
         sd_repair repair
         sd_wait *wait
@@ -153,6 +162,7 @@ cdef extern from "core.h" nogil:
         SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
         SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA, SD_WORK
         SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
+        SD_NAMED_MAX, SD_NAMED_NAME_MAX
         SD_CELL, SD_IDS, SD_EVENTS, SD_HEAP, SD_NEWS_MAX, SD_EVENTS_MAX, SD_RING_MIN
         SD_DIED_UNKNOWN, SD_HOLDER_DIED, SD_WHY_WORDS
         SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
@@ -161,7 +171,8 @@ cdef extern from "core.h" nogil:
         SD_LOCK_LIST, SD_LOCK_DOMAIN, SD_LOCK_MUTEX, SD_LOCK_JOB
         SD_COUNTED_MAX, SD_WAIT_SIZES
     uint64_t SD_SINCE_DROPPED
-    uint64_t SD_FOREVER, SD_TRY, SD_SPIN, SD_CHECK_HOLD_NS, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
+    uint64_t SD_FOREVER, SD_TRY, SD_SPIN, SD_SLICE_NS, SD_CHECK_HOLD_NS
+    uint64_t SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
     uint64_t SD_FLAG_UNFINISHED
     uint64_t SD_FLAG_PRESENT(int)
 
@@ -218,6 +229,13 @@ cdef extern from "core.h" nogil:
     int sd_semaphore_slice(sem_t *, sd_owner *, uint64_t)
     bint sd_semaphore_leave(sem_t *, sd_owner *, uint64_t)
     void sd_recover_slot(sd_segment *, uint32_t, uint64_t, uint64_t)
+    int sd_named_give(sd_segment *, const sd_lock_name *, unsigned *, uint64_t)
+    int sd_named_get(const sd_segment *, unsigned, sd_lock_name *)
+    int sd_named_wait(sd_segment *, unsigned, uint64_t)
+    int sd_named_lock(sd_segment *, unsigned, uint64_t)
+    void sd_named_unlock(sd_segment *, unsigned, bint)
+    int sd_named_died(const sd_segment *, unsigned, uint64_t *, uint64_t *)
+    void sd_named_explain(sd_segment *, unsigned, const char *, size_t)
     int sd_ids_lock(sd_segment *, uint64_t)
     void sd_ids_unlock(sd_segment *)
     void sd_heap_unlock(sd_segment *)

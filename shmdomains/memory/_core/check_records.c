@@ -8,6 +8,7 @@
 
 #include "find.h"
 #include "mutex.h"
+#include "named.h"
 
 #include <stdlib.h>
 
@@ -285,6 +286,40 @@ static void check_record(sd_check *check, uint32_t slot)
     if (named > counted) check->tally.garbage += named - counted;
 }
 
+/* A free lock is signed by nobody.  A thread that has ended signs nothing more, and the mutex that it
+ * died with is not free before its signature is gone; so this is no passing state. */
+static void check_signature(const sd_check *check, unsigned place)
+{
+    const sd_named *at = &check->segment->named[place];
+    uint64_t who = sd_load_acquire(&at->owner.who);
+    if (!who || sd_alive(who) || sd_mutex_busy(&at->mutex)) return;
+    atomic_thread_fence(memory_order_acquire);
+    if (sd_load(&at->owner.who) == who)
+        sd_fault(check, "named locks", "place %u: it is free, and signed by a thread that ended",
+                 place);
+}
+
+/* From the last to the first: places are taken from the first on, meanwhile, too. */
+static void check_named(const sd_check *check)
+{
+    const sd_segment *segment = check->segment;
+    sd_lock_name name;
+    bool taken = false;
+    for (unsigned i = SD_NAMED_MAX, first; i-- > 0;) {
+        int result = sd_named_get(segment, i, &name);
+        if (!sd_mutex_sound(&segment->named[i].mutex))
+            sd_fault(check, "locks", "named lock at place %u: it is damaged", i);
+        if (result == SD_CORRUPT)
+            sd_fault(check, "named locks", "place %u: its name does not fit its checksum", i);
+        if (result == SD_OK && sd_named_find(segment, &name, &first) == SD_OK && first != i)
+            sd_fault(check, "named locks", "places %u and %u have one name", first, i);
+        if (result == SD_MISS && taken)
+            sd_fault(check, "named locks", "place %u has no name, and one after it has", i);
+        taken |= result != SD_MISS;
+        check_signature(check, i);
+    }
+}
+
 static int check_header(sd_check *check)
 {
     const sd_segment *segment = check->segment;
@@ -299,6 +334,7 @@ static int check_header(sd_check *check)
     if (!sd_mutex_sound(&header->list_mutex) || !sd_mutex_sound(&header->id_mutex) ||
         !sd_mutex_sound(&header->heap_mutex))
         sd_fault(check, "locks", "the list's, the ids' or the heap's lock is damaged");
+    check_named(check);
     if (sd_unsealed(sd_load(&header->next_id)) == UINT64_MAX)
         sd_fault(check, "I4 ids", "the next id is damaged: nobody knows which were not given out");
     if (sd_unsealed(sd_load(&header->settings_choice)) == UINT64_MAX)

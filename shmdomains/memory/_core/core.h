@@ -13,6 +13,7 @@
 #include "layout.h"         /* the segment, byte by byte */
 #include "codes.h"          /* what functions answer */
 #include "prefetch.h"       /* cache lines ahead of their use */
+#include "sum.h"            /* the checksum of a blob */
 #include "thread.h"         /* this process's threads, who else runs, the time */
 #include "mutex.h"          /* one robust mutex */
 #include "wait.h"           /* sleep until a word changes */
@@ -25,6 +26,7 @@
 #include "ring.h"           /* the last events */
 #include "rebuild.h"        /* what is derived, from what is committed */
 #include "locks.h"          /* short locks, slot lock, list lock, and their repairs */
+#include "named.h"          /* locks that belong to no domain */
 #include "find.h"           /* from a key to a slot */
 #include "scan.h"           /* the same without an index */
 #include "record.h"         /* commit, insert, remove */

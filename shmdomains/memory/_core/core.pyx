@@ -71,5 +71,6 @@ include "recover.pxi"   # after a death; salvage after damage
 include "sleep.pxi"     # until a domain, the list or the events change
 include "news.pxi"      # which events a commit makes
 include "hold.pxi"      # a thread's hold of a domain, and its changes
+include "named.pxi"     # named locks, which belong to no domain
 include "record.pxi"    # Record, the handle; Records
 include "segment.pxi"   # Segment, the attachment; format_segment

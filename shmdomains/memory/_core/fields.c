@@ -140,33 +140,6 @@ bool sd_uuid_sound(const sd_slot *record)
 
 /* --- blobs ----------------------------------------------------------------------------------- */
 
-static inline uint64_t stir(uint64_t h, uint64_t word)
-{
-    return ((h << 5 | h >> 59) ^ word) * 0x9e3779b97f4a7c15ull;
-}
-
-/* Four lanes, because a multiplication takes longer than starting the next one; four variables,
- * because the compiler would keep an array in memory. */
-uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
-                     uint64_t size)
-{
-    const unsigned char *at = bytes;
-    uint64_t p = uuid[0] ^ size, q = uuid[1], r = blob < SD_DATA ? 0 : blob - 1, s = version, h;
-    for (; size >= 32; size -= 32, at += 32) {
-        p = stir(p, sd_bytes(at, 8));
-        q = stir(q, sd_bytes(at + 8, 8));
-        r = stir(r, sd_bytes(at + 16, 8));
-        s = stir(s, sd_bytes(at + 24, 8));
-    }
-    for (; size >= 8; size -= 8, at += 8) p = stir(p, sd_bytes(at, 8));
-    p = stir(p, sd_bytes(at, size));
-    h = stir(0, p);
-    h = stir(h ^ h >> 29, q);
-    h = stir(h ^ h >> 29, r);
-    h = stir(h ^ h >> 29, s);
-    return h ^ h >> 32;
-}
-
 static const sd_word *current_extent(const sd_segment *segment, uint32_t slot,
                                      const sd_values *values, int blob)
 {

@@ -4,6 +4,7 @@
 
 #include "heap.h"
 #include "index.h"
+#include "sum.h"
 
 /* A private copy of the fields. */
 typedef struct {
@@ -49,10 +50,6 @@ void sd_name_set(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_
 /* Does the uuid fit its checksum?  The truth with the slot's or the list lock held. */
 bool sd_uuid_sound(const sd_slot *record);
 
-/* What stands in front of a blob, so that no other bytes pass for it: another domain's, of another
- * kind, or of another time.  The version tells the two kinds of definition apart. */
-uint64_t sd_blob_sum(const uint64_t uuid[2], int blob, uint64_t version, const void *bytes,
-                     uint64_t size);
 /* The extent of a blob that is present, checksum first; slot lock held.  SD_CORRUPT. */
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
                 uint64_t *extent);

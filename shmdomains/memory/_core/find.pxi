@@ -140,7 +140,7 @@ cdef object describe(Segment doms, uint32_t slot):
     return "a domain"
 
 
-cdef Record unlocked_handle(Segment doms, object key):
+cdef Record unlocked_handle(Segment doms, object key, object uuid, object name, object id):
     """To the domain with this key, or None; no lock is taken."""
     cdef sd_key wanted
     cdef uint32_t slot
@@ -148,7 +148,7 @@ cdef Record unlocked_handle(Segment doms, object key):
     cdef uint64_t life, deadline = sd_now() + SECOND
     cdef Record record
     need_open(doms)
-    if not make_key(&wanted, key, None, None, None):
+    if not make_key(&wanted, key, uuid, name, id):
         return None
     while True:
         result = sd_find(doms.segment, &wanted, &slot)

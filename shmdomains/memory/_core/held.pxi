@@ -15,9 +15,10 @@ cdef list taken_locks(Segment doms):
     need_open(doms)
     cdef dict waits = waits_by_lock(doms)
     cdef list found = []
+    add_named_locks(doms, found, waits)
     add_list_lock(doms, found, waits)
     add_slot_locks(doms, found, waits)
-    # Named mutexes and jobs have their entries here, with the waits of their kind.
+    # Jobs stand in the records (rules/jobs.py): who waits for one sleeps on the record, not here.
     return found
 
 
@@ -50,6 +51,24 @@ cdef int add_list_lock(Segment doms, list found, dict waits) except -1:
     return add_lock(found, "list", None, None,
                     holder_now(doms, &header.list_owner, &header.list_mutex, header.list_why),
                     waits.get((SD_LOCK_LIST, 0)))
+
+
+cdef int add_named_locks(Segment doms, list found, dict waits) except -1:
+    cdef unsigned place
+    cdef sd_named *at
+    for place in range(SD_NAMED_MAX):
+        at = &doms.segment.named[place]
+        held = holder_of_mutex(doms, &at.owner, &at.mutex, at.why, False)
+        add_lock(found, "mutex", mutex_name(doms, place), None, held,
+                 waits.get((SD_LOCK_MUTEX, place)))
+    return 0
+
+
+cdef object mutex_name(Segment doms, unsigned place):
+    cdef sd_lock_name raw
+    if place < SD_NAMED_MAX and sd_named_get(doms.segment, place, &raw) == SD_OK:
+        return lock_name_object(&raw)
+    return None
 
 
 cdef int add_slot_locks(Segment doms, list found, dict waits) except -1:
@@ -92,6 +111,11 @@ cdef int add_slot_lock(Segment doms, uint32_t slot, list found, dict waits) exce
 
 cdef tuple holder_now(Segment doms, const sd_owner *owner, const pthread_mutex_t *mutex,
                       const sd_word *why):
+    return holder_of_mutex(doms, owner, mutex, why, doms.multiprocessing)
+
+
+cdef tuple holder_of_mutex(Segment doms, const sd_owner *owner, const pthread_mutex_t *mutex,
+                           const sd_word *why, bint semaphore):
     """(tid, pid, start in ticks, seconds for which it is held, operation) of a lock's holder, dead
     or alive; None: nobody holds it. Who has the mutex and has not signed yet is known by its number
     only."""
@@ -101,13 +125,13 @@ cdef tuple holder_now(Segment doms, const sd_owner *owner, const pthread_mutex_t
     operation = None
     for tries in range(HOLDER_TRIES):
         who = sd_load_acquire(&owner.who)
-        tid = sd_who_tid(who) if doms.multiprocessing else sd_mutex_owner(mutex)
+        tid = sd_who_tid(who) if semaphore else sd_mutex_owner(mutex)
         since = sd_load(&owner.since) & ~SD_SINCE_DROPPED
         pid = sd_owner_pid(owner, who)
         operation = operation_at(why)
         if sd_load_acquire(&owner.who) == who:
             break
-    if not tid and (not who or not doms.multiprocessing and not sd_mutex_busy(mutex)):
+    if not tid and (not who or not semaphore and not sd_mutex_busy(mutex)):
         return None
     if tid and tid != sd_who_tid(who):
         return tid, sd_process_of(tid), 0, None, None

@@ -6,7 +6,6 @@
 # (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport malloc
 from libc.string cimport memset
 
 import sys
@@ -183,24 +182,27 @@ cdef void drop_changes(Record record) noexcept:
 cdef int commit_changes(Record record, uint64_t deadline) except -1:
     """All of them or none; on failure they are rolled back."""
     cdef sd_blob changes[BLOBS]
+    cdef const sd_blob *changed = NULL
     cdef sd_news news
     cdef const sd_news *told = NULL
     cdef int b, result
     if not record.touched and not record.pending:
         return 0
-    memset(changes, 0, sizeof(changes))
-    for b in range(BLOBS):
-        if is_pending(record, b):
-            changes[b].change = True
-            if record.blobs[b] is not None:
-                set_change(&changes[b], record.blobs[b])
+    if record.pending:
+        changed = changes
+        memset(changes, 0, sizeof(changes))
+        for b in range(BLOBS):
+            if is_pending(record, b):
+                changes[b].change = True
+                if record.blobs[b] is not None:
+                    set_change(&changes[b], record.blobs[b])
     if has_news(record):
         collect_news(record, &news)
         told = &news
-    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, told,
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changed, NULL, told,
                        deadline)
     if no_room(result) and reclaim(record.segment, record.slot):
-        result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
+        result = sd_commit(record.segment.segment, record.slot, &record.values, changed, NULL,
                            told, deadline)
     if result != SD_OK:
         _objects, _blobs = record.objects, record.blobs  # freed later: that may run anything
@@ -218,28 +220,35 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
     return 0
 
 
-cdef int commit_work(Record record, object work, uint64_t deadline) except -1:
+cdef int commit_work(Record record, object work, uint64_t deadline, tuple events) except -1:
     """What is under way, and nothing else: the other changes go on waiting, whatever comes of it.
-    `work` replaces a change of it that waits, too."""
+    `work` replaces a change of it that waits, too. `events`: those of this commit, pairs of type
+    and detail."""
     cdef sd_blob changes[BLOBS]
     cdef sd_values waiting
-    cdef sd_news noted = record.noted
+    cdef sd_news noted, news
+    cdef const sd_news *told = NULL
     cdef bint touched
     cdef int result
     cdef uint64_t public = SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART
     encoded = None if work is None else ENCODE_WORK(work)
+    memset(&news, 0, sizeof(news))
+    for type, detail in events:
+        add_news(&news, type, detail, record.was_id)
+    if news.count:
+        told = &news
     memset(changes, 0, sizeof(changes))
     changes[SD_WORK].change = True
     if encoded is not None:
         set_change(&changes[SD_WORK], encoded)
-    waiting, touched = record.values, record.touched
+    waiting, touched, noted = record.values, record.touched, record.noted
     reload_values(record)
     set_unfinished(record, work)
-    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, NULL,
+    result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL, told,
                        deadline)
     if no_room(result) and reclaim(record.segment, record.slot):
         result = sd_commit(record.segment.segment, record.slot, &record.values, changes, NULL,
-                           NULL, deadline)
+                           told, deadline)
     reload_values(record)
     record.noted = noted
     if touched:
@@ -429,7 +438,6 @@ cdef bint vacate(Record record) noexcept:
 
 cdef void abandon(Record record) noexcept:
     """A locked handle is freed: warn, roll back, and unlock, or have the holding thread unlock."""
-    cdef sd_orphan *orphan
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
     cdef bint here = record.nonce == thread.nonce
@@ -444,12 +452,7 @@ cdef void abandon(Record record) noexcept:
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
-        orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
-        if orphan != NULL:
-            orphan.segment = record.segment.segment
-            orphan.slot = slot
-            orphan.next = record.thread.orphans
-            record.thread.orphans = orphan
+        leave_orphan(record.thread, record.segment.segment, slot, False)
         sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
     if warnings is None:  # the interpreter may be going down
         return

@@ -51,10 +51,15 @@ cdef object error_of_wait(Segment doms, const sd_wait *wait, uint64_t waited):
     """The error that a wait would end with if it timed out now."""
     cdef sd_header *header = doms.segment.header
     cdef sd_slot *at
+    cdef sd_named *named
     timeout = waited / <double>SECOND
     if wait.kind == SD_LOCK_LIST:
         return timeout_error(&header.list_owner, &header.list_mutex, header.list_why,
                              "the list lock", timeout)
+    if wait.kind == SD_LOCK_MUTEX:
+        named = &doms.segment.named[wait.number]
+        return timeout_error(&named.owner, &named.mutex, named.why,
+                             f"mutex {mutex_name(doms, wait.number)!r}", timeout)
     at = &doms.segment.slots[wait.number]
     return timeout_error(&at.owner, &at.mutex, at.why, describe(doms, wait.number), timeout)
 

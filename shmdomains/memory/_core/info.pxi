@@ -251,6 +251,12 @@ cdef class DomainInfo:
         cdef Blobs blobs = blobs_of(self)
         return decode_or_none(blobs, SD_WORK, blobs.work)
 
+    @property
+    def jobs(self):
+        """The jobs on the domain (`JobInfo`): one async job and one other at most. Whether their
+        holders live is looked up now."""
+        return INFO.jobs_of(self._work, HOLDERS.describe)
+
     def to_dict(self):
         """What ``json.dumps`` takes: words for state and reason, `id` None for an inactive one,
         definitions as XML, if the info was taken with them."""

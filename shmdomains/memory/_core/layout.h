@@ -7,6 +7,7 @@
  *   header       2 pages      limits, locks, counters
  *   attached     4,096 words  who is attached
  *   settings     2 x 8 KiB    what the list remembers for its users, double-buffered
+ *   named        64 x 256 B   locks that belong to no domain, each with its name
  *   indexes      3 x levels   UUID, name, id -> slot; table k has 1024 << k entries
  *   slots        384 B each   mutex, identity, both field copies, extent descriptors
  *   names        512 B each   two name buffers a slot
@@ -16,8 +17,9 @@
  *   map          1 bit a cell which heap cells are in use
  *   heap         64 B a cell  the blobs
  *
- * Locks and their order:  list -> slot (a second slot only under the list lock) -> id -> event; the
- * heap lock comes after a slot's, and is never held together with the id or the event lock.
+ * Locks and their order:  named -> list -> slot (a second slot only under the list lock) -> id ->
+ * event; the heap lock comes after a slot's, and is never held together with the id or the event
+ * lock.  A second named lock is never waited for without a time-out.
  *
  * Fields, names, blobs and settings are double-buffered: one commit word says which of the two is
  * current, and the other one, the spare, is free to be written.
@@ -112,6 +114,8 @@
 #define SD_COUNTED_MAX 1024u /* of the attached: whoever has a later place counts for itself */
 #define SD_WAITERS_MAX 1024u
 #define SD_SETTINGS_BYTES 8192u
+#define SD_NAMED_MAX 64u
+#define SD_NAMED_NAME_MAX 63u
 #define SD_INDEXES 3
 #define SD_INDEX_BITS 10 /* entries of table 0: 1 << 10 */
 #define SD_INDEX_LEVELS 16
@@ -260,6 +264,40 @@ typedef struct {
     sd_word word[2][32];
 } sd_names;
 
+/* A lock that belongs to no domain, found by its name.  Four cache lines.
+ *
+ * A place gets its name once, and keeps it: the bytes of the name first, then `taken`, which says
+ * that they are there.  So whoever sees `taken` needs no lock to read the name, and nobody waits for
+ * a lock that becomes another one.  Places are taken from the first to the last.
+ *
+ * The mutexes of all places are initialised while the segment is made, before it can be found: the
+ * memory is there in any case, and so nobody has to ask whether a dead one had begun to initialise
+ * a mutex, nor may a checker find one that is none yet. */
+typedef struct {
+    pthread_mutex_t mutex; /* written by glibc */
+    sd_owner owner;        /* the holder of the mutex; a dead one's stays for the next holder */
+    sd_word died_who;  /* sticky, as a slot's: a holder died.  The holder of the mutex; stored before
+                          it is made consistent, cleared by the clean unlock of a holder who was
+                          given the lock.  A dead recoverer leaves a dead mutex, and the next one
+                          stores it again */
+    sd_word died_pid;  /* low half: its process; high half: sd_named_died_sum(), so that a flipped bit
+                          makes no death.  Stored before died_who, likewise */
+    sd_word taken;     /* sealed sd_named_sum() of the name; 0: nobody's.  Id lock; the commit store
+                          of a name.  A dead writer leaves 0, and the next one begins anew */
+    sd_word unused[5];
+    sd_word name[8];   /* one byte of length, then the name.  Id lock, while `taken` is 0; a dead
+                          writer leaves garbage, which the next one overwrites */
+    sd_word why[SD_WHY_WORDS]; /* as a slot's.  The holder of the mutex; cleared by it, of a dead one
+                                  by whoever recovers the lock */
+    sd_word unused_too;
+} sd_named;
+
+static inline uint64_t sd_named_died_sum(uint64_t who, uint64_t pid)
+{
+    uint64_t sum = who ^ who >> 32 ^ (uint32_t)pid * 0x9e3779b1ull;
+    return sum << 32;
+}
+
 /* One event (E1).  Event lock; readers take none: they load `number`, copy, and load it again.  A
  * dead writer leaves an entry that is whole or has number 0; the lock's next holder judges it. */
 typedef struct {
@@ -394,6 +432,8 @@ _Static_assert(sizeof(sd_slot) == 6 * SD_CACHE_LINE, "a slot is six cache lines"
 _Static_assert(offsetof(sd_slot, copy0) == 64 && offsetof(sd_slot, uuid) == 192 &&
                    offsetof(sd_slot, extent) == 256 && offsetof(sd_slot, next_free) == 320,
                "lines of a slot");
+_Static_assert(sizeof(sd_named) == 4 * SD_CACHE_LINE, "a named lock is four cache lines");
+_Static_assert(sizeof(((sd_named *)0)->name) == 1 + SD_NAMED_NAME_MAX, "length and name");
 _Static_assert(sizeof(sd_entry) == 5 * SD_CACHE_LINE, "an event is five cache lines");
 _Static_assert(sizeof(sd_counters) == 4 * SD_CACHE_LINE, "a block of counters is four lines");
 _Static_assert(sizeof(sd_waiter) == SD_CACHE_LINE, "a waiter is a cache line");

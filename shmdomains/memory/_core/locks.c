@@ -37,6 +37,11 @@ static inline void sign(sd_owner *owner, const sd_thread *self)
     sd_publish(&owner->who, self->who);
 }
 
+void sd_sign(sd_owner *owner)
+{
+    sign(owner, sd_self());
+}
+
 /* lock="multiprocessing".  Whoever's name is in `who` has the lock, whatever the semaphore says;
  * tests/model/semaphore.py has every interleaving of it.  A death leaves `who` empty, and the lock
  * free, or it leaves a name, and sd_take_over() asks whether that thread lives.
@@ -82,7 +87,7 @@ bool sd_semaphore_leave(sem_t *semaphore, sd_owner *owner, uint64_t who)
     return true;
 }
 
-static void note_death(sd_segment *segment, uint64_t who, uint64_t pid)
+void sd_note_death(sd_segment *segment, uint64_t who, uint64_t pid)
 {
     sd_repair *repair = &sd_self()->repair;
     repair->died = true;
@@ -106,7 +111,7 @@ static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *d
 {
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = SD_OK;
-    if (locked == SD_DIED) note_death(segment, 0, 0);
+    if (locked == SD_DIED) sd_note_death(segment, 0, 0);
     if (locked == SD_DIED || sd_load(dirty)) {
         sd_store(dirty, 1);
         if (rebuild(segment) == SD_OK) {
@@ -206,11 +211,12 @@ uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot)
     uint64_t life = sd_load(&record->life);
     bool live = life & 1 || !sd_count_sound(life);
     if (sd_values_get(segment, slot, &values) != SD_OK && live) return 0;
-    for (int b = 0; b < SD_BLOBS; b++)
+    for (int place = 0; place < SD_BLOBS; place++)
         for (int i = 0; i < 2; i++) {
+            if (!sd_load(&record->extent[place][i])) continue; /* nearly all of them */
+            int b = sd_place(values.flags, place); /* it is its own inverse */
             bool current = values.flags & SD_FLAG_PRESENT(b) && sd_choice(values.flags, b) == i;
-            sd_word *descriptor = &record->extent[sd_place(values.flags, b)][i];
-            if (!live || !current) cells += sd_heap_free(segment, descriptor);
+            if (!live || !current) cells += sd_heap_free(segment, &record->extent[place][i]);
         }
     sd_publish(&record->dirty, 0);
     return cells;
@@ -306,7 +312,7 @@ static inline int slot_locked(sd_segment *segment, uint32_t slot, int locked)
     if (locked != SD_OK && locked != SD_DIED) return locked;
     if (locked == SD_DIED) {
         uint64_t who = sd_load(&record->owner.who), pid = sd_owner_pid(&record->owner, who);
-        note_death(segment, who, pid);
+        sd_note_death(segment, who, pid);
         sd_recover_slot(segment, slot, who, pid);
         /* We sign only after this: a recoverer that dies in between must not pass for the holder
          * that had the domain. */

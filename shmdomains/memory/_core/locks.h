@@ -6,6 +6,11 @@
 
 #include <semaphore.h>
 
+/* Write the caller's name into the owner record of a lock that it has. */
+void sd_sign(sd_owner *owner);
+/* Into what this thread's calls repaired: whose lock it was. */
+void sd_note_death(sd_segment *segment, uint64_t who, uint64_t pid);
+
 /* The list lock.  lock = the mutex, then entered().  For lock="multiprocessing" the binding puts a
  * semaphore in the mutex's place, and unlocks by leave(), which answers false if another thread
  * has taken the lock over: only a damaged owner record leads there. */

@@ -8,7 +8,7 @@
 
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 
 import warnings
 
@@ -355,6 +355,16 @@ cdef bint holds_any(Segment doms):
     return False
 
 
+cdef bint holds_any_but(Segment doms, Record record):
+    cdef void *at = sd_self().records
+    while at != NULL:
+        if (<Record>at).segment.segment == doms.segment:
+            if record is None or (<Record>at).slot != record.slot:
+                return True
+        at = (<Record>at).after
+    return False
+
+
 cdef int may_wait(Segment doms, uint64_t deadline) except -1:
     """Raise if this thread may not wait for a domain: for a second one it may wait only under the
     list lock, or two threads could wait for each other."""
@@ -365,7 +375,7 @@ cdef int may_wait(Segment doms, uint64_t deadline) except -1:
         return 0
     if thread.held >= SD_HELD_MAX:
         raise errors.TooManyLocks(
-            f"this thread holds {thread.held} domains; unlock some: the kernel frees a limited "
+            f"this thread holds {thread.held} locks; unlock some: the kernel frees a limited "
             "number of locks when a thread dies")
     if deadline == SD_TRY or doms.segment.list_nonce == thread.nonce or not holds_any(doms):
         return 0
@@ -380,6 +390,20 @@ cdef void free_orphans(sd_thread *thread) noexcept:
     while thread.orphans != NULL:
         orphan = thread.orphans
         thread.orphans = orphan.next
-        sd_slot_unlock(orphan.segment, orphan.slot, False)
+        if orphan.named:
+            sd_named_unlock(orphan.segment, orphan.slot, False)
+        else:
+            sd_slot_unlock(orphan.segment, orphan.slot, False)
         sd_detach(orphan.segment)
         free(orphan)
+
+
+cdef void leave_orphan(sd_thread *thread, sd_segment *segment, uint32_t slot,
+                       bint named) noexcept:
+    """A lock for `thread` to free. Without memory for it, the lock ends with its thread."""
+    cdef sd_orphan *orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
+    if orphan == NULL:
+        return
+    orphan.segment, orphan.slot, orphan.named = segment, slot, named
+    orphan.next = thread.orphans
+    thread.orphans = orphan

@@ -50,6 +50,8 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint b
                 raise_code(result, "read")
             if result == SD_OK:
                 break
+        if blobs:
+            info.blobs = Blobs.__new__(Blobs)  # of what was copied so far some may be gone
         tries += 1
         if tries > PATIENT_READS:
             back_off(deadline)
@@ -60,7 +62,8 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint b
 
 
 cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs) except? -1:
-    """Copy the blobs that the view leads to. SD_DOUBT: a writer came in between, read again."""
+    """Copy the blobs that the view leads to into empty `blobs`. SD_DOUBT: a writer came in between,
+    read again."""
     cdef bytes blob
     cdef uint64_t extent
     cdef int b, result
@@ -69,15 +72,13 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
     blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
     memcpy(blobs.version, view.values.version, sizeof(blobs.version))
     blobs.known = cached(doms.decoded, slot, view.life, view.values.version[SD_DEFINITION])
-    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION,
-                   BLOBS):
+    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, BLOBS):
+        if not view.values.flags & SD_FLAG_PRESENT(b):
+            continue
         result = sd_view_extent(doms.segment, slot, view, b, &extent)
-        if result == SD_OK:
-            blob = copy_extent(doms.segment, extent)
-        elif result == SD_MISS:
-            blob = None
-        else:
+        if result != SD_OK:
             return result
+        blob = copy_extent(doms.segment, extent)
         if b == SD_DEFINITION:
             blobs.definition = blob
         elif b == SD_NEXT_DEFINITION:

@@ -9,7 +9,7 @@
  * before that store.
  *
  * An index changes together with the commit, while its sequence is odd (I4, I5).  If it contradicts
- * itself there, it is rebuilt from what is committed.
+ * itself there, it is made anew from what is committed.
  */
 #include "record.h"
 
@@ -86,9 +86,8 @@ static void fill_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2
         int place = sd_place(values->flags, b);
         uint64_t extent = sd_load(&record->extent[place][sd_choice(values->flags, b)]);
         sd_word *to = sd_extent_at(segment, extent);
-        sd_prefetch_write(to, blobs[b].size + 8); /* arrives while the sum is computed */
-        sd_store(to, sd_blob_sum(uuid, b, values->version[b], blobs[b].bytes, blobs[b].size));
-        sd_copy_in(to + 1, blobs[b].bytes, blobs[b].size);
+        sd_prefetch_write(to, blobs[b].size + 8);
+        sd_blob_put(to, uuid, b, values->version[b], blobs[b].bytes, blobs[b].size);
     }
 }
 
@@ -119,6 +118,14 @@ static void change_places(sd_values *values)
     values->version[SD_DEFINITION] = values->version[SD_NEXT_DEFINITION];
 }
 
+/* An index that contradicts itself after a commit is made anew.  If a record is damaged as well it
+ * cannot be: then it stays as it is, and finds that meet a damaged entry look at the records.  A
+ * repair that must succeed would poison the list here, for one damaged domain. */
+static void mend_or_leave(sd_segment *segment, int index)
+{
+    if (sd_mend(segment, index) != SD_OK) sd_sequence_end(sd_index_sequence(segment, index));
+}
+
 /* The flip together with what the id index says (I4); id lock held, room reserved. */
 static void flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *values, int32_t old)
 {
@@ -134,9 +141,9 @@ static void flip_with_ids(sd_segment *segment, uint32_t slot, const sd_values *v
         result = sd_index_delete(segment, SD_ID_INDEX, sd_hash_id(segment, old), slot);
         sd_store(&header->active, sd_load(&header->active) - 1);
     }
-    /* The commit stands; an index that contradicts itself is rebuilt. */
+    /* The commit stands, whatever the index says. */
     if (result == SD_OK) sd_sequence_end(&header->id_seq);
-    else sd_rebuild_ids(segment);
+    else mend_or_leave(segment, SD_ID_INDEX);
 }
 
 /* The flip together with what the name index says; list lock held, room reserved. */
@@ -146,28 +153,29 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
     sd_header *header = segment->header;
     sd_sequence_begin(&header->list_seq);
     sd_values_flip(&segment->slots[slot], values);
-    int result = sd_index_delete(segment, SD_NAME_INDEX,
-                                 sd_hash_name(segment, old + 1, old[0]), slot);
-    if (result == SD_OK)
-        result = sd_index_insert(segment, SD_NAME_INDEX,
+    int gone = sd_index_delete(segment, SD_NAME_INDEX,
+                               sd_hash_name(segment, old + 1, old[0]), slot);
+    int listed = sd_index_insert(segment, SD_NAME_INDEX,
                                  sd_hash_name(segment, name + 1, name[0]), slot);
-    if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
+    if (gone == SD_OK && listed == SD_OK) sd_sequence_end(&header->list_seq);
+    else mend_or_leave(segment, SD_NAME_INDEX);
 }
 
-/* After the commit: count it, and wake whoever waits for this domain, or for any (W1). */
-static void tell(sd_segment *segment, uint32_t slot)
+/* After the commit: count it, and wake whoever waits for this domain, or for any (W1).  `cur` is
+ * `step` larger. */
+static void tell(sd_segment *segment, uint32_t slot, unsigned step)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
+    uint64_t cur = sd_count_value(sd_load(&record->cur));
     sd_count(&segment->counters->commits);
     atomic_thread_fence(memory_order_seq_cst);
-    sd_tell(&record->cur, &record->waiting, sd_count_value(sd_load(&record->cur)));
+    sd_tell(&record->cur, &record->waiting, cur - step + 1, cur);
     uint64_t seq = sd_load(&header->any_seq);
     if (__builtin_expect(sd_load(&header->any_waiting) <= seq, 1)) return;
     sd_crash_point();
     if (atomic_compare_exchange_strong(&header->any_seq, &seq, seq + 1))
-        sd_tell(&header->any_seq, &header->any_waiting, seq + 1);
+        sd_tell(&header->any_seq, &header->any_waiting, seq + 1, seq + 1);
 }
 
 /* All that comes before the flip: new blobs in the heap, where `next` chooses them. */
@@ -210,7 +218,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     unsigned char old_name[SD_NAME_MAX + 1];
     const uint64_t private_flags =
         ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
-    bool blob_changes = false, new_blobs = false;
+    bool new_blobs = false;
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (!sd_has_news(segment, news)) news = NULL;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
@@ -221,21 +229,20 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
-    if (blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, blobs)) {
-        change_places(&next);
-        memcpy(without, changes, sizeof without);
-        without[SD_DEFINITION].change = false;
-        blobs = without;
+    if (changes) {
+        if (changes[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, changes)) {
+            change_places(&next);
+            memcpy(without, changes, sizeof without);
+            without[SD_DEFINITION].change = false;
+            blobs = without;
+        }
+        for (int b = 0; b < SD_BLOBS; b++) new_blobs |= blobs[b].change && blobs[b].bytes;
     }
-    for (int b = 0; b < SD_BLOBS; b++) {
-        blob_changes |= changes[b].change;
-        new_blobs |= blobs[b].change && blobs[b].bytes;
-    }
-    bool tidy = blob_changes || sd_load(&record->dirty);
+    bool tidy = changes || sd_load(&record->dirty);
     int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0), result = SD_OK;
 
     if (new_blobs) result = make_blobs(segment, slot, uuid, &next, blobs, deadline);
-    else if (blob_changes) fill_blobs(segment, slot, uuid, &next, blobs);
+    else if (changes) fill_blobs(segment, slot, uuid, &next, blobs);
     if (result == SD_OK && locks) result = sd_short_locks(segment, locks, deadline);
     bool locked = result == SD_OK;
     /* An id that takes another one's place needs no room: a table is half empty at least. */
@@ -247,7 +254,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     }
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
-    if (result == SD_OK) tell(segment, slot);
+    if (result == SD_OK) tell(segment, slot, 1);
     if (result == SD_OK ? tidy : new_blobs) sd_tidy(segment, slot);
     errno = error;
     return result;
@@ -370,16 +377,15 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     sd_sequence_begin(&header->list_seq);
     sd_publish(&record->life, life);
     sd_store(link, sd_load(&record->next_free));
-    result = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
-    if (result == SD_OK)
-        result = sd_index_insert(segment, SD_NAME_INDEX,
-                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    int by_uuid = sd_index_insert(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
+    int by_name = sd_index_insert(segment, SD_NAME_INDEX,
+                                  sd_hash_name(segment, name + 1, name[0]), slot);
     sd_store(&header->live, sd_load(&header->live) + 1);
-    if (result == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
+    if (by_uuid == SD_OK && by_name == SD_OK) sd_sequence_end(&header->list_seq);
+    else mend_or_leave(segment, SD_NAME_INDEX);
     if (news) sd_ring_publish(segment, next.event);
     sd_short_unlock(segment, locks);
-    tell(segment, slot);
+    tell(segment, slot, 1);
     return SD_OK;
 }
 
@@ -406,24 +412,23 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     sd_publish(&record->life, life);
     /* For those who wait for it (W1).  Two further, so that the same copy stays the current one. */
     sd_publish(&record->cur, sd_count_seal(sd_count_value(sd_load(&record->cur)) + 2));
-    int listed = sd_index_delete(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
-    if (listed == SD_OK)
-        listed = sd_index_delete(segment, SD_NAME_INDEX,
-                                 sd_hash_name(segment, name + 1, name[0]), slot);
+    int by_uuid = sd_index_delete(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
+    int by_name = sd_index_delete(segment, SD_NAME_INDEX,
+                                  sd_hash_name(segment, name + 1, name[0]), slot);
     sd_store(&header->live, sd_load(&header->live) - 1);
     sd_store(&record->next_free, sd_load(&header->free_head));
     sd_publish(&header->free_head, slot + 1);
-    if (listed == SD_OK) sd_sequence_end(&header->list_seq);
-    else sd_rebuild_list(segment);
+    if (by_uuid == SD_OK && by_name == SD_OK) sd_sequence_end(&header->list_seq);
+    else mend_or_leave(segment, SD_NAME_INDEX);
     if (ids) {
         int entered = sd_index_delete(segment, SD_ID_INDEX, sd_hash_id(segment, now.id), slot);
         sd_store(&header->active, sd_load(&header->active) - 1);
         if (entered == SD_OK) sd_sequence_end(&header->id_seq);
-        else sd_rebuild_ids(segment);
+        else mend_or_leave(segment, SD_ID_INDEX);
     }
     if (event) sd_ring_publish(segment, event);
     sd_short_unlock(segment, locks);
-    tell(segment, slot);
+    tell(segment, slot, 2);
     sd_tidy(segment, slot);
     return SD_OK;
 }

@@ -17,8 +17,8 @@ void sd_prefetch_replace(const sd_segment *segment, uint32_t slot);
 void sd_prefetch_insert(const sd_segment *segment); /* list lock held */
 
 /* Commit.  Slot lock held; with a new name also the list lock (and the caller has checked that the
- * name is free).  `values` become what is committed.  `news`: its events, or NULL.  On failure
- * nothing has changed. */
+ * name is free).  `blobs` NULL: none changes; `news` NULL: no events.  `values` become what is
+ * committed.  On failure nothing has changed. */
 int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_blob blobs[SD_BLOBS],
               const unsigned char *name, const sd_news *news, uint64_t deadline);
 /* The next id, never given out again.  Slot lock held. */

@@ -343,9 +343,10 @@ cdef class Record:
         set_blob(mine, SD_WORK, value, encoded)
         set_unfinished(mine, value)
 
-    def _commit_work(self, work, timeout=None):
-        """Commit this as what is under way; the other changes go on waiting. Domain lock."""
-        commit_work(need_changeable(self), work, deadline_of(timeout))
+    def _commit_work(self, work, timeout=None, tuple events not None=()):
+        """Commit this as what is under way, and tell of it with these events, pairs of type and
+        detail; the other changes go on waiting. Domain lock."""
+        commit_work(need_changeable(self), work, deadline_of(timeout), events)
 
     @property
     def _intends(self):
@@ -355,6 +356,11 @@ cdef class Record:
     @_intends.setter
     def _intends(self, bint value):
         need_changeable(self).intends = value
+
+    @property
+    def _depth(self):
+        """How many `with` blocks the holder is in. Domain lock."""
+        return need_locked(self).depth
 
     def _note(self, uint32_t type, uint16_t detail=0):
         """An event that the next commit is to have, beside those of its changes. Domain lock."""
@@ -406,8 +412,13 @@ cdef class Record:
         mine.touched = True
 
     @property
-    def _segment(self):
+    def _doms(self):
         return self.segment
+
+    def _wait_for_change(self, timeout=None):
+        """Release the lock, sleep until the domain has changed or the time is up, lock it again:
+        whether it changed. `with` blocks go on."""
+        return bool(wait_unlocked(self, deadline_of(timeout)))
 
     @property
     def _key(self):

@@ -35,6 +35,7 @@ cdef tuple recover_locks(Segment doms, object timeout):
                   repairs, held)
     begin_wait(doms)
     try:
+        recover_named(doms, repairs, held)
         freed = recover_slots(doms, repairs, held)
     finally:
         end_wait(doms)
@@ -79,6 +80,35 @@ cdef int recover_short(Segment doms, object which, int lock, pthread_mutex_t *mu
     repair.who = victim
     note_repair(repairs, which, None, &repair)
     return still_open(doms)
+
+
+cdef int recover_named(Segment doms, list repairs, list held) except -1:
+    """Take each named lock that is locked."""
+    cdef unsigned place
+    cdef sd_lock_name raw
+    cdef sd_named *at
+    cdef sd_repair repair
+    cdef int result
+    for place in range(SD_NAMED_MAX):
+        at = &doms.segment.named[place]
+        if not sd_mutex_busy(&at.mutex) or held_mutex(doms, place) != NULL:
+            continue
+        name = None
+        if sd_named_get(doms.segment, place, &raw) == SD_OK:
+            name = lock_name_object(&raw)
+        memset(&sd_self().repair, 0, sizeof(repair))
+        result = sd_named_lock(doms.segment, place, SD_TRY)
+        if result == SD_TIMEOUT:
+            error = timeout_error(&at.owner, &at.mutex, at.why, name, 0)
+            if error.holder is not None:
+                held.append(("mutex", name, error.holder))
+            continue
+        if result != SD_OK:
+            raise_poison_or_code(doms, result, "recover")
+        repair = sd_self().repair
+        sd_named_unlock(doms.segment, place, False)
+        note_repair(repairs, "mutex", name, &repair)
+    return 0
 
 
 cdef uint64_t recover_slots(Segment doms, list repairs, list held) except? 1:

@@ -19,6 +19,7 @@
 #include "segment.h"
 
 #include "mutex.h"
+#include "sum.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -59,6 +60,7 @@ static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells
     at->events = events;
     at->attached = place(&end, SD_ATTACHED_MAX * 8);
     at->settings = place(&end, 2 * (SD_SETTINGS_BYTES + 8));
+    at->named = place(&end, SD_NAMED_MAX * sizeof(sd_named));
     at->levels = 1;
     while ((1ull << (SD_INDEX_BITS + at->levels - 1)) < 2 * max_slots) at->levels++;
     for (int index = 0; index < SD_INDEXES; index++)
@@ -104,7 +106,8 @@ static uint64_t signature(void)
                               offsetof(sd_header, id_mutex), offsetof(sd_header, heap_mutex),
                               sizeof(sd_slot), offsetof(sd_slot, extent), sizeof(sd_names),
                               sizeof(sd_entry), offsetof(sd_header, event_mutex),
-                              sizeof(sd_counters), sizeof(sd_waiter), SD_CELL, SD_INDEX_BITS,
+                              sizeof(sd_named), offsetof(sd_named, taken), sizeof(sd_counters),
+                              sizeof(sd_waiter), SD_CELL, SD_INDEX_BITS, sd_sums_by_crc(),
                               0x0102030405060708ull};
     uint64_t h = SD_LAYOUT;
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
@@ -204,7 +207,7 @@ static int validate(const sd_header *header, uint64_t size, sd_geometry *at, cha
     }
     if (header->signature != signature()) {
         snprintf(why, n, "made by a build with other sizes of shared structures (another C library "
-                 "or architecture)");
+                 "or architecture), or under an emulator");
         return SD_MISMATCH;
     }
     if (read_boot(boot) != SD_OK) return SD_ERRNO;
@@ -333,6 +336,7 @@ static void set_pointers(sd_segment *segment)
     const sd_geometry *at = &segment->at;
     segment->header = (sd_header *)segment->base;
     segment->attached = (sd_word *)(segment->base + at->attached);
+    segment->named = (sd_named *)(segment->base + at->named);
     segment->slots = (sd_slot *)(segment->base + at->slots);
     segment->names = (sd_names *)(segment->base + at->names);
     segment->blocks = (sd_counters *)(segment->base + at->counters);
@@ -391,10 +395,13 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells, ui
     for (int index = 0; index < SD_INDEXES && result == SD_OK; index++)
         result = commit_file(fd, at.table[index][0], 8ull << SD_INDEX_BITS);
     if (result != SD_OK) return result;
-    void *base = mmap(NULL, sizeof(sd_header), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    uint64_t bytes = at.named + SD_NAMED_MAX * sizeof(sd_named);
+    unsigned char *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) return SD_ERRNO;
-    result = fill_header(base, kind, &at);
-    munmap(base, sizeof(sd_header));
+    result = fill_header((sd_header *)base, kind, &at);
+    for (unsigned i = 0; i < SD_NAMED_MAX && result == SD_OK; i++)
+        result = sd_mutex_init(&((sd_named *)(base + at.named))[i].mutex);
+    munmap(base, bytes);
     return result;
 }
 
@@ -595,6 +602,8 @@ static bool is_held(const sd_segment *segment)
     if (!segment->held) return false;
     if (sd_slots(segment, &slots) != SD_OK) return true; /* unknown: keep it */
     if (runs_here(holder_of(segment, &header->list_mutex, &header->list_owner))) return true;
+    for (unsigned i = 0; i < SD_NAMED_MAX; i++) /* robust in lists of either kind */
+        if (runs_here(sd_mutex_owner(&segment->named[i].mutex))) return true;
     for (uint32_t i = 0; i < slots; i++) {
         const sd_slot *slot = &segment->slots[i];
         if (runs_here(holder_of(segment, &slot->mutex, &slot->owner))) return true;

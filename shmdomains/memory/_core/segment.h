@@ -10,7 +10,7 @@
 /* Where everything lies, from three limits. */
 typedef struct {
     uint64_t max_slots, heap_cells, events, total_bytes;
-    uint64_t attached, settings, slots, names; /* offsets */
+    uint64_t attached, settings, named, slots, names; /* offsets */
     uint64_t counters, waiters, ring, map, heap;
     unsigned levels;                                      /* of each index */
     uint64_t table[SD_INDEXES][SD_INDEX_LEVELS];          /* offsets */
@@ -31,6 +31,7 @@ typedef struct sd_segment {
     sd_geometry at;
     uint64_t kind, seed, id[2], pid_namespace, time_namespace;
     sd_header *header;
+    sd_named *named;
     sd_slot *slots;
     sd_names *names;
     sd_counters *blocks;   /* of all processes */

@@ -134,6 +134,24 @@ cdef class Segment:
         """`unlock` in the manner of `multiprocessing.Lock`."""
         self.unlock()
 
+    def mutex(self, name, timeout=None, *, why=None):
+        """A lock for what belongs to no domain: a `Mutex`, not yet locked.
+
+            with doms.mutex("scheduler", timeout=0) as held:
+                ...
+
+        Every process that asks for this name gets the same lock; a name is 1 to 63 bytes of UTF-8.
+        A list has 64 of them, and a name is never given back: the 65th is `TooManyMutexes`.
+        `timeout` in seconds is for the ``with`` block: None waits for ever, 0 tries. `why` says,
+        in up to 56 bytes, what it is held for, to whoever looks.
+
+        Named locks come before the list and its domains: whoever holds one may wait for those, and
+        whoever holds those may only try one (`timeout=0`), else `LockOrder`. Waiting for a second
+        one while holding one needs a timeout. They are robust mutexes in lists of either kind, so a
+        stranger to a list with multiprocessing locks may take them, too.
+        """
+        return Mutex(self, name, timeout, why)
+
     # --- finding ---
 
     def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
@@ -270,9 +288,13 @@ cdef class Segment:
 
     # --- for the rules: waiting and events (sleep.pxi) ---
 
-    def _handle_of(self, key):
+    def _handle_of(self, key=None, /, *, uuid=None, name=None, id=None):
         """An unlocked handle to the domain with this key, or None. Takes no lock."""
-        return unlocked_handle(self, key)
+        return unlocked_handle(self, key, uuid, name, id)
+
+    def _holds_other(self, Record record):
+        """Whether this thread holds a domain of this list other than this one."""
+        return holds_any_but(self, record)
 
     def _look(self, Record record not None, bint definitions=True):
         """(`DomainInfo` or None once it is removed, stamp). Takes no lock."""
@@ -292,6 +314,10 @@ cdef class Segment:
     def _sleep_on_list(self, uint64_t stamp, timeout=None):
         """Sleep until any domain has changed since `_list_stamp`, a slice at most."""
         return bool(sleep_on_list(self, stamp, deadline_of(timeout)))
+
+    def _marks(self):
+        """What `_changed` needs to remember, empty."""
+        return bytearray()
 
     def _changed(self, bytearray marks not None, bint definitions=True):
         """The committed states of what changed since the last call with these marks (empty at
@@ -357,6 +383,10 @@ cdef class Segment:
     def _settings(self):
         """What `_set_settings` stored; empty before that."""
         return read_settings(self)
+
+    def _mutex_names(self):
+        """The names of the named locks that there are. Takes no lock."""
+        return named_locks(self)
 
     @property
     def _identity(self):

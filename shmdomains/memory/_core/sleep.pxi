@@ -7,6 +7,8 @@
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+from shmdomains import errors
+
 
 cdef int sleep_on(Segment doms, const sd_word *word, uint64_t seen, sd_word *waiting,
                   uint64_t number, uint64_t deadline) except -1:
@@ -48,6 +50,39 @@ cdef int sleep_on_record(Segment doms, Record record, uint64_t stamp, uint64_t d
     if sd_load_acquire(&at.life) != record.life:
         return 1
     return sleep_on(doms, &at.cur, stamp, &at.waiting, sd_count_value(stamp) + 1, deadline)
+
+
+cdef int wait_unlocked(Record record, uint64_t deadline) except -1:
+    """Release the domain, sleep until it has changed or the deadline, lock it again: whether it
+    changed. Its notice of a death is kept, for the holder may not have looked at it yet. On an
+    error, but for `UncommittedChanges`, the domain is not locked."""
+    cdef Record mine = need_changeable(record)
+    cdef unsigned depth
+    cdef size_t inside
+    cdef uint64_t stamp, again
+    cdef bint changed
+    need_open(mine.segment)
+    if mine.touched or mine.pending:
+        raise errors.UncommittedChanges(f"domain {uuid_object(mine.uuid_raw)} has changes that "
+                                        "nobody would see while this waits")
+    intended = intention(mine) if mine.intends else None
+    depth, inside = mine.depth, mine.inside
+    stamp = sd_load_acquire(&mine.segment.segment.slots[mine.slot].cur)
+    end_hold(mine, False)
+    changed = sleep_on_record(mine.segment, mine, stamp, deadline)
+    while not changed and sd_now() < deadline:
+        changed = sleep_on_record(mine.segment, mine, stamp, deadline)
+    again = max(deadline, sd_now() + SD_SLICE_NS)
+    lock_record(mine, again, seconds_left(again))
+    mine.depth, mine.inside = depth, inside
+    mine.intends = intended is not None and intention(mine) == intended
+    return changed
+
+
+cdef object intention(Record record):
+    """What a holder intends or intended, or None. Domain lock."""
+    work = read_blob(record, SD_WORK)
+    return None if work is None else work.intended
 
 
 cdef int sleep_on_list(Segment doms, uint64_t stamp, uint64_t deadline) except -1:
@@ -96,7 +131,8 @@ cdef tuple read_event(Segment doms, uint64_t number):
 
 cdef list read_changed(Segment doms, bytearray marks, bint blobs):
     """The committed states of the domains that changed since `marks`, which are brought up to date:
-    16 bytes a slot, life and commits. Those that are gone are not in it."""
+    16 bytes a slot, life and commits. Those that are gone are not in it. One that is damaged is,
+    and says so when it is asked."""
     cdef uint32_t slot
     cdef uint64_t life, cur
     cdef uint64_t *mark
@@ -117,6 +153,6 @@ cdef list read_changed(Segment doms, bytearray marks, bint blobs):
         if not life & LIVES:
             continue
         info = read_slot(doms, slot, NULL, blobs, sd_now() + SECOND)
-        if info is not None and not info.damage:
+        if info is not None:
             found.append(info)
     return found

@@ -180,7 +180,7 @@ sd_thread *sd_thread_begin(void)
     self->process = sd_identity((uint32_t)self->pid, start_of_self);
     self->who = sd_identity(tid, start == SD_START_UNKNOWN ? 0 : start);
     self->held = self->lists = self->nested = self->short_wait = 0;
-    self->records = NULL;
+    self->records = self->named = NULL;
     self->orphans = NULL;
     self->awaited = NULL;
     self->wait = NULL;

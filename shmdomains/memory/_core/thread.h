@@ -10,7 +10,8 @@ struct sd_wait;
 /* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
 typedef struct sd_orphan {
     struct sd_segment *segment;
-    uint32_t slot;
+    uint32_t slot; /* or the place of a named lock */
+    bool named;
     struct sd_orphan *next;
 } sd_orphan;
 
@@ -30,11 +31,12 @@ typedef struct sd_thread {
     uint64_t who;        /* sd_identity() */
     uint64_t pid;
     uint64_t process;    /* its sd_identity() */
-    unsigned held;       /* slots this thread holds, in all segments */
+    unsigned held;       /* slots and named locks this thread holds, in all segments */
     unsigned lists;      /* list locks it holds */
     unsigned short_wait; /* it waits for one of the core's own short locks */
     unsigned nested;     /* signal handlers running inside a wait of this thread */
     void *records;       /* the binding's list of its locked handles */
+    void *named;         /* and of the named locks that it holds */
     sd_orphan *orphans;
     sd_repair repair;
     const sd_owner *awaited; /* signs for the mutex that this thread waits for; NULL: nobody does */

@@ -18,13 +18,13 @@ void sd_wake(sd_word *word);
  * a system call. */
 void sd_lower_damaged(sd_word *waiting, uint64_t largest);
 
-/* The writer's side: `number` was just stored; the caller has a full fence between that store and
- * this call. */
-static inline void sd_tell(sd_word *word, sd_word *waiting, uint64_t number)
+/* The writer's side: the word was just counted up to `last`; `first` is the number that came after
+ * the old one.  The caller has a full fence between that store and this call. */
+static inline void sd_tell(sd_word *word, sd_word *waiting, uint64_t first, uint64_t last)
 {
-    if (__builtin_expect(sd_load(waiting) < number, 1)) return;
+    if (__builtin_expect(sd_load(waiting) < first, 1)) return;
     sd_wake(word);
-    sd_lower_damaged(waiting, number + 1);
+    sd_lower_damaged(waiting, last + 1);
 }
 
 #endif
