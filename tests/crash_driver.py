@@ -224,7 +224,7 @@ def domain_lock(doms: DomainList) -> Iterator[None]:
         yield
 
 
-@operation(points=21, locks=2)
+@operation(points=24, locks=2)
 def say_why(doms: DomainList) -> Iterator[None]:
     with doms.locked(why="to count them all, one by one"):
         pass

@@ -21,9 +21,9 @@ class LockInfo(msgspec.Struct, frozen=True):
     """A lock that is held or waited for, as `DomainList.locks` gives it.
 
     `kind` is ``"list"``, ``"mutex"`` or ``"domain"``; `name` is the mutex's or the domain's, `uuid`
-    the domain's, ``None`` for a slot without one. `holder` is ``None`` where the lock is just changing hands; `LockHolder.alive` is
-    false where it died and nobody has taken the lock since. `waiting` threads sleep for it, the
-    first of them for `longest_wait` seconds.
+    the domain's, ``None`` for a slot without one. `holder` is ``None`` where the lock is just
+    changing hands; `LockHolder.alive` is false where it died and nobody has taken the lock since.
+    `waiting` threads sleep for it, the first of them for `longest_wait` seconds.
 
     >>> print(LockInfo("domain", "web1", None, None, waiting=2, longest_wait=1.5))
     domain 'web1': held by nobody; 2 wait, the first for 1.5 s
@@ -47,12 +47,12 @@ class LockInfo(msgspec.Struct, frozen=True):
 class Statistics(msgspec.Struct, frozen=True):
     """What processes counted since they attached to the list.
 
-    `acquisitions` are the list, domain and named locks that were taken; `contended` the waits that slept,
-    whether or not they got the lock; `waits[i]` those of them that took less than 2**i microseconds
-    and not less than half of that (the last: all longer ones). `commits` are changes, new domains
-    and removals; `deaths` the locks whose holder was found dead, `recoveries` the repairs made.
-    `unlisted` waits found no room in the table that `DomainList.locks` reads. `processes` is how
-    many were added up.
+    `acquisitions` are the list, domain and named locks that were taken; `contended` the waits that
+    slept, whether or not they got the lock; `waits[i]` those of them that took less than 2**i
+    microseconds and not less than half of that (the last: all longer ones). `commits` are changes,
+    new domains and removals; `deaths` the locks whose holder was found dead, `recoveries` the
+    repairs made. `unlisted` waits found no room in the table that `DomainList.locks` reads.
+    `processes` is how many were added up.
 
     >>> Statistics.of([(7, 1, 2, 0, 0, 0, (0, 1, 0)), (1, 1, 0, 0, 0, 0, (0, 0, 1))])
     Statistics(processes=2, acquisitions=8, contended=2, commits=2, recoveries=0, deaths=0,
