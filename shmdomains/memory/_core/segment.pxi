@@ -166,16 +166,16 @@ cdef class Segment:
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
-        cdef Record record = None
+        cdef Record record
         need_open(self)
         if make_key(&wanted, key, uuid, name, id):
             if why is None:
                 record = find_record(self, &wanted, deadline, timeout)
             else:
                 record = find_for(self, &wanted, deadline, timeout, why)
-        if record is None:
-            raise not_found(&wanted, key, uuid, name, id)
-        return record
+            if record is not None:
+                return record
+        raise not_found(&wanted, key, uuid, name, id)
 
     def lookup(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
         """Like `get`, but None when there is no such domain."""
