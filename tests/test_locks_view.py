@@ -401,11 +401,13 @@ def test_what_the_living_counted_adds_up(nursery: Nursery, segment_dir: Path, xm
         workers[0].kill()
         left = doms.statistics_of_all()
         assert (left.processes, left.acquisitions) == (4, before.acquisitions + 3 * 300)
+        # A place is free at once where somebody left in order.
         for _ in range(3):
             late = nursery.start(get_often, path, 7)
             late.hear()
             assert doms.statistics_of_all().acquisitions == left.acquisitions + 7
-            late.kill()
+            late.tell()
+            late.join()
     nursery.clear()
 
 
