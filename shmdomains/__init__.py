@@ -83,6 +83,7 @@ from .memory.domain_list import (
     Mutex,
     unlink,
 )
+from .memory.held import LockInfo, Statistics
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
 from .rules.elect import Election
@@ -165,6 +166,7 @@ __all__ = [
     "LoadFailure",
     "LoadReport",
     "LockHolder",
+    "LockInfo",
     "LockKindMismatch",
     "LockLost",
     "LockOrder",
@@ -198,6 +200,7 @@ __all__ = [
     "ShutdownReason",
     "ShutoffReason",
     "StartedDetail",
+    "Statistics",
     "StoppedDetail",
     "SuspendedDetail",
     "TooManyLocks",

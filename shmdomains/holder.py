@@ -13,11 +13,12 @@ class LockHolder(msgspec.Struct, frozen=True):
     """A process and thread that hold, or held, a lock; an unknown value is ``None``.
 
     `started` is the thread's start in seconds since the epoch, `held_for` is in seconds, `command`
-    is the process's command line, `alive` whether the thread runs. The process may have ended since
-    this was found out.
+    is the process's command line, `alive` whether the thread runs, `operation` what it said that it
+    locks for (``get(..., why="snapshot")``). The process may have ended since this was found out.
 
     >>> LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command="qemu-agent")
-    LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command='qemu-agent')
+    LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command='qemu-agent',
+    operation=None)
     """
 
     pid: int | None
@@ -26,6 +27,7 @@ class LockHolder(msgspec.Struct, frozen=True):
     held_for: float | None
     alive: bool
     command: str | None
+    operation: str | None = None
 
     @property
     def who(self) -> str:
@@ -45,4 +47,6 @@ class LockHolder(msgspec.Struct, frozen=True):
             text += f" ({self.command})"
         if self.held_for is not None:
             text += f" for {self.held_for:.1f} s"
+        if self.operation:
+            text += f", doing {self.operation!r}"
         return text + ("" if self.alive else "; it is dead")

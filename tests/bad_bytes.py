@@ -21,6 +21,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,7 @@ from shmdomains import (
     DomainList,
     DomainState,
     EventsMissed,
+    LockTimeout,
     ShmDomainsError,
 )
 from shmdomains.transfer import export_domains
@@ -89,6 +91,14 @@ def fill(path: str, lock: Any = "robust", config: str | None = None) -> None:
         with doms.get(uuid=ONE) as dom:
             doms.set_autostart(dom, True)
         doms.undefine(uuid=GONE)
+        wait_for_somebody(doms)
+
+
+def wait_for_somebody(doms: DomainList) -> None:
+    """So that the table of the waiters has memory."""
+    with doms.get(uuid=ONE), ThreadPoolExecutor(1) as other:
+        wait = other.submit(doms.get, uuid=ONE, timeout=PATIENCE)
+        assert isinstance(wait.exception(), LockTimeout)
 
 
 @dataclass(frozen=True)
@@ -241,6 +251,15 @@ def read(trial: Trial) -> None:
     if about is not None and about.config_dir != trial.config:
         trial.wrong.append(f"the config directory is {about.config_dir}, not {trial.config}")
     trial.attempt("watch", lambda: watch(trial))
+    for lock in trial.attempt("locks", doms.locks) or []:
+        # A damaged mutex is held by somebody; whoever waits is the one that was planted, or nobody.
+        if lock.waiting > 1 or (lock.waiting and lock.name != "vm1"):
+            trial.wrong.append(f"locks: {lock}")
+        if lock.name is not None:
+            trial.judge("locks", doms.peek(uuid=lock.uuid), name=lock.name)
+    for count in ("statistics", "statistics of all"):
+        of = doms.statistics_of_all if count.endswith("all") else lambda: doms.statistics
+        trial.attempt(count, of)
     names = trial.attempt("names of locks", doms._mutex_names)
     if names is not None and names != list(MUTEXES):
         trial.quiet.append(f"the named locks are {names}")

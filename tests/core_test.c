@@ -107,6 +107,17 @@ static void print_header(void)
     HEADER(event_mutex), HEADER(event_dirty), HEADER(event_waiting), HEADER(event_count);
     HEADER(ring_committed), HEADER(events);
     HEADER(any_waiting), HEADER(any_seq);
+    HEADER(counters_committed), HEADER(waiters_committed), HEADER(list_why);
+}
+
+static void print_waiters(const sd_geometry *at)
+{
+    printf("counters %lu\nwaiters %lu\n", at->counters, at->waiters);
+    printf("counters.size %zu\nwaiter.size %zu\n", sizeof(sd_counters), sizeof(sd_waiter));
+    printf("waiters.max %u\n", SD_WAITERS_MAX);
+    PLACE("waiter", sd_waiter, who), PLACE("waiter", sd_waiter, pid);
+    PLACE("waiter", sd_waiter, what), PLACE("waiter", sd_waiter, since);
+    PLACE("waiter", sd_waiter, sum), PLACE("counters", sd_counters, acquired);
 }
 
 static void print_slot(void)
@@ -133,6 +144,7 @@ static int layout(const char *path)
     MUST(sd_geometry_make(&at, header.max_slots, header.heap_cells, header.events) == SD_OK);
     print_header();
     print_slot();
+    print_waiters(&at);
     printf("attached %lu\nattached.max %u\nsettings %lu\n", at.attached, SD_ATTACHED_MAX, at.settings);
     printf("named %lu\nnamed.size %zu\n", at.named, sizeof(sd_named));
     PLACE("named", sd_named, mutex), PLACE("named", sd_named, owner);

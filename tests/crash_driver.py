@@ -40,6 +40,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import uuid
 import zlib
@@ -48,7 +49,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shmdomains import CheckReport, DomainDef, DomainList, DomainState, EventType, Job
+from shmdomains import (
+    CheckReport,
+    DomainDef,
+    DomainList,
+    DomainState,
+    EventType,
+    Job,
+    LockTimeout,
+)
 from shmdomains.config import ConfigDirs
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
@@ -198,6 +207,7 @@ def first_use_after_a_fork(doms: DomainList) -> Iterator[None]:
 def snapshot(doms: DomainList) -> Iterator[None]:
     doms.snapshot(), doms.list(active=True), doms.count(), doms.info, doms.check()
     doms.peek(name="vm0"), doms.peek(id=1), UUIDS[0] in doms, UUIDS[9] in doms
+    doms.locks(), doms.statistics, doms.statistics_of_all()
     yield
 
 
@@ -223,6 +233,36 @@ def list_lock(doms: DomainList) -> Iterator[None]:
 def domain_lock(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0"):
         yield
+
+
+@operation(points=24, locks=2)
+def say_why(doms: DomainList) -> Iterator[None]:
+    with doms.locked(why="to count them all, one by one"):
+        pass
+    with doms.get(name="vm0", why="a snapshot of a large disk"):
+        yield
+
+
+@operation(points=12, locks=1)
+def wait_in_vain(doms: DomainList) -> Iterator[None]:
+    """Another thread holds the domain, and does nothing meanwhile. The first waiter of a list: the
+    table gets its memory."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with doms.get(name="vm0"):
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        doms.get(name="vm0", timeout=0.001)
+    except LockTimeout:
+        done.set()
+    holder.join()
+    yield
 
 
 @operation(points=4)

@@ -40,7 +40,8 @@ typedef struct {
     uint64_t place;         /* offset of the store */
     uint64_t instruction;   /* its offset in the core; 0: it lies outside */
     uint64_t in_mutex;      /* the store is one into a mutex */
-    uint64_t is_time;       /* the store is one of the time since when a lock is held */
+    uint64_t is_time;       /* the store is one of the time since when a lock is held, or the next */
+    uint64_t is_counter;    /* the store is one of what the process counts */
     uint64_t lost;          /* offset of a lock that this death would leave taken; 0: none */
     uint64_t words, deaths; /* how many of the following */
     uint64_t word[MOST][2];  /* offset and new value of what has changed */
@@ -246,8 +247,15 @@ static bool in_mutex(uint64_t place)
            place - mutex_place(MUTEXES_BEFORE_SLOTS + slot) < sizeof(pthread_mutex_t);
 }
 
+/* Nothing depends on a store there, and none is a crash point (layout.h, V2). */
+static bool is_counter(uint64_t place)
+{
+    return place >= at.counters && place < at.waiters;
+}
+
 static bool is_time(uint64_t place)
 {
+    if (is_counter(place)) return true;
     if (place == offsetof(sd_header, list_owner) + offsetof(sd_owner, since)) return true;
     if (place >= at.named && place < at.table[0][0])
         return (place - at.named) % sizeof(sd_named) ==
@@ -365,6 +373,7 @@ static void describe(sd_trace_event *event)
     event->place = fault;
     event->in_mutex = in_mutex(fault);
     event->is_time = is_time(fault);
+    event->is_counter = is_counter(fault);
 }
 
 /* The victim stands before a store. */

@@ -307,6 +307,15 @@ def sealed(value: int) -> int:
     return (value | ~(value ^ value >> 28) << 36) & (1 << 64) - 1
 
 
+def waiter_sum(who: int, pid: int, what: int, since: int) -> int:
+    """The checksum of a waiter, as the core writes it."""
+    value = who
+    for word in (pid, what, since):
+        value = (value ^ word) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+        value ^= value >> 29
+    return value
+
+
 def counted(value: int) -> int:
     """`life` or `cur`, as the core writes it: 48 bits, and 16 to check them."""
     value &= (1 << 48) - 1
@@ -389,6 +398,13 @@ class Planted:
         """The place of a slot's entry in an index."""
         [place] = [at for at in self.entries(index) if self.read(at) & 0xFFFFFF == slot + 1]
         return place
+
+    def leave_waiter(self, place: int, who: int, pid: int, slot: int) -> None:
+        """As a thread that sleeps for this slot's lock. The table has memory already."""
+        at, what, since = self.at["waiters"] + place * self.at["waiter.size"], 2 | slot << 32, 1
+        words = {"who": who, "pid": pid, "what": what, "since": since}
+        for field, value in {**words, "sum": waiter_sum(**words)}.items():
+            self.write(at + self.at[f"waiter.{field}"], value)
 
     def leave_garbage(self, number: int) -> None:
         """As whoever died between allocating a blob of 130 bytes for this slot and committing."""

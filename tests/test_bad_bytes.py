@@ -27,6 +27,7 @@ from helpers import SOAK
 from killing import Child, ChildDied, Nursery, Planted, driver
 
 from shmdomains import DomainList
+from shmdomains.memory._core import core
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(900 if SOAK else 120)]
 
@@ -58,7 +59,11 @@ class Specimen:
         with Planted(path) as planted:
             at = planted.at
             planted.write(at["attached"], 77 << 22 | 1)  # somebody who is dead
+            pid, tid, start = core.caller()
+            planted.leave_waiter(0, tid | start << 22, pid, 0)
             slots = planted.watermark(planted.header("slots_committed"))
+            blocks = planted.watermark(planted.header("counters_committed"))
+            waiters = planted.watermark(planted.header("waiters_committed"))
             cells = planted.watermark(planted.header("heap_committed"))
             sizes = {
                 "header": at["attached"],
@@ -69,6 +74,8 @@ class Specimen:
                 "slots": slots * at["slot.size"],
                 "names": slots * at["names.size"],
                 "ring": planted.watermark(planted.header("ring_committed")) * at["entry.size"],
+                "counters": blocks * at["counters.size"],
+                "waiters": waiters * at["waiter.size"],
                 "map": -(-cells // 8),
                 "heap": cells * 64,
             }
@@ -186,7 +193,19 @@ def test_every_bit_of_the_first_pages(nursery: Nursery, specimen: Specimen, trie
     tried("bits of the first pages flipped before attaching", len(damages))
 
 
-PARTS = ["attached", "table.0.0", "table.1.0", "table.2.0", "slots", "names", "ring", "map", "heap"]
+PARTS = [
+    "attached",
+    "table.0.0",
+    "table.1.0",
+    "table.2.0",
+    "slots",
+    "names",
+    "ring",
+    "counters",
+    "waiters",
+    "map",
+    "heap",
+]
 
 
 @pytest.mark.soak
@@ -205,7 +224,7 @@ def test_bits_of_what_is_used(
 def test_bits_of_named_locks(nursery: Nursery, specimen: Specimen, tried: Tried) -> None:
     """Of places that have a name, and of those that the next names get, what is 0 included."""
     start, _ = specimen.parts["named"]
-    damages = some(bits(range(start, start + 5 * 256)), 10_000_000 if SOAK else 400)
+    damages = some(bits(range(start, start + 5 * 384)), 10_000_000 if SOAK else 400)
     met = try_all(nursery, specimen, damages)
     assert met["SegmentCorrupt"] and met["LockTimeout"]
     tried("bits of named locks flipped before attaching", len(damages))
@@ -229,7 +248,7 @@ def test_bits_before_a_repair(nursery: Nursery, specimen: Specimen, tried: Tried
     next, or one that is not in the rebuilt index, and nothing would tell of it any more."""
     assert not try_all(nursery, specimen, [None], specimen.dirty)
     first, _ = specimen.parts["slots"]
-    locks = {first + 256 * slot + at for slot in range(len(specimen.lives)) for at in range(40)}
+    locks = {first + 384 * slot + at for slot in range(len(specimen.lives)) for at in range(40)}
     used = [at for part in ("slots", "names") for at in specimen.used(part) if at not in locks]
     damages = [
         *bits(at + i for at in [*specimen.lives, specimen.count] for i in range(8)),

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from crash_build import Driver, driving
-from crash_driver import OPERATIONS
 from helpers import SOAK
 
 PATIENCE = 900 if SOAK else 60  # seconds for one operation
@@ -117,13 +116,13 @@ SHORT += [
     "remove inactive",
 ]
 
-TRACED = list(OPERATIONS) if SOAK else SHORT
+TRACED = list(IMAGES) if SOAK else SHORT
 REPAIRED = list(REPAIRS) if SOAK else ["activate"]
 STEPPED = ["domain lock", "change fields"]
 KILLED = ["domain lock"]
 if SOAK:
     # Most of the instructions of the others parse XML, the same ones each time, or only read.
-    STEPPED = [name for name in OPERATIONS if not name.startswith(("assign", "snapshot"))]
+    STEPPED = [name for name in IMAGES if not name.startswith(("assign", "snapshot"))]
     KILLED += ["find under the list lock", "activate", "rename", "remove inactive"]
 
 pytestmark = pytest.mark.soak

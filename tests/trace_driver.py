@@ -10,7 +10,8 @@ if the victim had died there (`Trial.survive`), by a process that knows nothing 
 What else must hold:
 
 - The stores outside mutexes are the numbered crash points, one for one: a store without a point
-  bypasses the inlines of layout.h, and no test that counts points sees a death there.
+  bypasses the inlines of layout.h, and no test that counts points sees a death there. Only what a
+  process counts has none, and nothing depends on it.
 - Stores into a mutex (the header's four, one a slot: `pthread_mutex_t` and nothing beside it) come
   from the C library, never from the core.
 - Nothing but these stores changes the segment: not a system call, not another mapping.
@@ -71,6 +72,7 @@ class Event(ctypes.Structure):
         ("instruction", ctypes.c_uint64),
         ("in_mutex", ctypes.c_uint64),
         ("is_time", ctypes.c_uint64),
+        ("is_counter", ctypes.c_uint64),
         ("lost", ctypes.c_uint64),
         ("words", ctypes.c_uint64),
         ("deaths", ctypes.c_uint64),
@@ -90,7 +92,7 @@ class Step:
 
     what: str
     made: int  # stores outside mutexes so far
-    is_time: bool  # nothing but the time since when a lock is held
+    is_time: bool  # nothing but the time since when a lock is held, or what was counted
     changed: tuple[tuple[int, int], ...]
     deaths: tuple[tuple[int, int], ...]
 
@@ -223,6 +225,10 @@ class Trace(Trial):
             self.found.mutex_stores += 1
             if by:
                 self.fail(f"{what}: the core's instruction {by:#x} stores into a mutex")
+            return
+        if event.is_counter:
+            if event.points != self.made:
+                self.fail(f"{what}: a crash point precedes a store that has none")
             return
         self.found.stores += 1
         if event.points != self.made + 1:

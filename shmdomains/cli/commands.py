@@ -26,6 +26,7 @@ from ..memory import segment_file
 from . import domains as domain_commands
 from . import events as event_commands
 from . import jobs as job_commands
+from . import locks as lock_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
 from .tables import is_terminal, print_warning
@@ -103,6 +104,7 @@ for _command in (
     job_commands.domjobinfo,
     job_commands.domjobabort,
     segment_commands.segments,
+    lock_commands.locks,
     segment_commands.check,
     segment_commands.recover,
     segment_commands.export_command,

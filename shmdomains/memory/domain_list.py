@@ -41,6 +41,7 @@ from ..rules.store import Filter
 from . import holder, mp_locks, segment_file
 from ._core import core
 from .domain import Domain
+from .held import LockInfo, Statistics, as_locks
 from .invariants import (
     CheckReport,
     HeldLock,
@@ -512,6 +513,45 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         busy = [HeldLock(*lock) for lock in held]
         busy += [HeldLock("files", name, left.holder) for name, left in settled if left is not None]
         return RecoverReport(done, busy, freed)
+
+    def locks(self) -> list[LockInfo]:
+        """Every lock of the list that is held or waited for: by whom, since when, for what, how
+        many wait and for how long.
+
+        It only reads, and takes no lock, so it also answers when everything is stuck. A lock that
+        changes hands meanwhile is shown with one of its holders, or not at all.
+
+        >>> doms = DomainList(max_domains=10)
+        >>> with doms.locked(why="count them"):
+        ...     [lock] = doms.locks()
+        >>> lock.kind, lock.holder.operation, lock.holder.pid == os.getpid(), lock.waiting
+        ('list', 'count them', True, 0)
+        >>> doms.locks()
+        []
+        """
+        return as_locks(self._taken())
+
+    @property
+    def statistics(self) -> Statistics:
+        """What this process counted since it attached: acquisitions, waits, commits, deaths.
+
+        >>> doms = DomainList(max_domains=10)
+        >>> for _ in range(3):
+        ...     with doms.locked():
+        ...         pass
+        >>> doms.statistics.acquisitions, doms.statistics.contended
+        (3, 0)
+        """
+        return Statistics.of([self._counts()])
+
+    def statistics_of_all(self) -> Statistics:
+        """The same, added up over the living processes that are attached; of the dead nothing is
+        known. Takes no lock.
+
+        >>> DomainList(max_domains=10).statistics_of_all().processes
+        1
+        """
+        return Statistics.of(self._all_counts())
 
     # --- for the rules: thin wrappers of the core's methods ---
 

@@ -6,6 +6,7 @@ out or a death is reported, and never on a path that succeeds.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import suppress
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 else:
     psutil = LazyModule("psutil")
 
+wait_logger = logging.getLogger("shmdomains.wait")
 _TICKS = float(os.sysconf("SC_CLK_TCK"))
 _TID_BITS = 22
 _UNKNOWN = 1  # a holder died, nobody knows which
@@ -64,6 +66,7 @@ def lock_timeout(
     start_ticks: int,
     held_for: float | None,
     dropped: bool = False,
+    operation: str | None = None,
 ) -> LockTimeout:
     """Make the error for a wait that was too long. `tid` 0: the lock was free again by then.
 
@@ -72,15 +75,7 @@ def lock_timeout(
     waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
     if not tid:
         return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
-    start = start_ticks or core.process_start(tid)
-    holder = LockHolder(
-        pid=pid or None,
-        tid=tid,
-        started=process_started(start),
-        held_for=None if held_for is None else max(held_for, 0.0),
-        alive=core.thread_runs(tid, start_ticks),
-        command=command_of(pid) if pid else None,
-    )
+    holder = describe_holder({}, tid, pid, start_ticks, held_for, operation)
     text = f"{what} {waited}; held by {holder}"
     if dropped and holder.alive:
         text += (
@@ -88,6 +83,35 @@ def lock_timeout(
             "something, or ends"
         )
     return LockTimeout(text, holder)
+
+
+def describe_holder(
+    commands: dict[int, str | None],
+    tid: int,
+    pid: int,
+    start_ticks: int,
+    held_for: float | None,
+    operation: str | None,
+) -> LockHolder:
+    """Describe a thread that holds a lock, or died with it. `commands` remembers what was looked
+    up."""
+    start = start_ticks or core.process_start(tid)
+    if pid and pid not in commands:
+        commands[pid] = command_of(pid)
+    return LockHolder(
+        pid=pid or None,
+        tid=tid,
+        started=process_started(start),
+        held_for=None if held_for is None else max(held_for, 0.0),
+        alive=core.thread_runs(tid, start_ticks),
+        command=commands[pid] if pid else None,
+        operation=operation,
+    )
+
+
+def slow_wait(error: LockTimeout) -> None:
+    """Log a wait that goes on; `error` is what it would end with if it timed out now."""
+    wait_logger.warning("%s; still waiting", error)
 
 
 def holder_of(pid: int, tid: int, start_ticks: int) -> LockHolder:

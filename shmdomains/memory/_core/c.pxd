@@ -25,6 +25,7 @@ cdef extern from "Python.h":
     void *PyUnicode_1BYTE_DATA(object)
     int PyErr_CheckSignals()
     void PyErr_Fetch(PyObject **, PyObject **, PyObject **)
+    void PyErr_SetObject(object, object)
     void PyErr_Restore(PyObject *, PyObject *, PyObject *)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
 
@@ -60,9 +61,14 @@ cdef extern from "core.h" nogil:
         pthread_mutex_t event_mutex
         sd_word event_count, event_waiting, any_seq, any_waiting
         sd_owner list_owner
+        sd_word list_why[7]
+        sd_word counters_committed
         sd_word poisoned, poisoned_at, poisoned_who, poisoned_pid, poisoned_when
         sd_word live, active, slots_committed, list_seq, heap_used
         uint64_t creator_who, creator_pid, created
+    ctypedef struct sd_counters:
+        sd_word who, acquired, contended, commits, recoveries, deaths, unlisted
+        sd_word waits[25]
     ctypedef struct sd_geometry:
         uint64_t max_slots, heap_cells, events, total_bytes
     ctypedef struct sd_segment:
@@ -78,6 +84,9 @@ cdef extern from "core.h" nogil:
         sd_named *named
         sd_slot *slots
         sd_word *attached
+        sd_counters *blocks
+        sd_counters *counters
+        sd_counters own
         uint64_t list_nonce
         unsigned list_nested
         void *list_taker
@@ -90,6 +99,17 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_repair:
         bint repaired, died
         uint64_t who, pid, freed
+    ctypedef struct sd_wait:
+        sd_segment *segment
+        uint64_t since
+        int kind
+        uint32_t number
+        bint told
+        void *list
+    ctypedef struct sd_waiting:
+        uint64_t who, pid, since
+        int kind
+        uint32_t number
     ctypedef struct sd_thread:
         uint64_t nonce, who, pid, epoch
         unsigned held
@@ -99,6 +119,7 @@ cdef extern from "core.h" nogil:
         void *named
         sd_orphan *orphans
         sd_repair repair
+        sd_wait *wait
     ctypedef struct sd_values:
         int32_t id, pid
         uint16_t state, reason
@@ -148,8 +169,11 @@ cdef extern from "core.h" nogil:
         SD_PART_LIST, SD_PART_IDS, SD_PART_HEAP, SD_PARTS
         SD_SUM_CELLS, SD_SUMS
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
+        SD_LOCK_LIST, SD_LOCK_DOMAIN, SD_LOCK_MUTEX, SD_LOCK_JOB
+        SD_COUNTED_MAX, SD_WAIT_SIZES
     uint64_t SD_SINCE_DROPPED
-    uint64_t SD_FOREVER, SD_TRY, SD_SLICE_NS, SD_CHECK_HOLD_NS, SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
+    uint64_t SD_FOREVER, SD_TRY, SD_SPIN, SD_SLICE_NS, SD_CHECK_HOLD_NS
+    uint64_t SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
     uint64_t SD_FLAG_UNFINISHED
     uint64_t SD_FLAG_PRESENT(int)
 
@@ -162,6 +186,7 @@ cdef extern from "core.h" nogil:
     uint64_t sd_load(const sd_word *)
     uint64_t sd_load_acquire(const sd_word *)
     void sd_store(sd_word *, uint64_t)
+    void sd_count(sd_word *)
     uint64_t sd_now()
     uint64_t SD_START_UNKNOWN
     uint64_t sd_process_start(uint32_t)
@@ -182,13 +207,24 @@ cdef extern from "core.h" nogil:
     bint sd_mutex_busy(const pthread_mutex_t *)
     bint sd_mutex_watched()
     int sd_list_lock(sd_segment *, uint64_t)
+    int sd_list_wait(sd_segment *, uint64_t)
     int sd_list_entered(sd_segment *, bint)
     void sd_list_unlock(sd_segment *)
     bint sd_list_leave(sd_segment *, sem_t *)
     int sd_slot_lock(sd_segment *, uint32_t, uint64_t)
+    int sd_slot_wait(sd_segment *, uint32_t, uint64_t)
     int sd_slot_entered(sd_segment *, uint32_t)
     void sd_slot_unlock(sd_segment *, uint32_t, bint)
     bint sd_slot_leave(sd_segment *, uint32_t, bint, uint64_t, sem_t *)
+    void sd_why_set(sd_word *, const void *, size_t)
+    void sd_why_clear(sd_word *)
+    void sd_list_say(sd_segment *, const void *, size_t)
+    uint32_t sd_next_taken(const sd_segment *, uint32_t, uint32_t)
+    uint64_t sd_room(const sd_word *, uint64_t)
+    void sd_wait_begin(sd_wait *, sd_segment *, int, uint32_t, void *)
+    void sd_wait_end(sd_wait *)
+    uint32_t sd_waiters(const sd_segment *)
+    bint sd_waiter_get(const sd_segment *, uint32_t, sd_waiting *)
     bint sd_take_over(sd_owner *, uint64_t)
     int sd_semaphore_try(sem_t *, sd_owner *)
     int sd_semaphore_slice(sem_t *, sd_owner *, uint64_t)
@@ -196,6 +232,7 @@ cdef extern from "core.h" nogil:
     void sd_recover_slot(sd_segment *, uint32_t, uint64_t, uint64_t)
     int sd_named_give(sd_segment *, const sd_lock_name *, unsigned *, uint64_t)
     int sd_named_get(const sd_segment *, unsigned, sd_lock_name *)
+    int sd_named_wait(sd_segment *, unsigned, uint64_t)
     int sd_named_lock(sd_segment *, unsigned, uint64_t)
     void sd_named_unlock(sd_segment *, unsigned, bint)
     int sd_named_died(const sd_segment *, unsigned, uint64_t *, uint64_t *)

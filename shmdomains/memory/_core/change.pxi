@@ -107,7 +107,8 @@ cdef int lock_free_slot(Segment doms, uint32_t *slot, sd_word **link, uint64_t d
             return 0
         if patience != SD_TRY or deadline == SD_TRY:
             raise_timed_out(&doms.segment.slots[slot[0]].owner,
-                            &doms.segment.slots[slot[0]].mutex, "a free slot", timeout)
+                            &doms.segment.slots[slot[0]].mutex,
+                            doms.segment.slots[slot[0]].why, "a free slot", timeout)
         passed += 1
         if passed > SLOTS_TRIED:
             patience = deadline

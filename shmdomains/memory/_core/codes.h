@@ -35,6 +35,7 @@ enum { SD_POISON_LIST = 1, SD_POISON_IDS = 2, SD_POISON_HEAP = 3 };
 /* Deadlines are of sd_now(). */
 #define SD_FOREVER UINT64_MAX
 #define SD_TRY 0ull
+#define SD_SPIN 1ull /* try, spin for a moment, and do not sleep */
 #define SD_SLICE_NS 50000000ull /* one lock slice: 50 ms */
 #define SD_HELD_MAX 1000
 

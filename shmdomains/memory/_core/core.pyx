@@ -63,6 +63,7 @@ include "keys.pxi"      # uuid, name, id
 include "info.pxi"      # DomainInfo: a committed state, decoded and cached
 include "locks.pxi"     # the list's lock and a slot's, of either kind
 include "find.pxi"      # from a key to a locked domain
+include "held.pxi"      # who holds which lock, who waits, what was counted
 include "read.pxi"      # without a lock: one, many, filtered
 include "change.pxi"    # create, remove, rename; settings
 include "check.pxi"     # every invariant

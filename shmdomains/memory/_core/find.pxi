@@ -13,14 +13,26 @@ cdef enum:
 
 
 cdef Record find_with_list(Segment doms, object what, object uuid, object name, object id,
-                           object timeout):
+                           object timeout, object why):
     """The patch's find: the caller holds the list lock."""
     cdef sd_key key
     cdef uint64_t deadline = deadline_of(timeout)
     need_list(doms, what)
     if not make_key(&key, None, uuid, name, id):
         return None
-    return find_record(doms, &key, deadline, timeout)
+    if why is None:
+        return find_record(doms, &key, deadline, timeout)
+    return find_for(doms, &key, deadline, timeout, why)
+
+
+cdef Record find_for(Segment doms, const sd_key *key, uint64_t deadline, object timeout,
+                     object why):
+    """`find_record`, and the record says what it is locked for."""
+    need_text(why)
+    cdef Record record = find_record(doms, key, deadline, timeout)
+    if record is not None:
+        say(record, why)
+    return record
 
 
 cdef Record find_record(Segment doms, const sd_key *key, uint64_t deadline, object timeout):
@@ -92,7 +104,7 @@ cdef Record find_in_slot(Segment doms, uint32_t slot, const sd_key *key, uint64_
     record = new_record(doms)
     need_not_held(doms, slot)
     if acquire_slot(doms, slot, deadline) == SD_TIMEOUT:
-        raise_timed_out(&at.owner, &at.mutex, describe(doms, slot), timeout)
+        raise_timed_out(&at.owner, &at.mutex, at.why, describe(doms, slot), timeout)
     result = sd_verify(doms.segment, slot, key, &record.values)
     if result != SD_OK:
         release_slot(doms, slot, False)

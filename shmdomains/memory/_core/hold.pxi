@@ -91,6 +91,7 @@ cdef void enter_thread(Record record) noexcept:
     record.pending = 0
     record.touched = False
     record.intends = False
+    record.says = False
     record.depth = 0
     record.inside = 0
     record.noted.count = 0
@@ -148,6 +149,8 @@ cdef void leave_thread(Record record) noexcept:
     if record.after != NULL:
         (<Record>record.after).before = record.before
     record.nonce = 0
+    if record.says:
+        unsay(record)
 
 
 cdef int end_hold(Record record, bint delivered) except -1:
@@ -277,6 +280,19 @@ cdef int end_intention(Record record) except -1:
     return 0
 
 
+cdef int say(Record record, object why) except -1:
+    """What the holder is doing, for whoever waits. Domain lock held."""
+    cdef bytes operation = as_operation(why)
+    record.says = True
+    sd_why_set(record.segment.segment.slots[record.slot].why, PyBytes_AS_STRING(operation),
+               PyBytes_GET_SIZE(operation))
+    return 0
+
+
+cdef void unsay(Record record) noexcept:
+    sd_why_clear(record.segment.segment.slots[record.slot].why)
+
+
 cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1:
     cdef sd_slot *at
     cdef void *held
@@ -292,7 +308,7 @@ cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1
         raise_outlived(record)  # a life that ended does not come back: no need to wait
     may_wait(record.segment, deadline)
     if acquire_slot(record.segment, record.slot, deadline) == SD_TIMEOUT:
-        raise_timed_out(&at.owner, &at.mutex, describe(record.segment, record.slot),
+        raise_timed_out(&at.owner, &at.mutex, at.why, describe(record.segment, record.slot),
                         timeout)
     if sd_load(&at.life) != record.life:
         release_slot(record.segment, record.slot, False)

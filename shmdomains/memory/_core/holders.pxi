@@ -14,13 +14,60 @@ cdef object REPAIRS = {
 }
 
 
-cdef int raise_timed_out(sd_owner *owner, pthread_mutex_t *mutex, object what,
+cdef enum:
+    OPERATION_MAX = 55  # bytes, and one 0 that ends them
+    OPERATION_BYTES = 56
+
+
+cdef int need_text(object why) except -1:
+    if not isinstance(why, str):
+        raise TypeError(f"why is a str, what the lock is for, not {type(why).__name__}")
+    return 0
+
+
+cdef bytes as_operation(str why):
+    """What a holder says it is doing, as the segment keeps it."""
+    cdef bytes text = why.replace("\0", "").encode("utf-8", "replace")
+    if len(text) > OPERATION_MAX:
+        text = text[:OPERATION_MAX].decode("utf-8", "ignore").encode()
+    return text
+
+
+cdef object operation_at(const sd_word *why):
+    """What the holder says it is doing, or None. It may change meanwhile."""
+    cdef char text[OPERATION_BYTES]
+    if why == NULL or not sd_load(why):
+        return None
+    sd_copy_out(text, why, OPERATION_BYTES)
+    return text[:OPERATION_BYTES].partition(b"\0")[0].decode("utf-8", "replace") or None
+
+
+cdef int raise_timed_out(sd_owner *owner, pthread_mutex_t *mutex, const sd_word *why, object what,
                          object timeout) except -1:
-    raise timeout_error(owner, mutex, what, timeout)
+    raise timeout_error(owner, mutex, why, what, timeout)
 
 
-cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, object timeout):
+cdef object error_of_wait(Segment doms, const sd_wait *wait, uint64_t waited):
+    """The error that a wait would end with if it timed out now."""
+    cdef sd_header *header = doms.segment.header
+    cdef sd_slot *at
+    cdef sd_named *named
+    timeout = waited / <double>SECOND
+    if wait.kind == SD_LOCK_LIST:
+        return timeout_error(&header.list_owner, &header.list_mutex, header.list_why,
+                             "the list lock", timeout)
+    if wait.kind == SD_LOCK_MUTEX:
+        named = &doms.segment.named[wait.number]
+        return timeout_error(&named.owner, &named.mutex, named.why,
+                             f"mutex {mutex_name(doms, wait.number)!r}", timeout)
+    at = &doms.segment.slots[wait.number]
+    return timeout_error(&at.owner, &at.mutex, at.why, describe(doms, wait.number), timeout)
+
+
+cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, const sd_word *why, object what,
+                          object timeout):
     """The error that names the holder. `owner` NULL: only the mutex knows."""
+    operation = operation_at(why)
     cdef uint64_t who = sd_load(&owner.who) if owner != NULL else 0
     cdef uint64_t since = sd_load(&owner.since) if owner != NULL else 0
     cdef bint dropped = since & SD_SINCE_DROPPED != 0
@@ -32,7 +79,7 @@ cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, object what, 
         pid = sd_owner_pid(owner, who)
     return HOLDERS.lock_timeout(what, timeout, tid, pid, sd_who_start(who),
                                 (sd_now() - since) / 1e9 if who and since else None,
-                                dropped and who)
+                                dropped and who, operation)
 
 
 cdef object why_poisoned(Segment doms):

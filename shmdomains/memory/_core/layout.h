@@ -11,6 +11,8 @@
  *   indexes      3 x levels   UUID, name, id -> slot; table k has 1024 << k entries
  *   slots        384 B each   mutex, identity, both field copies, extent descriptors
  *   names        512 B each   two name buffers a slot
+ *   counters     256 B each   what each attached process counted
+ *   waiters      64 B each    who sleeps for a lock
  *   ring         320 B each   the last events
  *   map          1 bit a cell which heap cells are in use
  *   heap         64 B a cell  the blobs
@@ -66,6 +68,20 @@
  *     later attempt's.  Where there is no memory for the entries, their numbers are published before
  *     the commit: readers then miss them.
  *
+ * Who waits, and how often anybody did, is for people: nothing is decided by it, so it needs no lock.
+ *
+ * V1  A thread that is about to sleep for a lock takes a place of the table of waiters, by compare-
+ *     and-swap of its `who`, and gives it back by another.  A dead waiter leaves its name, and the
+ *     place is taken over once no free one is left.  Where there is no place, or no memory for one,
+ *     the thread waits all the same, and is not listed.  The checksum is stored last, includes
+ *     `who`, and is cleared first, so no words pass for another wait's.
+ * V2  A process counts in the block of its place in the attached table, and nobody else writes that
+ *     block: its threads do under the GIL.  So a count is a load and a store.  These stores alone
+ *     have no crash point: each leaves a right count by itself, before it and after it, and nothing
+ *     else depends on them.  The block counts only while its `who` is the process that the attached
+ *     table has in this place, and that process runs; `who` is 0 while the next one clears it.  What
+ *     a flipped bit makes of a number is believed, as there is nothing to compare it with.
+ *
  * Damage.  A flipped bit must not make a wrong domain under a right name.  So what says which
  * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
  * uuid, the uuid alone (for a find by id, which need not read the name), the field copies with
@@ -75,8 +91,9 @@
  * is verified against the record, and rebuilt.
  *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
- * the end of this file; only the attached table and the owners of lock="multiprocessing" are
- * written by compare-and-swap, and the mutexes by glibc.
+ * the end of this file; only the attached table, the
+ * waiters' `who`, both watermarks of V1 and V2, and the owners of lock="multiprocessing" are written
+ * by compare-and-swap, and the mutexes by glibc.
  */
 #ifndef SHMDOMAINS_LAYOUT_H
 #define SHMDOMAINS_LAYOUT_H
@@ -94,6 +111,8 @@
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
 #define SD_ATTACHED_MAX 4096u
+#define SD_COUNTED_MAX 1024u /* of the attached: whoever has a later place counts for itself */
+#define SD_WAITERS_MAX 1024u
 #define SD_SETTINGS_BYTES 8192u
 #define SD_NAMED_MAX 64u
 #define SD_NAMED_NAME_MAX 63u
@@ -293,6 +312,36 @@ typedef struct {
     sd_word name[32]; /* one byte of length, then the name */
 } sd_entry;
 
+/* What a process counted (V2).  Its own stores, by sd_count(); a dead one leaves what it counted,
+ * which nobody reads, until the next process that gets the place clears it. */
+#define SD_WAIT_SIZES 25
+typedef struct {
+    sd_word who;        /* the process; stored last, and as 0 before the block is cleared */
+    sd_word acquired;   /* list and slot locks */
+    sd_word contended;  /* waits that slept, whether or not they got the lock */
+    sd_word commits;    /* of changes, inserts and removes */
+    sd_word recoveries; /* repairs after a death, or that had been put off */
+    sd_word deaths;     /* locks whose holder had died */
+    sd_word unlisted;   /* waits that found no place among the waiters */
+    sd_word waits[SD_WAIT_SIZES]; /* of `contended`, those of less than 1 << i us and not less than
+                                     half of that; the last one: all longer ones */
+} sd_counters;
+
+/* A thread that sleeps for a lock (V1).  Its own stores, once `who` is it. */
+typedef struct {
+    sd_word who;   /* sd_identity(), 0: a free place.  Compare-and-swap: 0 -> me or dead -> me takes
+                      it, me -> 0 gives it back */
+    sd_word pid;
+    sd_word what;  /* SD_LOCK_*; high half: which one */
+    sd_word since; /* CLOCK_MONOTONIC, ns */
+    sd_word sum;   /* of the others; stored last, cleared first.  A dead writer leaves one that
+                      does not fit, or that is its own */
+    sd_word unused[3];
+} sd_waiter;
+
+/* What is waited for; the number is a slot's, or a mutex's. */
+enum { SD_LOCK_LIST = 1, SD_LOCK_DOMAIN = 2, SD_LOCK_MUTEX = 3, SD_LOCK_JOB = 4 };
+
 /* Which store is the commit: `cur`, `life`, or `died_who`. */
 enum { SD_BY_CHANGE = 0, SD_BY_LIFE = 1, SD_BY_DEATH = 2 };
 #define SD_HOLDER_DIED 100 /* the type of the only events that the core makes itself */
@@ -343,6 +392,12 @@ typedef struct {
     sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* bit 0: which settings buffer is current; sealed; the commit store
                                  of a change.  A dead writer leaves garbage in the spare one */
+    /* What the holder of the list lock said it is doing, as `why` of a slot.  List lock; cleared by
+     * the holder that stored it, of a dead one by the next holder. */
+    _Alignas(SD_CACHE_LINE) sd_word list_why[SD_WHY_WORDS];
+    /* How many of them have memory; sealed.  No lock: raised by compare-and-swap after the memory is
+     * there, so a dead process leaves memory that the next one commits again.  A damaged one is 0. */
+    _Alignas(SD_CACHE_LINE) sd_word counters_committed, waiters_committed;
 
     /* The id lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t id_mutex;
@@ -382,6 +437,8 @@ _Static_assert(offsetof(sd_slot, copy0) == 64 && offsetof(sd_slot, uuid) == 192 
 _Static_assert(sizeof(sd_named) == 4 * SD_CACHE_LINE, "a named lock is four cache lines");
 _Static_assert(sizeof(((sd_named *)0)->name) == 1 + SD_NAMED_NAME_MAX, "length and name");
 _Static_assert(sizeof(sd_entry) == 5 * SD_CACHE_LINE, "an event is five cache lines");
+_Static_assert(sizeof(sd_counters) == 4 * SD_CACHE_LINE, "a block of counters is four lines");
+_Static_assert(sizeof(sd_waiter) == SD_CACHE_LINE, "a waiter is a cache line");
 _Static_assert(sizeof(sd_names) == 2 * (SD_NAME_AT + 1 + SD_NAME_MAX), "two name buffers");
 _Static_assert(sizeof(sd_header) <= 2 * SD_PAGE, "the header has two pages");
 
@@ -414,6 +471,12 @@ static inline void sd_store(sd_word *word, uint64_t value)
 {
     sd_crash_point();
     atomic_store_explicit(word, value, memory_order_relaxed);
+}
+
+/* One more, in this process's own counters (V2); the caller has the GIL. */
+static inline void sd_count(sd_word *word)
+{
+    atomic_store_explicit(word, sd_load(word) + 1, memory_order_relaxed);
 }
 
 /* A commit word: no store before it may sink below it, none after it may rise above it. */

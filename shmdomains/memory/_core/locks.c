@@ -30,12 +30,16 @@
 
 /* --- owner records --------------------------------------------------------------------------- */
 
-void sd_sign(sd_owner *owner)
+static inline void sign(sd_owner *owner, const sd_thread *self)
 {
-    const sd_thread *self = sd_self();
     sd_store(&owner->pid, self->pid | self->who << 32);
     sd_store(&owner->since, sd_now_coarse());
     sd_publish(&owner->who, self->who);
+}
+
+void sd_sign(sd_owner *owner)
+{
+    sign(owner, sd_self());
 }
 
 /* lock="multiprocessing".  Whoever's name is in `who` has the lock, whatever the semaphore says;
@@ -55,8 +59,9 @@ static bool exchange(sd_owner *owner, uint64_t from, uint64_t to)
 
 bool sd_take_over(sd_owner *owner, uint64_t dead)
 {
-    if (!exchange(owner, dead, sd_self()->who)) return false;
-    sd_sign(owner);
+    const sd_thread *self = sd_self();
+    if (!exchange(owner, dead, self->who)) return false;
+    sign(owner, self);
     return true;
 }
 
@@ -82,12 +87,19 @@ bool sd_semaphore_leave(sem_t *semaphore, sd_owner *owner, uint64_t who)
     return true;
 }
 
-void sd_note_death(uint64_t who, uint64_t pid)
+void sd_note_death(sd_segment *segment, uint64_t who, uint64_t pid)
 {
     sd_repair *repair = &sd_self()->repair;
     repair->died = true;
     repair->who = who;
     repair->pid = pid;
+    sd_count(&segment->counters->deaths);
+}
+
+static void note_repair(sd_segment *segment)
+{
+    sd_self()->repair.repaired = true;
+    sd_count(&segment->counters->recoveries);
 }
 
 /* --- the core's own short locks -------------------------------------------------------------- */
@@ -99,12 +111,12 @@ static int entered_short(sd_segment *segment, pthread_mutex_t *mutex, sd_word *d
 {
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = SD_OK;
-    if (locked == SD_DIED) sd_note_death(0, 0);
+    if (locked == SD_DIED) sd_note_death(segment, 0, 0);
     if (locked == SD_DIED || sd_load(dirty)) {
         sd_store(dirty, 1);
         if (rebuild(segment) == SD_OK) {
             sd_publish(dirty, 0);
-            sd_self()->repair.repaired = true;
+            note_repair(segment);
         } else {
             result = SD_POISONED;
         }
@@ -255,6 +267,22 @@ static uint64_t announce_death(sd_segment *segment, uint32_t slot, uint64_t vict
     return sd_ring_write(segment, slot, SD_BY_DEATH, victim, uuid, name, name, &news);
 }
 
+/* --- what a holder is doing ------------------------------------------------------------------- */
+
+void sd_why_set(sd_word why[SD_WHY_WORDS], const void *text, size_t size)
+{
+    uint64_t words[SD_WHY_WORDS] = {0};
+    memcpy(words, text, size < sizeof words ? size : sizeof words - 1);
+    for (int w = SD_WHY_WORDS - 1; w >= 0; w--)
+        if (sd_load(&why[w]) != words[w]) sd_store(&why[w], words[w]);
+}
+
+void sd_why_clear(sd_word why[SD_WHY_WORDS])
+{
+    for (int w = 0; w < SD_WHY_WORDS; w++)
+        if (sd_load(&why[w])) sd_store(&why[w], 0);
+}
+
 /* The record itself is sound: the old one or the new one.  If the owner record is empty, either the
  * holder died before it signed, or a recoverer got this far before it died itself: then what
  * `died_who` says already stays. */
@@ -262,8 +290,8 @@ void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t 
 {
     sd_slot *record = &segment->slots[slot];
     uint64_t victim = who ? who : SD_DIED_UNKNOWN;
-    for (int w = 0; w < SD_WHY_WORDS; w++)
-        if (sd_load(&record->why[w])) sd_store(&record->why[w], 0);
+    sd_count(&segment->counters->recoveries);
+    sd_why_clear(record->why);
     if (who ? sd_load(&record->died_who) != who : !sd_load(&record->died_who)) {
         uint64_t sum = sd_load(&record->sum_and_pid) & ~0xffffffffull;
         uint64_t event = announce_death(segment, slot, victim, pid);
@@ -281,34 +309,62 @@ void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t 
     sd_tidy(segment, slot);
 }
 
-int sd_slot_entered(sd_segment *segment, uint32_t slot)
+static inline int enter_slot(sd_segment *segment, uint32_t slot)
 {
-    sd_slot *record = &segment->slots[slot];
+    sd_thread *self = sd_self();
     if (sd_poisoned(segment)) return SD_POISONED;
-    sd_sign(&record->owner);
+    sign(&segment->slots[slot].owner, self);
     segment->held++;
-    sd_self()->held++;
+    self->held++;
+    sd_count(&segment->counters->acquired);
     return SD_OK;
 }
 
-int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
+int sd_slot_entered(sd_segment *segment, uint32_t slot)
+{
+    return enter_slot(segment, slot);
+}
+
+/* What is left to do when the mutex was asked for. */
+static inline int slot_locked(sd_segment *segment, uint32_t slot, int locked)
 {
     sd_slot *record = &segment->slots[slot];
     pthread_mutex_t *mutex = &record->mutex;
-    int locked = sd_mutex_lock(mutex, &record->owner, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
     if (locked == SD_DIED) {
         uint64_t who = sd_load(&record->owner.who), pid = sd_owner_pid(&record->owner, who);
-        sd_note_death(who, pid);
+        sd_note_death(segment, who, pid);
         sd_recover_slot(segment, slot, who, pid);
         /* We sign only after this: a recoverer that dies in between must not pass for the holder
          * that had the domain. */
         sd_publish(&record->owner.who, 0);
         sd_mutex_consistent(mutex);
     }
-    int result = sd_slot_entered(segment, slot);
+    int result = enter_slot(segment, slot);
     if (result != SD_OK) sd_mutex_unlock(mutex);
     return result;
+}
+
+int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline)
+{
+    sd_slot *record = &segment->slots[slot];
+    return slot_locked(segment, slot, sd_mutex_lock(&record->mutex, &record->owner, deadline));
+}
+
+int sd_slot_wait(sd_segment *segment, uint32_t slot, uint64_t deadline)
+{
+    sd_slot *record = &segment->slots[slot];
+    return slot_locked(segment, slot, sd_mutex_wait(&record->mutex, &record->owner, deadline));
+}
+
+uint32_t sd_next_taken(const sd_segment *segment, uint32_t slot, uint32_t end)
+{
+    bool robust = segment->kind == SD_KIND_ROBUST;
+    for (; slot < end; slot++) {
+        const sd_slot *record = &segment->slots[slot];
+        if (robust ? sd_mutex_busy(&record->mutex) : sd_load(&record->owner.who) != 0) break;
+    }
+    return slot;
 }
 
 static inline void leave_slot(sd_segment *segment, sd_slot *record, bool delivered)
@@ -364,29 +420,33 @@ int sd_list_entered(sd_segment *segment, bool died)
 {
     sd_header *header = segment->header;
     uint64_t who = sd_load(&header->list_owner.who), pid = sd_owner_pid(&header->list_owner, who);
-    sd_sign(&header->list_owner); /* before the repair: if we die in it, that must be seen */
+    if (died) sd_why_clear(header->list_why);
+    sign(&header->list_owner, sd_self()); /* before the repair: if we die in it, that must be seen */
     if (died || sd_load(&header->list_dirty)) {
         sd_store(&header->list_dirty, 1);
         if (sd_rebuild_list(segment) != SD_OK) return SD_POISONED;
         if (segment->kind == SD_KIND_ROBUST) tidy_free_slots(segment);
         sd_publish(&header->list_dirty, 0);
+        note_repair(segment);
         /* After the free slots, whose dead holders are noted in the same place. */
-        sd_note_death(died ? who : 0, died ? pid : 0);
-        sd_self()->repair.died = died;
-        sd_self()->repair.repaired = true;
+        sd_repair *repair = &sd_self()->repair;
+        repair->died = died;
+        repair->who = died ? who : 0;
+        repair->pid = died ? pid : 0;
+        if (died) sd_count(&segment->counters->deaths);
     }
     if (sd_poisoned(segment)) return SD_POISONED;
     segment->list_nonce = sd_self()->nonce;
     segment->list_nested = sd_self()->nested;
     segment->held++;
     sd_self()->lists++;
+    sd_count(&segment->counters->acquired);
     return SD_OK;
 }
 
-int sd_list_lock(sd_segment *segment, uint64_t deadline)
+static inline int list_locked(sd_segment *segment, int locked)
 {
     pthread_mutex_t *mutex = &segment->header->list_mutex;
-    int locked = sd_mutex_lock(mutex, &segment->header->list_owner, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
     int result = sd_list_entered(segment, locked == SD_DIED);
     if (locked == SD_DIED) sd_mutex_consistent(mutex);
@@ -397,8 +457,28 @@ int sd_list_lock(sd_segment *segment, uint64_t deadline)
     return result;
 }
 
+int sd_list_lock(sd_segment *segment, uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    return list_locked(segment, sd_mutex_lock(&header->list_mutex, &header->list_owner, deadline));
+}
+
+int sd_list_wait(sd_segment *segment, uint64_t deadline)
+{
+    sd_header *header = segment->header;
+    return list_locked(segment, sd_mutex_wait(&header->list_mutex, &header->list_owner, deadline));
+}
+
+void sd_list_say(sd_segment *segment, const void *text, size_t size)
+{
+    segment->list_says = true;
+    sd_why_set(segment->header->list_why, text, size);
+}
+
 static inline void leave_list(sd_segment *segment)
 {
+    if (segment->list_says) sd_why_clear(segment->header->list_why);
+    segment->list_says = false;
     segment->list_nonce = 0;
     segment->list_taker = NULL;
     segment->held--;

@@ -9,12 +9,13 @@
 /* Write the caller's name into the owner record of a lock that it has. */
 void sd_sign(sd_owner *owner);
 /* Into what this thread's calls repaired: whose lock it was. */
-void sd_note_death(uint64_t who, uint64_t pid);
+void sd_note_death(sd_segment *segment, uint64_t who, uint64_t pid);
 
 /* The list lock.  lock = the mutex, then entered().  For lock="multiprocessing" the binding puts a
  * semaphore in the mutex's place, and unlocks by leave(), which answers false if another thread
  * has taken the lock over: only a damaged owner record leads there. */
 int sd_list_lock(sd_segment *segment, uint64_t deadline);
+int sd_list_wait(sd_segment *segment, uint64_t deadline); /* after SD_TIMEOUT of SD_SPIN */
 int sd_list_entered(sd_segment *segment, bool died);
 void sd_list_unlock(sd_segment *segment);
 bool sd_list_leave(sd_segment *segment, sem_t *semaphore);
@@ -22,12 +23,21 @@ bool sd_list_leave(sd_segment *segment, sem_t *semaphore);
 /* A slot's lock, likewise.  `delivered`: the holder's caller got the domain, so what the record
  * says about the death of an earlier holder has been told, and is cleared. */
 int sd_slot_lock(sd_segment *segment, uint32_t slot, uint64_t deadline);
+int sd_slot_wait(sd_segment *segment, uint32_t slot, uint64_t deadline);
 int sd_slot_entered(sd_segment *segment, uint32_t slot);
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered);
 bool sd_slot_leave(sd_segment *segment, uint32_t slot, bool delivered, uint64_t who,
                    sem_t *semaphore); /* `who`: a thread of ours, which has it */
 /* Remember that its holder died, and free the garbage.  Slot lock held. */
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
+
+/* What the holder is doing, for people: UTF-8, at most 55 bytes, cut behind them.  The list's is
+ * cleared when it is unlocked, a slot's by who stored it, before it unlocks. */
+void sd_why_set(sd_word why[SD_WHY_WORDS], const void *text, size_t size);
+void sd_why_clear(sd_word why[SD_WHY_WORDS]);
+void sd_list_say(sd_segment *segment, const void *text, size_t size);
+/* The first slot from `slot` on whose lock is held, or was by somebody who died; else `end`. */
+uint32_t sd_next_taken(const sd_segment *segment, uint32_t slot, uint32_t end);
 
 /* lock="multiprocessing": become the owner in place of a dead one (0: of nobody), and sign.  False:
  * somebody was faster. */

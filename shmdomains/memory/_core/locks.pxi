@@ -70,8 +70,11 @@ cdef int need_list(Segment doms, object what) except -1:
     return 0
 
 
-cdef int lock_list(Segment doms, object timeout) except -1:
+cdef int lock_list(Segment doms, object timeout, object why) except -1:
     cdef uint64_t deadline = deadline_of(timeout)
+    cdef bytes operation
+    if why is not None:
+        need_text(why)
     need_open(doms)
     if sd_self().orphans != NULL:
         free_orphans(sd_self())
@@ -81,7 +84,11 @@ cdef int lock_list(Segment doms, object timeout) except -1:
         raise errors.LockOrder(
             "this thread holds a domain; the list lock comes first: unlock the domain, or take "
             "the list lock before it")
-    return acquire_list(doms, deadline, timeout)
+    acquire_list(doms, deadline, timeout)
+    if why is not None:
+        operation = as_operation(why)
+        sd_list_say(doms.segment, PyBytes_AS_STRING(operation), PyBytes_GET_SIZE(operation))
+    return 0
 
 
 cdef int unlock_list(Segment doms) except -1:
@@ -114,14 +121,14 @@ cdef class ListHold:
     dropped without `__exit__`, and unlocks.
     """
     cdef Segment doms
-    cdef object timeout
+    cdef object timeout, why
     cdef uint64_t nonce  # of the thread that is in the block, or 0
 
-    def __init__(self, Segment doms not None, timeout):
-        self.doms, self.timeout = doms, timeout
+    def __init__(self, Segment doms not None, timeout, why):
+        self.doms, self.timeout, self.why = doms, timeout, why
 
     def __enter__(self):
-        self.doms.lock(self.timeout)
+        self.doms.lock(self.timeout, self.why)
         self.nonce = sd_self().nonce
         return self.doms
 
@@ -145,14 +152,13 @@ cdef void drop_list(Segment doms, object what) noexcept:
                       "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
 
 
-cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_t *died_who,
-                        uint64_t *died_pid) except -1:
+cdef int lock_semaphore(Segment doms, object lock, sd_owner *owner, int kind, uint32_t number,
+                        uint64_t deadline, uint64_t *died_who, uint64_t *died_pid) except -1:
     """Take a `multiprocessing.Lock`. SD_DIED: its holder was dead, and this thread took it over."""
-    cdef uint64_t who
-    cdef uint32_t pid
+    cdef sd_wait wait
+    cdef bint waits = False
     cdef int result
     cdef sem_t *semaphore
-    cdef sd_thread *thread = sd_self()
     if lock is None:
         raise errors.LockKindMismatch(
             "this list uses multiprocessing locks, which only processes can have that "
@@ -161,22 +167,33 @@ cdef int lock_semaphore(object lock, sd_owner *owner, uint64_t deadline, uint64_
     if sd_semaphore_try(semaphore, owner) == SD_OK:
         return SD_OK
     while True:
-        who = sd_load_acquire(&owner.who)
-        if who == thread.who:
-            return SD_NESTED  # this thread: a signal handler, or the collector, took and kept it
-        pid = sd_owner_pid(owner, who)
-        if who and not sd_alive(who) and sd_take_over(owner, who):
-            died_who[0], died_pid[0] = who, pid
-            return SD_DIED
-        if deadline != SD_FOREVER and sd_now() >= deadline:
-            return SD_TIMEOUT
-        with nogil:
-            result = sd_semaphore_slice(semaphore, owner, deadline)
-        if result == SD_OK:
-            return SD_OK
-        result = after_slice(result)
-        if result != SD_TIMEOUT:
-            return result
+        result = take_from_dead(owner, died_who, died_pid)
+        if result == SD_TIMEOUT and (deadline == SD_FOREVER or sd_now() < deadline):
+            if not waits:
+                sd_wait_begin(&wait, doms.segment, kind, number, <void *>doms)
+                waits = True
+            with nogil:
+                result = sd_semaphore_slice(semaphore, owner, deadline)
+            if result == SD_TIMEOUT:
+                result = after_slice(result)
+                if result == SD_TIMEOUT:
+                    continue
+        if waits:
+            sd_wait_end(&wait)
+        return result
+
+
+cdef int take_from_dead(sd_owner *owner, uint64_t *died_who, uint64_t *died_pid) noexcept:
+    """SD_DIED: this thread took a dead one's lock over. SD_TIMEOUT: its holder lives. SD_NESTED:
+    this thread has it: a signal handler, or the collector, took and kept it."""
+    cdef uint64_t who = sd_load_acquire(&owner.who)
+    cdef uint32_t pid = sd_owner_pid(owner, who)
+    if who == sd_self().who:
+        return SD_NESTED
+    if who and not sd_alive(who) and sd_take_over(owner, who):
+        died_who[0], died_pid[0] = who, pid
+        return SD_DIED
+    return SD_TIMEOUT
 
 
 cdef inline sem_t *semaphore_of(object lock) except NULL:
@@ -202,10 +219,12 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
     begin_wait(doms)
     try:
         if not doms.multiprocessing:
-            result = sd_list_lock(segment, deadline)
+            result = sd_list_lock(segment, SD_SPIN if deadline else SD_TRY)
+            if result == SD_TIMEOUT and deadline:
+                result = wait_for_list(doms, deadline)
         else:
-            result = lock_semaphore(doms.list_lock, &segment.header.list_owner, deadline, &who,
-                                    &pid)
+            result = lock_semaphore(doms, doms.list_lock, &segment.header.list_owner, SD_LOCK_LIST,
+                                    0, deadline, &who, &pid)
             if result == SD_OK or result == SD_DIED:
                 died = result == SD_DIED
                 result = sd_list_entered(segment, died)
@@ -224,8 +243,24 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
         return still_open(doms)
     if result == SD_TIMEOUT:
         raise_timed_out(&segment.header.list_owner, &segment.header.list_mutex,
-                        "the list lock", timeout)
+                        segment.header.list_why, "the list lock", timeout)
     return raise_poison_or_code(doms, result, "lock the list")
+
+
+cdef int wait_for_list(Segment doms, uint64_t deadline) noexcept:
+    cdef sd_wait wait
+    sd_wait_begin(&wait, doms.segment, SD_LOCK_LIST, 0, <void *>doms)
+    cdef int result = sd_list_wait(doms.segment, deadline)
+    sd_wait_end(&wait)
+    return result
+
+
+cdef int wait_for_slot(Segment doms, uint32_t slot, uint64_t deadline) noexcept:
+    cdef sd_wait wait
+    sd_wait_begin(&wait, doms.segment, SD_LOCK_DOMAIN, slot, <void *>doms)
+    cdef int result = sd_slot_wait(doms.segment, slot, deadline)
+    sd_wait_end(&wait)
+    return result
 
 
 cdef int release_list(Segment doms) except -1:
@@ -245,11 +280,15 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
     begin_wait(doms)
     try:
         if not doms.multiprocessing:
-            result = sd_slot_lock(doms.segment, slot, deadline)
+            result = sd_slot_lock(doms.segment, slot, SD_SPIN if deadline else SD_TRY)
+            if result == SD_TIMEOUT and deadline:
+                result = wait_for_slot(doms, slot, deadline)
         else:
-            result = lock_semaphore(None if doms.slot_locks is None else doms.slot_locks[slot],
-                                    &at.owner, deadline, &who, &pid)
+            result = lock_semaphore(doms,
+                                    None if doms.slot_locks is None else doms.slot_locks[slot],
+                                    &at.owner, SD_LOCK_DOMAIN, slot, deadline, &who, &pid)
             if result == SD_DIED:
+                sd_count(&doms.segment.counters.deaths)
                 sd_self().repair.died = True
                 sd_self().repair.who, sd_self().repair.pid = who, pid
                 sd_recover_slot(doms.segment, slot, who, pid)

@@ -221,6 +221,17 @@ static int try_and_spin(pthread_mutex_t *mutex)
     return result;
 }
 
+int sd_mutex_wait(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadline)
+{
+    int result = SD_TIMEOUT;
+    while (result == SD_TIMEOUT) {
+        if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
+        sd_self()->awaited = owner; /* each time: a handler in the hook may wait for another one */
+        result = sd_wait_hook(mutex, deadline);
+    }
+    return result;
+}
+
 int sd_mutex_lock(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadline)
 {
     if (deadline == SD_TRY) {
@@ -229,12 +240,8 @@ int sd_mutex_lock(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadli
         return result == SD_TIMEOUT ? try_lock(mutex) : result;
     }
     int result = try_and_spin(mutex);
-    while (result == SD_TIMEOUT) {
-        if (deadline != SD_FOREVER && sd_now() >= deadline) return SD_TIMEOUT;
-        sd_self()->awaited = owner; /* each time: a handler in the hook may wait for another one */
-        result = sd_wait_hook(mutex, deadline);
-    }
-    return result;
+    if (result != SD_TIMEOUT || deadline == SD_SPIN) return result;
+    return sd_mutex_wait(mutex, owner, deadline);
 }
 
 int sd_mutex_lock_briefly(pthread_mutex_t *mutex)

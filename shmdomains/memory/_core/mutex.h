@@ -21,6 +21,8 @@ int sd_mutex_slice(pthread_mutex_t *mutex, uint64_t deadline); /* no signals, no
 /* `owner`: the record that holders of this mutex sign after they have it, and clear before they
  * unlock; NULL: there is none. */
 int sd_mutex_lock(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadline);
+/* The same without the first try, and without spinning: for whoever was told SD_TIMEOUT. */
+int sd_mutex_wait(pthread_mutex_t *mutex, const sd_owner *owner, uint64_t deadline);
 int sd_mutex_lock_briefly(pthread_mutex_t *mutex); /* one slice, signals left alone */
 void sd_mutex_consistent(pthread_mutex_t *mutex);
 bool sd_mutex_sound(const pthread_mutex_t *mutex); /* its kind word is the one we gave it */

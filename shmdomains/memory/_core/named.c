@@ -89,11 +89,11 @@ int sd_named_give(sd_segment *segment, const sd_lock_name *name, unsigned *place
 
 /* As sd_recover_slot(): an empty signature means that the holder had not signed, or that a recoverer
  * got so far before it died itself. */
-static void recover(sd_named *at)
+static void recover(sd_segment *segment, sd_named *at)
 {
     uint64_t who = sd_load(&at->owner.who), pid = sd_owner_pid(&at->owner, who);
     uint64_t victim = who ? who : SD_DIED_UNKNOWN;
-    sd_note_death(who, pid);
+    sd_note_death(segment, who, pid);
     for (int w = 0; w < SD_WHY_WORDS; w++)
         if (sd_load(&at->why[w])) sd_store(&at->why[w], 0);
     if (who ? sd_load(&at->died_who) != who : !sd_load(&at->died_who)) {
@@ -104,13 +104,12 @@ static void recover(sd_named *at)
     sd_publish(&at->owner.who, 0);
 }
 
-int sd_named_lock(sd_segment *segment, unsigned place, uint64_t deadline)
+static int mutex_locked(sd_segment *segment, unsigned place, int locked)
 {
     sd_named *at = &segment->named[place];
-    int locked = sd_mutex_lock(&at->mutex, &at->owner, deadline);
     if (locked != SD_OK && locked != SD_DIED) return locked;
     if (locked == SD_DIED) {
-        recover(at);
+        recover(segment, at);
         sd_mutex_consistent(&at->mutex);
     }
     if (sd_poisoned(segment)) {
@@ -120,7 +119,20 @@ int sd_named_lock(sd_segment *segment, unsigned place, uint64_t deadline)
     sd_sign(&at->owner);
     segment->held++;
     sd_self()->held++;
+    sd_count(&segment->counters->acquired);
     return SD_OK;
+}
+
+int sd_named_lock(sd_segment *segment, unsigned place, uint64_t deadline)
+{
+    sd_named *at = &segment->named[place];
+    return mutex_locked(segment, place, sd_mutex_lock(&at->mutex, &at->owner, deadline));
+}
+
+int sd_named_wait(sd_segment *segment, unsigned place, uint64_t deadline)
+{
+    sd_named *at = &segment->named[place];
+    return mutex_locked(segment, place, sd_mutex_wait(&at->mutex, &at->owner, deadline));
 }
 
 void sd_named_unlock(sd_segment *segment, unsigned place, bool delivered)

@@ -22,6 +22,7 @@ int sd_named_get(const sd_segment *segment, unsigned place, sd_lock_name *name);
 /* Take it: as sd_mutex_lock(), SD_OK also after a death, and SD_POISONED.  Unlock: `delivered` as for
  * a slot. */
 int sd_named_lock(sd_segment *segment, unsigned place, uint64_t deadline);
+int sd_named_wait(sd_segment *segment, unsigned place, uint64_t deadline); /* after SD_SPIN */
 void sd_named_unlock(sd_segment *segment, unsigned place, bool delivered);
 /* Who died holding it since it was last unlocked in order.  SD_OK, with `who` 0 if nobody did;
  * SD_CORRUPT.  The lock is held. */

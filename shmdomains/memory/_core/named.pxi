@@ -87,13 +87,14 @@ cdef int lock_mutex(Mutex mutex, object timeout) except -1:
     cdef sd_named *at
     if try_mutex(mutex, deadline_of(timeout)) == SD_TIMEOUT:
         at = &mutex.doms.segment.named[mutex.place]
-        raise_timed_out(&at.owner, &at.mutex, what_of(mutex), timeout)
+        raise_timed_out(&at.owner, &at.mutex, at.why, what_of(mutex), timeout)
     return 0
 
 
 cdef int try_mutex(Mutex mutex, uint64_t deadline) except -1:
     """SD_OK or SD_TIMEOUT."""
     cdef Segment doms = mutex.doms
+    cdef sd_wait wait
     cdef int result
     need_open(doms)
     if sd_self().orphans != NULL:
@@ -102,7 +103,11 @@ cdef int try_mutex(Mutex mutex, uint64_t deadline) except -1:
         raise errors.AlreadyLocked(f"this thread holds {what_of(mutex)} already")
     may_wait_for_named(doms, deadline, what_of(mutex))
     begin_wait(doms)
-    result = sd_named_lock(doms.segment, mutex.place, deadline)
+    result = sd_named_lock(doms.segment, mutex.place, SD_SPIN if deadline else SD_TRY)
+    if result == SD_TIMEOUT and deadline:
+        sd_wait_begin(&wait, doms.segment, SD_LOCK_MUTEX, mutex.place, <void *>doms)
+        result = sd_named_wait(doms.segment, mutex.place, deadline)
+        sd_wait_end(&wait)
     if result == SD_OK:
         if doms.closed:
             sd_named_unlock(doms.segment, mutex.place, False)

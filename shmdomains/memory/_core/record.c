@@ -161,12 +161,14 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
     else mend_or_leave(segment, SD_NAME_INDEX);
 }
 
-/* After the commit: wake whoever waits for this domain, or for any (W1).  `cur` is `step` larger. */
+/* After the commit: count it, and wake whoever waits for this domain, or for any (W1).  `cur` is
+ * `step` larger. */
 static void tell(sd_segment *segment, uint32_t slot, unsigned step)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
     uint64_t cur = sd_count_value(sd_load(&record->cur));
+    sd_count(&segment->counters->commits);
     atomic_thread_fence(memory_order_seq_cst);
     sd_tell(&record->cur, &record->waiting, cur - step + 1, cur);
     uint64_t seq = sd_load(&header->any_seq);

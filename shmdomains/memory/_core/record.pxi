@@ -37,6 +37,7 @@ cdef class Record:
     cdef sd_news noted       # events of the next commit that its changes do not tell of
     cdef bint touched        # `values` differ from what is committed
     cdef bint intends        # the holder said what it is going to do
+    cdef bint says           # what it is doing, in the slot
     cdef unsigned pending    # changed blobs, one bit each
     cdef list objects        # their values
     cdef list blobs          # and their bytes; None clears
@@ -69,14 +70,19 @@ cdef class Record:
         cdef Record mine = need_locked(self)
         return bool(mine.touched or mine.pending)
 
-    def lock(self, timeout=None):
+    def lock(self, timeout=None, why=None):
         """Lock the domain (virDomainLock).
 
-        `timeout` in seconds: None waits for ever, 0 tries. Raises `LockTimeout` (it names the
+        `timeout` in seconds: None waits for ever, 0 tries. `why` is what it is locked for, as for
+        `DomainList.get`. Raises `LockTimeout` (it names the
         holder), `DomainRemoved`, `AlreadyLocked`, `LockOrder` (this thread holds another domain of
         the list, not the list lock, and would wait), `TooManyLocks`.
         """
+        if why is not None:
+            need_text(why)
         lock_record(self, deadline_of(timeout), timeout)
+        if why is not None:
+            say(self, why)
 
     def try_lock(self):
         """Lock the domain if it is free: True, else False. Always allowed, whatever is held."""

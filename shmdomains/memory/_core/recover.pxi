@@ -73,7 +73,7 @@ cdef int recover_short(Segment doms, object which, int lock, pthread_mutex_t *mu
         sd_short_unlock(doms.segment, lock)
     end_wait(doms)
     if result == SD_TIMEOUT:
-        held.append((which, None, timeout_error(NULL, mutex, which, timeout).holder))
+        held.append((which, None, timeout_error(NULL, mutex, NULL, which, timeout).holder))
         return 0
     if result != SD_OK:
         return raise_poison_or_code(doms, result, "recover")
@@ -99,7 +99,7 @@ cdef int recover_named(Segment doms, list repairs, list held) except -1:
         memset(&sd_self().repair, 0, sizeof(repair))
         result = sd_named_lock(doms.segment, place, SD_TRY)
         if result == SD_TIMEOUT:
-            error = timeout_error(&at.owner, &at.mutex, name, 0)
+            error = timeout_error(&at.owner, &at.mutex, at.why, name, 0)
             if error.holder is not None:
                 held.append(("mutex", name, error.holder))
             continue
@@ -128,7 +128,7 @@ cdef uint64_t recover_slots(Segment doms, list repairs, list held) except? 1:
         name = read_name(doms, slot)
         memset(&sd_self().repair, 0, sizeof(repair))
         if acquire_slot(doms, slot, SD_TRY) == SD_TIMEOUT:
-            error = timeout_error(&at.owner, &at.mutex, name, 0)
+            error = timeout_error(&at.owner, &at.mutex, at.why, name, 0)
             if error.holder is not None:
                 held.append(("domain", name, error.holder))
             continue

@@ -68,6 +68,8 @@ static uint64_t lay_out(sd_geometry *at, uint64_t max_slots, uint64_t heap_cells
             at->table[index][level] = place(&end, 8ull << (SD_INDEX_BITS + level));
     at->slots = place(&end, max_slots * sizeof(sd_slot));
     at->names = place(&end, max_slots * sizeof(sd_names));
+    at->counters = place(&end, SD_COUNTED_MAX * sizeof(sd_counters));
+    at->waiters = place(&end, SD_WAITERS_MAX * sizeof(sd_waiter));
     at->ring = place(&end, events * sizeof(sd_entry));
     uint64_t fixed = end;
     at->map = place(&end, (heap_cells + 63) / 64 * 8);
@@ -104,8 +106,9 @@ static uint64_t signature(void)
                               offsetof(sd_header, id_mutex), offsetof(sd_header, heap_mutex),
                               sizeof(sd_slot), offsetof(sd_slot, extent), sizeof(sd_names),
                               sizeof(sd_entry), offsetof(sd_header, event_mutex),
-                              sizeof(sd_named), offsetof(sd_named, taken), SD_CELL, SD_INDEX_BITS,
-                              sd_sums_by_crc(), 0x0102030405060708ull};
+                              sizeof(sd_named), offsetof(sd_named, taken), sizeof(sd_counters),
+                              sizeof(sd_waiter), SD_CELL, SD_INDEX_BITS, sd_sums_by_crc(),
+                              0x0102030405060708ull};
     uint64_t h = SD_LAYOUT;
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         h = (h ^ shape[i]) * 0x9e3779b97f4a7c15ull;
@@ -281,6 +284,28 @@ int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes)
     return fd < 0 ? commit_mapped(segment, offset, bytes) : commit_file(fd, offset, bytes);
 }
 
+uint64_t sd_room(const sd_word *watermark, uint64_t most)
+{
+    uint64_t has = sd_unsealed(sd_load_acquire(watermark));
+    return has <= most ? has : 0;
+}
+
+bool sd_make_room(sd_segment *segment, sd_word *watermark, uint64_t region, uint64_t size,
+                  uint64_t wanted, uint64_t most)
+{
+    uint64_t to = whole_pages(wanted * size) / size;
+    while (sd_room(watermark, most) < wanted) {
+        uint64_t word = sd_load(watermark), has = sd_unsealed(word);
+        uint64_t from = has <= most ? has : 0;
+        if (from >= wanted) continue;
+        if (sd_commit_memory(segment, region + from * size, (to - from) * size) != SD_OK)
+            return false;
+        sd_crash_point();
+        atomic_compare_exchange_strong(watermark, &word, sd_seal(to));
+    }
+    return true;
+}
+
 uint64_t sd_committed_bytes(const sd_segment *segment)
 {
     const sd_geometry *at = &segment->at;
@@ -296,6 +321,8 @@ uint64_t sd_committed_bytes(const sd_segment *segment)
             bytes += 8ull << (SD_INDEX_BITS + i);
     }
     uint64_t entries = sd_unsealed(sd_load(&header->ring_committed));
+    bytes += whole_pages(sd_room(&header->counters_committed, SD_COUNTED_MAX) * sizeof(sd_counters));
+    bytes += whole_pages(sd_room(&header->waiters_committed, SD_WAITERS_MAX) * sizeof(sd_waiter));
     if (entries <= at->events) bytes += whole_pages(entries * sizeof(sd_entry));
     if (slots <= at->max_slots)
         bytes += whole_pages(slots * sizeof(sd_slot)) + whole_pages(slots * sizeof(sd_names));
@@ -312,6 +339,8 @@ static void set_pointers(sd_segment *segment)
     segment->named = (sd_named *)(segment->base + at->named);
     segment->slots = (sd_slot *)(segment->base + at->slots);
     segment->names = (sd_names *)(segment->base + at->names);
+    segment->blocks = (sd_counters *)(segment->base + at->counters);
+    segment->waiters = (sd_waiter *)(segment->base + at->waiters);
     segment->ring = (sd_entry *)(segment->base + at->ring);
     segment->map = (sd_word *)(segment->base + at->map);
     segment->heap = (sd_word *)(segment->base + at->heap);
@@ -345,6 +374,8 @@ static int fill_header(sd_header *header, uint64_t kind, const sd_geometry *at)
     sd_store(&header->heap_committed, sd_seal(0));
     sd_store(&header->event_count, sd_seal(0));
     sd_store(&header->ring_committed, sd_seal(0));
+    sd_store(&header->counters_committed, sd_seal(0));
+    sd_store(&header->waiters_committed, sd_seal(0));
     sd_store(&header->settings_choice, sd_seal(0));
     sd_store(&header->next_id, sd_seal(1)); /* libvirt never gives out 0 either */
     header->magic = SD_MAGIC;
@@ -376,29 +407,58 @@ int sd_format(int fd, uint64_t kind, uint64_t max_slots, uint64_t heap_cells, ui
 
 /* --- who is attached ------------------------------------------------------------------------- */
 
+/* Where this process counts from now on: the block of its place, or its own memory (V2). */
+static void begin_counting(sd_segment *segment, unsigned place)
+{
+    uint64_t me = sd_self()->process;
+    memset(&segment->own, 0, sizeof segment->own);
+    segment->counters = &segment->own;
+    if (place >= SD_COUNTED_MAX) return;
+    if (!sd_make_room(segment, &segment->header->counters_committed, segment->at.counters,
+                      sizeof(sd_counters), place + 1, SD_COUNTED_MAX))
+        return;
+    sd_counters *block = &segment->blocks[place];
+    if (sd_load(&block->who) != me) {
+        atomic_store_explicit(&block->who, 0, memory_order_release);
+        atomic_thread_fence(memory_order_release);
+        for (sd_word *word = &block->acquired; word < block->waits + SD_WAIT_SIZES; word++)
+            atomic_store_explicit(word, 0, memory_order_relaxed);
+        atomic_store_explicit(&block->who, me, memory_order_release);
+    }
+    segment->counters = block;
+}
+
 /* One word a process: its main thread's identity.  Written by the process itself, with compare-and-
  * swap on a word that is empty or names a process that is gone; a dead one's word stays until then.
- * The list is for people: nothing is decided by it alone. */
-static void enter_attached(sd_segment *segment)
+ * The list is for people: nothing is decided by it alone.  Returns the place; SD_ATTACHED_MAX if all
+ * are taken. */
+static unsigned take_place(sd_segment *segment)
 {
     const sd_thread *self = sd_self();
     uint64_t me = self->process;
     for (int pass = 0; pass < 2; pass++) {
         for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
             uint64_t word = sd_load(&segment->attached[i]);
-            if (word == me) return;
+            if (word == me) return i;
             if (word && (pass == 0 || sd_process_runs(sd_who_tid(word), sd_who_start(word))))
                 continue;
             sd_crash_point();
-            if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return;
+            if (atomic_compare_exchange_strong(&segment->attached[i], &word, me)) return i;
         }
     }
+    return SD_ATTACHED_MAX;
+}
+
+static void enter_attached(sd_segment *segment)
+{
+    begin_counting(segment, take_place(segment));
 }
 
 static void leave_attached(sd_segment *segment)
 {
     const sd_thread *self = sd_self();
     uint64_t me = self->process;
+    segment->counters = &segment->own; /* another one may get the block */
     for (unsigned i = 0; i < SD_ATTACHED_MAX; i++) {
         uint64_t word = me;
         if (sd_load(&segment->attached[i]) != me) continue;
@@ -517,6 +577,7 @@ static void forget_parent(sd_segment *segment)
     segment->held = segment->inside = 0;
     segment->list_nonce = 0;
     segment->list_taker = NULL;
+    segment->list_says = false;
 }
 
 static bool runs_here(uint32_t tid)

@@ -10,7 +10,8 @@
 /* Where everything lies, from three limits. */
 typedef struct {
     uint64_t max_slots, heap_cells, events, total_bytes;
-    uint64_t attached, settings, named, slots, names, ring, map, heap; /* offsets */
+    uint64_t attached, settings, named, slots, names; /* offsets */
+    uint64_t counters, waiters, ring, map, heap;
     unsigned levels;                                      /* of each index */
     uint64_t table[SD_INDEXES][SD_INDEX_LEVELS];          /* offsets */
 } sd_geometry;
@@ -33,6 +34,10 @@ typedef struct sd_segment {
     sd_named *named;
     sd_slot *slots;
     sd_names *names;
+    sd_counters *blocks;   /* of all processes */
+    sd_counters *counters; /* ours: one of `blocks`, or `own` where there is none for us */
+    sd_counters own;
+    sd_waiter *waiters;
     sd_entry *ring;
     sd_word *attached, *map, *heap;
     sd_word *table[SD_INDEXES][SD_INDEX_LEVELS];
@@ -45,6 +50,7 @@ typedef struct sd_segment {
     uint64_t list_nonce;   /* the thread of ours that holds the list lock, or 0 */
     unsigned list_nested;  /* how deep in signal handlers it was then */
     void *list_taker;      /* the binding's object that took it */
+    bool list_says;        /* it said what it is doing */
     uint64_t epoch;        /* fork epoch in which we entered the attached table */
     struct sd_segment *next;
 } sd_segment;
@@ -75,6 +81,13 @@ int sd_descriptor(const sd_segment *segment);
 /* Commit `bytes` at `offset`.  SD_NO_MEMORY with errno.  SD_DESCRIPTOR: it was lost, and this
  * kernel needs it. */
 int sd_commit_memory(sd_segment *segment, uint64_t offset, uint64_t bytes);
+
+/* Memory for the first `wanted` places of a region that nobody has a lock for: of `most`, each of
+ * `size` bytes, which divide a page. */
+bool sd_make_room(sd_segment *segment, sd_word *watermark, uint64_t region, uint64_t size,
+                  uint64_t wanted, uint64_t most);
+/* How many have it; 0 when the watermark is damaged. */
+uint64_t sd_room(const sd_word *watermark, uint64_t most);
 
 /* What is committed, as the watermarks have it. */
 uint64_t sd_committed_bytes(const sd_segment *segment);

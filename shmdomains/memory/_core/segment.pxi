@@ -25,12 +25,14 @@ cdef class Segment:
     cdef object list_lock, slot_locks  # lock="multiprocessing"
     cdef object record_class
     cdef Decoded decoded
+    cdef uint64_t slow_after_ns
     cdef object __weakref__
     cdef dict __dict__
 
     def __cinit__(self, *args, **kwargs):
         self.segment = NULL
         self.closed = True
+        self.slow_after_ns = SLOW_AFTER
 
     def __dealloc__(self):
         if self.segment != NULL:
@@ -99,25 +101,26 @@ cdef class Segment:
         """Whether this thread holds the list lock."""
         return self.segment != NULL and self.segment.list_nonce == sd_self().nonce
 
-    def lock(self, timeout=None):
+    def lock(self, timeout=None, why=None):
         """Take the list lock (the patch's driver lock).
 
-        `timeout` in seconds: None waits for ever, 0 tries. Raises `AlreadyLocked`, `LockOrder`
+        `timeout` in seconds: None waits for ever, 0 tries. `why` is what it is taken for, as for
+        `get`. Raises `AlreadyLocked`, `LockOrder`
         (this thread holds a domain of this list), `LockTimeout`, `ListClosed`.
         """
-        lock_list(self, timeout)
+        lock_list(self, timeout, why)
 
     def unlock(self):
         """Release the list lock. Raises `ListNotLocked`, or `NotOwner` in another thread."""
         unlock_list(self)
 
-    def locked(self, timeout=None):
+    def locked(self, timeout=None, why=None):
         """Hold the list lock for a ``with`` block; see `lock`.
 
             with doms.locked():
                 dom = doms.find_by_name("web1")
         """
-        return ListHold(self, timeout)
+        return ListHold(self, timeout, why)
 
     def acquire(self, block=True, timeout=None):
         """`lock` in the manner of `multiprocessing.Lock`: True, or False when it was not free."""
@@ -151,47 +154,82 @@ cdef class Segment:
 
     # --- finding ---
 
-    def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None):
+    def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
         """The domain with this uuid, name or id, locked. No list lock needed.
 
         Exactly one key, by keyword or by position in virsh's order: an ``int`` is an id, a
         `uuid.UUID`, 16 bytes or a string in a UUID's form a uuid, any other string a name.
-        `timeout` in seconds. Raises `DomainNotFound`, `LockTimeout`,
+        `timeout` in seconds. `why` says what the domain is locked for, for whoever waits: it
+        stands in their `LockTimeout` and in `locks`, cut to 55 bytes of UTF-8, until the domain is
+        unlocked. Raises `DomainNotFound`, `LockTimeout`,
         `LockOrder` (this thread holds another domain and would wait), `AlreadyLocked`.
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
-        cdef Record record = None
+        cdef Record record
         need_open(self)
         if make_key(&wanted, key, uuid, name, id):
-            record = find_record(self, &wanted, deadline, timeout)
-        if record is None:
-            raise not_found(&wanted, key, uuid, name, id)
-        return record
+            if why is None:
+                record = find_record(self, &wanted, deadline, timeout)
+            else:
+                record = find_for(self, &wanted, deadline, timeout, why)
+            if record is not None:
+                return record
+        raise not_found(&wanted, key, uuid, name, id)
 
-    def lookup(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None):
+    def lookup(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
         """Like `get`, but None when there is no such domain."""
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         need_open(self)
         if not make_key(&wanted, key, uuid, name, id):
             return None
-        return find_record(self, &wanted, deadline, timeout)
+        if why is None:
+            return find_record(self, &wanted, deadline, timeout)
+        return find_for(self, &wanted, deadline, timeout, why)
 
-    def find_by_id(self, id, timeout=None):
+    def find_by_id(self, id, timeout=None, why=None):
         """The active domain with this id, locked, or None. List lock held by the caller
         (virDomainFindByID)."""
-        return find_with_list(self, "find_by_id", None, None, id, timeout)
+        return find_with_list(self, "find_by_id", None, None, id, timeout, why)
 
-    def find_by_uuid(self, uuid, timeout=None):
+    def find_by_uuid(self, uuid, timeout=None, why=None):
         """The domain with this UUID, locked, or None. List lock held by the caller
         (virDomainFindByUUID)."""
-        return find_with_list(self, "find_by_uuid", uuid, None, None, timeout)
+        return find_with_list(self, "find_by_uuid", uuid, None, None, timeout, why)
 
-    def find_by_name(self, name, timeout=None):
+    def find_by_name(self, name, timeout=None, why=None):
         """The domain with this name, locked, or None. List lock held by the caller
         (virDomainFindByName)."""
-        return find_with_list(self, "find_by_name", None, name, None, timeout)
+        return find_with_list(self, "find_by_name", None, name, None, timeout, why)
+
+    # --- who holds what (held.pxi) ---
+
+    @property
+    def slow_after(self):
+        """After how many seconds a wait for a lock is logged, once, as a warning of the logger
+        ``shmdomains.wait``, with who holds the lock; 0: never. Of this list object in this process;
+        5 at first. It is looked at about every 50 ms."""
+        return self.slow_after_ns / <double>SECOND
+
+    @slow_after.setter
+    def slow_after(self, seconds):
+        cdef double after = seconds
+        if not 0 <= after <= 1e9:
+            raise ValueError(f"slow_after is 0 (never) or more seconds, not {seconds!r}")
+        self.slow_after_ns = <uint64_t>(after * SECOND)
+
+    def _taken(self):
+        """Every lock that is held or waited for, as `held.LockInfo` is made of. Takes no lock."""
+        return taken_locks(self)
+
+    def _counts(self):
+        """What this process counted, as `held.Statistics` is made of."""
+        return own_counts(self)
+
+    def _all_counts(self):
+        """For each living process that is attached."""
+        return all_counts(self)
 
     # --- reading without any lock ---
 

@@ -184,6 +184,7 @@ sd_thread *sd_thread_begin(void)
     self->records = self->named = NULL;
     self->orphans = NULL;
     self->awaited = NULL;
+    self->wait = NULL;
     return self;
 }
 

@@ -5,6 +5,7 @@
 #include "layout.h"
 
 struct sd_segment;
+struct sd_wait;
 
 /* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
 typedef struct sd_orphan {
@@ -40,6 +41,7 @@ typedef struct sd_thread {
     sd_orphan *orphans;
     sd_repair repair;
     const sd_owner *awaited; /* signs for the mutex that this thread waits for; NULL: nobody does */
+    struct sd_wait *wait;    /* the wait for a list or slot lock that this thread is in, or NULL */
     struct sd_thread *next;
 } sd_thread;
 

@@ -1,7 +1,7 @@
 # Waiting: time-outs, what runs between two slices of a wait, and what a code of the core raises.
 #
 # The core waits in slices, each by a call of `wait_hook`: the slice without the GIL, then signal
-# handlers run, and locks are freed whose handles another thread dropped. So a wait ends when the
+# handlers run, a slow wait is logged, and locks are freed whose handles another thread dropped. So a wait ends when the
 # lock is free, at its deadline (SD_TIMEOUT), or at most a slice after a handler raised
 # (SD_INTERRUPTED) or forked (SD_FORKED, in the child).
 
@@ -15,6 +15,7 @@ from shmdomains import errors
 
 cdef enum:
     SECOND = 1000000000  # in nanoseconds, as all times of the core
+    SLOW_AFTER = 5000000000  # a wait is slow
     PATIENT_READS = 100  # that writers overtook, before a reader lets other threads run
 
 # What a handler raised inside a wait passes through C that knows nothing of Python; it is kept
@@ -53,6 +54,8 @@ cdef int after_slice(int result) noexcept:
     nested, short_wait = thread.nested, thread.short_wait
     thread.nested, thread.short_wait = nested + 1, 0
     raised = PyErr_CheckSignals()
+    if not raised and epoch == sd_fork_epoch and thread.wait != NULL:
+        raised = look_how_long(thread.wait)
     sd_self()  # first: in a child that a handler forked this resets the thread
     thread.nested, thread.short_wait = nested, short_wait
     if raised:
@@ -60,6 +63,25 @@ cdef int after_slice(int result) noexcept:
         return SD_INTERRUPTED
     # What was locked before the wait is the parent's, and the child cannot tell what that was.
     return result if epoch == sd_fork_epoch else SD_FORKED
+
+
+cdef bint look_how_long(sd_wait *wait) noexcept:
+    """Log a wait that is slow, once. True: an exception is set, of a signal handler that ran
+    meanwhile."""
+    cdef Segment doms = <Segment>wait.list
+    cdef uint64_t waited = sd_now() - wait.since
+    cdef object raised = None
+    if wait.told or not doms.slow_after_ns or waited < doms.slow_after_ns:
+        return False
+    wait.told = True
+    try:
+        HOLDERS.slow_wait(error_of_wait(doms, wait, waited))
+    except BaseException as exc:
+        raised = exc
+    if raised is None:
+        return False
+    PyErr_SetObject(type(raised), raised)
+    return True
 
 
 sd_wait_hook = wait_hook
