@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import DEADLINE, EVERY_STORE, STORES, Home, Party, Store, definition, xml
+from helpers import DEADLINE, EVERY_STORE, Home, Party, Store, definition, xml
 from killing import until
 from test_conformance import WAYS, Pair, way_name
 
@@ -341,15 +341,15 @@ def test_ones_own_job_excludes_nothing(doms: Any, dom: Any) -> None:
 STARTED, ENDED = 102, 103
 
 
-@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+@pytest.mark.parametrize("store", EVERY_STORE, ids=lambda store: store.name)
 def test_each_beginning_and_end_is_an_event_of_its_commit(store: Store) -> None:
     doms = store.make()
     doms.define(xml("a", A))
 
     def events(since: int) -> list[tuple[int, int]]:
         found = [doms._event(number) for number in range(since + 1, doms._event_count + 1)]
-        assert {event[4] for event in found} <= {A}
-        return [event[2:4] for event in found]
+        assert {event.uuid for event in found} <= {A}
+        return [(event.type, event.detail) for event in found]
 
     count = doms._event_count
     with doms.job("a", "migrate", Job.ASYNC) as job:
