@@ -24,7 +24,7 @@ ROOT = Path(shmdomains.__file__).parents[1]
 HEAVY = {"lxml", "psutil", "filelock", "rich", "multiprocessing", "subprocess", "tempfile"}
 """What only XML, config files, error messages, other kinds of locks and colours need."""
 
-LIBRARY, PROGRAM = 105, 150
+LIBRARY, PROGRAM = 110, 150
 """So many modules at most, Python's own among them: 82 and 122 with CPython 3.11."""
 
 _AFTER = """
