@@ -315,19 +315,18 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
             )
         while True:
             try:
-                return self._remove_inactive(dom, deadline)
-            except busy.Excluded as excluded:
-                busy.wait(self, excluded, deadline)
-
-    def _remove_inactive(self, dom: D, deadline: Deadline) -> None:
-        try:
-            dom.lock(deadline.left())
-            if dom.is_active:
-                raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
-            busy.check(dom)
-            self._remove(dom, deadline.left())
-        finally:
-            dom._release_unseen()
+                dom.lock(deadline.left())
+                if dom.is_active:
+                    raise DomainActive(f"domain '{dom.name}' is running with id {dom.id}")
+                if dom._work is not None:
+                    busy.check(dom)
+                self._remove(dom, deadline.left())
+                return
+            except busy.Excluded as exc:
+                excluded = exc
+            finally:
+                dom._release_unseen()
+            busy.wait(self, excluded, deadline)
 
     def free(self, timeout: float | None = None) -> None:
         """Remove every domain, active ones too (virDomainObjListFree). List lock held.

@@ -114,7 +114,8 @@ cdef Record find_in_slot(Segment doms, uint32_t slot, const sd_key *key, uint64_
         return None
     lead_to(record, slot)
     enter_thread(record)
-    settle(record, deadline)
+    if record.values.flags & SD_FLAG_UNFINISHED:
+        settle(record, deadline)
     return record
 
 

@@ -314,14 +314,14 @@ cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1
         release_slot(record.segment, record.slot, False)
         raise_outlived(record)
     begin_hold(record)
-    return settle(record, deadline)
+    if record.values.flags & SD_FLAG_UNFINISHED:
+        settle(record, deadline)
+    return 0
 
 
 cdef int settle(Record record, uint64_t deadline) except -1:
     """Finish, or undo, what a rule began with this record and a file and did not end: its process
     died, for a living one keeps the domain locked. On an error the domain is unlocked again."""
-    if not record.values.flags & SD_FLAG_UNFINISHED:
-        return 0
     try:
         SETTLE(record.segment, record, seconds_left(deadline))
     except BaseException:
