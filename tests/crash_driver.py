@@ -796,6 +796,7 @@ class Trial:
         self.what, self.place, self.image = what, place, image
         self.count, self.at = hook("sd_crash_count"), hook("sd_crash_at")
         self.found = Found()
+        self.watched = False  # somebody watches the events of each death
         self.marks: list[int] = []  # how many stores were made when a change was acknowledged
         self.states: list[State | None] = []  # the first one, and those after each mark
 

@@ -217,6 +217,52 @@ def test_somebody_who_was_killed(home: Home, store: Store) -> None:
     home.party.do("doms.close()")
 
 
+def test_jobs_and_those_who_wait_for_them(filled: DomainList) -> None:
+    def take() -> None:
+        with filled.job("vm1", "rename it", timeout=10):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with filled.job("vm1", "backup"):
+            wait = pool.submit(take)
+            until(lambda: waiting(filled, "job", "vm1") == 1, "one waits")
+            [lock] = filled.locks()
+            assert (lock.kind, lock.name, lock.uuid) == ("job", "vm1", filled["vm1"].uuid)
+            assert lock.holder is not None and lock.holder.alive
+            assert (lock.holder.operation, lock.holder.pid) == ("backup", os.getpid())
+            assert lock.longest_wait > 0 and str(lock).startswith("a job of domain 'vm1': held by")
+        wait.result()
+    assert filled.locks() == []
+
+
+def test_a_thread_sees_that_the_holder_of_a_job_died(home: Home, store: Store) -> None:
+    """No commit tells of that death, so it has to look: also where no signal handler runs."""
+    home.party.do(f"context = multiprocessing.get_context('fork')\ndoms = {made(store)}")
+    home.party.tell("""
+        from concurrent.futures import ThreadPoolExecutor
+        doms.define(xml("vm0"))
+        def dies(ready):
+            with doms.job("vm0", "backup"):
+                ready.send(None)
+                signal.pause()
+        def waits():
+            with doms.job("vm0", "rename it") as job:
+                return job.previous_owner_died.operation
+        ours, theirs = multiprocessing.Pipe()
+        holder = context.Process(target=dies, args=(theirs,))
+        holder.start()
+        ours.recv()
+        pool = ThreadPoolExecutor(1)
+        wait = pool.submit(waits)
+        end = time.monotonic() + 10
+        while [lock.waiting for lock in doms.locks()] != [1]:
+            assert time.monotonic() < end
+        holder.kill(), holder.join()
+    """)
+    assert home.party.tell("wait.result(10)") == "backup"
+    home.party.do("pool.shutdown(); doms.close()")
+
+
 def test_a_removed_domain_is_waited_for(filled: DomainList) -> None:
     """Until it is gone."""
     with ThreadPoolExecutor(1) as pool, filled.locked():

@@ -41,7 +41,7 @@ from ..rules.store import Filter
 from . import holder, mp_locks, segment_file
 from ._core import core
 from .domain import Domain
-from .held import LockInfo, Statistics, as_locks
+from .held import LockInfo, Statistics, as_locks, job_locks
 from .invariants import (
     CheckReport,
     HeldLock,
@@ -529,7 +529,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         >>> doms.locks()
         []
         """
-        return as_locks(self._taken())
+        return [*as_locks(self._taken()), *job_locks(self)]
 
     @property
     def statistics(self) -> Statistics:

@@ -6,6 +6,7 @@ of the holders. A holder may have gone by the time one looks at it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
@@ -20,8 +21,8 @@ from .invariants import lock_text
 class LockInfo(msgspec.Struct, frozen=True):
     """A lock that is held or waited for, as `DomainList.locks` gives it.
 
-    `kind` is ``"list"``, ``"mutex"`` or ``"domain"``; `name` is the mutex's or the domain's, `uuid`
-    the domain's, ``None`` for a slot without one. `holder` is ``None`` where the lock is just
+    `kind` is ``"list"``, ``"mutex"``, ``"domain"`` or ``"job"``; `name` is the mutex's or the
+    domain's, `uuid` the domain's, ``None`` for a slot without one. `holder` is ``None`` where the lock is just
     changing hands; `LockHolder.alive` is false where it died and nobody has taken the lock since.
     `waiting` threads sleep for it, the first of them for `longest_wait` seconds.
 
@@ -77,6 +78,24 @@ class Statistics(msgspec.Struct, frozen=True):
         return cls(
             len(counts), acquisitions, contended, commits, recoveries, deaths, unlisted, sizes
         )
+
+
+def job_locks(doms: Any) -> list[LockInfo]:
+    """The jobs of all domains; those who wait for one are counted with the first of its domain."""
+    waits = doms._waits_for_jobs()
+    found = []
+    for dom in doms._with_work():
+        info, _ = doms._look(dom)
+        if info is None:
+            continue
+        slot = dom._key[0]
+        for job in info.jobs:
+            waiting, longest = waits.pop(slot, (0, 0))
+            held = max(time.time() - job.since, 0.0)
+            holder = msgspec.structs.replace(job.holder, operation=job.operation, held_for=held)
+            lock = LockInfo("job", info.name, info.uuid, holder, waiting, longest / 1e9)
+            found.append(lock)
+    return found
 
 
 def as_locks(taken: Iterable[tuple[Any, ...]]) -> list[LockInfo]:

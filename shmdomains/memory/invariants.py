@@ -176,6 +176,8 @@ def lock_text(lock: str, name: str | None) -> str:
         return f"files of domain {name!r}"
     if lock == "mutex":
         return "a named lock with a damaged name" if name is None else f"mutex {name!r}"
+    if lock == "job":
+        return f"a job of domain {name!r}"
     if lock != "domain":
         return f"{lock} lock"
     return "a slot without a domain" if name is None else f"domain {name!r}"

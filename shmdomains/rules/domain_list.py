@@ -322,11 +322,11 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
                     busy.check(dom)
                 self._remove(dom, deadline.left())
                 return
-            except busy.Excluded as exc:
-                excluded = exc
+            except busy.Excluded:
+                pass  # not kept: its traceback refers to this frame
             finally:
                 dom._release_unseen()
-            busy.wait(self, excluded, deadline)
+            busy.wait(self, busy.Excluded(dom), deadline)
 
     def free(self, timeout: float | None = None) -> None:
         """Remove every domain, active ones too (virDomainObjListFree). List lock held.

@@ -115,17 +115,25 @@ def wait_while(
 ) -> None:
     """Wait until no job is `in_the_way`, or the domain is removed. Raises `error` at the
     deadline."""
-    while True:
+
+    def look() -> object | None:
+        """The stamp, if there is something to wait for."""
         info, stamp = doms._look(dom)
-        if info is None:
-            return
-        found = in_the_way(info._work)
-        if not found:
-            return
+        found = [] if info is None else in_the_way(info._work)
+        if info is None or not found:
+            return None
         left = deadline.left()
         if left is not None and left <= 0:
             raise error(info.name, max(found, key=lambda job: job.kind is Job.ASYNC))
-        doms._sleep(dom, stamp, left)
+        return stamp
+
+    stamp = look()
+    if stamp is None:
+        return
+    with doms._job_wait(dom):
+        while stamp is not None:
+            doms._sleep(dom, stamp, deadline.left())
+            stamp = look()
 
 
 def timed_out(kind: type[E], dom: DomainBase, name: str, begun: Begun, then: str = "") -> E:

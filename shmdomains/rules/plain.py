@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
@@ -854,6 +854,9 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         marks.clear()
         marks.update(now)
         return [info for info in found if info is not None]
+
+    def _job_wait(self, dom: PlainDomain[R], /) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def _unfinished(self) -> list[PlainDomain[R]]:
         found = []

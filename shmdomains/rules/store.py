@@ -496,6 +496,11 @@ class ListBase(Protocol[D]):
         of all of them at first. Takes no lock."""
         ...
 
+    def _job_wait(self, dom: D, /) -> AbstractContextManager[object]:
+        """For a ``with`` block in which the caller waits for a job of the domain. It shows the wait
+        to others, and each `_sleep` in it ends after a slice: the job's holder may have died."""
+        ...
+
     def _unfinished(self) -> Sequence[D]:
         """Unlocked handles to the domains whose committed work has a step. Takes no lock."""
         ...

@@ -182,8 +182,8 @@ cdef Record handle_to(Segment doms, uint32_t slot, uint64_t life, bytes uuid):
     return record
 
 
-cdef list live_handles(Segment doms, bint unfinished):
-    """Handles, not locked, to all domains, or to those with a step that waits to be settled."""
+cdef list live_handles(Segment doms, uint64_t flags):
+    """Handles, not locked, to all domains, or to those whose committed fields have these flags."""
     cdef uint32_t slot
     cdef Record record
     cdef sd_values values
@@ -193,9 +193,9 @@ cdef list live_handles(Segment doms, bint unfinished):
         need_sound_life(doms, slot)
         if not sd_load(&doms.segment.slots[slot].life) & LIVES:
             continue
-        if unfinished:
+        if flags:
             sd_values_settled(doms.segment, slot, &values)
-            if not values.flags & SD_FLAG_UNFINISHED:
+            if values.flags & flags != flags:
                 continue
         record = new_record(doms)
         lead_to(record, slot)

@@ -4,7 +4,9 @@
 # by the holder that is named, at some moment of the call. The slots are gone through in parts, so
 # that other threads run meanwhile.
 
+cimport cython
 from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 
 cdef enum:
     HOLDER_TRIES = 10  # until a lock does not change hands while its holder is read
@@ -18,8 +20,48 @@ cdef list taken_locks(Segment doms):
     add_named_locks(doms, found, waits)
     add_list_lock(doms, found, waits)
     add_slot_locks(doms, found, waits)
-    # Jobs stand in the records (rules/jobs.py): who waits for one sleeps on the record, not here.
     return found
+
+
+cdef dict waits_for_jobs(Segment doms):
+    """slot -> (how many wait for a job there, ns for which the first of them waits). The jobs
+    themselves stand in the records."""
+    need_open(doms)
+    cdef uint64_t now = sd_now()
+    return {number: (count, now - since if now > since else 0)
+            for (kind, number), (count, since) in waits_by_lock(doms).items()
+            if kind == SD_LOCK_JOB}
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class JobWait:
+    """A thread waits for a job: it stands in the table of waiters for a ``with`` block."""
+    cdef Segment doms
+    cdef uint32_t slot
+    cdef sd_wait *wait
+
+    def __cinit__(self, Segment doms not None, Record record not None):
+        self.doms, self.slot = doms, record.slot
+        self.wait = <sd_wait *>malloc(sizeof(sd_wait))
+        if self.wait == NULL:
+            raise MemoryError
+
+    def __enter__(self):
+        need_open(self.doms)
+        sd_wait_begin(self.wait, self.doms.segment, SD_LOCK_JOB, self.slot, <void *>self.doms)
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        sd_wait_end(self.wait)
+        free(self.wait)
+        self.wait = NULL
+
+    def __dealloc__(self):
+        # Whoever left the block without its end (CPython 3.14, gh-148874) is still in the table.
+        if self.wait != NULL and sd_self().wait == self.wait:
+            sd_wait_end(self.wait)
+        free(self.wait)
 
 
 cdef dict waits_by_lock(Segment doms):

@@ -60,8 +60,18 @@ cdef object error_of_wait(Segment doms, const sd_wait *wait, uint64_t waited):
         named = &doms.segment.named[wait.number]
         return timeout_error(&named.owner, &named.mutex, named.why,
                              f"mutex {mutex_name(doms, wait.number)!r}", timeout)
+    if wait.kind == SD_LOCK_JOB:
+        return error_of_job(doms, wait.number, timeout)
     at = &doms.segment.slots[wait.number]
     return timeout_error(&at.owner, &at.mutex, at.why, describe(doms, wait.number), timeout)
+
+
+cdef object error_of_job(Segment doms, uint32_t slot, object timeout):
+    info = read_slot(doms, slot, NULL, True, sd_now() + SECOND)
+    jobs = () if info is None else info.jobs
+    held = f"; held by {jobs[0].operation} of {jobs[0].holder}" if jobs else ""
+    return errors.LockTimeout(
+        f"a job of {describe(doms, slot)} was not to be had within {timeout:.3g} s{held}")
 
 
 cdef object timeout_error(sd_owner *owner, pthread_mutex_t *mutex, const sd_word *why, object what,

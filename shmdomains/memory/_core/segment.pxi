@@ -219,6 +219,10 @@ cdef class Segment:
             raise ValueError(f"slow_after is 0 (never) or more seconds, not {seconds!r}")
         self.slow_after_ns = <uint64_t>(after * SECOND)
 
+    def _waits_for_jobs(self):
+        """Slot -> (how many wait for a job there, ns for which the first of them waits)."""
+        return waits_for_jobs(self)
+
     def _taken(self):
         """Every lock that is held or waited for, as `held.LockInfo` is made of. Takes no lock."""
         return taken_locks(self)
@@ -370,11 +374,19 @@ cdef class Segment:
 
     def _handles(self):
         """Unlocked handles to every live record, in slot order."""
-        return live_handles(self, False)
+        return live_handles(self, 0)
 
     def _unfinished(self):
         """Unlocked handles to the records with a step that waits to be settled."""
-        return live_handles(self, True)
+        return live_handles(self, SD_FLAG_UNFINISHED)
+
+    def _with_work(self):
+        """Unlocked handles to the records in which something is under way."""
+        return live_handles(self, SD_FLAG_PRESENT(SD_WORK))
+
+    def _job_wait(self, Record record not None):
+        """For a ``with`` block: this thread waits for a job of the domain."""
+        return JobWait(self, record)
 
     def _set_settings(self, bytes settings):
         """What the list remembers for the rules, replaced as a whole. List lock held."""

@@ -50,7 +50,8 @@ cdef tuple read_with_stamp(Segment doms, Record record, bint blobs):
 
 cdef int sleep_on_record(Segment doms, Record record, uint64_t stamp, uint64_t deadline) except -1:
     """1: the domain changed, or may have; 0: it is as it was. Signal handlers run in one thread
-    only, so the others look at the record after a slice and sleep on, without the GIL."""
+    only, so the others look at the record after a slice and sleep on, without the GIL; but whoever
+    waits for a job (`JobWait`) looks after each slice whether its holder lives."""
     cdef sd_slot *at
     cdef int result = SD_TIMEOUT
     cdef uint64_t number = sd_count_value(stamp) + 1
@@ -59,7 +60,7 @@ cdef int sleep_on_record(Segment doms, Record record, uint64_t stamp, uint64_t d
     at = &doms.segment.slots[record.slot]
     if sd_load_acquire(&at.life) != record.life:
         return 1
-    if runs_handlers():
+    if runs_handlers() or thread.wait != NULL:
         return sleep_on(doms, &at.cur, stamp, &at.waiting, number, deadline)
     begin_wait(doms)
     with nogil:
