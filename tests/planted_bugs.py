@@ -175,8 +175,8 @@ void sd_undo_state(sd_segment *segment, uint32_t slot)
     ],
     "locks.c": [
         (
-            "            sd_events_unlock(segment);\n        }\n    }\n    sd_tidy(",
-            "            sd_events_unlock(segment);\n        }\n    }\n"
+            "        sd_events_unlock(segment);\n    }\n    sd_tidy(",
+            "        sd_events_unlock(segment);\n    }\n"
             "    if (sd_planted == 7) sd_undo_state(segment, slot);\n"
             "    sd_tidy(",
         )
