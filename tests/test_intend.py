@@ -289,16 +289,17 @@ def test_a_handler_that_unlocks_as_an_intention_ends(store: Store, encoding: Enc
     """The lock that somebody else has got meanwhile is not released."""
     with store.make() as doms, thread_party(doms=doms) as other:
         doms.define(xml("web1"))
-        dom = doms.get("web1")
-        dom.intend("start")
-        dom.data = 1
-        encoding(lambda: (dom.unlock(), other.tell(f"dom = {LOCKED}\ndom.data = 2")))
-        with pytest.raises(DomainNotLocked):
-            dom.unlock()
-        assert not dom.is_locked and doms.peek("web1").data == 1
-        with pytest.raises(LockTimeout):
-            doms.get("web1", timeout=0)
-        other.tell("dom.unlock()")
+        with doms.job("web1", "backup"):  # so that there is more under way
+            dom = doms.get("web1")
+            dom.intend("start")
+            dom.data = 1
+            encoding(lambda: (dom.unlock(), other.tell(f"dom = {LOCKED}\ndom.data = 2")))
+            with pytest.raises(DomainNotLocked):
+                dom.unlock()
+            assert not dom.is_locked and doms.peek("web1").data == 1
+            with pytest.raises(LockTimeout):
+                doms.get("web1", timeout=0)
+            other.tell("dom.unlock()")
         assert doms.peek("web1").data == 2 and unfinished(doms) is None
 
 
