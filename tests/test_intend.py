@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import EVERY_STORE, xml
+from helpers import EVERY_STORE, Store, thread_party, xml
 from killing import Child, Pipe
 
-from shmdomains import DomainList, DomainNotLocked, LockHolder, SegmentFull, Unfinished
+from shmdomains import (
+    DomainDef,
+    DomainList,
+    DomainNotLocked,
+    ListNotLocked,
+    LockHolder,
+    LockTimeout,
+    SegmentFull,
+    Unfinished,
+)
+from shmdomains.rules import work
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -222,6 +232,91 @@ def test_a_death_leaves_it(start: Callable[..., Child], path: str) -> None:
             assert dom.data == "committed"
         assert unfinished(doms) == found
         doms.unlink(force=True)
+
+
+# --- what runs while it is encoded --------------------------------------------------------------
+
+
+@pytest.fixture
+def encoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """``encoding(deed)``: the next encoding of what is under way does it, as a signal handler may
+    that runs there."""
+
+    def arrange(deed: Callable[[], Any]) -> None:
+        def pack(value: Any) -> bytes:
+            monkeypatch.setattr(work, "pack", packed)
+            deed()
+            return packed(value)
+
+        packed = work.pack
+        monkeypatch.setattr(work, "pack", pack)
+
+    return arrange
+
+
+Encoding = Callable[[Callable[[], Any]], None]
+LOCKED = "doms.get('web1')"
+
+
+@pytest.mark.parametrize("what", ["commit", "rename"])
+def test_a_handler_that_unlocks_while_it_is_encoded(
+    store: Store, encoding: Encoding, what: str
+) -> None:
+    """Somebody else has the domain by then: it is not changed without its lock."""
+    with store.make() as doms, thread_party(doms=doms) as other:
+        uuid = doms.define(xml("web1")).uuid
+        doms.lock()
+        dom = doms.get("web1")
+        dom.data = "committed by the handler"
+        # Whoever holds the list lock waits for no domain.
+        encoding(lambda: (dom.unlock(), doms.unlock(), other.tell(f"dom = {LOCKED}")))
+        with pytest.raises(DomainNotLocked):
+            if what == "commit":
+                dom._commit_work(work.Work())
+            else:
+                new = DomainDef.from_xml(xml("web2", uuid)).encode()
+                doms._rename(dom, "web2", new, None, None, work.Work())
+        assert not dom.is_locked
+        before = doms.peek("web1")
+        assert before.data == "committed by the handler" and before._work is None
+        with pytest.raises(LockTimeout):
+            doms.get("web1", timeout=0)
+        other.tell("dom.unlock()")
+        assert doms.peek("web1") == before
+
+
+def test_a_handler_that_unlocks_as_an_intention_ends(store: Store, encoding: Encoding) -> None:
+    """The lock that somebody else has got meanwhile is not released."""
+    with store.make() as doms, thread_party(doms=doms) as other:
+        doms.define(xml("web1"))
+        with doms.job("web1", "backup"):  # so that there is more under way
+            dom = doms.get("web1")
+            dom.intend("start")
+            dom.data = 1
+            encoding(lambda: (dom.unlock(), other.tell(f"dom = {LOCKED}\ndom.data = 2")))
+            with pytest.raises(DomainNotLocked):
+                dom.unlock()
+            assert not dom.is_locked and doms.peek("web1").data == 1
+            with pytest.raises(LockTimeout):
+                doms.get("web1", timeout=0)
+            other.tell("dom.unlock()")
+        assert doms.peek("web1").data == 2 and unfinished(doms) is None
+
+
+def test_a_handler_that_unlocks_the_list_while_it_is_encoded(
+    store: Store, encoding: Encoding
+) -> None:
+    with store.make() as doms:
+        new = DomainDef.from_xml(xml("web1"))
+        uuid = doms.define(new).uuid
+        doms.undefine("web1")
+        doms.lock()
+        encoding(doms.unlock)
+        with pytest.raises(ListNotLocked):
+            doms._insert(uuid, "web1", new.encode(), 5, False, None, [None], work.Work())
+        assert len(doms) == 0
+        with doms.locked(0):
+            pass
 
 
 # --- the hypervisor's process -------------------------------------------------------------------

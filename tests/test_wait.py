@@ -32,6 +32,7 @@ from shmdomains import (
     DomainState,
     ListClosed,
     LockOrder,
+    SegmentCorrupt,
     ShmDomainsError,
     UncommittedChanges,
     WaitTimeout,
@@ -601,15 +602,16 @@ def die_at_the_next_wake() -> None:
 DEEDS: dict[str, Callable[[DomainList], Any]] = {
     "data": lambda doms: set_data(doms, "a", 1),
     "activate": lambda doms: activate(doms, "a"),
+    "start paused": lambda doms: activate(doms, "a", DomainState.PAUSED),
     "rename": lambda doms: rename(doms, "a", "z"),
     "undefine": lambda doms: doms.undefine("a"),
     "define": lambda doms: doms.define(xml("c")),
 }
 
 
-def activate(doms: DomainList, name: str) -> None:
+def activate(doms: DomainList, name: str, state: DomainState = DomainState.RUNNING) -> None:
     with doms.get(name) as dom:
-        dom.activate()
+        dom.activate(state=state)
 
 
 def rename(doms: DomainList, name: str, new: str) -> None:
@@ -663,6 +665,24 @@ def test_a_writer_that_dies_before_it_told_costs_a_slice(
         began = time.monotonic()
         waiter.answer()
         assert time.monotonic() - began < 1  # a slice is 50 ms
+
+
+@pytest.mark.parametrize(
+    ("deed", "events"), [("define", 1), ("activate", 1), ("start paused", 2), ("rename", 2)]
+)
+def test_who_waits_for_the_next_event_is_woken_by_several(
+    start: Callable[..., Child], named: DomainList, path: str, deed: str, events: int
+) -> None:
+    """Whoever sleeps has said that it waits for the number after the last."""
+    victim = start(do_and_die, path, deed, 1)
+    assert victim.hear() == "ready"
+    count = named._event_count
+    with Planted(path) as planted:
+        planted.write(planted.header("event_waiting"), count + 1)
+        victim.tell()
+        victim.join()
+        assert planted.watermark(planted.header("event_count")) == count + events
+    named.recover()
 
 
 def test_a_writer_without_a_waiter_makes_no_futex_call(
@@ -874,3 +894,19 @@ def test_a_damaged_domain_is_told_and_not_passed_over(named: DomainList, path: s
             ):
                 with pytest.raises(ShmDomainsError, match=r"damaged|holds a value"):
                     wait()
+
+
+def test_what_changed_is_told_after_an_error(named: DomainList, path: str) -> None:
+    """Whoever calls again has missed nothing."""
+    named.define(xml("c"))
+    marks = named._marks()
+    assert [info.name for info in named._changed(marks)] == ["a", "b", "c"]
+    for name in "abc":
+        set_data(named, name, 1)
+    with Planted(path) as planted, planted.changed(planted.extent(1, 2), 1 << 62 | 1):
+        for _ in range(2):
+            with pytest.raises(SegmentCorrupt):
+                named._changed(marks)
+    told = {info.name: info.data for info in named._changed(marks)}
+    assert told == dict.fromkeys("abc", 1)
+    assert named._changed(marks) == []

@@ -14,7 +14,9 @@ that `cur`, `cur` again, and FUTEX_WAIT, which compares with that `cur`. Commit:
 has reached the old `cur`, wake all. Remove: life, `cur` + 2 (the same copy), the same look. Insert:
 flip of the FREE slot, life. After each of them: if `any_waiting` is above `any_seq`, `any_seq` + 1
 by exchange, wake all. Wait for any: `any_seq`, `any_waiting` raised above it, all records, and
-FUTEX_WAIT with that `any_seq`. What is raised is never lowered.
+FUTEX_WAIT with that `any_seq`. What is raised is never lowered: not by a waiter, and a writer that
+has woken all lowers only what is damaged, which is more than `any_seq` + 1. It looks at `any_waiting`
+first, for it may be slow, and others may have gone on.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ RULES = {
     "any: remove": "a removal does so, too",
     "any: by exchange": "`any_seq` goes on from what was seen, it is not set",
     "any: bump, then wake": "`any_seq` goes on before the wake",
+    "any: above any_seq": "what is lowered is above the `any_seq` of now, not of its own bump",
+    "any: any_seq last": "that is looked at after `any_waiting`",
 }
 UNNEEDED = {
     "cur again": "`cur` is looked at again after `waiting` was raised",
@@ -219,8 +223,19 @@ class Waiting(Subject):
             return
         if self.follows("any: bump, then wake"):
             yield call(self.wake_queue, me, ANY, ENDED)
+            yield call(self.lower_damaged, seq + 1)
         else:
             yield store(("owes", me), ENDED)
+
+    def lower_damaged(self, mine: int) -> Steps:
+        seq = mine
+        if not self.follows("any: any_seq last"):
+            seq = yield load("any seq")
+        raised = yield load("any waiting")
+        if self.follows("any: any_seq last") and self.follows("any: above any_seq"):
+            seq = yield load("any seq")
+        if raised > seq + 1:
+            yield exchange("any waiting", {raised: seq + 1})
 
     def leave(self, me: int, slot: int, cur: int, early: Early, removed: bool) -> Steps:
         """Wake and unlock."""
@@ -467,4 +482,6 @@ CONTROLS = {
     "any: remove": any_removed,
     "any: by exchange": overtaken,
     "any: bump, then wake": anywhere,
+    "any: above any_seq": overtaken,
+    "any: any_seq last": overtaken,
 }

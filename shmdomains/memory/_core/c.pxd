@@ -281,6 +281,7 @@ cdef extern from "core.h" nogil:
     uint64_t sd_ring_count(const sd_segment *)
     int sd_ring_read(const sd_segment *, uint64_t, sd_event *)
     bint sd_ring_unsettled(const sd_segment *)
+    bint sd_ring_works(const sd_segment *)
     int sd_settings_set(sd_segment *, const void *, uint64_t)
     int sd_settings_get(const sd_segment *, void *, uint64_t *)
     uint64_t SD_EXTENT_BYTES(uint64_t)

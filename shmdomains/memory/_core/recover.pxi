@@ -29,8 +29,9 @@ cdef tuple recover_locks(Segment doms, object timeout):
         recover_list(doms, deadline, timeout, repairs, held)
     recover_short(doms, "id", SD_IDS, &doms.segment.header.id_mutex, deadline, timeout, repairs,
                   held)
-    recover_short(doms, "event", SD_EVENTS, &doms.segment.header.event_mutex, deadline, timeout,
-                  repairs, held)
+    if sd_ring_works(doms.segment):
+        recover_short(doms, "event", SD_EVENTS, &doms.segment.header.event_mutex, deadline,
+                      timeout, repairs, held)
     recover_short(doms, "heap", SD_HEAP, &doms.segment.header.heap_mutex, deadline, timeout,
                   repairs, held)
     begin_wait(doms)

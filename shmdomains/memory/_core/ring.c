@@ -34,16 +34,17 @@ static bool has_memory(const sd_segment *segment, uint64_t number)
  * damaged: then it begins again, and what has memory keeps it. */
 static bool make_room(sd_segment *segment, uint64_t number)
 {
-    if (has_memory(segment, number)) return true;
-    uint64_t committed = sd_unsealed(sd_load(&segment->header->ring_committed));
-    if (committed > segment->at.events) committed = 0;
-    uint64_t more = segment->at.events - committed;
-    if (more > SD_RING_STEP) more = SD_RING_STEP;
-    if (sd_commit_memory(segment, segment->at.ring + committed * sizeof(sd_entry),
-                         more * sizeof(sd_entry)) != SD_OK)
-        return false;
-    sd_publish(&segment->header->ring_committed, sd_seal(committed + more));
-    return make_room(segment, number);
+    while (!has_memory(segment, number)) {
+        uint64_t committed = sd_unsealed(sd_load(&segment->header->ring_committed));
+        if (committed > segment->at.events) committed = 0;
+        uint64_t more = segment->at.events - committed;
+        if (more > SD_RING_STEP) more = SD_RING_STEP;
+        if (sd_commit_memory(segment, segment->at.ring + committed * sizeof(sd_entry),
+                             more * sizeof(sd_entry)) != SD_OK)
+            return false;
+        sd_publish(&segment->header->ring_committed, sd_seal(committed + more));
+    }
+    return true;
 }
 
 /* Not the checksum of a blob, which takes longer to begin than all of this. */
