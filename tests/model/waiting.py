@@ -15,8 +15,8 @@ has reached the old `cur`, wake all. Remove: life, `cur` + 2 (the same copy), th
 flip of the FREE slot, life. After each of them: if `any_waiting` is above `any_seq`, `any_seq` + 1
 by exchange, wake all. Wait for any: `any_seq`, `any_waiting` raised above it, all records, and
 FUTEX_WAIT with that `any_seq`. What is raised is never lowered: not by a waiter, and a writer that
-has woken all lowers only what is damaged, which is more than `any_seq` + 1. It looks at `any_waiting`
-first, for it may be slow, and others may have gone on.
+has woken all lowers only what is damaged, which is more than `any_seq` + 1. It looks at
+`any_waiting` first, for it may be slow, and others may have gone on.
 """
 
 from __future__ import annotations
