@@ -22,9 +22,9 @@ class LockInfo(msgspec.Struct, frozen=True):
     """A lock that is held or waited for, as `DomainList.locks` gives it.
 
     `kind` is ``"list"``, ``"mutex"``, ``"domain"`` or ``"job"``; `name` is the mutex's or the
-    domain's, `uuid` the domain's, ``None`` for a slot without one. `holder` is ``None`` where the lock is just
-    changing hands; `LockHolder.alive` is false where it died and nobody has taken the lock since.
-    `waiting` threads sleep for it, the first of them for `longest_wait` seconds.
+    domain's, `uuid` the domain's, ``None`` for a slot without one. `holder` is ``None`` where the
+    lock is just changing hands; `LockHolder.alive` is false where it died and nobody has taken the
+    lock since. `waiting` threads sleep for it, the first of them for `longest_wait` seconds.
 
     >>> print(LockInfo("domain", "web1", None, None, waiting=2, longest_wait=1.5))
     domain 'web1': held by nobody; 2 wait, the first for 1.5 s
