@@ -1,8 +1,8 @@
 # Who holds which lock, who waits for it, and what each process counted.
 #
-# Everything here only reads, and takes no lock. What it says was so a moment ago: each lock was held
-# by the holder that is named, at some moment of the call. The slots are gone through in parts, so
-# that other threads run meanwhile.
+# Everything here only reads, and takes no lock. What it says was so a moment ago: each lock was
+# held by the holder that is named, at some moment of the call. The slots are gone through in parts,
+# so that other threads run meanwhile.
 
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
@@ -138,10 +138,10 @@ cdef list taken_slots(Segment doms, uint32_t first, uint32_t end, dict waits):
 
 cdef int add_slot_lock(Segment doms, uint32_t slot, list found, dict waits) except -1:
     cdef sd_view view
-    cdef int tries, result = SD_DOUBT
+    cdef int _tries, result = SD_DOUBT
     cdef sd_slot *at = &doms.segment.slots[slot]
     holder = holder_now(doms, &at.owner, &at.mutex, at.why)
-    for tries in range(PATIENT_READS):
+    for _tries in range(PATIENT_READS):
         result = sd_view_begin(doms.segment, slot, &view)
         if result != SD_DOUBT:
             break
@@ -163,9 +163,9 @@ cdef tuple holder_of_mutex(Segment doms, const sd_owner *owner, const pthread_mu
     only."""
     cdef uint64_t who = 0, since = 0
     cdef uint32_t tid = 0, pid = 0
-    cdef int tries
+    cdef int _tries
     operation = None
-    for tries in range(HOLDER_TRIES):
+    for _tries in range(HOLDER_TRIES):
         who = sd_load_acquire(&owner.who)
         tid = sd_who_tid(who) if semaphore else sd_mutex_owner(mutex)
         since = sd_load(&owner.since) & ~SD_SINCE_DROPPED

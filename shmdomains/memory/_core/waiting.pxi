@@ -1,9 +1,9 @@
 # Waiting: time-outs, what runs between two slices of a wait, and what a code of the core raises.
 #
 # The core waits in slices, each by a call of `wait_hook`: the slice without the GIL, then signal
-# handlers run, a slow wait is logged, and locks are freed whose handles another thread dropped. So a wait ends when the
-# lock is free, at its deadline (SD_TIMEOUT), or at most a slice after a handler raised
-# (SD_INTERRUPTED) or forked (SD_FORKED, in the child).
+# handlers run, a slow wait is logged, and locks are freed whose handles another thread dropped. So
+# a wait ends when the lock is free, at its deadline (SD_TIMEOUT), or at most a slice after a
+# handler raised (SD_INTERRUPTED) or forked (SD_FORKED, in the child).
 
 cimport cython
 from cpython.ref cimport PyObject
