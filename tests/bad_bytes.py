@@ -253,10 +253,13 @@ def read(trial: Trial) -> None:
     trial.attempt("watch", lambda: watch(trial))
     for lock in trial.attempt("locks", doms.locks) or []:
         # A damaged mutex is held by somebody; whoever waits is the one that was planted, or nobody.
-        if lock.waiting > 1 or (lock.waiting and lock.name != "vm1"):
+        # Of a domain whose name or fields are damaged it has no name.
+        if lock.waiting > 1 or (lock.waiting and lock.name not in ("vm1", None)):
             trial.wrong.append(f"locks: {lock}")
-        if lock.name is not None:
-            trial.judge("locks", doms.peek(uuid=lock.uuid), name=lock.name)
+        if lock.uuid is not None:
+            info = trial.attempt("locks", lambda lock=lock: doms.peek(uuid=lock.uuid))
+            if info is not None:
+                trial.judge("locks", info, name=lock.name)
     for count in ("statistics", "statistics of all"):
         of = doms.statistics_of_all if count.endswith("all") else lambda: doms.statistics
         trial.attempt(count, of)

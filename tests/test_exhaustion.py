@@ -409,7 +409,7 @@ def change(doms: DomainList, name: str, **fields: Any) -> None:
 
 def test_a_full_heap_while_renaming(tmp_path: Path) -> None:
     config = tmp_path / "vm"
-    with DomainList(max_domains=8, max_bytes=2 * MIB) as doms:
+    with DomainList(max_domains=8, max_bytes=2 * MIB + MIB // 2, events=0) as doms:
         doms.load_all_configs(config, config / "autostart")
         doms.define(definition("web1", description="x" * 600_000))
         with doms.get(name="web1") as dom:

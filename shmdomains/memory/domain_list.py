@@ -318,8 +318,8 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     def _need_as_asked(self, asked: dict[str, Any]) -> None:
         numbers, status = self._statistics(), os.fstat(self.fileno())
         limit = asked["max_bytes"]
-        if limit is not None and 0 <= limit - numbers["bytes_max"] < mmap.PAGESIZE:
-            limit = numbers["bytes_max"]  # a segment is made of whole pages
+        if limit is not None and 0 <= limit - numbers["bytes_max"] < 3 * mmap.PAGESIZE:
+            limit = numbers["bytes_max"]  # heap and map are whole pages, and the heap whole cells
         there = {
             "max_domains": numbers["max_domains"],
             "max_bytes": numbers["bytes_max"],
