@@ -15,6 +15,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from shmdomains import (
     StoppedDetail,
     events,
 )
+from shmdomains.rules.watch import is_eventfd
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -607,3 +609,18 @@ def test_the_words_of_details() -> None:
     assert (
         DomainEvent(1, 0.0, EventType.STARTED, 99, UUID(int=1), "a", 1).words == "Started unknown"
     )
+
+
+def test_threads_that_ask_at_once_get_one_descriptor() -> None:
+    for _ in range(20):
+        with DomainList(max_domains=4) as doms, ThreadPoolExecutor(4) as pool:
+            at_once = threading.Barrier(4)
+
+            def ask(doms: DomainList = doms, at_once: threading.Barrier = at_once) -> int:
+                at_once.wait(DEADLINE)
+                return doms.event_fd()
+
+            numbers = {one.result() for one in [pool.submit(ask) for _ in range(4)]}
+            assert doms.event_fd() in numbers
+            open_now = [number for number in numbers if is_eventfd(number)]
+            assert open_now == [doms.event_fd()]

@@ -218,6 +218,38 @@ def test_the_lock_is_put_down_and_taken_up_again(doms: Any) -> None:
     assert not dom.is_locked and doms.peek("a").data == 3
 
 
+def test_the_lock_goes_on_through_the_handle_that_had_it(doms: Any, dom: Any) -> None:
+    """A job by key has a handle of its own, which is dropped with the job."""
+    with doms.get("a") as holder:
+        with doms.job("a", "backup") as job:
+            pass
+        holder.data = 1
+        del job
+        gc.collect()
+        assert holder.is_locked and holder.changed
+    assert doms["a"].data == 1
+    with dom:
+        with doms.job(dom, "backup"), dom:
+            pass
+        assert dom.is_locked
+
+
+def test_what_stays_unfinished_in_a_job_is_not_the_holders(doms: Any) -> None:
+    with doms.get("a") as dom:
+        dom.intend("migrate")
+        with dom.job("migrate"):
+            try:
+                with dom:
+                    dom.intend("attach a disk")
+                    raise OSError
+            except OSError:
+                pass
+        assert dom.unfinished.name == "attach a disk"
+    with doms.get("a") as dom:
+        assert dom.unfinished.name == "attach a disk"
+        dom.intend(None)
+
+
 def test_what_was_intended_stays_over_a_job(doms: Any) -> None:
     with doms.get("a") as dom:
         dom.intend("start")
@@ -749,3 +781,26 @@ def test_the_end_of_a_thread_frees_its_job(doms: Any, dom: Any) -> None:
         kept.clear()
     with dom.job("after that", timeout=0) as job:
         assert job.previous_owner_died is None
+
+
+def test_a_job_whose_end_failed_is_ended_later(doms: Any, dom: Any) -> None:
+    """Its thread lives on, so nobody else could end it."""
+    taken, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with doms.get("a"):
+            taken.set()
+            free.wait(DEADLINE)
+
+    thread = threading.Thread(target=hold)
+    job = doms.job("a", "migrate")
+    job.__enter__()
+    thread.start()
+    taken.wait(DEADLINE)
+    with pytest.warns(ResourceWarning, match="was dropped while it was held"):
+        del job
+        gc.collect()
+    assert [one.operation for one in doms["a"].jobs] == ["migrate"]
+    free.set()
+    thread.join()
+    until(lambda: doms["a"].jobs == (), "it was ended")

@@ -685,3 +685,16 @@ def test_storms_end_quietly(
             doms.unlink()
         tried("storms over named locks that ended quietly", 1)
         tried("holders and waiters of named locks that were killed", 8)
+
+
+def test_a_jobs_holder_waits_for_a_named_lock_with_a_timeout() -> None:
+    """The other order is a named lock's holder who begins a job: they could wait for each other."""
+    with DomainList(max_domains=4) as doms:
+        doms.define(xml("web1"))
+        with doms.job("web1", "backup"):
+            with pytest.raises(LockOrder, match="holds a job"), doms.mutex("m"):
+                pass
+            with doms.mutex("m", timeout=1):
+                pass
+        with doms.mutex("m"), doms.job("web1", "backup"):
+            pass

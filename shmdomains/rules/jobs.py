@@ -39,7 +39,9 @@ from ..errors import (
     DomainStateError,
     JobTimeout,
     LockOrder,
+    LockTimeout,
     NotOwner,
+    SegmentFull,
     ShmDomainsError,
     UncommittedChanges,
 )
@@ -59,6 +61,57 @@ MAX_TEXT = 255
 MAX_REPLACED = 4
 
 _STARTED, _ENDED = 102, 103  # events
+
+
+def end_begun(dom: DomainBase, begun: Begun, timeout: float | None) -> None:
+    """Take a job out of its record."""
+    deadline, was_locked = dom._doms._deadline(timeout), dom.is_locked
+    try:
+        if not was_locked:
+            dom.lock(deadline.left())
+        work = dom._work
+        jobs = tuple(job for job in _jobs(work) if not job.is_same(begun))
+        if jobs != _jobs(work):
+            event = _ENDED, int(begun.kind)
+            dom._commit_work(replaced(work, jobs=jobs), deadline.left(), (event,))
+    except DomainRemoved:
+        pass  # it ended with its domain
+    finally:
+        if not was_locked:
+            dom._release_unseen()
+
+
+# --- jobs whose end failed, and that nobody has a handle to ---------------------------------
+
+# Their thread lives, so they would exclude everybody for as long as it does. A thread of this
+# process ends them; it is started for the first one, and ends with the last.
+_owed: list[tuple[DomainBase, Begun]] = []
+_paying = threading.Lock()
+_RETRY = 0.5
+"""Seconds, for a lock or for room in the segment."""
+
+
+def owe(dom: DomainBase, begun: Begun) -> None:
+    """Have a job ended once its domain is free."""
+    with suppress(RuntimeError):  # no thread to be had: then with the next one that is owed
+        _owed.append((dom, begun))
+        threading.Thread(target=_pay, name="shmdomains-jobs", daemon=True).start()
+
+
+def _pay() -> None:
+    with _paying:
+        while _owed:
+            dom, begun = _owed[0]
+            try:
+                end_begun(dom, begun, _RETRY)
+            except (LockTimeout, SegmentFull) as exc:
+                if isinstance(exc, SegmentFull):
+                    threading.Event().wait(_RETRY)
+                _owed.append(_owed.pop(0))
+                continue
+            except ShmDomainsError:
+                pass  # the list was closed, or is damaged
+            del _owed[0], dom, begun
 
 
 class _Mine(threading.local):
@@ -160,9 +213,8 @@ class DomainJob:
         "__weakref__",
         "_allow",
         "_begun",
-        "_depth",
+        "_block",
         "_dom",
-        "_intends",
         "_is_over",
         "_kind",
         "_operation",
@@ -195,8 +247,8 @@ class DomainJob:
             raise ValueError(f"only an async job allows others, not a {self._kind.words} job")
         else:
             self._allow = 0
-        self._was_locked = self._intends = False
-        self._depth = 0
+        self._was_locked = False
+        self._block: Any = None
         dom._doms._deadline(timeout)  # a wrong one is an error here
 
     # --- what it is ---
@@ -283,7 +335,9 @@ class DomainJob:
                     f"commit or roll back domain '{dom.name}' before a job, which puts its lock "
                     "down"
                 )
-            self._depth, self._intends = dom._depth, dom._intends
+            # The lock goes on through the handle that has it: ours may be dropped with the job.
+            dom = self._dom = dom._holding
+            self._block = dom._block
         try:
             self._begin(deadline)
         except BaseException:
@@ -325,6 +379,8 @@ class DomainJob:
         with suppress(Exception):
             if not self._dom.is_locked:
                 self._end(0)
+        if not self._is_over:
+            owe(self._dom, self._need_begun())
         warnings.warn(
             f"job '{self._operation}' was dropped while it was held: use 'with'",
             ResourceWarning,
@@ -418,12 +474,7 @@ class DomainJob:
         dom = self._dom
         if not self._was_locked or dom.is_locked:
             return
-        dom.lock(timeout)
-        for _ in range(self._depth):
-            dom.__enter__()
-        work = dom._work
-        if self._intends and work is not None and work.intended is not None:
-            dom._intends = work.intended.caller == dom._caller()
+        dom._lock_again(self._block, timeout)
 
     # --- its record ---
 
@@ -465,21 +516,7 @@ class DomainJob:
         self._end(timeout)
 
     def _end(self, timeout: float | None) -> None:
-        dom, begun = self._dom, self._need_begun()
-        deadline, was_locked = dom._doms._deadline(timeout), dom.is_locked
-        try:
-            if not was_locked:
-                dom.lock(deadline.left())
-            work = dom._work
-            jobs = tuple(job for job in _jobs(work) if not job.is_same(begun))
-            if jobs != _jobs(work):
-                event = _ENDED, int(self._kind)
-                dom._commit_work(replaced(work, jobs=jobs), deadline.left(), (event,))
-        except DomainRemoved:
-            pass  # it ended with its domain
-        finally:
-            if not was_locked:
-                dom._release_unseen()
+        end_begun(self._dom, self._need_begun(), timeout)
         self._forget()
 
     def _take_back(self) -> None:

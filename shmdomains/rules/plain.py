@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
+from weakref import ReferenceType, ref
 
 from ..config.change import ConfigDirs
 from ..deadline import Deadline
@@ -69,7 +70,7 @@ SLICE = 0.1
 class _Hold(Generic[R]):
     """One lock of one domain: its committed state and the uncommitted changes."""
 
-    __slots__ = ("changes", "depth", "info", "intends", "noted", "record")
+    __slots__ = ("changes", "depth", "handle", "info", "intends", "noted", "record")
 
     def __init__(self, record: R, info: DomainInfo) -> None:
         self.record = record
@@ -78,6 +79,7 @@ class _Hold(Generic[R]):
         self.noted: list[News] = []  # events of the next commit that its changes do not tell of
         self.depth = 0  # of ``with`` blocks
         self.intends = False  # the holder said what it is going to do
+        self.handle: ReferenceType[PlainDomain[R]] | None = None  # that it was taken through
 
     def drop(self) -> None:
         """Roll back."""
@@ -134,7 +136,9 @@ class PlainDomain(DomainRules, Generic[R]):
         """Lock the domain; see `DomainBase.lock`."""
         deadline = Deadline(timeout)
         self._locker = self._list._take(self._record, timeout)
-        if self._locker is None:
+        if self._locker is not None:
+            self._locker.handle = ref(self)
+        else:
             raise DomainRemoved(f"domain {self._uuid} was removed; this handle outlived it")
         self._list._settle(self, deadline)
 
@@ -399,8 +403,21 @@ class PlainDomain(DomainRules, Generic[R]):
         return self._list
 
     @property
-    def _depth(self) -> int:
-        return self._held().depth
+    def _holding(self) -> PlainDomain[R]:
+        handle = self._held().handle
+        return (None if handle is None else handle()) or self
+
+    @property
+    def _block(self) -> tuple[int, Any]:
+        hold = self._held()
+        return hold.depth, _intended(hold) if hold.intends else None
+
+    def _lock_again(self, block: Any, timeout: float | None = None) -> None:
+        depth, intended = block
+        self.lock(timeout)
+        hold = self._held()
+        hold.depth = depth
+        hold.intends = intended is not None and _intended(hold) == intended
 
     def _wait_for_change(self, timeout: float | None = None) -> bool:
         deadline = Deadline(timeout)
@@ -647,6 +664,7 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
     def _handle(self, record: R, hold: _Hold[R]) -> PlainDomain[R]:
         dom = PlainDomain(self, record, hold.info.uuid)
         dom._locker = hold
+        hold.handle = ref(dom)
         return dom
 
     def _settle(self, dom: PlainDomain[R], deadline: Deadline) -> None:

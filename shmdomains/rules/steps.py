@@ -231,7 +231,8 @@ def settle_all(doms: ListBase[Any], timeout: float | None) -> list[Settled]:
             if work is None or work.step is None:
                 found.append(Settled(dom.name, None))
         except LockTimeout as exc:
-            found.append(Settled(info.name, exc))
+            # Its traceback leads back here, and so to the list.
+            found.append(Settled(info.name, exc.with_traceback(None)))
         except DomainRemoved:
             pass
         finally:

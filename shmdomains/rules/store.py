@@ -270,8 +270,16 @@ class DomainBase(Protocol):
         """The list that the handle came from. Needs no lock."""
 
     @property
-    def _depth(self) -> int:
-        """How many ``with`` blocks of the domain its holder is in."""
+    def _holding(self) -> DomainBase:
+        """The handle through which the caller holds the domain."""
+
+    @property
+    def _block(self) -> Any:
+        """What `_lock_again` needs to know before the lock is put down."""
+
+    def _lock_again(self, block: Any, timeout: float | None = None) -> None:
+        """As `lock`; then ``with`` blocks and `_intends` are as they were, unless another holder
+        changed what was intended."""
 
     def _wait_for_change(self, timeout: float | None = None) -> bool:
         """Release the lock, sleep until the domain has changed or the time is up, and lock it

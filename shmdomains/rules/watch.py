@@ -64,10 +64,12 @@ class Watch(Iterator[DomainEvent | EventsMissed]):
                 event = self._doms._event(number)
                 number += 1
             last = count if event is None else event.number - 1
-            missed, self._since = last - self._since, last
-            if missed:
-                self._next = event  # taken out now: the next round may overwrite it
-                return EventsMissed(missed, last)
+            if last > self._since:
+                # Made first: a signal handler may raise as it returns, and then nothing was lost.
+                missed = EventsMissed(last - self._since, last)
+                # The event is taken out now: the next round may overwrite it.
+                self._next, self._since = event, last
+                return missed
         assert event is not None
         self._since = event.number
         return event
@@ -82,7 +84,7 @@ class EventDescriptor:
     def __init__(self, doms: ListBase[Any]) -> None:
         self.pid = os.getpid()
         self.number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the list in `stop`
         self._open = True
         # It must not keep the list alive, and the list's end ends it.
         weakref.finalize(doms, self.stop).atexit = False
@@ -92,7 +94,11 @@ class EventDescriptor:
             name="shmdomains-events",
             daemon=True,
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def _follow(self, list_of: weakref.ref[ListBase[Any]], count: int) -> None:
         with suppress(ShmDomainsError):  # the list was closed, or cannot be read any more
@@ -202,7 +208,14 @@ class WatchRules(ListBase[D]):
         self._need_events()
         known = self._event_descriptor
         if known is None or known.pid != os.getpid() or not is_eventfd(known.number):
-            self._event_descriptor = known = EventDescriptor(self)
+            made = EventDescriptor(self)
+            if self._event_descriptor is known:  # no bytecode that switches threads in between
+                self._event_descriptor = known = made
+            else:
+                made.stop()  # another thread was faster
+                made.join()
+                known = self._event_descriptor
+        assert known is not None
         return known.number
 
     def _need_events(self) -> int:

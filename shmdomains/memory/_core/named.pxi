@@ -80,6 +80,10 @@ cdef int may_wait_for_named(Segment doms, uint64_t deadline, object what) except
         raise errors.LockOrder(
             f"this thread holds a named lock and would wait for {what}, perhaps for ever; give it "
             "a timeout")
+    if deadline == SD_FOREVER and HOLDERS.holds_job():
+        raise errors.LockOrder(
+            f"this thread holds a job and would wait for {what}, perhaps for ever; named locks "
+            "come first: take it before, or give it a timeout")
     return 0
 
 

@@ -361,9 +361,26 @@ cdef class Record:
         need_changeable(self).intends = value
 
     @property
-    def _depth(self):
-        """How many `with` blocks the holder is in. Domain lock."""
-        return need_locked(self).depth
+    def _holding(self):
+        """The handle through which this thread holds the domain. Domain lock."""
+        return need_locked(self)
+
+    @property
+    def _block(self):
+        """What `_lock_again` needs: depth of `with` blocks, their task, and what the holder
+        intends. Domain lock."""
+        cdef Record mine = need_locked(self)
+        return mine.depth, mine.inside, intention(mine) if mine.intends else None
+
+    def _lock_again(self, block, timeout=None):
+        """Lock the domain, and be in the `with` blocks of before: in one step, as far as signal
+        handlers can tell."""
+        cdef unsigned depth = block[0]
+        cdef size_t inside = block[1]
+        intended = block[2]
+        lock_record(self, deadline_of(timeout), timeout)
+        self.depth, self.inside = depth, inside
+        self.intends = intended is not None and intention(self) == intended
 
     def _note(self, uint32_t type, uint16_t detail=0):
         """An event that the next commit is to have, beside those of its changes. Domain lock."""
