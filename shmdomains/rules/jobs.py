@@ -91,6 +91,16 @@ _RETRY = 0.5
 """Seconds, for a lock or for room in the segment."""
 
 
+def _owe_nothing() -> None:
+    """In a forked child: the jobs are its parent's, and so is the thread that may have the lock."""
+    global _paying
+    _owed.clear()
+    _paying = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_owe_nothing)
+
+
 def owe(dom: DomainBase, begun: Begun) -> None:
     """Have a job ended once its domain is free."""
     with suppress(RuntimeError):  # no thread to be had: then with the next one that is owed

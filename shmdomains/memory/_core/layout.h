@@ -55,8 +55,9 @@
  *     the end of a domain, too.  It raises `waiting` to the number of the commit that it waits for,
  *     looks at `cur` again, and sleeps; the kernel compares once more.  The writer stores `cur`, a
  *     full fence, and looks whether `waiting` has reached that number: one of the two sees the
- *     other.  `waiting` is never lowered, so nobody can hide a sleeper from a writer.  What a dead
- *     waiter left is behind `cur` after one commit.  A writer that dies between the store and the
+ *     other.  `waiting` is lowered only from a number that no waiter can have stored, which is
+ *     damage, so nobody can hide a sleeper from a writer.  What a dead waiter left is behind `cur`
+ *     after two commits at most.  A writer that dies between the store and the
  *     wake costs its waiters one slice.  `event_count` and `any_seq` are slept on in the same way.
  * E1  A commit with events holds the event lock.  It writes their entries behind `event_count`,
  *     commits, and then stores `event_count`: that publishes them.  The record tells whether the
