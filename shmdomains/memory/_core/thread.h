@@ -23,14 +23,21 @@ typedef struct {
     uint64_t freed;    /* cells of garbage */
 } sd_repair;
 
-/* One thread of this process.  Nodes are reused when a thread ends and never freed, so a handle may
- * look at the node of its last owner: another nonce there says that the thread is gone. */
+/* An owner of locks: one thread of this process, or a task that runs on one.  Nodes are reused when
+ * their owner ends and never freed, so a handle may look at the node of its last owner: another
+ * nonce there says that the owner is gone.
+ *
+ * The kernel knows threads only.  A task's locks are its thread's mutexes, which that thread takes
+ * and frees; of a task's node the core uses nothing.  The binding keeps in it what it keeps in a
+ * thread's: nonce, held, records, named. */
 typedef struct sd_thread {
     uint64_t epoch;      /* of fork */
-    uint64_t nonce;      /* this thread; never used again in this process or its children */
+    uint64_t nonce;      /* this owner; never used again in this process or its children */
     uint64_t who;        /* sd_identity() */
     uint64_t pid;
     uint64_t process;    /* its sd_identity() */
+    struct sd_thread *kernel; /* the thread that this task runs on; of a thread, itself */
+    uint64_t kernel_nonce;    /* that thread's, then */
     unsigned held;       /* slots and named locks this thread holds, in all segments */
     unsigned lists;      /* list locks it holds */
     unsigned short_wait; /* it waits for one of the core's own short locks */
@@ -42,6 +49,14 @@ typedef struct sd_thread {
     sd_repair repair;
     const sd_owner *awaited; /* signs for the mutex that this thread waits for; NULL: nobody does */
     struct sd_wait *wait;    /* the wait for a list or slot lock that this thread is in, or NULL */
+    /* The binding's: */
+    uint64_t stretch, stretch_of; /* when it last looked who runs on this thread, */
+    struct sd_thread *runs;       /* and who did; NULL: look */
+    struct sd_thread *acts_for; /* the owner for whom this thread works; NULL: itself */
+    unsigned rooms;             /* locks that tasks of this thread wait for (rooms.py) */
+    bool asks;                  /* it must not block: whoever called it waits elsewhere */
+    bool gives_up;              /* whoever it works for does not want it any more */
+    uint64_t until;             /* deadline of a call that asks, and has asked before; or 0 */
     struct sd_thread *next;
 } sd_thread;
 
@@ -50,6 +65,9 @@ extern uint64_t sd_fork_epoch;
  * of the few hundred bytes that the loader keeps for modules that are loaded late. */
 extern _Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")));
 sd_thread *sd_thread_begin(void);
+/* A node for a task of this thread, and its end.  NULL: no memory. */
+sd_thread *sd_task_begin(void);
+void sd_task_end(sd_thread *task);
 
 static inline sd_thread *sd_self(void)
 {
