@@ -155,6 +155,10 @@ cdef extern from "core.h" nogil:
         uint64_t domains, active, slots, extents, cells, garbage
     ctypedef struct sd_check:
         pass
+    ctypedef struct sd_inbox:
+        pass
+    ctypedef struct sd_watch:
+        void *data
 
     enum:
         SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_FORKED, SD_MISS, SD_DOUBT
@@ -171,6 +175,7 @@ cdef extern from "core.h" nogil:
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
         SD_LOCK_LIST, SD_LOCK_DOMAIN, SD_LOCK_MUTEX, SD_LOCK_JOB
         SD_COUNTED_MAX, SD_WAIT_SIZES
+        SD_WATCH_CHANGE, SD_WATCH_MUTEX, SD_WATCH_TURN
     uint64_t SD_SINCE_DROPPED
     uint64_t SD_FOREVER, SD_TRY, SD_SPIN, SD_SLICE_NS, SD_CHECK_HOLD_NS
     uint64_t SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
@@ -206,6 +211,8 @@ cdef extern from "core.h" nogil:
     uint32_t sd_mutex_victim(const pthread_mutex_t *)
     bint sd_mutex_busy(const pthread_mutex_t *)
     bint sd_mutex_watched()
+    void sd_mutex_keep_waiters(pthread_mutex_t *)
+    uint32_t *sd_mutex_word(pthread_mutex_t *)
     int sd_list_lock(sd_segment *, uint64_t)
     int sd_list_wait(sd_segment *, uint64_t)
     int sd_list_entered(sd_segment *, bint)
@@ -276,6 +283,12 @@ cdef extern from "core.h" nogil:
     int sd_sleep(const sd_word *, uint64_t, sd_word *, uint64_t, uint64_t)
     void sd_gate_enter()
     void sd_gate_leave()
+    sd_inbox *sd_inbox_open()
+    int sd_inbox_fd(const sd_inbox *)
+    void sd_inbox_close(sd_inbox *)
+    sd_watch *sd_inbox_take(sd_inbox *)
+    int sd_watch_begin(sd_watch *, sd_inbox *, uint32_t *, uint32_t, int)
+    void sd_watch_cancel(sd_watch *)
     int sd_events_lock_briefly(sd_segment *)
     void sd_events_unlock(sd_segment *)
     uint64_t sd_ring_count(const sd_segment *)

@@ -256,3 +256,12 @@ void sd_mutex_consistent(pthread_mutex_t *mutex)
 {
     pthread_mutex_consistent(mutex);
 }
+
+void sd_mutex_keep_waiters(pthread_mutex_t *mutex)
+{
+    int word = __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
+    while (!(word & (int)FUTEX_WAITERS))
+        if (__atomic_compare_exchange_n(&mutex->__data.__lock, &word, word | (int)FUTEX_WAITERS,
+                                        false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            return;
+}

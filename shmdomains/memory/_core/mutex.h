@@ -33,6 +33,10 @@ uint32_t sd_mutex_victim(const pthread_mutex_t *mutex);
  * out by looking, a slice later. */
 bool sd_mutex_watched(void);
 bool sd_mutex_busy(const pthread_mutex_t *mutex); /* held, or left by a dead holder */
+/* This thread holds it, and its unlock will wake one who sleeps on it.  For whoever took it without a
+ * wait while others may sleep.  It is a bit of glibc's that any process may set while it is held; a
+ * dead holder leaves it set, and that costs one wake of nobody. */
+void sd_mutex_keep_waiters(pthread_mutex_t *mutex);
 
 static inline void sd_mutex_unlock(pthread_mutex_t *mutex)
 {
