@@ -1,17 +1,18 @@
 /* observe.c - watches: be told by a descriptor that a word of shared memory changed.
  *
- * A few threads of ours, the helpers, sleep on the words: with futex_waitv() each on 127 of them, and
- * on a control word that whoever adds a watch counts up.  Linux before 5.16 and some sandboxes do not
- * have it: there a helper sleeps on one word.  Helpers have all signals blocked, run no Python, and
- * never end.  One lock guards everything here.  It is held for a look at 254 words at most, and over no
- * system call that wakes anybody.
+ * A few threads of ours, the helpers, sleep on the words: with futex_waitv() each on 127 of them,
+ * and on a control word that whoever adds a watch counts up.  Linux before 5.16 and some sandboxes
+ * do not have it: there a helper sleeps on one word, as it does everywhere for a turn.  Helpers have
+ * all signals blocked, run no Python, and never end.  One lock guards everything here.  It is held
+ * for a look at 254 words at most, and over no system call that wakes anybody.
  *
  * Nothing that fired is lost on the way to the caller:
- * - A watch comes on its inbox's list under the lock.  If the inbox is not `signalled`, it becomes so,
- *   and its descriptor is written to after the lock is free.  `signalled` means: something was written
- *   since the last read, or is about to be.  Only a take that finds the list empty reads and clears
- *   it, under the lock.  So as long as anything is on the list the descriptor is readable, or about to
- *   be; a write that comes late makes it readable in vain, and the next take reads that away.
+ * - A watch comes on its inbox's list under the lock.  If the inbox is not `signalled`, it becomes
+ *   so, and its descriptor is written to after the lock is free.  `signalled` means: something was
+ *   written since the last read, or is about to be.  Only a take that finds the list empty reads and
+ *   clears it, under the lock.  So as long as anything is on the list the descriptor is readable, or
+ *   about to be; a write that comes late makes it readable in vain, and the next take reads that
+ *   away.
  * - An inbox that is closed while somebody is about to write keeps its descriptor until after that
  *   (`writers`), so nobody writes to a number that is another file's by then.
  *
@@ -19,46 +20,48 @@
  * - Before a helper sleeps it leaves the lock with `asleep` set.  A watch is added under the lock and
  *   counts `control` up; the kernel compares that with what the helper saw under the lock, so either
  *   the helper comes back or it is woken.
- * - The kernel queues the helper on a word only if that still has the value that was seen; who changes
- *   it wakes later than that, and finds the helper in the queue.  When anything ends the sleep, each
- *   word that differs from what was seen fires, whatever ended it.  So what changes while a helper is
- *   on its way is found by the kernel when it sleeps again.
- * - A wake without a change is told by the kernel's answer alone, and of several words that were woken
- *   it names the last in our order.  That matters to SD_WATCH_TURN only, where 0 -> held -> 0 looks
- *   like nothing: these come last, so an answer that names another word says that none of them was
- *   woken, and one that names one of them makes those before it fire, too: too early is allowed.
+ * - The kernel queues the helper on a word only if that still has the value that was seen; who
+ *   changes it wakes later than that, and finds the helper in the queue.  When anything ends the
+ *   sleep, each word is looked at.  So what changes while a helper is on its way is found by the
+ *   kernel when it sleeps again.
  * - What cannot be waited for (EFAULT, no memory) makes all watches of that helper fire.
  *
  * A robust mutex, as glibc and the kernel treat it.  Unlock stores 0 and wakes one sleeper, if
  * FUTEX_WAITERS was set; the kernel does so for a dead holder, with FUTEX_OWNER_DIED for 0.  So a
- * watch sets FUTEX_WAITERS, by compare-and-swap, while it is held: that is what every waiter does, any
- * process may at any time, the holder keeps it, and what a dead one leaves costs one wake of nobody.
- * The rule of glibc is: while anybody sleeps FUTEX_WAITERS is set, or one that was woken will look.
- * A waiter that was woken tries for the mutex, and sets FUTEX_WAITERS again either way.  A watch does
- * not, so it hands the wake on: it wakes one more.  Watches that were woken before hand it on again,
- * so the chain ends at the first real waiter, or when nobody sleeps any more.  It is handed on
- * - also by a watch that was cancelled while the kernel had it: its slot keeps the address of the word,
- *   which by then may be nobody's; a wake there wakes nobody, or somebody who looks and sleeps again;
- * - also where the kernel may not have told of the wake, because it named a later word;
- * - not if the word was merely found changed: then the helper was not in the queue, and the wake went
- *   to another one;
- * - not if the kernel named a later word and this one is what it was, held and with FUTEX_WAITERS:
- *   then the next unlock wakes again.
- * The inbox is told first and the wake handed on then: a loop is as far from running as a thread that
- * was woken, and whoever released the mutex and waits for its turn comes later than both.
- * Killed in the middle of that, a helper takes the wake with it: this is one slice for the others.
+ * helper sets FUTEX_WAITERS, by compare-and-swap, while it is held: that is what every waiter does,
+ * any process may at any time, the holder keeps it, and what a dead one leaves costs one wake of
+ * nobody.  glibc's rule is: while anybody sleeps FUTEX_WAITERS is set, or one that was woken will
+ * look.  A waiter that was woken and finds it held again sets FUTEX_WAITERS and sleeps on, and so
+ * does a helper.  One that finds it free or dead takes it, with FUTEX_WAITERS.  A helper does not:
+ * its watch fires, and it hands the wake on: it wakes one more.  Watches that are woken by that hand
+ * it on again, so the chain ends at the first real waiter, or when nobody sleeps any more.
+ * - Of several words that were woken the kernel names the last in our order, so those before it may
+ *   have been woken, too: if they are free the wake is handed on, perhaps in vain.
+ * - A watch that was cancelled while the kernel had it hands on without a look.  Its slot keeps the
+ *   address of the word, which by then may be nobody's; a wake there wakes nobody, or somebody who
+ *   looks and sleeps again.
+ * - A helper that merely finds the mutex free was not in the queue: the wake went to another one.
+ * The inbox is told first, and the wake handed on then: a loop is as far from running as a thread
+ * that is woken, and whoever released the mutex and waits for its turn comes after both.  Killed
+ * in between, a helper takes the wake with it: this is one slice for the others.
  *
- * Cancelling is safe and cheap: helpers look at watches and at words only under the lock, and only at
- * those that are in a slot.  So taking the watch out of its slot, under the lock, is all there is to
- * do.  The kernel may sleep on the word until the helper comes back for another reason; it reads the
- * word only when the sleep begins, and if that is unmapped by then (EFAULT) the helper goes on without
- * the slot.
+ * A turn (SD_WATCH_TURN) that begins while the mutex is held is in the kernel's queue behind those
+ * who sleep there, so an unlock wakes them first.  One that begins while it is free sleeps on the
+ * free word.  There the wake is all there is to see, for afterwards the word is free again.  So a
+ * turn has a helper of its own, which stays in the queue until it is woken.  A hold that begins and
+ * ends before the helper has come to sleep is missed: this is one slice for its owner.
  *
- * fork: no lock is taken before it.  In the child the helpers are gone, so the lock is made anew, the
- * lists of helpers and inboxes begin empty, and the parent's inboxes are closed: their memory stays,
- * marked by its generation, and so that another thread may have been in the middle of anything, the
- * list of inboxes only ever grows, by one store.  exec and exit need nothing: threads end there, and
- * what they look at is freed by its owner alone.
+ * Cancelling is safe and cheap: helpers look at watches and at words only under the lock, and only
+ * at those that are in a slot.  So taking the watch out of its slot, under the lock, is all there is
+ * to do.  The kernel may sleep on the word until the helper comes back for another reason; it reads
+ * the word only when the sleep begins, and if that is unmapped by then (EFAULT) the helper goes on
+ * without the slot.
+ *
+ * fork: no lock is taken before it.  In the child the helpers are gone, so the lock is made anew,
+ * the lists of helpers and inboxes begin empty, and the parent's inboxes are closed; their memory
+ * stays, and its generation says that they are dead.  Another thread may have been in the middle of
+ * anything, so the list of inboxes only ever grows, by one store.  exec and exit need nothing:
+ * threads end there, and what they look at is freed by its owner alone.
  */
 #define _GNU_SOURCE
 #include "observe.h"
@@ -91,8 +94,10 @@ _Static_assert(sizeof(struct waitv) == 24, "what the kernel calls struct futex_w
 #define EASE 16
 #define FEW 16
 #define STACK_BYTES (128 * 1024)
-/* How often a thread that sleeps on one word looks whether it may stop: nothing else waits for it. */
-#define IDLE_NS SD_SECOND_NS
+/* How often a thread that sleeps on one word looks whether its watch was cancelled.  Nobody waits for
+ * that but who needs a thread, and turns are short. */
+#define LOOK_NS SD_SECOND_NS
+#define LOOK_TURN_NS SD_SLICE_NS
 
 enum { IDLE, ARMED, FIRED };
 
@@ -134,7 +139,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t generation = 1;
 static sd_inbox *inboxes;
 static helper *helpers;
-static unsigned helper_count;
+static unsigned helper_count, many_count; /* the latter: with more than one word */
 static enum { UNKNOWN, MANY, ONE } way; /* how helpers sleep */
 
 static void begin_in_child(void)
@@ -147,7 +152,7 @@ static void begin_in_child(void)
     }
     inboxes = NULL;
     helpers = NULL;
-    helper_count = 0;
+    helper_count = many_count = 0;
     generation++;
 }
 
@@ -316,17 +321,13 @@ static bool ask_for_wake(uint32_t *word, uint32_t *seen)
     return false;
 }
 
-/* Is there nothing to wait for?  A turn that waits while the mutex is held is a SD_WATCH_MUTEX. */
-static bool is_due(uint32_t *word, uint32_t *seen, int *kind)
+/* Is there nothing to wait for? */
+static bool is_due(slot *slot)
 {
-    uint32_t value = load(word);
-    if (*kind == SD_WATCH_CHANGE) return value != *seen;
-    if (*kind == SD_WATCH_TURN && !value) {
-        *seen = 0;
-        return false;
-    }
-    *kind = SD_WATCH_MUTEX;
-    return !ask_for_wake(word, seen);
+    uint32_t value = load(slot->word);
+    if (slot->kind == SD_WATCH_CHANGE) return value != slot->seen;
+    if (!value) return slot->kind == SD_WATCH_MUTEX || slot->seen;
+    return !ask_for_wake(slot->word, &slot->seen);
 }
 
 /* --- helpers ------------------------------------------------------------------------------------ */
@@ -335,12 +336,13 @@ static bool is_due(uint32_t *word, uint32_t *seen, int *kind)
 enum { NO_WAKE = 0, NO_SLEEP = -1 };
 
 /* Does the watch of this slot fire, after a sleep that ended so? */
-static bool fires(slot *slot, int ended, bool maybe_woken)
+static bool fires(slot *slot, int ended)
 {
-    if (ended == NO_SLEEP || slot->place == ended) return true;
-    if (slot->kind != SD_WATCH_TURN) return load(slot->word) != slot->seen;
-    /* Somebody has it now who did not wait, perhaps: his unlock is what we wait for. */
-    return maybe_woken || is_due(slot->word, &slot->seen, &slot->kind);
+    if (ended == NO_SLEEP) return true;
+    if (!slot->place) return false; /* the next sleep looks at it */
+    if (is_due(slot)) return true;
+    /* Of a mutex that is held a wake says nothing: its unlock will wake again. */
+    return slot->place == ended && (slot->kind == SD_WATCH_CHANGE || !slot->seen);
 }
 
 /* Under the lock, after a sleep. */
@@ -348,45 +350,37 @@ static void settle(helper *self, int ended, errands *errands)
 {
     for (unsigned i = 0; i < self->used; i++) {
         slot *slot = &self->slots[i];
-        bool maybe_woken = slot->place && slot->place <= ended;
         sd_watch *watch = slot->watch;
         if (watch) {
-            if (!slot->place && ended != NO_SLEEP) continue; /* the next sleep looks at it */
-            if (!fires(slot, ended, maybe_woken)) continue;
+            if (!fires(slot, ended)) continue;
             leave_slot(watch);
             unlink_watch(watch);
             fire(watch, errands);
         }
-        if (maybe_woken && slot->kind != SD_WATCH_CHANGE)
+        if (slot->place && slot->place <= ended && slot->kind != SD_WATCH_CHANGE)
             errands->word[errands->words++] = slot->word;
     }
 }
 
-/* Under the lock: the slots that are left, and what to sleep on: the turns last. */
+/* Under the lock: the slots that are left, and what to sleep on. */
 static unsigned prepare(helper *self, struct waitv *words)
 {
-    unsigned kept = 0, count = 1;
-    for (unsigned i = 0; i < self->used; i++) {
-        if (!self->slots[i].watch) continue;
-        self->slots[kept] = self->slots[i];
-        self->slots[kept].watch->slot = kept;
-        kept++;
-    }
-    self->used = kept;
+    unsigned kept = 0;
     words[0] = (struct waitv){.value = self->control,
                               .address = (uintptr_t)&self->control,
                               .flags = WORD_OF_32_BITS | FUTEX_PRIVATE_FLAG};
-    for (int turns = 0; turns < 2; turns++) {
-        for (unsigned i = 0; i < kept; i++) {
-            slot *slot = &self->slots[i];
-            if ((slot->kind == SD_WATCH_TURN) != turns) continue;
-            slot->place = (int)count;
-            words[count++] = (struct waitv){.value = slot->seen,
-                                            .address = (uintptr_t)slot->word,
-                                            .flags = WORD_OF_32_BITS};
-        }
+    for (unsigned i = 0; i < self->used; i++) {
+        if (!self->slots[i].watch) continue;
+        slot *slot = &self->slots[kept];
+        *slot = self->slots[i];
+        slot->watch->slot = kept++;
+        slot->place = (int)kept;
+        words[kept] = (struct waitv){.value = slot->seen,
+                                     .address = (uintptr_t)slot->word,
+                                     .flags = WORD_OF_32_BITS};
     }
-    return count;
+    self->used = kept;
+    return kept;
 }
 
 static bool passing(int error)
@@ -396,18 +390,17 @@ static bool passing(int error)
 
 static int sleep_on_many(struct waitv *words, unsigned count, bool *works)
 {
-    long woken = syscall(SYS_futex_waitv, words, count, 0, NULL, CLOCK_MONOTONIC);
+    long woken = syscall(SYS_futex_waitv, words, count + 1, 0, NULL, CLOCK_MONOTONIC);
     if (woken >= 0) return (int)woken;
     if (passing(errno)) return NO_WAKE;
     *works = errno == EFAULT || errno == ENOMEM;
     return NO_SLEEP;
 }
 
-static int sleep_on_one(const struct waitv *words, unsigned count)
+static int sleep_on_one(const struct waitv *words, bool idle, bool turn)
 {
-    uint64_t until = sd_now() + IDLE_NS;
+    uint64_t until = sd_now() + (turn ? LOOK_TURN_NS : LOOK_NS);
     struct timespec at = {(time_t)(until / SD_SECOND_NS), (long)(until % SD_SECOND_NS)};
-    bool idle = count == 1;
     const struct waitv *word = &words[!idle];
     int command = FUTEX_WAIT_BITSET | (idle ? FUTEX_PRIVATE_FLAG : 0);
     if (!syscall(SYS_futex, (uint32_t *)(uintptr_t)word->address, command, (uint32_t)word->value,
@@ -427,14 +420,16 @@ static void *help(void *argument)
     for (;;) {
         bool works = true;
         unsigned count = prepare(self, words);
+        bool turn = count && self->slots[0].kind == SD_WATCH_TURN;
         self->asleep = true;
         pthread_mutex_unlock(&lock);
-        int ended = self->single ? sleep_on_one(words, count)
+        int ended = self->single ? sleep_on_one(words, !count, turn)
                                  : sleep_on_many(words, count, &works);
         pthread_mutex_lock(&lock);
         self->asleep = false;
         if (!works) {
             self->single = true;
+            many_count--;
             way = ONE;
         }
         settle(self, ended, &errands);
@@ -487,6 +482,7 @@ static helper *make_helper(bool single)
             made->next = helpers;
             helpers = made;
             helper_count++;
+            many_count += !single;
             return made;
         }
         free(made);
@@ -496,17 +492,17 @@ static helper *make_helper(bool single)
 }
 
 /* Under the lock: a helper with room; NULL: errno. */
-static helper *find_helper(void)
+static helper *find_helper(int kind)
 {
     if (way == UNKNOWN) way = has_waitv() ? MANY : ONE;
-    bool single = way == ONE;
+    bool single = way == ONE || kind == SD_WATCH_TURN;
     unsigned watches = single ? 1 : WATCHES, slots = single ? 1 : SLOTS;
     helper *least = NULL;
     for (helper *one = helpers; one; one = one->next) {
         if (one->single != single || one->live >= watches || one->used >= slots) continue;
         if (!least || one->live < least->live) least = one;
     }
-    if (least && (least->live < EASE || helper_count >= FEW)) return least;
+    if (least && (least->live < EASE || many_count >= FEW)) return least;
     helper *made = make_helper(single);
     return made ? made : least;
 }
@@ -523,7 +519,7 @@ void sd_observe_singly(bool singly)
 /* Under the lock.  `poke`: the helper that must be woken. */
 static int arm(sd_watch *watch, slot what, helper **poke)
 {
-    helper *found = find_helper();
+    helper *found = find_helper(what.kind);
     if (!found) return SD_ERRNO;
     what.watch = watch;
     watch->helper = found;
@@ -541,7 +537,7 @@ int sd_watch_begin(sd_watch *watch, sd_inbox *inbox, uint32_t *word, uint32_t se
 {
     errands errands;
     helper *poke = NULL;
-    slot what = {.word = word, .seen = seen, .kind = kind};
+    slot what = {.word = word, .seen = kind == SD_WATCH_CHANGE ? seen : 0, .kind = kind};
     int result = SD_OK;
     errands.inboxes = errands.words = 0;
     if ((uintptr_t)word % sizeof *word || kind < SD_WATCH_CHANGE || kind > SD_WATCH_TURN)
@@ -556,7 +552,7 @@ int sd_watch_begin(sd_watch *watch, sd_inbox *inbox, uint32_t *word, uint32_t se
         watch->inbox = inbox;
         watch->generation = generation;
         watch->state = IDLE;
-        if (is_due(what.word, &what.seen, &what.kind)) fire(watch, &errands);
+        if (is_due(&what)) fire(watch, &errands);
         else result = arm(watch, what, &poke);
     }
     pthread_mutex_unlock(&lock);

@@ -23,8 +23,10 @@
 enum {
     SD_WATCH_CHANGE, /* fires when the word is not `seen`; who changes it wakes all (sd_wake()) */
     SD_WATCH_MUTEX,  /* sd_mutex_word(): fires when it is unlocked, or its holder died */
-    SD_WATCH_TURN    /* the same, but while it is free others are let in first: it fires when one
-                        that had to wait has been there, or is woken */
+    SD_WATCH_TURN    /* the same, but others are let in first.  Begun while it is held, by us or
+                        anybody: those who sleep for it are woken before us.  Begun while it is
+                        free: it fires when one that had to wait has been there, or with nobody
+                        there never; so the first is better */
 };
 
 typedef struct sd_inbox sd_inbox;
