@@ -18,6 +18,7 @@
 #include "mutex.h"          /* one robust mutex */
 #include "wait.h"           /* sleep until a word changes */
 #include "segment.h"        /* create, attach, grow, unmap */
+#include "unlock_for.h"     /* a mutex that another thread of this process holds */
 #include "waiters.h"        /* who sleeps for a lock */
 #include "settings.h"       /* what the list remembers for its users */
 #include "index.h"          /* UUID, name, id -> slot */

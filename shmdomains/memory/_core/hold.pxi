@@ -57,6 +57,8 @@ cdef Record need_locked(Record record):
     cdef Record mine = locked_or_none(record)
     if mine is None:
         raise errors.DomainNotLocked(
+            other_thread(record.thread.who, f"domain {uuid_object(record.uuid_raw)}")
+            if held_somewhere(record) else
             f"domain {uuid_object(record.uuid_raw)} is not locked by this thread: with dom: ...")
     return mine
 
@@ -362,7 +364,7 @@ cdef int unlock_record(Record record, object timeout) except -1:
 cdef int raise_not_locked(Record record) except -1:
     if held_somewhere(record):
         raise errors.NotOwner(
-            f"another thread of this process holds domain {uuid_object(record.uuid_raw)}")
+            other_thread(record.thread.who, f"domain {uuid_object(record.uuid_raw)}"))
     raise errors.DomainNotLocked(
         f"domain {uuid_object(record.uuid_raw)} is not locked by this thread")
 
@@ -439,12 +441,11 @@ cdef bint vacate(Record record) noexcept:
 
 
 cdef void abandon(Record record) noexcept:
-    """A locked handle is freed: warn, roll back, and unlock, or have the holding thread unlock."""
+    """A locked handle is freed: warn, roll back, and unlock, also for another thread."""
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
-    cdef bint here = record.nonce == thread.nonce
-    cdef uint32_t holder = sd_who_tid(record.thread.who)
-    cdef sd_word *since = &record.segment.segment.slots[slot].owner.since
+    cdef uint64_t nonce = record.nonce
+    cdef bint here = nonce == thread.nonce
     leave_thread(record)
     if record.segment.multiprocessing:
         record.thread.held -= 1
@@ -454,8 +455,7 @@ cdef void abandon(Record record) noexcept:
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
-        leave_orphan(record.thread, record.segment.segment, slot, False)
-        sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+        freed = free_for(record.thread, nonce, record.segment.segment, slot, False)
     if warnings is None:  # the interpreter may be going down
         return
     if here or record.segment.multiprocessing:
@@ -463,6 +463,5 @@ cdef void abandon(Record record) noexcept:
                       "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)
         return
     warnings.warn("a Domain that was still locked was dropped in another thread than the one that "
-                  f"holds it; its changes are rolled back, and the lock is freed when thread "
-                  f"{holder} next locks something, or ends: lock, use and unlock in one thread",
-                  ResourceWarning, stacklevel=1)
+                  f"locked it, thread {sd_who_tid(record.thread.who)}; its changes are rolled "
+                  f"back, and the lock {freed}: {ONE_THREAD}", ResourceWarning, stacklevel=1)
