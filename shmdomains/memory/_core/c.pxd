@@ -115,6 +115,7 @@ cdef extern from "core.h" nogil:
         uint64_t nonce, who, pid, epoch
         unsigned held
         unsigned nested
+        bint in_slice
         unsigned short_wait
         void *records
         void *named
@@ -234,6 +235,7 @@ cdef extern from "core.h" nogil:
     int sd_slot_wait(sd_segment *, uint32_t, uint64_t)
     int sd_slot_entered(sd_segment *, uint32_t)
     void sd_slot_unlock(sd_segment *, uint32_t, bint)
+    int sd_slot_unlock_for(sd_segment *, uint32_t, sd_thread *, uint64_t)
     bint sd_slot_leave(sd_segment *, uint32_t, bint, uint64_t, sem_t *)
     void sd_why_set(sd_word *, const void *, size_t)
     void sd_why_clear(sd_word *)
@@ -256,6 +258,7 @@ cdef extern from "core.h" nogil:
     int sd_named_wait(sd_segment *, unsigned, uint64_t)
     int sd_named_lock(sd_segment *, unsigned, uint64_t)
     void sd_named_unlock(sd_segment *, unsigned, bint)
+    int sd_named_unlock_for(sd_segment *, unsigned, sd_thread *, uint64_t)
     int sd_named_died(const sd_segment *, unsigned, uint64_t *, uint64_t *)
     void sd_named_explain(sd_segment *, unsigned, const char *, size_t)
     int sd_ids_lock(sd_segment *, uint64_t)

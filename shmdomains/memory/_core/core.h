@@ -19,6 +19,7 @@
 #include "wait.h"           /* sleep until a word changes */
 #include "observe.h"        /* be told by a descriptor that a word changed */
 #include "segment.h"        /* create, attach, grow, unmap */
+#include "unlock_for.h"     /* a mutex that another thread of this process holds */
 #include "waiters.h"        /* who sleeps for a lock */
 #include "settings.h"       /* what the list remembers for its users */
 #include "index.h"          /* UUID, name, id -> slot */

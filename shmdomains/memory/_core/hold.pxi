@@ -46,6 +46,8 @@ cdef Record need_locked(Record record):
     cdef Record mine = locked_or_none(record)
     if mine is None:
         raise errors.DomainNotLocked(
+            other_thread(record.thread.who, f"domain {uuid_object(record.uuid_raw)}")
+            if held_somewhere(record) else
             f"domain {uuid_object(record.uuid_raw)} is not locked by {this()}: with dom: ...")
     return mine
 
@@ -327,7 +329,7 @@ cdef int leave_block(Record record, object kind) except -1:
 cdef int raise_not_locked(Record record) except -1:
     if held_somewhere(record):
         raise errors.NotOwner(
-            f"{whose(record.thread)} holds domain {uuid_object(record.uuid_raw)}")
+            other_thread(record.thread.who, f"domain {uuid_object(record.uuid_raw)}"))
     raise errors.DomainNotLocked(
         f"domain {uuid_object(record.uuid_raw)} is not locked by {this()}")
 
@@ -404,12 +406,10 @@ cdef bint vacate(Record record) noexcept:
 
 
 cdef void abandon(Record record) noexcept:
-    """A locked handle is freed: warn, roll back, and unlock, or have the holding thread unlock."""
+    """A locked handle is freed: warn, roll back, and unlock, also for another thread."""
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
     cdef bint here = record.thread.kernel == thread
-    cdef uint32_t holder = sd_who_tid(record.thread.who)
-    cdef sd_word *since = &record.segment.segment.slots[slot].owner.since
     leave_thread(record)
     if record.segment.multiprocessing:
         record.thread.kernel.held -= 1
@@ -419,8 +419,10 @@ cdef void abandon(Record record) noexcept:
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
-        leave_orphan(record.thread.kernel, record.segment.segment, slot, False)
-        sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+        freed = free_for(record.thread.kernel, record.thread.kernel_nonce,
+                         record.segment.segment, slot, False)
+    if TASKS and here:
+        tell_tasks(record.segment, SD_LOCK_DOMAIN, slot, False)
     if warnings is None:  # the interpreter may be going down
         return
     if here or record.segment.multiprocessing:
@@ -428,6 +430,5 @@ cdef void abandon(Record record) noexcept:
                       "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)
         return
     warnings.warn("a Domain that was still locked was dropped in another thread than the one that "
-                  f"holds it; its changes are rolled back, and the lock is freed when thread "
-                  f"{holder} next locks something, or ends: lock, use and unlock in one thread",
-                  ResourceWarning, stacklevel=1)
+                  f"locked it, thread {sd_who_tid(record.thread.who)}; its changes are rolled "
+                  f"back, and the lock {freed}: {ONE_THREAD}", ResourceWarning, stacklevel=1)

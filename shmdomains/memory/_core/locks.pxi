@@ -15,6 +15,19 @@ import warnings
 from shmdomains import errors
 
 
+# What to do where a lock is another thread's.
+cdef object ONE_THREAD = "lock, use and unlock in one thread; in asyncio use shmdomains.aio"
+
+
+cdef object other_thread(uint64_t who, object what):
+    """What an error says of a lock that another thread of this process holds, or another task."""
+    if who == sd_self().who:
+        return (f"another task of this thread holds {what}, or the thread itself outside of its "
+                f"tasks, not {this()}: lock, use and unlock in one task")
+    return (f"thread {sd_who_tid(who)} of this process holds {what}, not this thread; locks belong "
+            f"to threads: {ONE_THREAD}")
+
+
 cdef int need_open(Segment doms) except -1:
     """Raise `ListClosed` if it is closed. In a child, the first call makes the mapping its own."""
     if doms.closed:
@@ -101,7 +114,7 @@ cdef int unlock_list(Segment doms) except -1:
     need_open(doms)
     if doms.segment.list_nonce and list_owner_pid(doms) == owner.pid:
         raise errors.NotOwner(
-            f"another {'task or ' if TASKS else ''}thread of this process holds the list lock")
+            other_thread(sd_load(&doms.segment.header.list_owner.who), "the list lock"))
     raise errors.ListNotLocked(f"{this()} does not hold the list lock")
 
 
@@ -460,7 +473,7 @@ cdef int may_wait(Segment doms, uint64_t deadline) except -1:
 
 
 cdef void free_orphans(sd_thread *thread) noexcept:
-    """Free the locks of this thread whose handles another thread dropped."""
+    """Free the locks of this thread whose handles another thread dropped and could not free."""
     cdef sd_orphan *orphan
     while thread.orphans != NULL:
         orphan = thread.orphans
@@ -471,6 +484,26 @@ cdef void free_orphans(sd_thread *thread) noexcept:
             sd_slot_unlock(orphan.segment, orphan.slot, False)
         sd_detach(orphan.segment)
         free(orphan)
+
+
+cdef object free_for(sd_thread *thread, uint64_t nonce, sd_segment *segment, uint32_t slot,
+                     bint named):
+    """Free a lock that `thread` holds and whose handle another thread dropped, or leave that to
+    `thread`. Returns when it is freed."""
+    cdef int result
+    cdef sd_word *since
+    if named:
+        result = sd_named_unlock_for(segment, slot, thread, nonce)
+    else:
+        result = sd_slot_unlock_for(segment, slot, thread, nonce)
+    if result == SD_OK:
+        return "is freed"
+    leave_orphan(thread, segment, slot, named)
+    since = &segment.named[slot].owner.since if named else &segment.slots[slot].owner.since
+    sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+    if result == SD_TIMEOUT:
+        return "is freed within 0.1 s, by that thread, which waits for another lock"
+    return "is freed when that thread next locks something, or ends"
 
 
 cdef void leave_orphan(sd_thread *thread, sd_segment *segment, uint32_t slot,

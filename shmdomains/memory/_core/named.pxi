@@ -206,34 +206,33 @@ cdef Mutex need_mutex(Mutex mutex):
         return <Mutex>held
     owner = &mutex.doms.segment.named[mutex.place].owner
     if sd_owner_pid(owner, sd_load(&owner.who)) == sd_self().pid:
-        raise errors.NotOwner(f"another {'task or ' if TASKS else ''}thread of this process holds "
-                              f"{what_of(mutex)}")
+        raise errors.NotOwner(other_thread(sd_load(&owner.who), what_of(mutex)))
     raise errors.MutexNotLocked(f"{this()} does not hold {what_of(mutex)}")
 
 
 cdef void abandon_mutex(Mutex mutex) noexcept:
-    """A handle that holds the lock is freed: unlock, or have the holding thread unlock."""
+    """A handle that holds the lock is freed: unlock, also for another thread."""
     cdef sd_segment *segment = mutex.doms.segment
     cdef bint here = mutex.thread.kernel == sd_self()
-    cdef uint32_t holder = sd_who_tid(mutex.thread.who)
-    cdef sd_word *since = &segment.named[mutex.place].owner.since
     leave_mutex(mutex)
     if here:
         sd_named_unlock(segment, mutex.place, False)
-        if mutex.doms.closed:
-            sd_detach(segment)
     else:
-        leave_orphan(mutex.thread.kernel, segment, mutex.place, True)
-        sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+        freed = free_for(mutex.thread.kernel, mutex.thread.kernel_nonce, segment, mutex.place,
+                         True)
+    if TASKS and here:
+        tell_tasks(mutex.doms, SD_LOCK_MUTEX, mutex.place, False)
+    if mutex.doms.closed:
+        sd_detach(segment)
     if warnings is None:  # the interpreter may be going down
         return
     if here:
         warnings.warn(f"{what_of(mutex)} was dropped while it was locked, and is freed: use "
                       "'with'", ResourceWarning, stacklevel=1)
         return
-    warnings.warn(f"{what_of(mutex)} was dropped in another thread than the one that holds it, and "
-                  f"is freed when thread {holder} next locks something, or ends: lock and unlock "
-                  "in one thread", ResourceWarning, stacklevel=1)
+    warnings.warn(f"{what_of(mutex)} was dropped in another thread than the one that locked it, "
+                  f"thread {sd_who_tid(mutex.thread.who)}, and {freed}: {ONE_THREAD}",
+                  ResourceWarning, stacklevel=1)
 
 
 @cython.final

@@ -373,15 +373,6 @@ cdef object this():
     return "this thread" if me() == sd_self() else "this task"
 
 
-cdef object whose(const sd_thread *owner):
-    """Another owner of this process."""
-    if owner.kernel != sd_self():
-        return "another thread of this process"
-    if owner == owner.kernel:
-        return "this thread, outside of its tasks,"
-    return "another task of this thread"
-
-
 def thread():
     """A number for this thread, whichever task runs on it."""
     return sd_self().nonce

@@ -28,12 +28,14 @@ _Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")
 static _Atomic uint64_t nonces = 1;
 static _Atomic(sd_thread *) idle_threads;
 static pthread_key_t thread_key;
+static pthread_mutex_t ends = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t start_of_self, start_epoch;
 
 /* The child owns none of its parent's locks: under a new epoch every older nonce is foreign. */
 static void after_fork_in_child(void)
 {
     sd_fork_epoch++;
+    pthread_mutex_init(&ends, NULL);
 }
 
 static void push_idle(sd_thread *thread)
@@ -45,10 +47,25 @@ static void push_idle(sd_thread *thread)
 static void thread_ended(void *thread)
 {
     sd_thread *ended = thread;
+    pthread_mutex_lock(&ends);
     ended->nonce = 0;
+    pthread_mutex_unlock(&ends);
     ended->orphans = NULL; /* its locks die with the thread */
     sd_this_thread = NULL;
     push_idle(ended);
+}
+
+bool sd_thread_keep(const sd_thread *thread, uint64_t nonce)
+{
+    pthread_mutex_lock(&ends);
+    if (nonce && thread->nonce == nonce && thread->epoch == sd_fork_epoch) return true;
+    pthread_mutex_unlock(&ends);
+    return false;
+}
+
+void sd_thread_let_go(void)
+{
+    pthread_mutex_unlock(&ends);
 }
 
 /* Taking the whole list and putting the rest back needs no guard against ABA. */
@@ -158,6 +175,12 @@ bool sd_alive(uint64_t who)
     return kill((pid_t)tid, 0) == 0 || errno != ESRCH;
 }
 
+bool sd_sleeps(uint32_t tid)
+{
+    stat_line line;
+    return read_stat(tid, &line) && line.state == 'S';
+}
+
 /* It holds nothing yet. */
 static void begin_owner(sd_thread *self, sd_thread *kernel)
 {
@@ -166,6 +189,7 @@ static void begin_owner(sd_thread *self, sd_thread *kernel)
     self->muted = 0;
     self->held = self->lists = self->nested = self->short_wait = 0;
     self->records = self->named = NULL;
+    self->in_slice = false;
     self->orphans = NULL;
     self->awaited = NULL;
     self->wait = NULL;

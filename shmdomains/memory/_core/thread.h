@@ -7,7 +7,8 @@
 struct sd_segment;
 struct sd_wait;
 
-/* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
+/* A lock whose handle was dropped by another thread than its owner, and which only the owner can
+ * free (unlock_for.c). */
 typedef struct sd_orphan {
     struct sd_segment *segment;
     uint32_t slot; /* or the place of a named lock */
@@ -42,6 +43,7 @@ typedef struct sd_thread {
     unsigned lists;      /* list locks it holds */
     unsigned short_wait; /* it waits for one of the core's own short locks */
     unsigned nested;     /* signal handlers running inside a wait of this thread */
+    bool in_slice;       /* it waits for a mutex without the GIL; changes under the GIL */
     uint64_t muted;      /* until then it does not wait to tell of a death (locks.c) */
     void *records;       /* the binding's list of its locked handles */
     void *named;         /* and of the named locks that it holds */
@@ -76,6 +78,11 @@ static inline sd_thread *sd_self(void)
     return sd_thread_begin();
 }
 
+/* No thread of this process ends until sd_thread_let_go().  False: this one has, or is about to.  A
+ * moment only. */
+bool sd_thread_keep(const sd_thread *thread, uint64_t nonce);
+void sd_thread_let_go(void);
+
 /* What sd_who_tid() and sd_who_start() take apart. */
 uint64_t sd_identity(uint32_t tid, uint64_t start);
 /* Start of a process in clock ticks since boot, 0 when there is no such process,
@@ -92,6 +99,9 @@ bool sd_exhausted(int error);
 uint32_t sd_process_of(uint32_t tid);
 /* Does the thread with this identity still run?  Yes if that cannot be found out. */
 bool sd_alive(uint64_t who);
+
+/* Does it wait in the kernel right now?  No if that cannot be found out. */
+bool sd_sleeps(uint32_t tid);
 
 #define SD_SECOND_NS 1000000000ull
 uint64_t sd_now(void);        /* CLOCK_MONOTONIC, ns */

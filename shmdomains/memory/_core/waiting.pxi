@@ -27,8 +27,13 @@ cdef PyObject *kept_traceback = NULL
 
 cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int result
+    cdef sd_thread *thread = sd_self()
+    thread.in_slice = True  # the only place where mutexes are taken and freed without the GIL
     with nogil:
         result = sd_mutex_slice(mutex, deadline)
+    thread.in_slice = False
+    if thread.orphans != NULL:
+        free_orphans(thread)
     return result
 
 
