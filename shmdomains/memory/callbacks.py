@@ -13,6 +13,7 @@ from ..holder import LockHolder
 from ..rules.jobs import held_jobs
 from ..rules.work import Caller
 from .holder import dead_holder, failed_repair, holder_of, lock_timeout, slow_wait
+from .passing import restore_part
 
 __all__ = [
     "dead_holder",
@@ -21,6 +22,7 @@ __all__ = [
     "holds_job",
     "lock_timeout",
     "pause",
+    "restore_part",
     "slow_wait",
 ]
 
