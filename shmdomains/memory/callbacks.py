@@ -20,6 +20,7 @@ from .holder import (
     slow_wait,
     stops_loop,
 )
+from .passing import restore_part
 
 __all__ = [
     "dead_holder",
@@ -29,6 +30,7 @@ __all__ = [
     "holds_job",
     "lock_timeout",
     "pause",
+    "restore_part",
     "slow_wait",
     "stops_loop",
 ]

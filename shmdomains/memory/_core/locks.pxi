@@ -175,7 +175,8 @@ cdef int lock_semaphore(Segment doms, object lock, sd_owner *owner, int kind, ui
     if lock is None:
         raise errors.LockKindMismatch(
             "this list uses multiprocessing locks, which only processes can have that "
-            "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
+            "inherited the DomainList (by fork, as an argument of Process, in initargs of a pool); "
+            "a stranger may read it: snapshot(), list(), peek()")
     semaphore = semaphore_of(lock)
     if not (TASKS and must_queue(doms, kind, number, owner, NULL, deadline)):
         if sd_semaphore_try(semaphore, owner) == SD_OK:

@@ -349,8 +349,8 @@ cdef class Mutex:
             unlock_mutex(self)
 
     def __reduce__(self):
-        return Mutex, (self.doms, self.name, self.timeout,
-                       None if self.why is None else self.why.decode())
+        why = None if self.why is None else self.why.decode()
+        return HOLDERS.restore_part, (self.doms, "mutex", (self.name, self.timeout), {"why": why})
 
     def __repr__(self):
         return f"<Mutex {self.name!r}{' locked' if self.is_locked else ''}>"
