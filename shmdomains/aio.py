@@ -35,6 +35,7 @@ from .job import Job
 from .memory._core import core
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
+from .memory import rooms
 from .memory.rooms import SLICE, Hub, Turn, hub_here, set_hub
 from .names import Uuid
 from .rules.info import DomainInfo
@@ -160,8 +161,6 @@ async def _ask_on(
             finally:
                 hub.trying = None
             if type(found) is not core.Blocked:
-                if turn is not None:
-                    turn.took()
                 return found  # type: ignore[no-any-return]
             blocked = found
     finally:
@@ -685,5 +684,6 @@ async def _enter_later(acquire: core.Acquire[Any], blocked: core.Blocked) -> Any
     return acquire.enter(await _ask_on(blocked, acquire.until, acquire.find, (), {}))
 
 
+rooms.begin()
 wait_by(_ask)
 core.tasks_enter_by(_enter_later, _find_later)

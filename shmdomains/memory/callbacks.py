@@ -8,8 +8,10 @@ that may be for ever; else never on a path that succeeds.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from ..holder import LockHolder
+from ..lazy import LazyModule
 from ..rules.jobs import end_jobs, jobs_of_owner
 from ..rules.work import Caller
 from .holder import (
@@ -22,12 +24,18 @@ from .holder import (
 )
 from .passing import restore_part
 
+if TYPE_CHECKING:
+    from . import greenlets
+else:
+    greenlets = LazyModule("shmdomains.memory.greenlets")
+
 __all__ = [
     "dead_holder",
     "describe",
     "end_jobs",
     "failed_repair",
     "holds_job",
+    "look_for_gevent",
     "lock_timeout",
     "pause",
     "restore_part",
@@ -49,3 +57,10 @@ def holds_job(owner: int) -> bool:
 def pause() -> None:
     """Let writers finish before a lock-free read is tried again."""
     time.sleep(0.0002)
+
+
+def look_for_gevent() -> None:
+    """When a list is attached, or used first in a child: whether greenlets are this process's
+    threads."""
+    if greenlets.is_wanted():
+        greenlets.begin()

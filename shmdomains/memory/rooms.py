@@ -3,7 +3,7 @@
 For each lock that tasks of a thread wait for there is a room, a queue: they get the lock in the order
 in which they came. Only the first one tries. It is woken
 
-- when another task of the thread frees the lock: the core tells (`_freed`);
+- when another task of the thread frees the lock: the core tells (`freed`);
 - when another thread or process may have freed it: a watch on the mutex tells, through the inbox's
   descriptor, which is in the event loop (``_core/observe.h``);
 - after each slice, since nobody tells of a process that was killed at the wrong moment.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from ._core import core
 
@@ -49,7 +49,8 @@ class Hub:
         self.rooms: dict[tuple[int, int, int], Room] = {}
         self.trying: Turn | None = None
         self.later = later
-        self.of: object = None  # the event loop
+        self.of: Any = None  # the event loop, and what reads the inbox for it
+        self.reader: Any = None
         self._sleeps: dict[Sleep, None] = {}
         self._timer: Timer | None = None
 
@@ -97,6 +98,8 @@ class Hub:
 
     def close(self) -> None:
         """The event loop is closed: nobody waits any more."""
+        for thread in [number for number, hub in _hubs.items() if hub is self]:
+            del _hubs[thread]
         if self._timer is not None:
             self._timer.cancel()
         self._sleeps.clear()
@@ -157,8 +160,12 @@ class Room:
             self._wake_first()
 
     def leave(self, turn: Turn) -> None:
-        first = bool(self.turns) and self.turns[0] is turn
+        first = self.turns[0] is turn
         self.turns.remove(turn)
+        if self._hub.trying is turn:
+            self._hub.trying = None
+        if first and self.blocked.beside:
+            self.blocked.keep_waiters()  # for those whom it came before
         if not self.turns:
             self._watch.cancel()
             del self._hub.rooms[self.blocked.key]
@@ -186,17 +193,12 @@ class Turn:
         if self._room is not None:
             self._room.look_out()
 
-    def took(self) -> None:
-        """It was this one's turn, and it has the lock."""
-        if self._room is not None:
-            self._room.blocked.keep_waiters()
-
     def leave(self) -> None:
         """Whether it has the lock or not."""
         room, self._room = self._room, None
         if room is not None:
-            self.wait.end()
             room.leave(self)
+            self.wait.end()
 
 
 class Sleep:
@@ -225,26 +227,29 @@ def hub_here() -> Hub | None:
     return _hubs.get(core.thread())
 
 
-def set_hub(hub: Hub | None) -> None:
-    """From here on this is the thread's hub; ``None``: it has none any more."""
-    known = _hubs.pop(core.thread(), None)
+def set_hub(hub: Hub) -> None:
+    """From here on this is the thread's hub."""
+    known = hub_here()
     if known is not None:
         known.close()
-    if hub is not None:
-        _hubs[core.thread()] = hub
+    _hubs[core.thread()] = hub
 
 
-def _freed(segment: int, kind: int, number: int, strangers: bool) -> None:
+def begin() -> None:
+    """From here on the core asks for the running task, and tells what its thread frees."""
+    core.tasks_with(freed=freed, may_try=may_try)
+
+
+def freed(segment: int, kind: int, number: int, strangers: bool) -> None:
+    """A lock was freed in this thread."""
     hub = hub_here()
     room = None if hub is None else hub.rooms.get((segment, kind, number))
     if room is not None:
         room.freed(strangers)
 
 
-def _may_try(segment: int, kind: int, number: int) -> bool:
+def may_try(segment: int, kind: int, number: int) -> bool:
+    """Whether whoever asks may try a lock: nobody of this thread came before."""
     hub = hub_here()
     room = None if hub is None else hub.rooms.get((segment, kind, number))
     return room is None or hub is None or room.turns[0] is hub.trying
-
-
-core.tasks_with(freed=_freed, may_try=_may_try)

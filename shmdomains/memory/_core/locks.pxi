@@ -40,7 +40,7 @@ cdef int need_open(Segment doms) except -1:
 cdef int begin_in_child(Segment doms) except -1:
     cdef char why[200]
     if sd_begin_in_child(doms.segment, why, sizeof(why)) == SD_OK:
-        return 0
+        return look_for_greenlets()
     raise errors.SegmentMismatch(f"this process was forked from one that had attached: "
                                  f"{why.decode()}")
 

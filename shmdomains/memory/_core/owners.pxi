@@ -426,15 +426,19 @@ cdef void find_asyncio() noexcept:
     CURRENT_TASK, RUNNING_LOOP = current, loop
 
 
-cdef void look_for_greenlets() noexcept:
-    """When a list is attached: from here on the running greenlet is asked for, if there are any."""
+cdef int look_for_greenlets() except -1:
+    """When a list is attached, or used first in a child: from here on the running greenlet is asked
+    for, if there are any."""
     global TASKS, GREENLETS, GETCURRENT
     current = getattr(sys.modules.get("greenlet"), "getcurrent", None)
     if current is None:
-        return
+        return 0
     GETCURRENT = current
     find_asyncio()
     TASKS = GREENLETS = True
+    if SWITCH is None:
+        HOLDERS.look_for_gevent()
+    return 0
 
 
 cdef int need_room_for_lock() except -1:
