@@ -4,17 +4,17 @@
     async with doms.get("web1", timeout=5) as dom:
         dom.state = DomainState.PAUSED
 
-A task holds what it locked, as a thread does elsewhere: two tasks of one thread exclude each other,
-and each rule about who may wait for what counts by task. `dom` is a plain `Domain`. What may have to
-wait is awaited; what never waits (`peek`, `list`, `snapshot`, a domain's attributes, `commit`) is a
-plain call.
+A task holds what it locked, as a thread does elsewhere: two tasks of one thread exclude each
+other, and each rule about who may wait for what counts by task. `dom` is a plain `Domain`. What may
+have to wait is awaited; what never waits (`peek`, `list`, `snapshot`, a domain's attributes,
+`commit`) is a plain call.
 
 Nothing here blocks the loop's thread. For a lock or a change a task stands in a queue of its thread
 (``memory/rooms.py``) and asks again when it is its turn. What writes files (`define`, `undefine`,
 `rename`, `load_all_configs`, ...) runs in another thread, on behalf of the task.
 
-A task that is cancelled while it waits holds nothing. One that ends, in whatever way, while it holds
-something is rolled back and unlocked. So is every task of a loop that is closed.
+A task that is cancelled while it waits holds nothing. One that ends, in whatever way, while it
+holds something is rolled back and unlocked. So is every task of a loop that is closed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .config import LoadReport
 from .errors import LockTimeout, UncommittedChanges
 from .events import DomainEvent, EventsMissed
 from .job import Job
+from .memory import rooms
 from .memory._core import core
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
-from .memory import rooms
 from .memory.rooms import SLICE, Hub, Turn, hub_here, set_hub
 from .names import Uuid
 from .rules.info import DomainInfo
@@ -120,7 +120,8 @@ def _hub() -> Hub:
 async def _ask(function: Callable[..., T], *args: Any, within: float | None = None) -> T:
     """Call it again and again, each time when it may go on, until it comes to its end without
     waiting. It begins anew each time, but the seconds of `within` are those of all calls."""
-    until, kwargs = core.deadline(within), {}
+    kwargs: dict[str, Any] = {}
+    until = core.deadline(within)
     found = core.attempt(until, function, args, kwargs)
     if type(found) is not core.Blocked:
         return found  # type: ignore[no-any-return]
@@ -586,10 +587,10 @@ class AsyncDomainList:
         self,
         dom: Domain,
         info: DomainInfo,
-        stamp: object,
+        stamp: int,
         deadline: Deadline,
         timeout: float | None,
-    ) -> tuple[DomainInfo | None, object]:
+    ) -> tuple[DomainInfo | None, int]:
         doms = self.plain
         while True:
             left = deadline.left()
@@ -630,7 +631,7 @@ class AsyncDomainList:
     def __len__(self) -> int:
         return len(self.plain)
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self.plain
 
     def __iter__(self) -> Iterator[DomainInfo]:

@@ -4,9 +4,9 @@ A greenlet holds what it locked, as a thread does elsewhere, and one that waits 
 others. Nothing else changes: `DomainList` and `Domain` are used as ever.
 
 Where gevent has patched `threading` (``gevent.monkey.patch_all()``, ``gunicorn -k gevent``) this is
-found out when a list is attached, or first used in a forked child: greenlets are the threads of such
-a process, and whoever asked for that wants nothing to block. A process that uses gevent without
-patching says so with `patch`; so does one that patches after it has attached.
+found out when a list is attached, or first used in a forked child: greenlets are the threads of
+such a process, and whoever asked for that wants nothing to block. A process that uses gevent
+without patching says so with `patch`; so does one that patches after it has attached.
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ def is_wanted() -> bool:
 
 def begin() -> None:
     """From here on greenlets wait without stopping their hub. Raises `ImportError`."""
-    from gevent import hub  # noqa: F401, PLC0415  (an extra: only whoever has it comes here)
+    from gevent import hub  # noqa: F401  (an extra: only whoever has it comes here)
 
     core.tasks_with(freed=freed, may_try=may_try, can_switch=_can_switch, switch=_switch)
 
 
 def _gevent_hub() -> Any:
-    from gevent._hub_local import get_hub_if_exists  # noqa: PLC0415
+    from gevent._hub_local import get_hub_if_exists
 
     return get_hub_if_exists()
 
@@ -78,7 +78,7 @@ class _Waiter:
     """A greenlet that sleeps in its hub until it is woken, once."""
 
     def __init__(self, of: Any) -> None:
-        from gevent.hub import Waiter  # noqa: PLC0415
+        from gevent.hub import Waiter
 
         self._loop = of.loop
         self._waiter = Waiter(of)
@@ -125,4 +125,3 @@ def _switch(blocked: core.Blocked, seconds: float | None, turn: Turn | None) -> 
         raise
     hub.trying = turn
     return turn
-
