@@ -1,7 +1,7 @@
 """Rooms: where the tasks of one thread wait, each for its lock, and nobody blocks the thread.
 
-For each lock that tasks of a thread wait for there is a room, a queue: they get the lock in the order
-in which they came. Only the first one tries. It is woken
+For each lock that tasks of a thread wait for there is a room, a queue: they get the lock in the
+order in which they came. Only the first one tries. It is woken
 
 - when another task of the thread frees the lock: the core tells (`freed`);
 - when another thread or process may have freed it: a watch on the mutex tells, through the inbox's
@@ -9,10 +9,11 @@ in which they came. Only the first one tries. It is woken
 - after each slice, since nobody tells of a process that was killed at the wrong moment.
 
 Between threads and processes nobody hands a lock over: whoever comes first has it. The tasks of one
-thread would pass it among themselves for ever and let no stranger in, so after `STREAK` the first one
-lets the strangers go first, if there are some: it watches for the next time that the lock is freed,
-and tries again after `GRACE` in any case. That works because whoever had to wait for a mutex leaves
-the mark in it that there may be more who wait, so freeing it wakes them (`Blocked.keep_waiters`).
+thread would pass it among themselves for ever and let no stranger in, so after `STREAK` the first
+one lets the strangers go first, if there are some: it watches for the next time that the lock is
+freed, and tries again after `GRACE` in any case. That works because whoever had to wait for a mutex
+leaves the mark in it that there may be more who wait, so freeing it wakes them
+(`Blocked.keep_waiters`).
 
 `Sleep` is for a change instead of a lock; there is no queue for that.
 

@@ -510,8 +510,8 @@ class DomainJob:
         mine = [job for job in living if is_mine(dom, job)]
         if mine:
             raise AlreadyLocked(
-                f"{dom._doms._this} holds job '{mine[0].operation}' on domain '{dom.name}' and would "
-                "wait for itself"
+                f"{dom._doms._this} holds job '{mine[0].operation}' on domain '{dom.name}' and "
+                "would wait for itself"
             )
         if living:
             return False
