@@ -10,20 +10,29 @@ from __future__ import annotations
 import time
 
 from ..holder import LockHolder
-from ..rules.jobs import held_jobs
+from ..rules.jobs import end_jobs, jobs_of_owner
 from ..rules.work import Caller
-from .holder import dead_holder, failed_repair, holder_of, lock_timeout, slow_wait
+from .holder import (
+    dead_holder,
+    failed_repair,
+    holder_of,
+    lock_timeout,
+    slow_wait,
+    stops_loop,
+)
 from .passing import restore_part
 
 __all__ = [
     "dead_holder",
     "describe",
+    "end_jobs",
     "failed_repair",
     "holds_job",
     "lock_timeout",
     "pause",
     "restore_part",
     "slow_wait",
+    "stops_loop",
 ]
 
 
@@ -32,9 +41,9 @@ def describe(caller: Caller) -> LockHolder:
     return holder_of(caller.pid, caller.tid, caller.start)
 
 
-def holds_job() -> bool:
-    """Whether this thread holds a job."""
-    return bool(held_jobs())
+def holds_job(owner: int) -> bool:
+    """Whether this owner holds a job."""
+    return bool(jobs_of_owner(owner))
 
 
 def pause() -> None:
