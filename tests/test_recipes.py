@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import re
 import signal
 import socket
@@ -168,9 +167,6 @@ def test_one_scheduler_among_the_workers(folder: Path, port: Port, segment_dir: 
         assert doms.locks() == []
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("shmdomains.aio") is None, reason="there is no shmdomains.aio yet"
-)
 def test_fastapi(folder: Path, port: Port, segment_dir: Path) -> None:
     number = port.socket.fileno()
     server = ("-m", "uvicorn", "--workers", 2, "--fd", number, "api:app")
