@@ -137,8 +137,9 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     """The list of domains in shared memory (virDomainObjList).
 
     ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
-    ones, gone with the last process. `create`, `attach` and `open` use a segment with a name. Both
-    may be pickled; see `passing` for how they arrive, and what happens if they cannot.
+    ones and in tasks, gone with the last process. `create`, `attach` and `open` use a segment with
+    a name. Loading a pickle never raises: what stands for a list that cannot be reached does, when
+    it is used.
 
     `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
     about 16 KiB a domain); memory is committed only as used. `events` is how many of the last

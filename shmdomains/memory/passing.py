@@ -6,8 +6,9 @@
   ``lock="multiprocessing"``, which travel in no other.
 - Everybody else, such as the worker that a pool gives a task, opens the segment by its name or,
   without one, through the pickling process: ``/proc/PID/fd/NUMBER`` leads to a memfd, too. The
-  kernel lets a process in there that may look into the other one: the same user's, and that one did
-  not change its user (what Yama restricts is attaching a debugger). Nothing is opened before it is
+  kernel lets a process in there that may look into the other one (PTRACE_MODE_READ): the same
+  user's, with no fewer capabilities, and the other one did not change its user since its `exec`.
+  Yama's ptrace_scope and /proc's hidepid restrict other things. Nothing is opened before it is
   known to be the segment's file.
 
 multiprocessing's way for tasks, `resource_sharer`, is not used. Each pickle would keep a copy of
@@ -178,7 +179,8 @@ def _reopen(place: Place) -> int:
     except PermissionError:
         raise SegmentRefused(
             f"this list did not get to process {mine}: it may not look into process {pid}, which "
-            f"pickled it, and is another user's or has changed its user; {_WHAT_TO_DO}"
+            "pickled it, and is another user's, has changed its user, or may do more; "
+            f"{_WHAT_TO_DO}"
         ) from None
     except (FileNotFoundError, ProcessLookupError):
         found = -1
