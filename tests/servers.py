@@ -155,12 +155,13 @@ class Tally:
         Of a request that failed nobody knows whether its increment was committed, but of one whose
         holder was killed in the middle: it was not.
         """
-        assert self.raised == []
-        assert self.unexplained() == []
+        assert not self.raised, self.raised
+        assert not self.unexplained(), self.unexplained()
         failed = Counter(one.name for one in self.failures)
         for name in NAMES:
             most = self.acknowledged[name] + failed[name] - self.killed_holders[name]
-            assert self.acknowledged[name] <= counters[name] <= most, name
+            least, found = self.acknowledged[name], counters[name]
+            assert least <= found <= most, f"{name} is at {found}, not from {least} to {most}"
         assert self.told or not self.killed_holders.total(), "nobody learnt of the dead owners"
 
 

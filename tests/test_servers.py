@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("nothing_left")]
 Tried = Callable[[str, int], None]
 
 REQUESTS = 3000 if SOAK else 300
-KILLS = 20 if SOAK else 4  # at random, and as many that hold a domain
+KILLS = 20 if SOAK else 3  # at random, and as many that hold a domain
 HOLD = 0.005
 
 GUNICORN = ["gunicorn", "--bind=127.0.0.1:0", f"--workers={WORKERS}", "server_wsgi"]
@@ -57,7 +57,7 @@ def judge(server: Server, tally: Tally, found: dict[str, int], tried: Tried) -> 
 OPTIONS = {
     "sync": ["--worker-class=sync"],
     "gthread": ["--worker-class=gthread", "--threads=4"],
-    "max-requests": ["--max-requests=20", "--max-requests-jitter=5"],
+    "max-requests": ["--max-requests=40", "--max-requests-jitter=10"],
 }
 
 
@@ -67,7 +67,7 @@ def test_workers_that_attach(listed: DomainList, tried: Tried, options: list[str
         tally = hammer(server, REQUESTS, HOLD, KILLS)
         stop(server)
         judge(server, tally, counters.read(listed), tried)
-    if "--max-requests=20" in options:
+    if "--max-requests=40" in options:
         assert len(tally.workers) > WORKERS + len(tally.kills)  # some ended by themselves
 
 
