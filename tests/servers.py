@@ -30,12 +30,12 @@ import psutil
 from counters import NAMES
 from helpers import environment
 from killing import libc, until
+from server_gunicorn import workers
 
 PATIENCE = 40.0
 """Seconds until a client gives up, which fails the test: longer than any wait in the server."""
 
 CLIENTS = 6
-WORKERS = 3
 PR_SET_PDEATHSIG = 1
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
@@ -44,6 +44,7 @@ _ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 class Server:
     """One that runs."""
 
+    module: str
     process: subprocess.Popen[bytes]
     log: Path
     port: int = 0
@@ -51,6 +52,20 @@ class Server:
     def workers(self) -> dict[int, psutil.Process]:
         """The children of the master; one that serves no requests may be among them."""
         return {child.pid: child for child in psutil.Process(self.process.pid).children()}
+
+    def settle(self) -> None:
+        """Wait until all workers of gunicorn are there to stay."""
+
+        def stays(pid: int) -> bool:
+            said = [line for line in self.words().splitlines() if f"[{pid}]" in line]
+            return any("Ready" in line for line in said) and "Autorestarting" not in str(said)
+
+        def settled() -> bool:
+            alive = self.workers()
+            return len(alive) == workers and all(map(stays, alive))
+
+        if self.module == "gunicorn":
+            until(settled, "a server whose workers are all ready", PATIENCE)
 
     def words(self) -> str:
         return self.log.read_text(errors="replace")
@@ -98,7 +113,7 @@ def serving(*command: str, **more: str) -> Iterator[Server]:
                 stderr=output,
                 start_new_session=True,
             )
-        server = Server(process, log)
+        server = Server(command[0], process, log)
         try:
             until(server._find, "a server that answers", PATIENCE)
             yield server
@@ -125,6 +140,7 @@ class Failure:
 class Tally:
     """What the clients saw."""
 
+    requests: int
     acknowledged: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     workers: set[int] = field(default_factory=set)
@@ -169,19 +185,21 @@ def hammer(server: Server, requests: int, hold: float, kills: int, seed: int = 0
     """Six clients, one connection a request; `kills` workers die at random, as many as holders."""
     dice = random.Random(seed)
     victims = dice.sample(range(requests // 10, requests * 9 // 10), 2 * kills)
-    tally = Tally()
+    tally = Tally(requests)
     numbers = iter(range(requests))
     guard = threading.Lock()
 
     def kill(pid: int | None) -> None:
         with guard:
-            workers = server.workers()
+            children = server.workers()
             if pid is None:
                 # One that served already is a worker, and no helper of the master.
-                pid = dice.choice(sorted(workers.keys() & tally.workers) or [0])
-            if pid in workers and pid not in tally.kills:
-                tally.kills[pid] = time.monotonic()
-                workers[pid].kill()
+                pid = dice.choice(sorted(children.keys() & tally.workers) or [0])
+            if pid not in children or pid in tally.kills:
+                return
+            tally.kills[pid] = time.monotonic()
+            children[pid].kill()
+        children[pid].wait(PATIENCE)  # until its master knows
 
     def request(number: int, name: str) -> None:
         dies = number in victims[:kills]

@@ -13,7 +13,8 @@ import counters
 import pytest
 from helpers import DEADLINE, SOAK
 from killing import soon
-from servers import WORKERS, Server, Tally, hammer, serving
+from server_gunicorn import workers
+from servers import Server, Tally, hammer, serving
 
 from shmdomains import DomainList
 
@@ -25,7 +26,7 @@ REQUESTS = 3000 if SOAK else 300
 KILLS = 20 if SOAK else 3  # at random, and as many that hold a domain
 HOLD = 0.005
 
-GUNICORN = ["gunicorn", "--bind=127.0.0.1:0", f"--workers={WORKERS}", "server_wsgi"]
+GUNICORN = ["gunicorn", "--config=python:server_gunicorn"]
 
 
 @pytest.fixture
@@ -39,6 +40,8 @@ def listed(segment_dir: Path, segment_name: str) -> Iterator[DomainList]:
 
 
 def stop(server: Server) -> None:
+    """The master ends in order, and its workers with it."""
+    server.settle()
     with soon("the end of the server"):
         server.process.terminate()
         server.process.wait(DEADLINE)
@@ -49,7 +52,7 @@ def judge(server: Server, tally: Tally, found: dict[str, int], tried: Tried) -> 
     tally.prove(found)
     assert "Traceback" not in server.words()
     assert len(tally.kills) >= KILLS  # who holds a domain is there to be killed
-    tried("requests to real servers", REQUESTS)
+    tried("requests to real servers", tally.requests)
     tried("of them failed, each in a worker that was killed", len(tally.failures))
     tried("workers of real servers killed", len(tally.kills))
 
@@ -68,7 +71,7 @@ def test_workers_that_attach(listed: DomainList, tried: Tried, options: list[str
         stop(server)
         judge(server, tally, counters.read(listed), tried)
     if "--max-requests=40" in options:
-        assert len(tally.workers) > WORKERS + len(tally.kills)  # some ended by themselves
+        assert len(tally.workers) > workers + len(tally.kills)  # some ended by themselves
 
 
 @pytest.mark.parametrize("worker", ["sync", "gthread"])
