@@ -198,7 +198,8 @@ def hammer(server: Server, requests: int, hold: float, kills: int, seed: int = 0
             if pid not in children or pid in tally.kills:
                 return
             tally.kills[pid] = time.monotonic()
-            children[pid].kill()
+            with suppress(psutil.NoSuchProcess):  # it served its last request
+                children[pid].kill()
         children[pid].wait(PATIENCE)  # until its master knows
 
     def request(number: int, name: str) -> None:

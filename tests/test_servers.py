@@ -60,7 +60,7 @@ def judge(server: Server, tally: Tally, found: dict[str, int], tried: Tried) -> 
 OPTIONS = {
     "sync": ["--worker-class=sync"],
     "gthread": ["--worker-class=gthread", "--threads=4"],
-    "max-requests": ["--max-requests=40", "--max-requests-jitter=10"],
+    "max-requests": ["--max-requests=20", "--max-requests-jitter=5"],
 }
 
 
@@ -70,7 +70,7 @@ def test_workers_that_attach(listed: DomainList, tried: Tried, options: list[str
         tally = hammer(server, REQUESTS, HOLD, KILLS)
         stop(server)
         judge(server, tally, counters.read(listed), tried)
-    if "--max-requests=40" in options:
+    if "--max-requests=20" in options:
         assert len(tally.workers) > workers + len(tally.kills)  # some ended by themselves
 
 
