@@ -26,7 +26,13 @@ REQUESTS = 3000 if SOAK else 300
 KILLS = 20 if SOAK else 3  # at random, and as many that hold a domain
 HOLD = 0.005
 
+TASK_REQUESTS = 3000 if SOAK else 600
+TASK_HOLD = 0.02  # so that the requests of one thread overlap
+
 GUNICORN = ["gunicorn", "--config=python:server_gunicorn"]
+
+UVICORN = ["uvicorn", "--host=127.0.0.1", "--port=0", f"--workers={workers}"]
+UVICORN += ["--timeout-worker-healthcheck=60", "--lifespan=on", "server_asgi:application"]
 
 
 @pytest.fixture
@@ -79,6 +85,27 @@ def test_a_list_that_is_made_before_the_fork(tried: Tried, worker: str) -> None:
     """Of a list without a name only those know who were forked with it."""
     with serving(*GUNICORN, "--preload", "--worker-class", worker) as server:
         tally = hammer(server, REQUESTS, HOLD, KILLS)
+        state = json.loads(server.ask("/state"))
+        assert set(state["attached"]) <= {server.process.pid, *server.workers()}
+        stop(server)
+        judge(server, tally, state["counters"], tried)
+
+
+TASKS = {"gevent": [*GUNICORN, "--worker-class=gevent"], "uvicorn": UVICORN}
+
+
+@pytest.mark.parametrize("command", TASKS.values(), ids=TASKS)
+def test_many_requests_on_one_thread(listed: DomainList, tried: Tried, command: list[str]) -> None:
+    with serving(*command, COUNTERS=str(listed.info.name)) as server:
+        tally = hammer(server, TASK_REQUESTS, TASK_HOLD, KILLS)
+        stop(server)
+        judge(server, tally, counters.read(listed), tried)
+
+
+def test_greenlets_and_a_list_that_is_made_before_the_fork(tried: Tried) -> None:
+    """gevent patches what there is after the fork, when the list is attached already."""
+    with serving(*GUNICORN, "--preload", "--worker-class=gevent") as server:
+        tally = hammer(server, REQUESTS, TASK_HOLD, KILLS)
         state = json.loads(server.ask("/state"))
         assert set(state["attached"]) <= {server.process.pid, *server.workers()}
         stop(server)
