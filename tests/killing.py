@@ -445,14 +445,31 @@ class Planted:
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def list_op_pending() -> int | None:
-    """The kernel's robust list of this thread: the lock operation that it is in the middle of."""
+def robust_head() -> int:
+    """struct robust_list_head of this thread: list, distance from entry to word, pending entry."""
     number = {"x86_64": 274, "aarch64": 100}[platform.machine()]
     head, size = ctypes.c_void_p(), ctypes.c_size_t()
     assert libc.syscall(number, 0, ctypes.byref(head), ctypes.byref(size)) == 0
     assert head.value is not None
-    # struct robust_list_head: the list, the distance from entry to word, the pending entry.
-    return ctypes.c_void_p.from_address(head.value + 16).value
+    return head.value
+
+
+def list_op_pending() -> int | None:
+    """The kernel's robust list of this thread: the lock operation that it is in the middle of."""
+    return ctypes.c_void_p.from_address(robust_head() + 16).value
+
+
+def robust_list() -> list[int]:
+    """The entries of this thread's robust list. It is whole: `prev` of each says what is before."""
+    head, found = robust_head(), []
+    at = head
+    while (following := ctypes.c_void_p.from_address(at).value) != head:
+        assert following is not None and len(found) < 2048
+        assert ctypes.c_void_p.from_address(following - 8).value == at
+        found.append(following)
+        at = following
+    assert ctypes.c_void_p.from_address(head - 8).value == at
+    return found
 
 
 @contextmanager

@@ -751,14 +751,23 @@ def test_a_pickle_of_a_segment_that_was_made_anew(party: Party) -> None:
     assert doms.peek(name="web1").pid == 9
     party.tell("del dom; gc.collect()")
     doms.unlink()
-    for blob in pickled:
-        with pytest.raises(SegmentNotFound):
-            party.tell(f"pickle.loads({blob!r})")
-    with DomainList.create("s", max_domains=16):
-        for blob in pickled:
-            with pytest.raises(SegmentMismatch, match="anew"):
-                party.tell(f"pickle.loads({blob!r})")
+    for pid in (1, 2):  # who pickled it has it still
+        party.tell(f"with pickle.loads({pickled[1]!r}) as dom: dom.pid = {pid}")
+        assert doms.peek(name="web1").pid == pid
+        party.tell("del dom; gc.collect()")
+        if pid == 1:
+            anew = DomainList.create("s", max_domains=16)
+    assert len(anew) == 0
+    del dom
     let_go(doms)
+    for blob in pickled:
+        with pytest.raises(SegmentMismatch, match="anew"):
+            party.tell(f"pickle.loads({blob!r}).lock()")
+    anew.unlink()
+    let_go(anew)
+    for blob in pickled:
+        with pytest.raises(SegmentNotFound, match="no such segment"):
+            party.tell(f"pickle.loads({blob!r}).lock()")
 
 
 # --- what does not fit -------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Tasks and greenlets of one thread: a domain's lock is the thread's, so a `with` block tells them
-apart. Where it could not, two of them would change one domain at once and lose an update.
+"""Tasks and greenlets of one thread, with the plain list, whose waits block: each is an owner, and
+one that would wait for another of its thread is refused, since that wait could not end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from killing import xml
 
-from shmdomains import AlreadyLocked, Domain, DomainList
+from shmdomains import AlreadyLocked, Domain, DomainList, DomainNotLocked
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -116,18 +116,26 @@ def test_a_callback_of_the_loop_is_no_part_of_the_task(dom: Domain) -> None:
     assert found == [AlreadyLocked]
 
 
-def test_a_loop_inside_a_block_is_part_of_it(dom: Domain) -> None:
-    """Who began it waits for its end."""
+def test_what_the_thread_holds_is_not_its_tasks(dom: Domain) -> None:
+    async def read() -> int:
+        return dom.pid or 0
+
     with dom:
-        asyncio.run(count(dom))
-        assert dom.data == 1
+        for one in (count(dom), read()):
+            with pytest.raises((AlreadyLocked, DomainNotLocked), match="outside of its tasks"):
+                asyncio.run(one)
+        dom.data = 1
     with decimal.localcontext(), dom, dom:  # a context, and no task
-        pass
+        assert dom.data == 1
 
 
 def test_greenlets(doms: DomainList, dom: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as the list asks: which one runs. They may be imported before the list is attached."""
-    greenlets = [object(), object()]
+
+    class Greenlet:
+        parent = object()
+
+    greenlets = [Greenlet(), Greenlet()]
     running = greenlets[0]
     monkeypatch.setitem(sys.modules, "greenlet", SimpleNamespace(getcurrent=lambda: running))
     with DomainList(max_domains=8) as doms:
@@ -143,23 +151,3 @@ def test_greenlets(doms: DomainList, dom: Domain, monkeypatch: pytest.MonkeyPatc
                 pass
     monkeypatch.delitem(sys.modules, "greenlet")
     DomainList(max_domains=8).close()
-
-
-def test_what_is_raised_while_a_block_is_entered_leaves_nothing_locked(
-    dom: Domain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in the question which task this is, where that is asked in Python."""
-
-    def interrupted(loop: object = None) -> None:
-        raise KeyboardInterrupt
-
-    async def enter() -> None:
-        monkeypatch.setattr(asyncio.tasks, "current_task", interrupted)
-        try:
-            with pytest.raises(KeyboardInterrupt), dom:
-                pass
-        finally:
-            monkeypatch.undo()
-        assert not dom.is_locked
-
-    asyncio.run(enter())

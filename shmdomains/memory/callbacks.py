@@ -8,20 +8,39 @@ that may be for ever; else never on a path that succeeds.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from ..holder import LockHolder
-from ..rules.jobs import held_jobs
+from ..lazy import LazyModule
+from ..rules.jobs import end_jobs, jobs_of_owner
 from ..rules.work import Caller
-from .holder import dead_holder, failed_repair, holder_of, lock_timeout, slow_wait
+from .holder import (
+    dead_holder,
+    failed_repair,
+    holder_of,
+    lock_timeout,
+    slow_wait,
+    stops_loop,
+)
+from .passing import restore_part
+
+if TYPE_CHECKING:
+    from . import greenlets
+else:
+    greenlets = LazyModule("shmdomains.memory.greenlets")
 
 __all__ = [
     "dead_holder",
     "describe",
+    "end_jobs",
     "failed_repair",
     "holds_job",
+    "look_for_gevent",
     "lock_timeout",
     "pause",
+    "restore_part",
     "slow_wait",
+    "stops_loop",
 ]
 
 
@@ -30,11 +49,18 @@ def describe(caller: Caller) -> LockHolder:
     return holder_of(caller.pid, caller.tid, caller.start)
 
 
-def holds_job() -> bool:
-    """Whether this thread holds a job."""
-    return bool(held_jobs())
+def holds_job(owner: int) -> bool:
+    """Whether this owner holds a job."""
+    return bool(jobs_of_owner(owner))
 
 
 def pause() -> None:
     """Let writers finish before a lock-free read is tried again."""
     time.sleep(0.0002)
+
+
+def look_for_gevent() -> None:
+    """When a list is attached, or used first in a child: whether greenlets are this process's
+    threads."""
+    if greenlets.is_wanted():
+        greenlets.begin()

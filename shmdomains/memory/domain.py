@@ -21,6 +21,7 @@ from ..xml.definition import DomainDef
 from . import callbacks
 from ._core import core
 from .holder import holder_of
+from .passing import restore_part
 
 
 class Domain(core.Record, DomainRules):
@@ -44,11 +45,7 @@ class Domain(core.Record, DomainRules):
         return core.thread_runs(caller.tid, caller.start)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._doms, *self._key)
-
-
-def _restore(doms: Any, slot: int, life: int, uuid: bytes) -> Any:
-    return doms._handle(slot, life, uuid)
+        return restore_part, (self._doms, "_handle", self._key, {})
 
 
 def _encode_definition(dom: Domain, definition: DomainDef) -> bytes:

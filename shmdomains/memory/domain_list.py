@@ -14,7 +14,6 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
-from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -30,7 +29,6 @@ from ..errors import (
     ShmDomainsError,
 )
 from ..events import DomainEvent, EventType, detail_of
-from ..lazy import LazyModule
 from ..packing import pack
 from ..rules.compare import compare
 from ..rules.domain_list import DomainListRules
@@ -38,7 +36,7 @@ from ..rules.elect import end_elections
 from ..rules.info import DomainInfo
 from ..rules.steps import settle_all
 from ..rules.store import Filter
-from . import holder, mp_locks, segment_file
+from . import holder, mp_locks, passing, segment_file
 from ._core import core
 from .domain import Domain
 from .held import LockInfo, Statistics, as_locks, job_locks
@@ -53,10 +51,6 @@ from .invariants import (
 
 if TYPE_CHECKING:
     from multiprocessing import context as mp_context
-    from multiprocessing import reduction
-else:
-    mp_context = LazyModule("multiprocessing.context")
-    reduction = LazyModule("multiprocessing.reduction")
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +137,8 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     """The list of domains in shared memory (virDomainObjList).
 
     ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
-    ones, gone with the last process. `create`, `attach` and `open` use a segment with a name.
+    ones, gone with the last process. `create`, `attach` and `open` use a segment with a name. Both
+    may be pickled; see `passing` for how they arrive, and what happens if they cannot.
 
     `max_domains` is the room in the list, `max_bytes` the limit of the whole segment (default:
     about 16 KiB a domain); memory is committed only as used. `events` is how many of the last
@@ -193,7 +188,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     def _begin(self, fd: int, list_lock: Any = None, slot_locks: Any = None) -> None:
         self._attach(fd, Domain, list_lock, slot_locks)
-        _lists[self._identity] = self
+        passing.lists[self._identity] = self
 
     @classmethod
     def create(
@@ -588,49 +583,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         return f"<DomainList {where} domains={len(self)} lock={self._kind}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A child that is being spawned gets the descriptor itself. Whoever has the segment already,
-        # or can find it by name, needs only its identity.
-        fd = locks = None
-        if mp_context.get_spawning_popen() is not None:
-            mp_locks.need_to_be_passed_on(self._locks[0])
-            fd = reduction.DupFd(self.fileno())
-            locks = self._locks
-        return _restore, (type(self), self._identity, self._name, self._path, fd, locks)
-
-
-_lists: WeakValueDictionary[bytes, DomainList] = WeakValueDictionary()
-
-
-def _restore(
-    cls: type[DomainList],
-    identity: bytes,
-    name: str | None,
-    path: Path | None,
-    fd: Any,
-    locks: Any,
-) -> DomainList:
-    known = _lists.get(identity)
-    number = None if fd is None else fd.detach()
-    if known is not None and not known.closed:
-        if number is not None:
-            os.close(number)
-        return known
-    doms = cls.__new__(cls)
-    if number is None:
-        if path is None:
-            raise SegmentNotFound(
-                "this list has no name and is not attached in this process; pass the DomainList "
-                "itself to the process, as an argument of Process or initargs of a pool"
-            )
-        number = segment_file.attach(path)
-    try:
-        doms._begin(number, *(locks or ()))
-    finally:
-        os.close(number)
-    doms._name, doms._path = name, path
-    if doms._identity != identity:
-        raise SegmentMismatch(f"segment {path} was created anew since this was pickled")
-    return doms
+        return passing.reduce(self)
 
 
 def _process(pid: int, start_ticks: int) -> AttachedProcess:

@@ -114,6 +114,13 @@ def slow_wait(error: LockTimeout) -> None:
     wait_logger.warning("%s; still waiting", error)
 
 
+def stops_loop(error: LockTimeout) -> None:
+    """Log a wait that blocks the thread of an event loop, and goes on."""
+    wait_logger.warning(
+        "%s; still waiting, and the event loop of this thread with it: use shmdomains.aio", error
+    )
+
+
 def holder_of(pid: int, tid: int, start_ticks: int) -> LockHolder:
     """Describe a thread that held something once; it may have ended."""
     alive = core.thread_runs(tid, start_ticks)

@@ -25,7 +25,7 @@ class Excluded(Exception):
 
 
 def _excluding(dom: DomainBase, work: Work | None, me: Caller) -> list[Begun]:
-    return [job for job in blocking(dom, work, Job.MODIFY, me) if not is_mine(job, me)]
+    return [job for job in blocking(dom, work, Job.MODIFY, me) if not is_mine(dom, job)]
 
 
 def check(dom: DomainBase) -> None:
@@ -47,9 +47,10 @@ def wait(doms: ListBase[Any], excluded: Excluded, deadline: Deadline) -> None:
     dom = excluded.dom
     me = dom._caller()
     endless = deadline.left() is None
-    if endless and held_jobs() and not dom.is_locked:
+    mine = held_jobs(doms) if endless and not dom.is_locked else ()
+    if mine:
         raise LockOrder(
-            f"this thread holds job '{held_jobs()[-1]._operation}' and would wait for another "
+            f"{doms._this} holds job '{mine[-1]._operation}' and would wait for another "
             "without an end; give a timeout"
         ) from None
     then = ""

@@ -1,23 +1,27 @@
 """One domain: libvirt's rules about it, whatever store holds its record (virDomainObj).
 
 `DomainRules` are activation and the two definitions, written against `DomainBase`, beside
-`DomainWaitRules`. Each store
-mixes them into its own handles.
+`DomainWaitRules`. Each store mixes them into its own handles.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DomainActive, DomainInactive
 from ..job import Job, JobInfo
 from ..states import DomainState, RunningReason, ShutoffReason
 from . import jobs
+from .tasks import ask
 from .values import checked_pid, checked_reason, checked_state, decode_data, encode_data
 from .wait import DomainWaitRules
 from .work import Intended, Unfinished, replaced
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DomainRules(DomainWaitRules):
@@ -25,6 +29,21 @@ class DomainRules(DomainWaitRules):
     jobs."""
 
     __slots__ = ()
+
+    async def __aenter__(self) -> Self:
+        """As ``with``, in a task: waits for the lock without blocking (`shmdomains.aio`)."""
+        if not self.is_locked:
+            await ask()(self.lock)
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        self.__exit__(kind, value, traceback)
 
     def set_state(self, state: DomainState, reason: int = 0) -> None:
         """Set state and reason together; part of the transaction.

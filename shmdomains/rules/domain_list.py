@@ -310,7 +310,7 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         self._need_ours(dom)
         if dom.is_locked:
             raise DomainLocked(
-                f"this thread holds domain {dom.uuid}; unlock it first: remove_inactive waits "
+                f"{self._this} holds domain {dom.uuid}; unlock it first: remove_inactive waits "
                 "until nobody holds it"
             )
         while True:
@@ -340,7 +340,7 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         doms = self._handles()
         held = next((dom for dom in doms if dom.is_locked), None)
         if held is not None:
-            raise DomainLocked(f"this thread holds domain {held.uuid}; unlock it first")
+            raise DomainLocked(f"{self._this} holds domain {held.uuid}; unlock it first")
         for dom in doms:
             while True:
                 try:

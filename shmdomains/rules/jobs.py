@@ -13,9 +13,10 @@ most, then looks whether the holder still lives. So after a death it waits one s
 
 (No generator is left before its end here: a Ctrl-C that comes as it is closed would be lost.)
 
-Who holds what in this thread is known here, too (`_mine`). A job in the record that has this
-thread's name and that this thread does not know is of before an `exec`, or of a former thread of
-this number: its holder is dead. A forked child knows its parent's jobs, but has another pid.
+Which owner, a thread or a task, holds what in this process is known here, too (`_held`). The record
+names the thread. A job in it that has this thread's name and that is not known here is of before an
+`exec`, or of a former thread of this number: its holder is dead. A forked child knows its parent's
+jobs, but has another pid.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from ..errors import (
 from ..job import Job, JobInfo, kinds_of, mask_of
 from .steps import SLICE
 from .store import Deadline, DomainBase, ListBase
+from .tasks import ask
 from .values import encode_data
 from .work import Begun, Caller, Work, job_info, replaced
 
@@ -124,21 +126,42 @@ def _pay() -> None:
             del _owed[0], dom, begun
 
 
-class _Mine(threading.local):
-    """The jobs that this thread holds, and after a fork those of the parent's thread. Only their
-    block keeps them, so that one that is dropped ends."""
-
-    def __init__(self) -> None:
-        self.jobs: list[ReferenceType[DomainJob]] = []
+# Owner -> its jobs, and after a fork those of the parent's owners. Only their block keeps them, so
+# that one that is dropped ends. Each list is replaced, never changed: other threads read it.
+_held: dict[int, list[ReferenceType[DomainJob]]] = {}
 
 
-_mine = _Mine()
-
-
-def held_jobs() -> list[DomainJob]:
+def jobs_of_owner(owner: int) -> list[DomainJob]:
+    """The jobs that a thread or a task holds."""
+    if not _held:
+        return []
     pid = os.getpid()
-    jobs = (known() for known in _mine.jobs)
+    jobs = (known() for known in _held.get(owner, ()))
     return [job for job in jobs if job is not None and job._pid == pid]
+
+
+def held_jobs(doms: ListBase[Any]) -> list[DomainJob]:
+    """The jobs that the caller holds."""
+    return jobs_of_owner(doms._owner)
+
+
+def end_jobs(owner: int) -> None:
+    """A task is over, and will not end its jobs: have them ended."""
+    for job in jobs_of_owner(owner):
+        job._give_up()
+
+
+def _remember(job: DomainJob) -> None:
+    kept = [known for known in _held.get(job._owner, ()) if known() is not None]
+    _held[job._owner] = [*kept, ref(job)]
+
+
+def _forget(job: DomainJob) -> None:
+    kept = [known for known in _held.get(job._owner, ()) if known() not in (None, job)]
+    if kept:
+        _held[job._owner] = kept
+    else:
+        _held.pop(job._owner, None)
 
 
 # --- what may run beside what ---------------------------------------------------------------
@@ -152,12 +175,14 @@ def _excludes(begun: Begun, kind: Job) -> bool:
     return not begun.allow >> (kind - 1) & 1
 
 
-def is_mine(begun: Begun, me: Caller) -> bool:
-    return begun.caller == me and bool([job for job in held_jobs() if job._is(begun)])
+def is_mine(dom: DomainBase, begun: Begun) -> bool:
+    return bool([job for job in held_jobs(dom._doms) if job._is(begun)])
 
 
 def _lives(dom: DomainBase, begun: Begun, me: Caller) -> bool:
-    return is_mine(begun, me) if begun.caller == me else dom._runs(begun.caller)
+    if begun.caller != me:
+        return dom._runs(begun.caller)
+    return bool([job for owner in list(_held) for job in jobs_of_owner(owner) if job._is(begun)])
 
 
 def _jobs(work: Work | None) -> tuple[Begun, ...]:
@@ -216,7 +241,7 @@ def timed_out(kind: type[E], dom: DomainBase, name: str, begun: Begun, then: str
 class DomainJob:
     """A job on a domain, for one ``with`` block: `Domain.job`.
 
-    It is its thread's. Other threads, and a forked child, get `NotOwner`.
+    It is its thread's, or its task's. Others, and a forked child, get `NotOwner`.
     """
 
     __slots__ = (
@@ -228,6 +253,7 @@ class DomainJob:
         "_is_over",
         "_kind",
         "_operation",
+        "_owner",
         "_pid",
         "_timeout",
         "_was_locked",
@@ -245,7 +271,7 @@ class DomainJob:
     ) -> None:
         self._begun: Begun | None = None
         self._is_over = False
-        self._pid = 0
+        self._pid = self._owner = 0
         self._dom = dom
         self._operation = _checked_text(operation, "operation")
         self._kind = Job(kind)
@@ -323,16 +349,48 @@ class DomainJob:
         begun = self._need_begun()
         if self._is_over:
             raise NotOwner(f"job '{self._operation}' is over; begin another one")
-        if not [job for job in held_jobs() if job is self]:
+        if not [job for job in held_jobs(self._dom._doms) if job is self]:
             raise NotOwner(
-                f"job '{self._operation}' is another thread's, or of before a fork; only the "
-                "thread that began it can change or end it"
+                f"job '{self._operation}' is another thread's or task's, or of before a fork; only "
+                "whoever began it can change or end it"
             )
         return begun
 
     # --- its block ---
 
     def __enter__(self) -> Self:
+        deadline = self._prepare()
+        try:
+            self._begin(deadline)
+        except BaseException:
+            with suppress(ShmDomainsError):
+                self._take_back()
+            with suppress(ShmDomainsError):
+                self._take_up(self._at_least_a_slice(deadline))
+            raise
+        return self
+
+    async def __aenter__(self) -> Self:
+        wait = ask()
+        deadline = self._prepare()
+        try:
+            await wait(self._begin, deadline, within=deadline.left())
+        except BaseException:
+            with suppress(ShmDomainsError):
+                await wait(self._take_back)
+            with suppress(ShmDomainsError):
+                left = self._at_least_a_slice(deadline)
+                await wait(self._take_up, left, within=left)
+            raise
+        return self
+
+    @staticmethod
+    def _at_least_a_slice(deadline: Deadline) -> float | None:
+        left = deadline.left()
+        return None if left is None else max(left, SLICE)
+
+    def _prepare(self) -> Deadline:
+        """Before it begins."""
         dom = self._dom
         if self._begun is not None:
             raise AlreadyLocked(f"job '{self._operation}' was begun before; ask for another one")
@@ -348,16 +406,7 @@ class DomainJob:
             # The lock goes on through the handle that has it: ours may be dropped with the job.
             dom = self._dom = dom._holding
             self._block = dom._block
-        try:
-            self._begin(deadline)
-        except BaseException:
-            with suppress(ShmDomainsError):
-                self._take_back()
-            with suppress(ShmDomainsError):
-                left = deadline.left()
-                self._take_up(None if left is None else max(left, SLICE))
-            raise
-        return self
+        return deadline
 
     def __exit__(
         self,
@@ -373,6 +422,21 @@ class DomainJob:
                 self._take_back()
             raise
 
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        wait = ask()
+        try:
+            await wait(self._finish)
+        except BaseException:
+            with suppress(ShmDomainsError):
+                await wait(self._take_back)
+            raise
+
     def _finish(self) -> None:
         if self._pid != os.getpid():
             return  # a child that was forked in the block: the job is its parent's
@@ -386,11 +450,16 @@ class DomainJob:
             return  # perhaps a signal handler raised before it was made
         if sys.is_finalizing():
             return  # it ends with the process
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """End it for its holder, who cannot any more."""
         with suppress(Exception):
             if not self._dom.is_locked:
                 self._end(0)
         if not self._is_over:
             owe(self._dom, self._need_begun())
+            self._forget()
         warnings.warn(
             f"job '{self._operation}' was dropped while it was held: use 'with'",
             ResourceWarning,
@@ -402,14 +471,14 @@ class DomainJob:
         if doms.is_locked or doms._holds_other(self._dom):
             held = "the list lock" if doms.is_locked else "another domain"
             raise LockOrder(
-                f"this thread holds {held}, and a job may take minutes: unlock it first"
+                f"{doms._this} holds {held}, and a job may take minutes: unlock it first"
             )
-        others = held_jobs()
+        others = held_jobs(doms)
         if self._kind is Job.ASYNC_NESTED and len(others) == 1 and others[0]._kind is Job.ASYNC:
             return  # whoever has the other job here, and waits, has a timeout
         if others and self._timeout is None:
             raise LockOrder(
-                f"this thread holds job '{others[-1]._operation}' and would wait for another "
+                f"{doms._this} holds job '{others[-1]._operation}' and would wait for another "
                 "without an end; give a timeout"
             )
 
@@ -436,12 +505,12 @@ class DomainJob:
         work = dom._work
         jobs = _jobs(work)
         if kind is Job.ASYNC_NESTED:
-            self._need_async(jobs, me)
+            self._need_async(jobs)
         living = blocking(dom, work, kind, me)
-        mine = [job for job in living if is_mine(job, me)]
+        mine = [job for job in living if is_mine(dom, job)]
         if mine:
             raise AlreadyLocked(
-                f"this thread holds job '{mine[0].operation}' on domain '{dom.name}' and would "
+                f"{dom._doms._this} holds job '{mine[0].operation}' on domain '{dom.name}' and would "
                 "wait for itself"
             )
         if living:
@@ -462,8 +531,8 @@ class DomainJob:
             replaced=tuple(former[:MAX_REPLACED]),
         )
         # Known before it is committed: a signal handler may raise at once afterwards.
-        self._begun, self._pid = begun, os.getpid()
-        _mine.jobs = [known for known in _mine.jobs if known() is not None] + [ref(self)]
+        self._begun, self._pid, self._owner = begun, os.getpid(), dom._doms._owner
+        _remember(self)
         kept = tuple(job for job in jobs if job not in gone)
         dom._commit_work(
             replaced(work, jobs=(*kept, begun)),
@@ -472,11 +541,11 @@ class DomainJob:
         )
         return True
 
-    def _need_async(self, jobs: tuple[Begun, ...], me: Caller) -> None:
-        if not [job for job in jobs if job.kind is Job.ASYNC and is_mine(job, me)]:
+    def _need_async(self, jobs: tuple[Begun, ...]) -> None:
+        if not [job for job in jobs if job.kind is Job.ASYNC and is_mine(self._dom, job)]:
             raise NotOwner(
-                f"job '{self._operation}' is to be nested in an async job, which this thread does "
-                f"not have on domain '{self._dom.name}'"
+                f"job '{self._operation}' is to be nested in an async job, which "
+                f"{self._dom._doms._this} does not have on domain '{self._dom.name}'"
             )
 
     def _take_up(self, timeout: float | None) -> None:
@@ -536,7 +605,7 @@ class DomainJob:
 
     def _forget(self) -> None:
         self._is_over = True
-        _mine.jobs = [known for known in _mine.jobs if known() not in (None, self)]
+        _forget(self)
 
     def __reduce__(self) -> Any:
         raise TypeError("a job is its thread's, and cannot be passed on or copied")

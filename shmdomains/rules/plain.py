@@ -9,6 +9,7 @@ A hold is one thread's lock of one domain; all handles of that domain in that th
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -93,6 +94,17 @@ class _Mine(threading.local):
         self.list_held = False
         self.holds: dict[Any, _Hold[Any]] = {}
         self.mutexes: dict[str, int] = {}  # name -> id() of the handle that took it
+
+
+class _Me(threading.local):
+    """This thread's number as an owner. Below zero, where those of the core are not."""
+
+    def __init__(self) -> None:
+        self.number = -next(_numbers)
+
+
+_numbers = itertools.count(1)
+_me = _Me()
 
 
 class PlainDomain(DomainRules, Generic[R]):
@@ -512,6 +524,14 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
             raise ListClosed("this DomainList is closed")
 
     # --- the list lock ---
+
+    @property
+    def _owner(self) -> int:
+        return _me.number
+
+    @property
+    def _this(self) -> str:
+        return "this thread"
 
     @property
     def is_locked(self) -> bool:

@@ -411,6 +411,17 @@ class ListBase(Protocol[D]):
         """`ListNotLocked` unless the caller holds the list lock; `what` names the call."""
         ...
 
+    @property
+    def _owner(self) -> int:
+        """A number for whoever calls, a thread or a task: the same as long as it runs, and nobody
+        else's in this process and its children."""
+        ...
+
+    @property
+    def _this(self) -> str:
+        """What errors call whoever calls: "this thread"."""
+        ...
+
     def _need_ours(self, dom: D) -> None:
         """`WrongList` for another list's handle."""
         ...

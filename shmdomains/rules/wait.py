@@ -82,14 +82,12 @@ class WaitRules(ListBase[D]):
             self._need_no_lock(dom)
         info, stamp = self._look(dom)
         if until is None:
-            until = _any_change
+            until = any_change
             if info is not None:
                 info, stamp = self._next(dom, info, stamp, deadline, timeout)
         while not until(info):
             if info is None:
-                raise DomainRemoved(
-                    f"domain {dom.uuid} was removed; what was waited for cannot come any more"
-                )
+                raise removed(dom)
             info, stamp = self._next(dom, info, stamp, deadline, timeout)
         return info
 
@@ -100,7 +98,7 @@ class WaitRules(ListBase[D]):
         while True:
             left = deadline.left()
             if left == 0:
-                raise _in_vain(f"domain '{info.name}', which is {info.state.words}", timeout)
+                raise in_vain(f"domain '{info.name}', which is {info.state.words}", timeout)
             if self._sleep(dom, stamp, left):
                 found, now = self._look(dom)
                 if found is None or now != stamp:
@@ -135,14 +133,14 @@ class WaitRules(ListBase[D]):
                 if until(info):
                     return info
             if left == 0:
-                raise _in_vain(f"any of {self._count(Filter())} domains", timeout)
+                raise in_vain(f"any of {self._count(Filter())} domains", timeout)
             # After a slice in which nothing was told, too: a writer may have died before it told.
             self._sleep_on_list(stamp, left)
 
     def _need_no_lock(self, dom: D | None) -> None:
         if dom is not None and dom.is_locked:
             raise DomainLocked(
-                f"this thread holds domain {dom.uuid}, so nobody can change it: use dom.wait(), "
+                f"{self._this} holds domain {dom.uuid}, so nobody can change it: use dom.wait(), "
                 "which releases it meanwhile"
             )
         need_no_other_lock(self, None)
@@ -195,7 +193,7 @@ class DomainWaitRules(DomainBase):
                 return
             left = deadline.left()
             if left == 0:
-                raise _in_vain(f"domain '{self.name}', which is {self.state.words}", timeout)
+                raise in_vain(f"domain '{self.name}', which is {self.state.words}", timeout)
             try:
                 self._wait_for_change(left)
             except LockTimeout as exc:
@@ -206,7 +204,7 @@ class DomainWaitRules(DomainBase):
         if info is None:
             return DomainRemoved(f"domain {self.uuid} was removed while this waited for it")
         what = f"domain '{info.name}', which is {info.state.words} and not locked any more ({why})"
-        return _in_vain(what, timeout)
+        return in_vain(what, timeout)
 
 
 def need_no_other_lock(doms: ListBase[Any], dom: DomainBase | None) -> None:
@@ -216,14 +214,21 @@ def need_no_other_lock(doms: ListBase[Any], dom: DomainBase | None) -> None:
         return
     held = "the list lock" if doms.is_locked else "another domain" if dom else "a domain"
     raise LockOrder(
-        f"this thread holds {held} and would sleep until somebody changes something, who may need "
+        f"{doms._this} holds {held} and would sleep until somebody changes something, who may need "
         "it: unlock it first"
     )
 
 
-def _any_change(_info: DomainInfo | None) -> bool:
+def removed(dom: DomainBase) -> DomainRemoved:
+    """The error of a wait for a domain that is gone."""
+    return DomainRemoved(f"domain {dom.uuid} was removed; what was waited for cannot come any more")
+
+
+def any_change(_info: DomainInfo | None) -> bool:
+    """What a wait without `until` waits for."""
     return True
 
 
-def _in_vain(what: str, timeout: float | None) -> WaitTimeout:
+def in_vain(what: str, timeout: float | None) -> WaitTimeout:
+    """The error of a wait that was too long."""
     return WaitTimeout(f"waited {timeout or 0:g} s in vain for {what}")

@@ -104,8 +104,9 @@ cdef extern from "core.h" nogil:
         uint64_t since
         int kind
         uint32_t number
-        bint told
+        bint told, told_loop
         void *list
+        sd_wait *outer
     ctypedef struct sd_waiting:
         uint64_t who, pid, since
         int kind
@@ -114,12 +115,21 @@ cdef extern from "core.h" nogil:
         uint64_t nonce, who, pid, epoch
         unsigned held
         unsigned nested
+        bint in_slice
         unsigned short_wait
         void *records
         void *named
         sd_orphan *orphans
         sd_repair repair
         sd_wait *wait
+        sd_thread *kernel
+        uint64_t kernel_nonce
+        uint64_t stretch, stretch_of
+        sd_thread *runs
+        sd_thread *acts_for
+        unsigned rooms
+        bint asks, gives_up
+        uint64_t until
     ctypedef struct sd_values:
         int32_t id, pid
         uint16_t state, reason
@@ -155,6 +165,10 @@ cdef extern from "core.h" nogil:
         uint64_t domains, active, slots, extents, cells, garbage
     ctypedef struct sd_check:
         pass
+    ctypedef struct sd_inbox:
+        pass
+    ctypedef struct sd_watch:
+        void *data
 
     enum:
         SD_OK, SD_DIED, SD_TIMEOUT, SD_INTERRUPTED, SD_NESTED, SD_FORKED, SD_MISS, SD_DOUBT
@@ -171,6 +185,7 @@ cdef extern from "core.h" nogil:
         SD_POISON_LIST, SD_POISON_IDS, SD_POISON_HEAP
         SD_LOCK_LIST, SD_LOCK_DOMAIN, SD_LOCK_MUTEX, SD_LOCK_JOB
         SD_COUNTED_MAX, SD_WAIT_SIZES
+        SD_WATCH_CHANGE, SD_WATCH_MUTEX, SD_WATCH_TURN
     uint64_t SD_SINCE_DROPPED
     uint64_t SD_FOREVER, SD_TRY, SD_SPIN, SD_SLICE_NS, SD_CHECK_HOLD_NS
     uint64_t SD_FLAG_PERSISTENT, SD_FLAG_AUTOSTART
@@ -179,6 +194,8 @@ cdef extern from "core.h" nogil:
 
     uint64_t sd_fork_epoch
     sd_thread *sd_self()
+    sd_thread *sd_task_begin()
+    void sd_task_end(sd_thread *)
     uint32_t sd_who_tid(uint64_t)
     uint64_t sd_who_start(uint64_t)
     uint64_t sd_identity(uint32_t, uint64_t)
@@ -203,9 +220,12 @@ cdef extern from "core.h" nogil:
     int sd_begin_in_child(sd_segment *, char *, size_t)
     int sd_mutex_slice(pthread_mutex_t *, uint64_t)
     uint32_t sd_mutex_owner(const pthread_mutex_t *)
+    bint sd_mutex_awaited(const pthread_mutex_t *)
     uint32_t sd_mutex_victim(const pthread_mutex_t *)
     bint sd_mutex_busy(const pthread_mutex_t *)
     bint sd_mutex_watched()
+    void sd_mutex_keep_waiters(pthread_mutex_t *)
+    uint32_t *sd_mutex_word(pthread_mutex_t *)
     int sd_list_lock(sd_segment *, uint64_t)
     int sd_list_wait(sd_segment *, uint64_t)
     int sd_list_entered(sd_segment *, bint)
@@ -215,6 +235,7 @@ cdef extern from "core.h" nogil:
     int sd_slot_wait(sd_segment *, uint32_t, uint64_t)
     int sd_slot_entered(sd_segment *, uint32_t)
     void sd_slot_unlock(sd_segment *, uint32_t, bint)
+    int sd_slot_unlock_for(sd_segment *, uint32_t, sd_thread *, uint64_t)
     bint sd_slot_leave(sd_segment *, uint32_t, bint, uint64_t, sem_t *)
     void sd_why_set(sd_word *, const void *, size_t)
     void sd_why_clear(sd_word *)
@@ -223,6 +244,8 @@ cdef extern from "core.h" nogil:
     uint64_t sd_room(const sd_word *, uint64_t)
     void sd_wait_begin(sd_wait *, sd_segment *, int, uint32_t, void *)
     void sd_wait_end(sd_wait *)
+    void sd_wait_note(sd_wait *, sd_segment *, int, uint32_t, void *)
+    void sd_wait_forget(sd_wait *)
     uint32_t sd_waiters(const sd_segment *)
     bint sd_waiter_get(const sd_segment *, uint32_t, sd_waiting *)
     bint sd_take_over(sd_owner *, uint64_t)
@@ -235,6 +258,7 @@ cdef extern from "core.h" nogil:
     int sd_named_wait(sd_segment *, unsigned, uint64_t)
     int sd_named_lock(sd_segment *, unsigned, uint64_t)
     void sd_named_unlock(sd_segment *, unsigned, bint)
+    int sd_named_unlock_for(sd_segment *, unsigned, sd_thread *, uint64_t)
     int sd_named_died(const sd_segment *, unsigned, uint64_t *, uint64_t *)
     void sd_named_explain(sd_segment *, unsigned, const char *, size_t)
     int sd_ids_lock(sd_segment *, uint64_t)
@@ -276,6 +300,12 @@ cdef extern from "core.h" nogil:
     int sd_sleep(const sd_word *, uint64_t, sd_word *, uint64_t, uint64_t)
     void sd_gate_enter()
     void sd_gate_leave()
+    sd_inbox *sd_inbox_open()
+    int sd_inbox_fd(const sd_inbox *)
+    void sd_inbox_close(sd_inbox *)
+    sd_watch *sd_inbox_take(sd_inbox *)
+    int sd_watch_begin(sd_watch *, sd_inbox *, uint32_t *, uint32_t, int)
+    void sd_watch_cancel(sd_watch *)
     int sd_events_lock_briefly(sd_segment *)
     void sd_events_unlock(sd_segment *)
     uint64_t sd_ring_count(const sd_segment *)

@@ -159,7 +159,7 @@ cdef bint hold_part(Segment doms, int part, uint64_t deadline, object timeout) e
     """Take the lock of a part. False: there is nothing to give back. This thread holds it already,
     or the segment is poisoned: then nobody gets it, and what it protects stands still."""
     cdef int result
-    if part == SD_PART_LIST and doms.segment.list_nonce == sd_self().nonce:
+    if part == SD_PART_LIST and doms.segment.list_nonce == me().nonce:
         need_list(doms, "check")
         return False
     try:

@@ -17,7 +17,9 @@
 #include "thread.h"         /* this process's threads, who else runs, the time */
 #include "mutex.h"          /* one robust mutex */
 #include "wait.h"           /* sleep until a word changes */
+#include "observe.h"        /* be told by a descriptor that a word changed */
 #include "segment.h"        /* create, attach, grow, unmap */
+#include "unlock_for.h"     /* a mutex that another thread of this process holds */
 #include "waiters.h"        /* who sleeps for a lock */
 #include "settings.h"       /* what the list remembers for its users */
 #include "index.h"          /* UUID, name, id -> slot */

@@ -13,7 +13,7 @@ is missing.
 
 Rules of these files: the GIL is held everywhere except in a slice of a wait (waiting.pxi), and
 guards what is private to the process: mappings, thread nodes, lists of locked handles. A `Record`
-is held by the thread whose nonce it carries; a fork gives every thread a new nonce. An allocation
+is held by the owner whose nonce it carries; a fork gives every thread a new nonce. An allocation
 may run the collector and freeing an object a `__del__`, and these may run anything.
 """
 
@@ -57,6 +57,7 @@ def configure(*, states, reasons, decode, encode_definition, encode_data, encode
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
 
 
+include "owners.pxi"    # who asks: a thread, a task, a greenlet; how each waits
 include "waiting.pxi"   # time-outs, signals, what a code of the core raises
 include "holders.pxi"   # who holds a lock
 include "keys.pxi"      # uuid, name, id

@@ -44,10 +44,10 @@ cdef Record find_record(Segment doms, const sd_key *key, uint64_t deadline, obje
     cdef uint32_t slot
     cdef int result
     cdef Record record
-    cdef sd_thread *thread = sd_self()
-    if thread.orphans != NULL:
-        free_orphans(thread)
-    if thread.records != NULL:
+    cdef sd_thread *owner = begin_asking()
+    if TASKS:
+        need_room_for_lock()
+    if owner.records != NULL:
         if sd_find(doms.segment, key, &slot) == SD_OK:
             need_not_held(doms, slot)
         may_wait(doms, deadline)
@@ -56,7 +56,7 @@ cdef Record find_record(Segment doms, const sd_key *key, uint64_t deadline, obje
         if result == SD_CORRUPT:
             result = sd_scan(doms.segment, key, &slot)
         if result == SD_DOUBT:
-            if doms.segment.list_nonce == sd_self().nonce and key.what != SD_ID_INDEX:
+            if doms.segment.list_nonce == me().nonce and key.what != SD_ID_INDEX:
                 raise_code(SD_CORRUPT, "find")
             result = find_under_lock(doms, key, &slot, deadline, timeout)
         if result == SD_MISS:

@@ -1,27 +1,16 @@
-# Holds: a thread has a domain locked, through one handle, and changes it.
+# Holds: an owner has a domain locked, through one handle, and changes it.
 #
 # A hold begins with the slot's lock and ends with it. In between the handle stands in the list of
-# its thread, and what is changed is kept in the handle; nobody else sees it before
+# its owner, and what is changed is kept in the handle; nobody else sees it before
 # `commit_changes`. A handle that is freed while it is locked is rolled back and unlocked
 # (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-import sys
 import warnings
 
 from shmdomains import errors
-
-
-# A task runs in a context of its own, and so do most greenlets. Plain code has none.
-cdef extern from *:
-    """
-    static inline int sd_has_context(void) { return PyThreadState_Get()->context != NULL; }
-    """
-    bint sd_has_context()
-
-cdef bint GREENLETS = False  # whether they were imported when a list was last attached
 
 
 cdef void lead_to(Record record, uint32_t slot) noexcept:
@@ -36,18 +25,18 @@ cdef void lead_to(Record record, uint32_t slot) noexcept:
 
 
 cdef bint held_somewhere(Record record):
-    """Whether a running thread of this process holds it. After a fork the nodes of the parent's
-    threads are still there, with the epoch of before."""
+    """Whether a running thread or task of this process holds it. After a fork the nodes of the
+    parent's threads are still there, with the epoch of before."""
     return (record.nonce != 0 and record.thread.epoch == sd_fork_epoch
-            and record.thread.nonce == record.nonce)
+            and record.thread.nonce == record.nonce and runs_on_living(record.thread))
 
 
 cdef Record locked_or_none(Record record):
-    """The handle through which this thread holds the domain: this one, or another one to it."""
-    cdef sd_thread *thread = sd_self()
-    if record.nonce == thread.nonce:
+    """The handle through which the caller holds the domain: this one, or another one to it."""
+    cdef sd_thread *owner = me()
+    if record.nonce == owner.nonce:
         return record
-    if thread.records == NULL:
+    if owner.records == NULL:
         return None
     return held_here(record.segment, record.slot, record.life)
 
@@ -57,7 +46,9 @@ cdef Record need_locked(Record record):
     cdef Record mine = locked_or_none(record)
     if mine is None:
         raise errors.DomainNotLocked(
-            f"domain {uuid_object(record.uuid_raw)} is not locked by this thread: with dom: ...")
+            other_thread(record.thread.who, f"domain {uuid_object(record.uuid_raw)}")
+            if held_somewhere(record) else
+            f"domain {uuid_object(record.uuid_raw)} is not locked by {this()}: with dom: ...")
     return mine
 
 
@@ -70,7 +61,7 @@ cdef Record need_changeable(Record record):
 
 
 cdef int begin_hold(Record record) except -1:
-    """The slot is locked: the handle is this thread's from here on."""
+    """The slot is locked: the handle is the caller's from here on."""
     if sd_values_get(record.segment.segment, record.slot, &record.values) != SD_OK:
         release_slot(record.segment, record.slot, False)
         raise_code(SD_CORRUPT, "lock a domain")
@@ -79,66 +70,24 @@ cdef int begin_hold(Record record) except -1:
 
 
 cdef void enter_thread(Record record) noexcept:
-    cdef sd_thread *thread = sd_self()
-    record.nonce = thread.nonce
-    record.thread = thread
-    record.nested = thread.nested
+    cdef sd_thread *owner = me()
+    record.nonce = owner.nonce
+    record.thread = owner
+    record.nested = sd_self().nested
     record.before = NULL
-    record.after = thread.records
-    if thread.records != NULL:
-        (<Record>thread.records).before = <void *>record
-    thread.records = <void *>record
+    record.after = owner.records
+    if owner.records != NULL:
+        (<Record>owner.records).before = <void *>record
+    owner.records = <void *>record
+    if TASKS:
+        count_held(owner, 1)
     record.pending = 0
     record.touched = False
     record.intends = False
     record.says = False
     record.depth = 0
-    record.inside = 0
     record.noted.count = 0
     remember_state(record)
-
-
-cdef inline size_t entering() except? 0:
-    """Who enters a block, where there can be several; 0: there cannot, or nobody in particular."""
-    return running_here() if sd_has_context() or GREENLETS else 0
-
-
-cdef int enter_block(Record record, size_t here) except -1:
-    """One more `with` block of the handle that this thread holds. Tasks and greenlets of one thread
-    are not told apart by the lock, so the first block notes who is in it (`entering`, which may
-    raise and so is asked before the lock is taken). Raises `AlreadyLocked` in another one."""
-    if record.depth == 0:
-        record.inside = here
-    elif record.inside:
-        if here != record.inside:
-            raise errors.AlreadyLocked(
-                f"another task of this thread is in a 'with' block of domain "
-                f"{uuid_object(record.uuid_raw)}; locks are a thread's: let no task await, or "
-                "greenlet switch, while it holds a domain")
-    record.depth += 1
-    return 0
-
-
-cdef void note_greenlets() noexcept:
-    global GREENLETS
-    GREENLETS = "greenlet" in sys.modules
-
-
-cdef size_t running_here() except? 0:
-    """The asyncio task that this thread runs, or else the greenlet; 0: no such thing. Good for
-    comparing while it has a block open, which keeps it alive."""
-    get = sys.modules.get
-    running = getattr(get("asyncio.events"), "_get_running_loop", None)
-    if running is not None and running() is not None:
-        current = getattr(get("asyncio.tasks"), "current_task", None)
-        task = None if current is None else current()
-        if task is not None:
-            return <size_t><void *>task
-    current = getattr(get("greenlet"), "getcurrent", None)
-    if current is None:
-        return 0
-    task = current()
-    return <size_t><void *>task
 
 
 cdef void leave_thread(Record record) noexcept:
@@ -149,12 +98,14 @@ cdef void leave_thread(Record record) noexcept:
     if record.after != NULL:
         (<Record>record.after).before = record.before
     record.nonce = 0
+    if TASKS:
+        count_held(record.thread, -1)
     if record.says:
         unsay(record)
 
 
 cdef int end_hold(Record record, bint delivered) except -1:
-    if record.nonce != sd_self().nonce:
+    if record.nonce != me().nonce:
         return 0  # a signal handler forked in a wait: the lock is the parent's
     leave_thread(record)
     return release_slot(record.segment, record.slot, delivered)
@@ -300,7 +251,7 @@ cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1
     at = &record.segment.segment.slots[record.slot]
     held = held_pointer(record.segment, record.slot, 0)
     if held != NULL:
-        # This thread has the slot's lock and must not ask for it, whichever domain lives there.
+        # The caller has the slot's lock and must not ask for it, whichever domain lives there.
         if (<Record>held).life == record.life:
             need_not_held(record.segment, record.slot)
         raise_outlived(record)
@@ -359,12 +310,28 @@ cdef int unlock_record(Record record, object timeout) except -1:
     return end_hold(mine, True)
 
 
+cdef int leave_block(Record record, object kind) except -1:
+    """The end of a ``with`` block; `kind`: of the exception that ended it."""
+    cdef Record mine = locked_or_none(record)
+    if mine is None:
+        return 0
+    if kind is not None:
+        mine = need_changeable(mine)
+        drop_changes(mine)
+        reload_values(mine)
+        mine.intends = False
+    if mine.depth > 1:
+        mine.depth -= 1  # an inner block; the outer one goes on
+        return 0
+    return unlock_record(mine, None)
+
+
 cdef int raise_not_locked(Record record) except -1:
     if held_somewhere(record):
         raise errors.NotOwner(
-            f"another thread of this process holds domain {uuid_object(record.uuid_raw)}")
+            other_thread(record.thread.who, f"domain {uuid_object(record.uuid_raw)}"))
     raise errors.DomainNotLocked(
-        f"domain {uuid_object(record.uuid_raw)} is not locked by this thread")
+        f"domain {uuid_object(record.uuid_raw)} is not locked by {this()}")
 
 
 cdef int set_flag(Record record, uint64_t flag, bint value) except -1:
@@ -439,23 +406,23 @@ cdef bint vacate(Record record) noexcept:
 
 
 cdef void abandon(Record record) noexcept:
-    """A locked handle is freed: warn, roll back, and unlock, or have the holding thread unlock."""
+    """A locked handle is freed: warn, roll back, and unlock, also for another thread."""
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
-    cdef bint here = record.nonce == thread.nonce
-    cdef uint32_t holder = sd_who_tid(record.thread.who)
-    cdef sd_word *since = &record.segment.segment.slots[slot].owner.since
+    cdef bint here = record.thread.kernel == thread
     leave_thread(record)
     if record.segment.multiprocessing:
-        record.thread.held -= 1
+        record.thread.kernel.held -= 1
         thread.held += 1
         sd_slot_leave(record.segment.segment, slot, False, record.thread.who,
                       semaphore_of(record.segment.slot_locks[slot]))
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:
-        leave_orphan(record.thread, record.segment.segment, slot, False)
-        sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+        freed = free_for(record.thread.kernel, record.thread.kernel_nonce,
+                         record.segment.segment, slot, False)
+    if TASKS and here:
+        tell_tasks(record.segment, SD_LOCK_DOMAIN, slot, False)
     if warnings is None:  # the interpreter may be going down
         return
     if here or record.segment.multiprocessing:
@@ -463,6 +430,5 @@ cdef void abandon(Record record) noexcept:
                       "and the lock is freed: use 'with'", ResourceWarning, stacklevel=1)
         return
     warnings.warn("a Domain that was still locked was dropped in another thread than the one that "
-                  f"holds it; its changes are rolled back, and the lock is freed when thread "
-                  f"{holder} next locks something, or ends: lock, use and unlock in one thread",
-                  ResourceWarning, stacklevel=1)
+                  f"locked it, thread {sd_who_tid(record.thread.who)}; its changes are rolled "
+                  f"back, and the lock {freed}: {ONE_THREAD}", ResourceWarning, stacklevel=1)

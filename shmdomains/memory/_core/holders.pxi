@@ -122,7 +122,7 @@ def process_start(uint32_t pid):
 
 def caller():
     """Who calls: process, thread, and when the thread started, in clock ticks since boot."""
-    cdef sd_thread *self = sd_self()
+    cdef sd_thread *self = me()
     return self.pid, sd_who_tid(self.who), sd_who_start(self.who)
 
 

@@ -25,6 +25,7 @@
 #include "mutex.h"
 #include "rebuild.h"
 #include "ring.h"
+#include "unlock_for.h"
 
 #include <errno.h>
 
@@ -367,26 +368,38 @@ uint32_t sd_next_taken(const sd_segment *segment, uint32_t slot, uint32_t end)
     return slot;
 }
 
-static inline void leave_slot(sd_segment *segment, sd_slot *record, bool delivered)
+static inline void leave_slot(sd_segment *segment, sd_slot *record, sd_thread *holder,
+                              bool delivered)
 {
     if (delivered && sd_load(&record->died_who)) sd_publish(&record->died_who, 0);
     segment->held--;
-    sd_self()->held--;
+    holder->held--;
 }
 
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered)
 {
     sd_slot *record = &segment->slots[slot];
-    leave_slot(segment, record, delivered);
+    leave_slot(segment, record, sd_self(), delivered);
     sd_publish(&record->owner.who, 0);
     sd_mutex_unlock(&record->mutex);
+}
+
+int sd_slot_unlock_for(sd_segment *segment, uint32_t slot, sd_thread *holder, uint64_t nonce)
+{
+    sd_slot *record = &segment->slots[slot];
+    int result = sd_mutex_take_off_for(&record->mutex, holder, nonce);
+    if (result != SD_OK) return result;
+    leave_slot(segment, record, holder, false);
+    sd_publish(&record->owner.who, 0);
+    sd_mutex_release_for(&record->mutex, holder);
+    return SD_OK;
 }
 
 bool sd_slot_leave(sd_segment *segment, uint32_t slot, bool delivered, uint64_t who,
                    sem_t *semaphore)
 {
     sd_slot *record = &segment->slots[slot];
-    leave_slot(segment, record, delivered && sd_load(&record->owner.who) == who);
+    leave_slot(segment, record, sd_self(), delivered && sd_load(&record->owner.who) == who);
     return sd_semaphore_leave(semaphore, &record->owner, who);
 }
 

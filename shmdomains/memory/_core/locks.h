@@ -3,6 +3,7 @@
 #define SHMDOMAINS_LOCKS_H
 
 #include "segment.h"
+#include "thread.h"
 
 #include <semaphore.h>
 
@@ -28,6 +29,10 @@ int sd_slot_entered(sd_segment *segment, uint32_t slot);
 void sd_slot_unlock(sd_segment *segment, uint32_t slot, bool delivered);
 bool sd_slot_leave(sd_segment *segment, uint32_t slot, bool delivered, uint64_t who,
                    sem_t *semaphore); /* `who`: a thread of ours, which has it */
+/* Unlock for another thread of ours, which has it, and whose handle to it is gone; GIL held.  SD_OK;
+ * else the thread has to do it itself: SD_TIMEOUT, at the end of the slice that it is in; SD_MISS,
+ * when it next calls. */
+int sd_slot_unlock_for(sd_segment *segment, uint32_t slot, sd_thread *holder, uint64_t nonce);
 /* Remember that its holder died, and free the garbage.  Slot lock held. */
 void sd_recover_slot(sd_segment *segment, uint32_t slot, uint64_t who, uint64_t pid);
 

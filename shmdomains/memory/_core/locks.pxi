@@ -15,6 +15,19 @@ import warnings
 from shmdomains import errors
 
 
+# What to do where a lock is another thread's.
+cdef object ONE_THREAD = "lock, use and unlock in one thread; in asyncio use shmdomains.aio"
+
+
+cdef object other_thread(uint64_t who, object what):
+    """What an error says of a lock that another thread of this process holds, or another task."""
+    if who == sd_self().who:
+        return (f"another task of this thread holds {what}, or the thread itself outside of its "
+                f"tasks, not {this()}: lock, use and unlock in one task")
+    return (f"thread {sd_who_tid(who)} of this process holds {what}, not this thread; locks belong "
+            f"to threads: {ONE_THREAD}")
+
+
 cdef int need_open(Segment doms) except -1:
     """Raise `ListClosed` if it is closed. In a child, the first call makes the mapping its own."""
     if doms.closed:
@@ -27,7 +40,7 @@ cdef int need_open(Segment doms) except -1:
 cdef int begin_in_child(Segment doms) except -1:
     cdef char why[200]
     if sd_begin_in_child(doms.segment, why, sizeof(why)) == SD_OK:
-        return 0
+        return look_for_greenlets()
     raise errors.SegmentMismatch(f"this process was forked from one that had attached: "
                                  f"{why.decode()}")
 
@@ -60,12 +73,11 @@ cdef int need_ours(Segment doms, Record record) except -1:
 
 
 cdef int need_list(Segment doms, object what) except -1:
-    """Raise unless this thread holds the list lock, and is not a handler that interrupted that."""
-    cdef sd_thread *thread = sd_self()
+    """Raise unless the caller holds the list lock, and is not a handler that interrupted that."""
     need_open(doms)
-    if doms.segment.list_nonce != thread.nonce:
+    if doms.segment.list_nonce != me().nonce:
         raise errors.ListNotLocked(f"{what} needs the list lock: with doms.locked(): ...")
-    if thread.nested > doms.segment.list_nested:
+    if sd_self().nested > doms.segment.list_nested:
         raise_code(SD_NESTED, what)
     return 0
 
@@ -75,14 +87,13 @@ cdef int lock_list(Segment doms, object timeout, object why) except -1:
     cdef bytes operation
     if why is not None:
         need_text(why)
+    cdef sd_thread *owner = begin_asking()
     need_open(doms)
-    if sd_self().orphans != NULL:
-        free_orphans(sd_self())
-    if doms.segment.list_nonce == sd_self().nonce:
-        raise errors.AlreadyLocked("this thread holds the list lock already")
-    if sd_self().records != NULL and holds_any(doms):
+    if doms.segment.list_nonce == owner.nonce:
+        raise errors.AlreadyLocked(f"{this()} holds the list lock already")
+    if owner.records != NULL and holds_any(doms):
         raise errors.LockOrder(
-            "this thread holds a domain; the list lock comes first: unlock the domain, or take "
+            f"{this()} holds a domain; the list lock comes first: unlock the domain, or take "
             "the list lock before it")
     acquire_list(doms, deadline, timeout)
     if why is not None:
@@ -92,18 +103,19 @@ cdef int lock_list(Segment doms, object timeout, object why) except -1:
 
 
 cdef int unlock_list(Segment doms) except -1:
-    cdef sd_thread *thread = sd_self()
-    if doms.segment != NULL and doms.segment.list_nonce == thread.nonce:
-        if thread.nested > doms.segment.list_nested:
+    cdef sd_thread *owner = me()
+    if doms.segment != NULL and doms.segment.list_nonce == owner.nonce:
+        if sd_self().nested > doms.segment.list_nested:
             raise_code(SD_NESTED, "unlock the list")
         release_list(doms)
         if doms.closed:
             sd_detach(doms.segment)
         return 0
     need_open(doms)
-    if doms.segment.list_nonce and list_owner_pid(doms) == thread.pid:
-        raise errors.NotOwner("another thread of this process holds the list lock")
-    raise errors.ListNotLocked("this thread does not hold the list lock")
+    if doms.segment.list_nonce and list_owner_pid(doms) == owner.pid:
+        raise errors.NotOwner(
+            other_thread(sd_load(&doms.segment.header.list_owner.who), "the list lock"))
+    raise errors.ListNotLocked(f"{this()} does not hold the list lock")
 
 
 cdef uint32_t list_owner_pid(Segment doms) noexcept:
@@ -122,14 +134,14 @@ cdef class ListHold:
     """
     cdef Segment doms
     cdef object timeout, why
-    cdef uint64_t nonce  # of the thread that is in the block, or 0
+    cdef uint64_t nonce  # of whoever is in the block, or 0
 
     def __init__(self, Segment doms not None, timeout, why):
         self.doms, self.timeout, self.why = doms, timeout, why
 
     def __enter__(self):
         self.doms.lock(self.timeout, self.why)
-        self.nonce = sd_self().nonce
+        self.nonce = me().nonce
         return self.doms
 
     def __exit__(self, kind, value, traceback):
@@ -138,17 +150,17 @@ cdef class ListHold:
             self.doms.unlock()
 
     def __dealloc__(self):
-        if self.nonce and self.nonce == sd_self().nonce and self.doms.is_locked:
+        if self.nonce and self.nonce == me().nonce and self.doms.is_locked:
             drop_list(self.doms, "what locked() of a DomainList gave")
 
 
 cdef void drop_list(Segment doms, object what) noexcept:
-    """Unlock for a list, or a `ListHold`, that is freed while this thread holds the lock."""
+    """Unlock for a list, or a `ListHold`, that is freed while its lock is held."""
     release_list(doms)
     if doms.closed:
         sd_detach(doms.segment)
     if warnings is not None:
-        warnings.warn(f"{what} was dropped while this thread held its lock, which is freed: "
+        warnings.warn(f"{what} was dropped while {this()} held its lock, which is freed: "
                       "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
 
 
@@ -157,15 +169,34 @@ cdef int lock_semaphore(Segment doms, object lock, sd_owner *owner, int kind, ui
     """Take a `multiprocessing.Lock`. SD_DIED: its holder was dead, and this thread took it over."""
     cdef sd_wait wait
     cdef bint waits = False
-    cdef int result
+    cdef int result, how
     cdef sem_t *semaphore
+    cdef object turn = None
     if lock is None:
         raise errors.LockKindMismatch(
             "this list uses multiprocessing locks, which only processes can have that "
-            "inherited the DomainList; a stranger may read it: snapshot(), list(), peek()")
+            "inherited the DomainList (by fork, as an argument of Process, in initargs of a pool); "
+            "a stranger may read it: snapshot(), list(), peek()")
     semaphore = semaphore_of(lock)
-    if sd_semaphore_try(semaphore, owner) == SD_OK:
-        return SD_OK
+    if not (TASKS and must_queue(doms, kind, number, owner, NULL, deadline)):
+        if sd_semaphore_try(semaphore, owner) == SD_OK:
+            return SD_OK
+    try:
+        while True:
+            result = take_from_dead(owner, died_who, died_pid)
+            if result != SD_TIMEOUT or not TASKS:
+                break
+            how = how_to_wait(doms, kind, number, owner, NULL, deadline)
+            if how == BLOCKS:
+                break
+            if how != SWITCHES:
+                return how
+            turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
+            if sd_semaphore_try(semaphore, owner) == SD_OK:
+                return SD_OK
+    finally:
+        if turn is not None:
+            turn.leave()
     while True:
         result = take_from_dead(owner, died_who, died_pid)
         if result == SD_TIMEOUT and (deadline == SD_FOREVER or sd_now() < deadline):
@@ -189,7 +220,7 @@ cdef int take_from_dead(sd_owner *owner, uint64_t *died_who, uint64_t *died_pid)
     cdef uint64_t who = sd_load_acquire(&owner.who)
     cdef uint32_t pid = sd_owner_pid(owner, who)
     if who == sd_self().who:
-        return SD_NESTED
+        return SD_TIMEOUT if TASKS else SD_NESTED
     if who and not sd_alive(who) and sd_take_over(owner, who):
         died_who[0], died_pid[0] = who, pid
         return SD_DIED
@@ -215,13 +246,24 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
     cdef int result
     cdef bint died
     cdef uint64_t who, pid
+    cdef object turn = None
     cdef sd_segment *segment = doms.segment
     begin_wait(doms)
     try:
         if not doms.multiprocessing:
-            result = sd_list_lock(segment, SD_SPIN if deadline else SD_TRY)
-            if result == SD_TIMEOUT and deadline:
+            result = try_list(doms, deadline)
+            if result == SD_TIMEOUT and deadline and not TASKS:
                 result = wait_for_list(doms, deadline)
+            while result == SD_TIMEOUT and deadline and TASKS:
+                result = how_to_wait(doms, SD_LOCK_LIST, 0, &segment.header.list_owner,
+                                     &segment.header.list_mutex, deadline)
+                if result == SWITCHES:
+                    turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
+                    result = try_list(doms, deadline)
+                    continue
+                if result == BLOCKS:
+                    result = wait_for_list(doms, deadline)
+                break
         else:
             result = lock_semaphore(doms, doms.list_lock, &segment.header.list_owner, SD_LOCK_LIST,
                                     0, deadline, &who, &pid)
@@ -235,16 +277,37 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
                                        sd_self().who)
         if result == SD_OK:
             segment.list_taker = <void *>doms
+            if TASKS:
+                note_list(doms)
             if doms.closed:
                 release_list(doms)
     finally:
+        if turn is not None:
+            turn.leave()
         end_wait(doms)
     if result == SD_OK:
         return still_open(doms)
     if result == SD_TIMEOUT:
         raise_timed_out(&segment.header.list_owner, &segment.header.list_mutex,
                         segment.header.list_why, "the list lock", timeout)
+    if result == OTHER_TASK:
+        return raise_other_task("the list lock")
     return raise_poison_or_code(doms, result, "lock the list")
+
+
+cdef int try_list(Segment doms, uint64_t deadline) except -1:
+    cdef sd_header *header = doms.segment.header
+    if TASKS and must_queue(doms, SD_LOCK_LIST, 0, &header.list_owner, &header.list_mutex,
+                            deadline):
+        return SD_TIMEOUT
+    return sd_list_lock(doms.segment, SD_SPIN if deadline else SD_TRY)
+
+
+cdef int try_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
+    cdef sd_slot *at = &doms.segment.slots[slot]
+    if TASKS and must_queue(doms, SD_LOCK_DOMAIN, slot, &at.owner, &at.mutex, deadline):
+        return SD_TIMEOUT
+    return sd_slot_lock(doms.segment, slot, SD_SPIN if deadline else SD_TRY)
 
 
 cdef int wait_for_list(Segment doms, uint64_t deadline) noexcept:
@@ -264,25 +327,42 @@ cdef int wait_for_slot(Segment doms, uint32_t slot, uint64_t deadline) noexcept:
 
 
 cdef int release_list(Segment doms) except -1:
+    cdef bint kept = True
+    if TASKS:
+        forget_list(doms)
+    cdef bint strangers = strangers_wait(&doms.segment.header.list_mutex)
     if not doms.multiprocessing:
         sd_list_unlock(doms.segment)
-        return 0
-    if doms.list_lock is None:
+    elif doms.list_lock is None:
         raise errors.LockKindMismatch("unlock through the DomainList that locked")
-    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_lock)), "the list lock")
+    else:
+        kept = sd_list_leave(doms.segment, semaphore_of(doms.list_lock))
+    if TASKS:
+        tell_tasks(doms, SD_LOCK_LIST, 0, strangers)
+    return need_kept(kept, "the list lock")
 
 
 cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
     """Returns SD_OK or SD_TIMEOUT."""
     cdef int result
     cdef uint64_t who, pid
+    cdef object turn = None
     cdef sd_slot *at = &doms.segment.slots[slot]
     begin_wait(doms)
     try:
         if not doms.multiprocessing:
-            result = sd_slot_lock(doms.segment, slot, SD_SPIN if deadline else SD_TRY)
-            if result == SD_TIMEOUT and deadline:
+            result = try_slot(doms, slot, deadline)
+            if result == SD_TIMEOUT and deadline and not TASKS:
                 result = wait_for_slot(doms, slot, deadline)
+            while result == SD_TIMEOUT and deadline and TASKS:
+                result = how_to_wait(doms, SD_LOCK_DOMAIN, slot, &at.owner, &at.mutex, deadline)
+                if result == SWITCHES:
+                    turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
+                    result = try_slot(doms, slot, deadline)
+                    continue
+                if result == BLOCKS:
+                    result = wait_for_slot(doms, slot, deadline)
+                break
         else:
             result = lock_semaphore(doms,
                                     None if doms.slot_locks is None else doms.slot_locks[slot],
@@ -301,28 +381,37 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
         if result == SD_OK and doms.closed:
             release_slot(doms, slot, False)
     finally:
+        if turn is not None:
+            turn.leave()
         end_wait(doms)
     if result == SD_OK or result == SD_TIMEOUT:
         still_open(doms)
         return result
+    if result == OTHER_TASK:
+        return raise_other_task(describe(doms, slot))
     return raise_poison_or_code(doms, result, "lock a domain")
 
 
 cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
     """`delivered`: the caller saw the domain, and with it the notice of an earlier holder's death;
     else the next holder gets that notice."""
+    cdef bint kept = True
+    cdef bint strangers = TASKS and strangers_wait(&doms.segment.slots[slot].mutex)
     if not doms.multiprocessing:
         sd_slot_unlock(doms.segment, slot, delivered)
-        return 0
-    if not sd_slot_leave(doms.segment, slot, delivered, sd_self().who,
-                         semaphore_of(doms.slot_locks[slot])):
+    else:
+        kept = sd_slot_leave(doms.segment, slot, delivered, sd_self().who,
+                             semaphore_of(doms.slot_locks[slot]))
+    if TASKS:
+        tell_tasks(doms, SD_LOCK_DOMAIN, slot, strangers)
+    if not kept:
         need_kept(False, describe(doms, slot))
     return 0
 
 
 cdef void *held_pointer(Segment doms, uint32_t slot, uint64_t life):
-    """This thread's locked handle to the slot, or NULL. `life` 0: any."""
-    cdef void *at = sd_self().records
+    """The caller's locked handle to the slot, or NULL. `life` 0: any."""
+    cdef void *at = me().records
     while at != NULL:
         if ((<Record>at).slot == slot and (<Record>at).segment.segment == doms.segment
                 and (life == 0 or (<Record>at).life == life)):
@@ -341,13 +430,13 @@ cdef Record held_here(Segment doms, uint32_t slot, uint64_t life):
 
 
 cdef int need_not_held(Segment doms, uint32_t slot) except -1:
-    if sd_self().records != NULL and held_pointer(doms, slot, 0) != NULL:
-        raise errors.AlreadyLocked(f"this thread holds {describe(doms, slot)} already")
+    if me().records != NULL and held_pointer(doms, slot, 0) != NULL:
+        raise errors.AlreadyLocked(f"{this()} holds {describe(doms, slot)} already")
     return 0
 
 
 cdef bint holds_any(Segment doms):
-    cdef void *at = sd_self().records
+    cdef void *at = me().records
     while at != NULL:
         if (<Record>at).segment.segment == doms.segment:
             return True
@@ -356,7 +445,7 @@ cdef bint holds_any(Segment doms):
 
 
 cdef bint holds_any_but(Segment doms, Record record):
-    cdef void *at = sd_self().records
+    cdef void *at = me().records
     while at != NULL:
         if (<Record>at).segment.segment == doms.segment:
             if record is None or (<Record>at).slot != record.slot:
@@ -366,26 +455,26 @@ cdef bint holds_any_but(Segment doms, Record record):
 
 
 cdef int may_wait(Segment doms, uint64_t deadline) except -1:
-    """Raise if this thread may not wait for a domain: for a second one it may wait only under the
-    list lock, or two threads could wait for each other."""
-    cdef sd_thread *thread = sd_self()
-    if thread.orphans != NULL:
-        free_orphans(thread)
-    if thread.records == NULL:
+    """Raise if the caller may not wait for a domain: for a second one he may wait only under the
+    list lock, or two could wait for each other."""
+    cdef sd_thread *owner = begin_asking()
+    if TASKS:
+        need_room_for_lock()
+    if owner.records == NULL:
         return 0
-    if thread.held >= SD_HELD_MAX:
+    if owner.held >= SD_HELD_MAX:
         raise errors.TooManyLocks(
-            f"this thread holds {thread.held} locks; unlock some: the kernel frees a limited "
+            f"{this()} holds {owner.held} locks; unlock some: the kernel frees a limited "
             "number of locks when a thread dies")
-    if deadline == SD_TRY or doms.segment.list_nonce == thread.nonce or not holds_any(doms):
+    if deadline == SD_TRY or doms.segment.list_nonce == owner.nonce or not holds_any(doms):
         return 0
     raise errors.LockOrder(
-        "this thread holds a domain and would wait for another; take both with lock_many(), "
+        f"{this()} holds a domain and would wait for another; take both with lock_many(), "
         "or hold the list lock, or use timeout=0")
 
 
 cdef void free_orphans(sd_thread *thread) noexcept:
-    """Free the locks of this thread whose handles another thread dropped."""
+    """Free the locks of this thread whose handles another thread dropped and could not free."""
     cdef sd_orphan *orphan
     while thread.orphans != NULL:
         orphan = thread.orphans
@@ -396,6 +485,26 @@ cdef void free_orphans(sd_thread *thread) noexcept:
             sd_slot_unlock(orphan.segment, orphan.slot, False)
         sd_detach(orphan.segment)
         free(orphan)
+
+
+cdef object free_for(sd_thread *thread, uint64_t nonce, sd_segment *segment, uint32_t slot,
+                     bint named):
+    """Free a lock that `thread` holds and whose handle another thread dropped, or leave that to
+    `thread`. Returns when it is freed."""
+    cdef int result
+    cdef sd_word *since
+    if named:
+        result = sd_named_unlock_for(segment, slot, thread, nonce)
+    else:
+        result = sd_slot_unlock_for(segment, slot, thread, nonce)
+    if result == SD_OK:
+        return "is freed"
+    leave_orphan(thread, segment, slot, named)
+    since = &segment.named[slot].owner.since if named else &segment.slots[slot].owner.since
+    sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+    if result == SD_TIMEOUT:
+        return "is freed within 0.1 s, by that thread, which waits for another lock"
+    return "is freed when that thread next locks something, or ends"
 
 
 cdef void leave_orphan(sd_thread *thread, sd_segment *segment, uint32_t slot,

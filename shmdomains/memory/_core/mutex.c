@@ -193,6 +193,11 @@ bool sd_mutex_busy(const pthread_mutex_t *mutex)
     return __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) != 0;
 }
 
+bool sd_mutex_awaited(const pthread_mutex_t *mutex)
+{
+    return (uint32_t)__atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED) & FUTEX_WAITERS;
+}
+
 static int wait_without_hook(pthread_mutex_t *mutex, uint64_t deadline)
 {
     return mutex ? sd_mutex_slice(mutex, deadline) : SD_OK;
@@ -255,4 +260,13 @@ int sd_mutex_lock_briefly(pthread_mutex_t *mutex)
 void sd_mutex_consistent(pthread_mutex_t *mutex)
 {
     pthread_mutex_consistent(mutex);
+}
+
+void sd_mutex_keep_waiters(pthread_mutex_t *mutex)
+{
+    int word = __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
+    while (!(word & (int)FUTEX_WAITERS))
+        if (__atomic_compare_exchange_n(&mutex->__data.__lock, &word, word | (int)FUTEX_WAITERS,
+                                        false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            return;
 }

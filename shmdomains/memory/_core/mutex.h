@@ -32,7 +32,13 @@ uint32_t sd_mutex_victim(const pthread_mutex_t *mutex);
 /* Does the kernel tell the next holder of a robust mutex that its holder died?  If not it is found
  * out by looking, a slice later. */
 bool sd_mutex_watched(void);
+/* Does somebody sleep for it?  Perhaps not any more. */
+bool sd_mutex_awaited(const pthread_mutex_t *mutex);
 bool sd_mutex_busy(const pthread_mutex_t *mutex); /* held, or left by a dead holder */
+/* This thread holds it, and its unlock will wake one who sleeps on it.  For whoever took it without a
+ * wait while others may sleep.  It is a bit of glibc's that any process may set while it is held; a
+ * dead holder leaves it set, and that costs one wake of nobody. */
+void sd_mutex_keep_waiters(pthread_mutex_t *mutex);
 
 static inline void sd_mutex_unlock(pthread_mutex_t *mutex)
 {

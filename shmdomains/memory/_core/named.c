@@ -13,6 +13,7 @@
 #include "named.h"
 
 #include "mutex.h"
+#include "unlock_for.h"
 
 /* In a sealed word, and never 0. */
 static uint64_t sum_of(const sd_lock_name *name)
@@ -144,6 +145,19 @@ void sd_named_unlock(sd_segment *segment, unsigned place, bool delivered)
     sd_self()->held--;
     sd_publish(&at->owner.who, 0);
     sd_mutex_unlock(&at->mutex);
+}
+
+int sd_named_unlock_for(sd_segment *segment, unsigned place, sd_thread *holder, uint64_t nonce)
+{
+    sd_named *at = &segment->named[place];
+    int result = sd_mutex_take_off_for(&at->mutex, holder, nonce);
+    if (result != SD_OK) return result;
+    if (sd_load(&at->why[0])) sd_store(&at->why[0], 0);
+    segment->held--;
+    holder->held--;
+    sd_publish(&at->owner.who, 0);
+    sd_mutex_release_for(&at->mutex, holder);
+    return SD_OK;
 }
 
 int sd_named_died(const sd_segment *segment, unsigned place, uint64_t *who, uint64_t *pid)

@@ -24,6 +24,8 @@ int sd_named_get(const sd_segment *segment, unsigned place, sd_lock_name *name);
 int sd_named_lock(sd_segment *segment, unsigned place, uint64_t deadline);
 int sd_named_wait(sd_segment *segment, unsigned place, uint64_t deadline); /* after SD_SPIN */
 void sd_named_unlock(sd_segment *segment, unsigned place, bool delivered);
+/* As sd_slot_unlock_for(). */
+int sd_named_unlock_for(sd_segment *segment, unsigned place, sd_thread *holder, uint64_t nonce);
 /* Who died holding it since it was last unlocked in order.  SD_OK, with `who` 0 if nobody did;
  * SD_CORRUPT.  The lock is held. */
 int sd_named_died(const sd_segment *segment, unsigned place, uint64_t *who, uint64_t *pid);

@@ -46,8 +46,8 @@ cdef object what_of(Mutex mutex):
 
 
 cdef void *held_mutex(Segment doms, unsigned place) noexcept:
-    """This thread's handle that holds the lock, or NULL."""
-    cdef void *at = sd_self().named
+    """The caller's handle that holds the lock, or NULL."""
+    cdef void *at = me().named
     while at != NULL:
         if (<Mutex>at).place == place and (<Mutex>at).doms.segment == doms.segment:
             return at
@@ -56,7 +56,7 @@ cdef void *held_mutex(Segment doms, unsigned place) noexcept:
 
 
 cdef bint holds_named(Segment doms) noexcept:
-    cdef void *at = sd_self().named
+    cdef void *at = me().named
     while at != NULL:
         if (<Mutex>at).doms.segment == doms.segment:
             return True
@@ -65,24 +65,26 @@ cdef bint holds_named(Segment doms) noexcept:
 
 
 cdef int may_wait_for_named(Segment doms, uint64_t deadline, object what) except -1:
-    cdef sd_thread *thread = sd_self()
-    if thread.held >= SD_HELD_MAX:
+    cdef sd_thread *owner = me()
+    if TASKS:
+        need_room_for_lock()
+    if owner.held >= SD_HELD_MAX:
         raise errors.TooManyLocks(
-            f"this thread holds {thread.held} locks; unlock some: the kernel frees a limited "
+            f"{this()} holds {owner.held} locks; unlock some: the kernel frees a limited "
             "number of locks when a thread dies")
     if deadline == SD_TRY:
         return 0
-    if doms.segment.list_nonce == thread.nonce or thread.records != NULL and holds_any(doms):
+    if doms.segment.list_nonce == owner.nonce or owner.records != NULL and holds_any(doms):
         raise errors.LockOrder(
-            f"this thread holds the list or a domain and would wait for {what}; named locks come "
+            f"{this()} holds the list or a domain and would wait for {what}; named locks come "
             "first: take it before, or use timeout=0")
     if deadline == SD_FOREVER and holds_named(doms):
         raise errors.LockOrder(
-            f"this thread holds a named lock and would wait for {what}, perhaps for ever; give it "
+            f"{this()} holds a named lock and would wait for {what}, perhaps for ever; give it "
             "a timeout")
-    if deadline == SD_FOREVER and HOLDERS.holds_job():
+    if deadline == SD_FOREVER and HOLDERS.holds_job(me().nonce):
         raise errors.LockOrder(
-            f"this thread holds a job and would wait for {what}, perhaps for ever; named locks "
+            f"{this()} holds a job and would wait for {what}, perhaps for ever; named locks "
             "come first: take it before, or give it a timeout")
     return 0
 
@@ -98,42 +100,72 @@ cdef int lock_mutex(Mutex mutex, object timeout) except -1:
 cdef int try_mutex(Mutex mutex, uint64_t deadline) except -1:
     """SD_OK or SD_TIMEOUT."""
     cdef Segment doms = mutex.doms
-    cdef sd_wait wait
     cdef int result
+    cdef object turn = None
+    cdef sd_named *at = &doms.segment.named[mutex.place]
     need_open(doms)
-    if sd_self().orphans != NULL:
-        free_orphans(sd_self())
+    begin_asking()
     if held_mutex(doms, mutex.place) != NULL:
-        raise errors.AlreadyLocked(f"this thread holds {what_of(mutex)} already")
+        raise errors.AlreadyLocked(f"{this()} holds {what_of(mutex)} already")
     may_wait_for_named(doms, deadline, what_of(mutex))
     begin_wait(doms)
-    result = sd_named_lock(doms.segment, mutex.place, SD_SPIN if deadline else SD_TRY)
-    if result == SD_TIMEOUT and deadline:
-        sd_wait_begin(&wait, doms.segment, SD_LOCK_MUTEX, mutex.place, <void *>doms)
-        result = sd_named_wait(doms.segment, mutex.place, deadline)
-        sd_wait_end(&wait)
-    if result == SD_OK:
-        if doms.closed:
-            sd_named_unlock(doms.segment, mutex.place, False)
-        else:
-            enter_mutex(mutex)
-    end_wait(doms)
+    try:
+        result = try_named(doms, mutex.place, deadline)
+        if result == SD_TIMEOUT and deadline and not TASKS:
+            result = wait_for_named(doms, mutex.place, deadline)
+        while result == SD_TIMEOUT and deadline and TASKS:
+            result = how_to_wait(doms, SD_LOCK_MUTEX, mutex.place, &at.owner, &at.mutex, deadline)
+            if result == SWITCHES:
+                turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
+                result = try_named(doms, mutex.place, deadline)
+                continue
+            if result == BLOCKS:
+                result = wait_for_named(doms, mutex.place, deadline)
+            break
+        if result == SD_OK:
+            if doms.closed:
+                sd_named_unlock(doms.segment, mutex.place, False)
+            else:
+                enter_mutex(mutex)
+    finally:
+        if turn is not None:
+            turn.leave()
+        end_wait(doms)
     if result == SD_OK:
         still_open(doms)
         return result
     if result == SD_TIMEOUT:
         still_open(doms)
         return result
+    if result == OTHER_TASK:
+        return raise_other_task(what_of(mutex))
     return raise_poison_or_code(doms, result, f"lock {what_of(mutex)}")
 
 
+cdef int try_named(Segment doms, unsigned place, uint64_t deadline) except -1:
+    cdef sd_named *at = &doms.segment.named[place]
+    if TASKS and must_queue(doms, SD_LOCK_MUTEX, place, &at.owner, &at.mutex, deadline):
+        return SD_TIMEOUT
+    return sd_named_lock(doms.segment, place, SD_SPIN if deadline else SD_TRY)
+
+
+cdef int wait_for_named(Segment doms, unsigned place, uint64_t deadline) noexcept:
+    cdef sd_wait wait
+    sd_wait_begin(&wait, doms.segment, SD_LOCK_MUTEX, place, <void *>doms)
+    cdef int result = sd_named_wait(doms.segment, place, deadline)
+    sd_wait_end(&wait)
+    return result
+
+
 cdef void enter_mutex(Mutex mutex) noexcept:
-    cdef sd_thread *thread = sd_self()
-    mutex.nonce, mutex.thread, mutex.nested = thread.nonce, thread, thread.nested
-    mutex.before, mutex.after = NULL, thread.named
-    if thread.named != NULL:
-        (<Mutex>thread.named).before = <void *>mutex
-    thread.named = <void *>mutex
+    cdef sd_thread *owner = me()
+    mutex.nonce, mutex.thread, mutex.nested = owner.nonce, owner, sd_self().nested
+    mutex.before, mutex.after = NULL, owner.named
+    if owner.named != NULL:
+        (<Mutex>owner.named).before = <void *>mutex
+    owner.named = <void *>mutex
+    if TASKS:
+        count_held(owner, 1)
     if mutex.why is not None:
         sd_named_explain(mutex.doms.segment, mutex.place, <const char *><bytes>mutex.why,
                          len(<bytes>mutex.why))
@@ -147,6 +179,8 @@ cdef void leave_mutex(Mutex mutex) noexcept:
     if mutex.after != NULL:
         (<Mutex>mutex.after).before = mutex.before
     mutex.nonce = 0
+    if TASKS:
+        count_held(mutex.thread, -1)
 
 
 cdef int unlock_mutex(Mutex mutex) except -1:
@@ -154,48 +188,51 @@ cdef int unlock_mutex(Mutex mutex) except -1:
     cdef Mutex mine = need_mutex(mutex)
     if sd_self().nested > mine.nested:
         raise_code(SD_NESTED, f"unlock {what_of(mutex)}")
+    cdef bint strangers = TASKS and strangers_wait(&doms.segment.named[mutex.place].mutex)
     leave_mutex(mine)
     sd_named_unlock(doms.segment, mutex.place, True)
+    if TASKS:
+        tell_tasks(doms, SD_LOCK_MUTEX, mutex.place, strangers)
     if doms.closed:
         sd_detach(doms.segment)
     return 0
 
 
 cdef Mutex need_mutex(Mutex mutex):
-    """The handle through which this thread holds the lock."""
+    """The handle through which the caller holds the lock."""
     cdef void *held = held_mutex(mutex.doms, mutex.place)
     cdef sd_owner *owner
     if held != NULL:
         return <Mutex>held
     owner = &mutex.doms.segment.named[mutex.place].owner
     if sd_owner_pid(owner, sd_load(&owner.who)) == sd_self().pid:
-        raise errors.NotOwner(f"another thread of this process holds {what_of(mutex)}")
-    raise errors.MutexNotLocked(f"this thread does not hold {what_of(mutex)}")
+        raise errors.NotOwner(other_thread(sd_load(&owner.who), what_of(mutex)))
+    raise errors.MutexNotLocked(f"{this()} does not hold {what_of(mutex)}")
 
 
 cdef void abandon_mutex(Mutex mutex) noexcept:
-    """A handle that holds the lock is freed: unlock, or have the holding thread unlock."""
+    """A handle that holds the lock is freed: unlock, also for another thread."""
     cdef sd_segment *segment = mutex.doms.segment
-    cdef bint here = mutex.nonce == sd_self().nonce
-    cdef uint32_t holder = sd_who_tid(mutex.thread.who)
-    cdef sd_word *since = &segment.named[mutex.place].owner.since
+    cdef bint here = mutex.thread.kernel == sd_self()
     leave_mutex(mutex)
     if here:
         sd_named_unlock(segment, mutex.place, False)
-        if mutex.doms.closed:
-            sd_detach(segment)
     else:
-        leave_orphan(mutex.thread, segment, mutex.place, True)
-        sd_store(since, sd_load(since) | SD_SINCE_DROPPED)
+        freed = free_for(mutex.thread.kernel, mutex.thread.kernel_nonce, segment, mutex.place,
+                         True)
+    if TASKS and here:
+        tell_tasks(mutex.doms, SD_LOCK_MUTEX, mutex.place, False)
+    if mutex.doms.closed:
+        sd_detach(segment)
     if warnings is None:  # the interpreter may be going down
         return
     if here:
         warnings.warn(f"{what_of(mutex)} was dropped while it was locked, and is freed: use "
                       "'with'", ResourceWarning, stacklevel=1)
         return
-    warnings.warn(f"{what_of(mutex)} was dropped in another thread than the one that holds it, and "
-                  f"is freed when thread {holder} next locks something, or ends: lock and unlock "
-                  "in one thread", ResourceWarning, stacklevel=1)
+    warnings.warn(f"{what_of(mutex)} was dropped in another thread than the one that locked it, "
+                  f"thread {sd_who_tid(mutex.thread.who)}, and {freed}: {ONE_THREAD}",
+                  ResourceWarning, stacklevel=1)
 
 
 @cython.final
@@ -217,10 +254,10 @@ cdef class Mutex:
     cdef object timeout
     cdef object why          # bytes, or None
     cdef readonly str name
-    cdef uint64_t nonce      # of the thread that holds it through this handle, or 0
+    cdef uint64_t nonce      # of the owner who holds it through this handle, or 0
     cdef sd_thread *thread
     cdef unsigned nested     # how deep in signal handlers it was locked
-    cdef void *before        # and `after`: neighbours among that thread's named locks
+    cdef void *before        # and `after`: neighbours among that owner's named locks
     cdef void *after
     cdef object __weakref__
 
@@ -251,7 +288,7 @@ cdef class Mutex:
 
     def __dealloc__(self):
         if (self.nonce and self.thread.epoch == sd_fork_epoch
-                and self.thread.nonce == self.nonce):
+                and self.thread.nonce == self.nonce and runs_on_living(self.thread)):
             abandon_mutex(self)
 
     @property
@@ -312,8 +349,8 @@ cdef class Mutex:
             unlock_mutex(self)
 
     def __reduce__(self):
-        return Mutex, (self.doms, self.name, self.timeout,
-                       None if self.why is None else self.why.decode())
+        why = None if self.why is None else self.why.decode()
+        return HOLDERS.restore_part, (self.doms, "mutex", (self.name, self.timeout), {"why": why})
 
     def __repr__(self):
         return f"<Mutex {self.name!r}{' locked' if self.is_locked else ''}>"

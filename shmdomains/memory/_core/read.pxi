@@ -152,7 +152,7 @@ cdef int wake_recovery(Segment doms) except -1:
     cdef sd_segment *segment = doms.segment
     if sd_load(&segment.header.poisoned):
         return 0
-    if segment.list_nonce == sd_self().nonce:
+    if segment.list_nonce == me().nonce:
         return 0
     if sd_ids_lock(segment, SD_TRY) == SD_OK:
         sd_ids_unlock(segment)

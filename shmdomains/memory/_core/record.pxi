@@ -15,20 +15,19 @@ from shmdomains import errors
 cdef class Record:
     """A handle to one domain's record. `Domain` adds what a domain may do.
 
-    One thread at a time holds a domain, through one handle. To that thread every other handle to
-    the same domain stands for this one.
+    One thread or task at a time holds a domain, through one handle. To it every other handle to the
+    same domain stands for this one.
     """
     cdef Segment segment
     cdef uint32_t slot
     cdef uint64_t life
     cdef uint64_t uuid_raw[2]
-    cdef uint64_t nonce      # of the thread that holds it through this handle, or 0
-    cdef sd_thread *thread
+    cdef uint64_t nonce      # of the owner who holds it through this handle, or 0
+    cdef sd_thread *thread   # his node
     cdef unsigned nested     # how deep in signal handlers it was locked
     cdef unsigned depth      # of `with` blocks
-    cdef size_t inside       # the task or greenlet that is in them, or 0
     cdef bint leads          # to a slot; not while a find is locking that
-    cdef void *before        # and `after`: neighbours among that thread's locked handles
+    cdef void *before        # and `after`: neighbours among that owner's locked handles
     cdef void *after
     cdef sd_values values    # with the holder's changes
     cdef int32_t was_id      # what is committed, of what makes events
@@ -140,27 +139,16 @@ cdef class Record:
         reload_values(mine)
 
     def __enter__(self):
-        cdef size_t here = entering()
         cdef Record mine = locked_or_none(self)
         if mine is None:
             lock_record(self, SD_FOREVER, None)
             mine = self
-        enter_block(need_changeable(mine), here)
+        mine = need_changeable(mine)
+        mine.depth += 1
         return self
 
     def __exit__(self, kind, value, traceback):
-        cdef Record mine = locked_or_none(self)
-        if mine is None:
-            return
-        if kind is not None:
-            mine = need_changeable(mine)
-            drop_changes(mine)
-            reload_values(mine)
-            mine.intends = False
-        if mine.depth > 1:
-            mine.depth -= 1  # an inner block; the outer one goes on
-            return
-        unlock_record(mine, None)
+        leave_block(self, kind)
 
     # --- fields ---
 
@@ -367,19 +355,18 @@ cdef class Record:
 
     @property
     def _block(self):
-        """What `_lock_again` needs: depth of `with` blocks, their task, and what the holder
-        intends. Domain lock."""
+        """What `_lock_again` needs: depth of `with` blocks, and what the holder intends. Domain
+        lock."""
         cdef Record mine = need_locked(self)
-        return mine.depth, mine.inside, intention(mine) if mine.intends else None
+        return mine.depth, intention(mine) if mine.intends else None
 
     def _lock_again(self, block, timeout=None):
         """Lock the domain, and be in the `with` blocks of before: in one step, as far as signal
         handlers can tell."""
         cdef unsigned depth = block[0]
-        cdef size_t inside = block[1]
-        intended = block[2]
+        intended = block[1]
         lock_record(self, deadline_of(timeout), timeout)
-        self.depth, self.inside = depth, inside
+        self.depth = depth
         self.intends = intended is not None and intention(self) == intended
 
     def _note(self, uint32_t type, uint16_t detail=0):

@@ -25,7 +25,7 @@ cdef tuple recover_locks(Segment doms, object timeout):
             "inherited the DomainList: recover through one of them")
     if sd_load_acquire(&doms.segment.header.poisoned):
         raise_poison_or_code(doms, SD_POISONED, "recover")
-    if doms.segment.list_nonce != sd_self().nonce:
+    if doms.segment.list_nonce != me().nonce:
         recover_list(doms, deadline, timeout, repairs, held)
     recover_short(doms, "id", SD_IDS, &doms.segment.header.id_mutex, deadline, timeout, repairs,
                   held)
@@ -48,7 +48,7 @@ cdef int recover_list(Segment doms, uint64_t deadline, object timeout, list repa
     cdef sd_repair repair
     if holds_any(doms):
         raise errors.LockOrder(
-            "this thread holds a domain; the list lock comes first: unlock the domain")
+            f"{this()} holds a domain; the list lock comes first: unlock the domain")
     memset(&sd_self().repair, 0, sizeof(repair))
     try:
         acquire_list(doms, deadline, timeout)

@@ -637,6 +637,15 @@ static void unmap_unused(sd_segment *segment)
     free(segment);
 }
 
+bool sd_is_mapped(const void *at, size_t bytes)
+{
+    for (const sd_segment *one = mapped; one; one = one->next) {
+        uintptr_t from = (uintptr_t)at - (uintptr_t)one->base;
+        if (from < one->at.total_bytes && one->at.total_bytes - from >= bytes) return true;
+    }
+    return false;
+}
+
 void sd_unmap(sd_segment *segment)
 {
     segment->users--;

@@ -72,6 +72,8 @@ void sd_detach(sd_segment *segment);
 /* Drop one use; unmaps after the last one unless a lock of ours is held: then a later sd_map()
  * does, once that lock's thread has ended. */
 void sd_unmap(sd_segment *segment);
+/* Do these bytes lie in a segment that this process has mapped and not given up? */
+bool sd_is_mapped(const void *at, size_t bytes);
 /* First use in a forked child: nothing of its parent's is held.  SD_MISMATCH with a reason in
  * `why`: the child lives in another PID or time namespace, or that cannot be told. */
 int sd_begin_in_child(sd_segment *segment, char *why, size_t why_size);

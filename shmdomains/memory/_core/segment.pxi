@@ -37,7 +37,7 @@ cdef class Segment:
     def __dealloc__(self):
         if self.segment != NULL:
             if (self.segment.list_taker == <void *>self
-                    and self.segment.list_nonce == sd_self().nonce):
+                    and self.segment.list_nonce == me().nonce):
                 drop_list(self, "a DomainList")
             if not self.closed:
                 self.segment.open -= 1
@@ -64,7 +64,7 @@ cdef class Segment:
         self.list_lock, self.slot_locks = list_lock, slot_locks
         self.record_class = record_class
         keep_spares(record_class, <void *>vacate)
-        note_greenlets()
+        look_for_greenlets()
         self.closed = False
 
     def _close(self):
@@ -73,7 +73,7 @@ cdef class Segment:
             return
         cdef sd_thread *thread = sd_self()
         # A signal handler may close the list, but the code it interrupted still needs the lock.
-        if (self.segment.list_nonce == thread.nonce
+        if (self.segment.list_nonce == me().nonce
                 and self.segment.list_taker == <void *>self
                 and thread.nested <= self.segment.list_nested):
             release_list(self)
@@ -99,7 +99,7 @@ cdef class Segment:
     @property
     def is_locked(self):
         """Whether this thread holds the list lock."""
-        return self.segment != NULL and self.segment.list_nonce == sd_self().nonce
+        return self.segment != NULL and self.segment.list_nonce == me().nonce
 
     def lock(self, timeout=None, why=None):
         """Take the list lock (the patch's driver lock).
@@ -383,6 +383,16 @@ cdef class Segment:
     def _with_work(self):
         """Unlocked handles to the records in which something is under way."""
         return live_handles(self, SD_FLAG_PRESENT(SD_WORK))
+
+    @property
+    def _owner(self):
+        """A number for whoever calls, a thread or a task."""
+        return owner()
+
+    @property
+    def _this(self):
+        """What errors call whoever calls."""
+        return this()
 
     def _job_wait(self, Record record not None):
         """For a ``with`` block: this thread waits for a job of the domain."""

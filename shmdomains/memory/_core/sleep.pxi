@@ -16,9 +16,14 @@ cdef extern from "pythread.h":
 
 
 cdef int sleep_on(Segment doms, const sd_word *word, uint64_t seen, sd_word *waiting,
-                  uint64_t number, uint64_t deadline) except -1:
+                  uint64_t number, uint64_t deadline, const sd_word *life=NULL,
+                  uint64_t lives=0) except -1:
     """A slice at most. 1: the word changed, or may have; 0: it is as it was."""
     cdef int result
+    if TASKS:
+        result = sleep_as_task(doms, word, seen, waiting, number, deadline, life, lives)
+        if result != BLOCKS:
+            return result
     begin_wait(doms)
     with nogil:
         result = sd_sleep(word, seen, waiting, number, deadline)
@@ -60,8 +65,9 @@ cdef int sleep_on_record(Segment doms, Record record, uint64_t stamp, uint64_t d
     at = &doms.segment.slots[record.slot]
     if sd_load_acquire(&at.life) != record.life:
         return 1
-    if runs_handlers() or thread.wait != NULL:
-        return sleep_on(doms, &at.cur, stamp, &at.waiting, number, deadline)
+    if TASKS or runs_handlers() or thread.wait != NULL:
+        return sleep_on(doms, &at.cur, stamp, &at.waiting, number, deadline, &at.life,
+                        record.life)
     begin_wait(doms)
     with nogil:
         while result == SD_TIMEOUT:
@@ -93,7 +99,6 @@ cdef int wait_unlocked(Record record, uint64_t deadline) except -1:
     error, but for `UncommittedChanges`, the domain is not locked."""
     cdef Record mine = need_changeable(record)
     cdef unsigned depth
-    cdef size_t inside
     cdef uint64_t stamp, again
     cdef bint changed
     need_open(mine.segment)
@@ -101,7 +106,7 @@ cdef int wait_unlocked(Record record, uint64_t deadline) except -1:
         raise errors.UncommittedChanges(f"domain {uuid_object(mine.uuid_raw)} has changes that "
                                         "nobody would see while this waits")
     intended = intention(mine) if mine.intends else None
-    depth, inside = mine.depth, mine.inside
+    depth = mine.depth
     stamp = sd_load_acquire(&mine.segment.segment.slots[mine.slot].cur)
     end_hold(mine, False)
     changed = sleep_on_record(mine.segment, mine, stamp, deadline)
@@ -109,7 +114,7 @@ cdef int wait_unlocked(Record record, uint64_t deadline) except -1:
         changed = sleep_on_record(mine.segment, mine, stamp, deadline)
     again = max(deadline, sd_now() + SD_SLICE_NS)
     lock_record(mine, again, seconds_left(again))
-    mine.depth, mine.inside = depth, inside
+    mine.depth = depth
     mine.intends = intended is not None and intention(mine) == intended
     return changed
 

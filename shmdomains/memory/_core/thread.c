@@ -4,7 +4,8 @@
  * good: it is never used again in this process or its children, so a handle that remembers a nonce
  * can tell its owner from every later thread.  A node belongs to one fork epoch: a forked child
  * sees its thread's node as foreign and begins it anew, owning nothing.  Nodes of ended threads go
- * to a lock-free list and are reused, never freed.
+ * to a lock-free list and are reused, never freed.  A task that runs on a thread has a node of its
+ * own, with a nonce of its own, as long as it may own something.
  *
  * Other threads are known by /proc.  A number alone proves nothing, since it is reused, also within
  * one process: an identity adds when the thread started, in ticks of 10 ms.  The kernel gives
@@ -27,12 +28,14 @@ _Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")
 static _Atomic uint64_t nonces = 1;
 static _Atomic(sd_thread *) idle_threads;
 static pthread_key_t thread_key;
+static pthread_mutex_t ends = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t start_of_self, start_epoch;
 
 /* The child owns none of its parent's locks: under a new epoch every older nonce is foreign. */
 static void after_fork_in_child(void)
 {
     sd_fork_epoch++;
+    pthread_mutex_init(&ends, NULL);
 }
 
 static void push_idle(sd_thread *thread)
@@ -44,10 +47,25 @@ static void push_idle(sd_thread *thread)
 static void thread_ended(void *thread)
 {
     sd_thread *ended = thread;
+    pthread_mutex_lock(&ends);
     ended->nonce = 0;
+    pthread_mutex_unlock(&ends);
     ended->orphans = NULL; /* its locks die with the thread */
     sd_this_thread = NULL;
     push_idle(ended);
+}
+
+bool sd_thread_keep(const sd_thread *thread, uint64_t nonce)
+{
+    pthread_mutex_lock(&ends);
+    if (nonce && thread->nonce == nonce && thread->epoch == sd_fork_epoch) return true;
+    pthread_mutex_unlock(&ends);
+    return false;
+}
+
+void sd_thread_let_go(void)
+{
+    pthread_mutex_unlock(&ends);
 }
 
 /* Taking the whole list and putting the rest back needs no guard against ABA. */
@@ -157,6 +175,30 @@ bool sd_alive(uint64_t who)
     return kill((pid_t)tid, 0) == 0 || errno != ESRCH;
 }
 
+bool sd_sleeps(uint32_t tid)
+{
+    stat_line line;
+    return read_stat(tid, &line) && line.state == 'S';
+}
+
+/* It holds nothing yet. */
+static void begin_owner(sd_thread *self, sd_thread *kernel)
+{
+    self->kernel = kernel;
+    self->kernel_nonce = kernel->nonce;
+    self->muted = 0;
+    self->held = self->lists = self->nested = self->short_wait = 0;
+    self->records = self->named = NULL;
+    self->in_slice = false;
+    self->orphans = NULL;
+    self->awaited = NULL;
+    self->wait = NULL;
+    self->runs = self->acts_for = NULL;
+    self->rooms = 0;
+    self->asks = self->gives_up = false;
+    self->until = 0;
+}
+
 sd_thread *sd_thread_begin(void)
 {
     sd_thread *self = sd_this_thread;
@@ -179,13 +221,30 @@ sd_thread *sd_thread_begin(void)
     self->pid = (uint64_t)getpid();
     self->process = sd_identity((uint32_t)self->pid, start_of_self);
     self->who = sd_identity(tid, start == SD_START_UNKNOWN ? 0 : start);
-    self->muted = 0;
-    self->held = self->lists = self->nested = self->short_wait = 0;
-    self->records = self->named = NULL;
-    self->orphans = NULL;
-    self->awaited = NULL;
-    self->wait = NULL;
+    begin_owner(self, self);
     return self;
+}
+
+/* --- tasks ----------------------------------------------------------------------------------- */
+
+sd_thread *sd_task_begin(void)
+{
+    sd_thread *kernel = sd_self(), *task = pop_idle();
+    if (!task) task = calloc(1, sizeof *task);
+    if (!task) return NULL;
+    task->epoch = kernel->epoch;
+    task->nonce = atomic_fetch_add(&nonces, 1);
+    task->pid = kernel->pid;
+    task->process = kernel->process;
+    task->who = kernel->who;
+    begin_owner(task, kernel);
+    return task;
+}
+
+void sd_task_end(sd_thread *task)
+{
+    task->nonce = 0;
+    push_idle(task);
 }
 
 static uint64_t read_clock(clockid_t clock)

@@ -7,7 +7,8 @@
 struct sd_segment;
 struct sd_wait;
 
-/* A lock whose handle was dropped by another thread than its owner: the owner frees it. */
+/* A lock whose handle was dropped by another thread than its owner, and which only the owner can
+ * free (unlock_for.c). */
 typedef struct sd_orphan {
     struct sd_segment *segment;
     uint32_t slot; /* or the place of a named lock */
@@ -23,18 +24,26 @@ typedef struct {
     uint64_t freed;    /* cells of garbage */
 } sd_repair;
 
-/* One thread of this process.  Nodes are reused when a thread ends and never freed, so a handle may
- * look at the node of its last owner: another nonce there says that the thread is gone. */
+/* An owner of locks: one thread of this process, or a task that runs on one.  Nodes are reused when
+ * their owner ends and never freed, so a handle may look at the node of its last owner: another
+ * nonce there says that the owner is gone.
+ *
+ * The kernel knows threads only.  A task's locks are its thread's mutexes, which that thread takes
+ * and frees; of a task's node the core uses nothing.  The binding keeps in it what it keeps in a
+ * thread's: nonce, held, records, named. */
 typedef struct sd_thread {
     uint64_t epoch;      /* of fork */
-    uint64_t nonce;      /* this thread; never used again in this process or its children */
+    uint64_t nonce;      /* this owner; never used again in this process or its children */
     uint64_t who;        /* sd_identity() */
     uint64_t pid;
     uint64_t process;    /* its sd_identity() */
+    struct sd_thread *kernel; /* the thread that this task runs on; of a thread, itself */
+    uint64_t kernel_nonce;    /* that thread's, then */
     unsigned held;       /* slots and named locks this thread holds, in all segments */
     unsigned lists;      /* list locks it holds */
     unsigned short_wait; /* it waits for one of the core's own short locks */
     unsigned nested;     /* signal handlers running inside a wait of this thread */
+    bool in_slice;       /* it waits for a mutex without the GIL; changes under the GIL */
     uint64_t muted;      /* until then it does not wait to tell of a death (locks.c) */
     void *records;       /* the binding's list of its locked handles */
     void *named;         /* and of the named locks that it holds */
@@ -42,6 +51,14 @@ typedef struct sd_thread {
     sd_repair repair;
     const sd_owner *awaited; /* signs for the mutex that this thread waits for; NULL: nobody does */
     struct sd_wait *wait;    /* the wait for a list or slot lock that this thread is in, or NULL */
+    /* The binding's: */
+    uint64_t stretch, stretch_of; /* when it last looked who runs on this thread, */
+    struct sd_thread *runs;       /* and who did; NULL: look */
+    struct sd_thread *acts_for; /* the owner for whom this thread works; NULL: itself */
+    unsigned rooms;             /* locks that tasks of this thread wait for (rooms.py) */
+    bool asks;                  /* it must not block: whoever called it waits elsewhere */
+    bool gives_up;              /* whoever it works for does not want it any more */
+    uint64_t until;             /* deadline of a call that asks, and has asked before; or 0 */
     struct sd_thread *next;
 } sd_thread;
 
@@ -50,6 +67,9 @@ extern uint64_t sd_fork_epoch;
  * of the few hundred bytes that the loader keeps for modules that are loaded late. */
 extern _Thread_local sd_thread *sd_this_thread __attribute__((tls_model("initial-exec")));
 sd_thread *sd_thread_begin(void);
+/* A node for a task of this thread, and its end.  NULL: no memory. */
+sd_thread *sd_task_begin(void);
+void sd_task_end(sd_thread *task);
 
 static inline sd_thread *sd_self(void)
 {
@@ -57,6 +77,11 @@ static inline sd_thread *sd_self(void)
     if (__builtin_expect(self && self->epoch == sd_fork_epoch, 1)) return self;
     return sd_thread_begin();
 }
+
+/* No thread of this process ends until sd_thread_let_go().  False: this one has, or is about to.  A
+ * moment only. */
+bool sd_thread_keep(const sd_thread *thread, uint64_t nonce);
+void sd_thread_let_go(void);
 
 /* What sd_who_tid() and sd_who_start() take apart. */
 uint64_t sd_identity(uint32_t tid, uint64_t start);
@@ -74,6 +99,9 @@ bool sd_exhausted(int error);
 uint32_t sd_process_of(uint32_t tid);
 /* Does the thread with this identity still run?  Yes if that cannot be found out. */
 bool sd_alive(uint64_t who);
+
+/* Does it wait in the kernel right now?  No if that cannot be found out. */
+bool sd_sleeps(uint32_t tid);
 
 #define SD_SECOND_NS 1000000000ull
 uint64_t sd_now(void);        /* CLOCK_MONOTONIC, ns */

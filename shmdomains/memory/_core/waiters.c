@@ -54,13 +54,12 @@ static uint32_t find_place(sd_segment *segment, uint64_t me)
     return SD_WAITERS_MAX;
 }
 
-void sd_wait_begin(sd_wait *wait, sd_segment *segment, int kind, uint32_t number, void *list)
+void sd_wait_note(sd_wait *wait, sd_segment *segment, int kind, uint32_t number, void *list)
 {
     sd_thread *self = sd_self();
     uint64_t what = (uint64_t)kind | (uint64_t)number << 32, now = sd_now();
-    *wait = (sd_wait){.segment = segment, .epoch = sd_fork_epoch, .since = now, .kind = kind,
-                      .number = number, .list = list, .outer = self->wait};
-    self->wait = wait;
+    *wait = (sd_wait){.segment = segment, .epoch = sd_fork_epoch, .who = self->who, .since = now,
+                      .kind = kind, .number = number, .list = list};
     wait->place = find_place(segment, self->who);
     if (wait->place == SD_WAITERS_MAX) {
         sd_count(&segment->counters->unlisted);
@@ -81,17 +80,30 @@ static void count_wait(sd_counters *counters, uint64_t ns)
     sd_count(&counters->waits[size < SD_WAIT_SIZES ? size : SD_WAIT_SIZES - 1]);
 }
 
-void sd_wait_end(sd_wait *wait)
+void sd_wait_forget(sd_wait *wait)
 {
     if (wait->epoch != sd_fork_epoch) return; /* a handler forked: the wait is the parent's */
-    sd_thread *self = sd_self();
-    self->wait = wait->outer;
     if (wait->place < SD_WAITERS_MAX) {
         sd_waiter *waiter = &wait->segment->waiters[wait->place];
         sd_store(&waiter->sum, 0); /* this wait must not pass for this thread's next one */
-        take(waiter, self->who, 0);
+        take(waiter, wait->who, 0);
     }
     count_wait(wait->segment->counters, sd_now() - wait->since);
+}
+
+void sd_wait_begin(sd_wait *wait, sd_segment *segment, int kind, uint32_t number, void *list)
+{
+    sd_thread *self = sd_self();
+    sd_wait_note(wait, segment, kind, number, list);
+    wait->outer = self->wait;
+    self->wait = wait;
+}
+
+void sd_wait_end(sd_wait *wait)
+{
+    if (wait->epoch != sd_fork_epoch) return;
+    sd_self()->wait = wait->outer;
+    sd_wait_forget(wait);
 }
 
 uint32_t sd_waiters(const sd_segment *segment)

@@ -27,8 +27,13 @@ cdef PyObject *kept_traceback = NULL
 
 cdef int slice_hook(pthread_mutex_t *mutex, uint64_t deadline) noexcept:
     cdef int result
+    cdef sd_thread *thread = sd_self()
+    thread.in_slice = True  # the only place where mutexes are taken and freed without the GIL
     with nogil:
         result = sd_mutex_slice(mutex, deadline)
+    thread.in_slice = False
+    if thread.orphans != NULL:
+        free_orphans(thread)
     return result
 
 
@@ -51,6 +56,10 @@ cdef int after_slice(int result) noexcept:
     # Whoever we wait for may be waiting for one of those locks.
     if thread.orphans != NULL:
         free_orphans(thread)
+    if thread.gives_up:
+        PyErr_SetObject(WorkGivenUp, None)
+        PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
+        return SD_INTERRUPTED
     nested, short_wait = thread.nested, thread.short_wait
     thread.nested, thread.short_wait = nested + 1, 0
     raised = PyErr_CheckSignals()
@@ -71,6 +80,13 @@ cdef bint look_how_long(sd_wait *wait) noexcept:
     cdef Segment doms = <Segment>wait.list
     cdef uint64_t waited = sd_now() - wait.since
     cdef object raised = None
+    if TASKS and wait.outer == NULL and not wait.told_loop and runs_loop():
+        wait.told_loop = True
+        try:
+            HOLDERS.stops_loop(error_of_wait(doms, wait, waited))
+        except BaseException as exc:
+            PyErr_SetObject(type(exc), exc)
+            return True
     if wait.told or not doms.slow_after_ns or waited < doms.slow_after_ns:
         return False
     wait.told = True
@@ -93,6 +109,8 @@ cdef uint64_t deadline_of(timeout) except? 1:
     cdef double seconds
     if timeout is None:
         return SD_FOREVER
+    if TASKS and sd_self().until and timeout:
+        return sd_self().until  # the call begins anew, its time does not
     seconds = timeout
     if not seconds >= 0:
         raise ValueError(f"timeout is {timeout!r}; None waits for ever, 0 tries, else seconds")
@@ -135,6 +153,8 @@ cdef int raise_code(int result, object what) except -1:
         PyErr_Restore(kept_type, kept_value, kept_traceback)
         kept_type = kept_value = kept_traceback = NULL
         return -1
+    if result == WOULD_BLOCK:
+        raise WouldBlock(BLOCKED)
     if result == SD_TIMEOUT:
         raise errors.LockTimeout(
             f"{what}: one of the segment's own short locks was not free in time")

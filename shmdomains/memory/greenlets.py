@@ -1,0 +1,128 @@
+"""How a greenlet of gevent waits: its hub runs the others meanwhile.
+
+The core asks before it would block: in a greenlet whose thread has a hub it calls `_switch`, then
+tries again. A thread without a hub, as gevent's own pool has them, blocks as ever, and so does the
+hub itself, which has nobody to switch to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ._core import core
+from .rooms import Hub, Timer, Turn, freed, hub_here, may_try, set_hub
+
+
+def is_wanted() -> bool:
+    """Whether gevent has patched `threading`: then this process's threads are greenlets."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
+
+
+def begin() -> None:
+    """From here on greenlets wait without stopping their hub. Raises `ImportError`."""
+    from gevent import hub  # noqa: F401, PLC0415  (an extra: only whoever has it comes here)
+
+    core.tasks_with(freed=freed, may_try=may_try, can_switch=_can_switch, switch=_switch)
+
+
+def _gevent_hub() -> Any:
+    from gevent._hub_local import get_hub_if_exists  # noqa: PLC0415
+
+    return get_hub_if_exists()
+
+
+def _can_switch() -> bool:
+    hub = _gevent_hub()
+    return hub is not None and hub is not sys.modules["greenlet"].getcurrent()
+
+
+class _Timer:
+    """A call that comes later, and whose timer lives until then."""
+
+    def __init__(self, loop: Any, seconds: float, call: Callable[[], None]) -> None:
+        self._timer = loop.timer(max(seconds, 0.0))
+        self._call = call
+        self._timer.start(self._ring)
+
+    def _ring(self) -> None:
+        self._timer.close()
+        self._call()
+
+    def cancel(self) -> None:
+        self._timer.stop()
+        self._timer.close()
+
+
+def _hub() -> Hub:
+    """The rooms of this thread's hub."""
+    of = _gevent_hub()
+    hub = hub_here()
+    if hub is None or hub.of is not of:
+
+        def later(seconds: float, call: Callable[[], None]) -> Timer:
+            return _Timer(of.loop, seconds, call)
+
+        hub = Hub(later)
+        hub.of = of
+        # It does not keep the loop alive; while somebody waits, the timer of the slices does.
+        hub.reader = of.loop.io(hub.inbox.fileno(), 1, ref=False)
+        hub.reader.start(hub.read)
+        set_hub(hub)
+    return hub
+
+
+class _Waiter:
+    """A greenlet that sleeps in its hub until it is woken, once."""
+
+    def __init__(self, of: Any) -> None:
+        from gevent.hub import Waiter  # noqa: PLC0415
+
+        self._loop = of.loop
+        self._waiter = Waiter(of)
+        self._woken = False
+
+    def wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._loop.run_callback(self._waiter.switch, None)
+
+    def sleep(self, seconds: float | None) -> None:
+        timer = None if seconds is None else _Timer(self._loop, seconds, self.wake)
+        try:
+            self._waiter.get()
+        finally:
+            self._woken = True
+            if timer is not None:
+                timer.cancel()
+
+
+def _switch(blocked: core.Blocked, seconds: float | None, turn: Turn | None) -> Turn | None:
+    """Let others run until it may go on. `turn`: of the call before, for the same lock; the core
+    leaves it when it has the lock, or gives up."""
+    hub = _hub()
+    waiter = _Waiter(hub.of)
+    if blocked.sleeps:
+        sleep = hub.sleep(blocked, waiter.wake)
+        try:
+            waiter.sleep(seconds)
+        finally:
+            sleep.end()
+        return None
+    hub.trying = None
+    try:
+        if turn is None:
+            turn = hub.enter(blocked, waiter.wake)
+        else:
+            turn.wake = waiter.wake
+            turn.stay()
+        waiter.sleep(seconds)
+    except BaseException:
+        if turn is not None:
+            turn.leave()
+        raise
+    hub.trying = turn
+    return turn
+

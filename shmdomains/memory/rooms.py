@@ -1,0 +1,255 @@
+"""Rooms: where the tasks of one thread wait, each for its lock, and nobody blocks the thread.
+
+For each lock that tasks of a thread wait for there is a room, a queue: they get the lock in the order
+in which they came. Only the first one tries. It is woken
+
+- when another task of the thread frees the lock: the core tells (`freed`);
+- when another thread or process may have freed it: a watch on the mutex tells, through the inbox's
+  descriptor, which is in the event loop (``_core/observe.h``);
+- after each slice, since nobody tells of a process that was killed at the wrong moment.
+
+Between threads and processes nobody hands a lock over: whoever comes first has it. The tasks of one
+thread would pass it among themselves for ever and let no stranger in, so after `STREAK` the first one
+lets the strangers go first, if there are some: it watches for the next time that the lock is freed,
+and tries again after `GRACE` in any case. That works because whoever had to wait for a mutex leaves
+the mark in it that there may be more who wait, so freeing it wakes them (`Blocked.keep_waiters`).
+
+`Sleep` is for a change instead of a lock; there is no queue for that.
+
+A hub belongs to a thread and its event loop. All of it is used in that thread only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ._core import core
+
+SLICE = 0.05
+"""Seconds after which whoever waits looks, whatever was told."""
+STREAK = 0.001
+GRACE = 0.002
+_LOOKS = 16  # in one round, so that a slice's end does not hold up the loop
+
+
+class Timer(Protocol):
+    """What an event loop returns for a later call."""
+
+    def cancel(self) -> object: ...
+
+
+class Hub:
+    """The rooms of one thread. `later` calls a function after so many seconds, in this thread."""
+
+    def __init__(self, later: Callable[[float, Callable[[], None]], Timer]) -> None:
+        self.inbox = core.Inbox()
+        self.rooms: dict[tuple[int, int, int], Room] = {}
+        self.trying: Turn | None = None
+        self.later = later
+        self.of: Any = None  # the event loop, and what reads the inbox for it
+        self.reader: Any = None
+        self._sleeps: dict[Sleep, None] = {}
+        self._timer: Timer | None = None
+
+    def enter(self, blocked: core.Blocked, wake: Callable[[], None]) -> Turn:
+        """Stand in the queue of a lock. Raises `ListClosed`."""
+        wait = core.TaskWait(blocked)
+        room = self.rooms.get(blocked.key)
+        if room is None:
+            room = self.rooms[blocked.key] = Room(self, blocked)
+            core.rooms_here(1)
+        turn = Turn(room, wait, wake)
+        room.turns.append(turn)
+        if room.turns[0] is turn:
+            room.look_out()
+        self._tick_later()
+        return turn
+
+    def sleep(self, blocked: core.Blocked, wake: Callable[[], None]) -> Sleep:
+        """Have `wake` called when what is slept for came."""
+        sleep = Sleep(self, blocked, wake)
+        self._sleeps[sleep] = None
+        self._tick_later()
+        return sleep
+
+    def read(self) -> None:
+        """The inbox's descriptor is readable."""
+        while (watch := self.inbox.take()) is not None:
+            watch.fired()
+
+    def _tick_later(self) -> None:
+        if self._timer is None:
+            self._timer = self.later(SLICE, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if not self.rooms and not self._sleeps:
+            return
+        self._tick_later()
+        due = time.monotonic() - SLICE / 2
+        rooms = [room for room in self.rooms.values() if room.looked < due][:_LOOKS]
+        for room in rooms:
+            room.after_slice()
+        for sleep in [one for one in self._sleeps if one.blocked.changed]:
+            sleep.wake()
+
+    def close(self) -> None:
+        """The event loop is closed: nobody waits any more."""
+        for thread in [number for number, hub in _hubs.items() if hub is self]:
+            del _hubs[thread]
+        if self._timer is not None:
+            self._timer.cancel()
+        self._sleeps.clear()
+        for room in list(self.rooms.values()):
+            for turn in list(room.turns):
+                turn.leave()
+
+
+class Room:
+    """Those of one thread who wait for one lock."""
+
+    __slots__ = ("_armed", "_hub", "_watch", "blocked", "looked", "streak", "turns")
+
+    def __init__(self, hub: Hub, blocked: core.Blocked) -> None:
+        self._hub = hub
+        self._watch = core.Watch(hub.inbox, self._fired)
+        self._armed = False
+        self.blocked = blocked
+        self.turns: deque[Turn] = deque()
+        self.looked = time.monotonic()
+        self.streak = 0.0  # since when tasks of this thread pass the lock on
+
+    def look_out(self) -> None:
+        """The first one waits: be told when the lock is free."""
+        if not self._armed and not self.blocked.beside:
+            self._armed = self._watch.begin(self.blocked)
+
+    def _fired(self) -> None:
+        self._armed = False
+        self.streak = 0.0  # strangers had it
+        self._wake_first()
+
+    def _wake_first(self) -> None:
+        self.looked = time.monotonic()
+        if self.turns:
+            self.turns[0].wake()
+
+    def freed(self, strangers: bool) -> None:
+        """A task of this thread, or the thread itself, freed the lock."""
+        now = time.monotonic()
+        self.streak = self.streak or now
+        if strangers and now - self.streak > STREAK and not self._armed:
+            self._armed = self._watch.begin(self.blocked, True)
+            if self._armed:
+                self._hub.later(GRACE, self._end_of_grace)
+                return
+        self._wake_first()
+
+    def _end_of_grace(self) -> None:
+        self.streak = 0.0
+        if not self.blocked.beside:
+            self._wake_first()
+
+    def after_slice(self) -> None:
+        for turn in self.turns:
+            turn.wait.look()
+        if not self.blocked.beside:
+            self._wake_first()
+
+    def leave(self, turn: Turn) -> None:
+        first = self.turns[0] is turn
+        self.turns.remove(turn)
+        if self._hub.trying is turn:
+            self._hub.trying = None
+        if first and self.blocked.beside:
+            self.blocked.keep_waiters()  # for those whom it came before
+        if not self.turns:
+            self._watch.cancel()
+            del self._hub.rooms[self.blocked.key]
+            core.rooms_here(-1)
+        elif first and not self.blocked.beside:
+            self._wake_first()
+
+
+class Turn:
+    """A place in the queue of a room."""
+
+    __slots__ = ("_room", "wait", "wake")
+
+    def __init__(self, room: Room, wait: core.TaskWait, wake: Callable[[], None]) -> None:
+        self._room: Room | None = room
+        self.wait = wait
+        self.wake = wake
+
+    def is_for(self, blocked: core.Blocked) -> bool:
+        """Whether it is the queue for this."""
+        return self._room is not None and self._room.blocked.key == blocked.key
+
+    def stay(self) -> None:
+        """It was this one's turn, and the lock was not free."""
+        if self._room is not None:
+            self._room.look_out()
+
+    def leave(self) -> None:
+        """Whether it has the lock or not."""
+        room, self._room = self._room, None
+        if room is not None:
+            room.leave(self)
+            self.wait.end()
+
+
+class Sleep:
+    """One who waits for a change."""
+
+    __slots__ = ("_hub", "_watch", "blocked", "wake")
+
+    def __init__(self, hub: Hub, blocked: core.Blocked, wake: Callable[[], None]) -> None:
+        self._hub = hub
+        self._watch = core.Watch(hub.inbox, wake)
+        self.blocked = blocked
+        self.wake = wake
+        self._watch.begin(blocked)
+
+    def end(self) -> None:
+        self._watch.cancel()
+        self._hub._sleeps.pop(self, None)
+
+
+# The hub of each thread, by the core's number for it, which no other thread and no child gets.
+_hubs: dict[int, Hub] = {}
+
+
+def hub_here() -> Hub | None:
+    """This thread's hub."""
+    return _hubs.get(core.thread())
+
+
+def set_hub(hub: Hub) -> None:
+    """From here on this is the thread's hub."""
+    known = hub_here()
+    if known is not None:
+        known.close()
+    _hubs[core.thread()] = hub
+
+
+def begin() -> None:
+    """From here on the core asks for the running task, and tells what its thread frees."""
+    core.tasks_with(freed=freed, may_try=may_try)
+
+
+def freed(segment: int, kind: int, number: int, strangers: bool) -> None:
+    """A lock was freed in this thread."""
+    hub = hub_here()
+    room = None if hub is None else hub.rooms.get((segment, kind, number))
+    if room is not None:
+        room.freed(strangers)
+
+
+def may_try(segment: int, kind: int, number: int) -> bool:
+    """Whether whoever asks may try a lock: nobody of this thread came before."""
+    hub = hub_here()
+    room = None if hub is None else hub.rooms.get((segment, kind, number))
+    return room is None or hub is None or room.turns[0] is hub.trying
