@@ -11,8 +11,4 @@ wsgi_app = "server_wsgi"
 
 def post_worker_init(worker: Any) -> None:
     """From now on it minds its signals: one that is told to end while it boots does not hear it."""
-    if worker.cfg.preload_app and worker.cfg.worker_class_str == "gevent":
-        from shmdomains import green
-
-        green.patch()
     worker.log.info("Ready")

@@ -80,9 +80,10 @@ def test_workers_that_attach(listed: DomainList, tried: Tried, options: list[str
         assert len(tally.workers) > workers + len(tally.kills)  # some ended by themselves
 
 
-@pytest.mark.parametrize("worker", ["sync", "gthread"])
+@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
 def test_a_list_that_is_made_before_the_fork(tried: Tried, worker: str) -> None:
-    """Of a list without a name only those know who were forked with it."""
+    """Of a list without a name only those know who were forked with it. gevent patches what there
+    is after the fork only."""
     with serving(*GUNICORN, "--preload", "--worker-class", worker) as server:
         tally = hammer(server, REQUESTS, HOLD, KILLS)
         state = json.loads(server.ask("/state"))
@@ -100,13 +101,3 @@ def test_many_requests_on_one_thread(listed: DomainList, tried: Tried, command: 
         tally = hammer(server, TASK_REQUESTS, TASK_HOLD, KILLS)
         stop(server)
         judge(server, tally, counters.read(listed), tried)
-
-
-def test_greenlets_and_a_list_that_is_made_before_the_fork(tried: Tried) -> None:
-    """gevent patches what there is after the fork, when the list is attached already."""
-    with serving(*GUNICORN, "--preload", "--worker-class=gevent") as server:
-        tally = hammer(server, REQUESTS, TASK_HOLD, KILLS)
-        state = json.loads(server.ask("/state"))
-        assert set(state["attached"]) <= {server.process.pid, *server.workers()}
-        stop(server)
-        judge(server, tally, state["counters"], tried)
