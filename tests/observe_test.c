@@ -321,6 +321,7 @@ static void observe(stage *stage, uint32_t *others)
             MUST((next(inbox) - watches) % 2 != round % 2, "it was cancelled");
         __atomic_fetch_add(others, 1, __ATOMIC_RELEASE);
     }
+    await_value(&stage->step, 10 * ROUNDS + 10); /* an exit would take a wake with it */
     _exit(0);
 }
 
@@ -350,11 +351,12 @@ static void test_chain(void)
         set(&stage->step, 10 * round + 1);
         await_value(others, 2 * OBSERVERS);
         set(&stage->step, 10 * round + 2);
-        await_sleepers(word, OBSERVERS * EACH + 1);
+        await_sleepers(word, OBSERVERS * EACH + 1); /* what was cancelled is still there */
         pthread_mutex_unlock(&stage->mutex);
         await_value(&stage->step, 10 * round + 5);
         await_value(others, 3 * OBSERVERS);
     }
+    set(&stage->step, 10 * ROUNDS + 10);
     for (int i = 0; i <= OBSERVERS; i++) finish(pids[i], 0);
 }
 
