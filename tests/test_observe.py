@@ -15,7 +15,7 @@ import pytest
 from killing import CORE, TESTS
 
 NEEDED = [CORE / f"{name}.c" for name in ("observe", "mutex", "thread")]
-PARTS = ["inbox", "words", "unlock", "death", "chain", "turn", "queue", "turns", "fork"]
+PARTS = ["inbox", "words", "unlock", "death", "chain", "both", "turn", "queue", "turns", "fork"]
 CHECKED = ["cancel", "close"]  # under ASan, whose own locks do not outlive a fork among threads
 
 
