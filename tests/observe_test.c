@@ -383,7 +383,9 @@ static void test_both(void)
         for (int i = 0; i < 2; i++) {
             set(&words[i], (uint32_t)getpid());
             arm(&watches[i], inbox, &words[i], 0, SD_WATCH_MUTEX);
-            await_sleepers(&words[i], 1);
+        }
+        for (int i = 0; i < 2; i++) await_sleepers(&words[i], 1);
+        for (int i = 0; i < 2; i++) {
             set(&steps[i], 2 * round);
             await_sleepers(&words[i], 2);
         }
