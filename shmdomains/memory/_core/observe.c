@@ -40,7 +40,7 @@
  * - A watch that was cancelled while the kernel had it hands on without a look.  Its slot keeps the
  *   address of the word, which by then may be nobody's; a wake there wakes nobody, or somebody who
  *   looks and sleeps again.
- * - A helper that merely finds the mutex free was not in the queue: the wake went to another one.
+ * - A helper that merely finds the mutex free was not woken: the wake went to another one.
  * The inbox is told first, and the wake handed on then: a loop is as far from running as a thread
  * that is woken, and whoever released the mutex and waits for its turn comes after both.  A process
  * that ends in between takes the wake with it: this is one slice for the others.
