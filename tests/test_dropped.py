@@ -294,7 +294,7 @@ def test_who_drops_counts_nothing(doms: DomainList, worker: Worker) -> None:
         dom.unlock()
 
 
-# --- what else it holds -----------------------------------------------------------------------------
+# --- what else it holds -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropped", ["a", "b", "c", "ab", "ba", "bc", "ca", "abc", "bca"])
@@ -313,14 +313,16 @@ def test_the_other_locks_of_its_thread_are_as_safe_as_before(
                 del held[name]
         assert len(said) == len(dropped)
         assert [name for name in NAMES if not word_of(planted, name)] == sorted(dropped)
-        assert worker.do(lambda: len(robust_list())) == len(held)
+        assert len(worker.do(robust_list)) == len(held)
         if unlocked:
             worker.do(held.pop(unlocked).unlock)
             assert not word_of(planted, unlocked)
         # What was freed is there for this thread to lock again, after the others in its list.
-        for name in dropped:
-            worker.do(lambda name=name: held.update({name: doms.get(name)}) if not held else None)
-        assert worker.do(lambda: len(robust_list())) == len(held)
+        if not held:
+            worker.do(lock_into(box, doms, *dropped))
+            held.update(zip(dropped, box, strict=True))
+            box.clear()
+        assert len(worker.do(robust_list)) == len(held)
         rest = sorted(held)
         worker.end()
         marked = [name for name in NAMES if word_of(planted, name) & OWNER_DIED]
@@ -373,7 +375,7 @@ def test_while_its_thread_ends(doms: DomainList, tried: Callable[[str, int], Non
     assert doms.check().problems == []
 
 
-# --- robust mutexes that are not ours ---------------------------------------------------------------
+# --- robust mutexes that are not ours -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -475,7 +477,7 @@ def test_foreign_code_locks_at_the_same_instant(
         freed = not refused(said, worker)
         assert not freed or "is freed: lock" in said[0]
         at_once += freed
-        assert worker.do(lambda: len(robust_list())) == len(held) - freed
+        assert len(worker.do(robust_list)) == len(held) - freed
         for dom in box:
             worker.do(dom.unlock)
         worker.do(lambda: doms.get("a", timeout=0).unlock())
@@ -486,7 +488,7 @@ def test_foreign_code_locks_at_the_same_instant(
     tried("handles dropped beside foreign robust mutexes, left", TURNS // 8 - at_once)
 
 
-# --- what it says instead -----------------------------------------------------------------------------
+# --- what it says instead -----------------------------------------------------------------------
 
 
 def test_a_handle_in_another_thread_says_what_to_do(doms: DomainList, worker: Worker) -> None:
