@@ -66,7 +66,7 @@ def judge(server: Server, tally: Tally, found: dict[str, int], tried: Tried) -> 
 OPTIONS = {
     "sync": ["--worker-class=sync"],
     "gthread": ["--worker-class=gthread", "--threads=4"],
-    "max-requests": ["--max-requests=20", "--max-requests-jitter=5"],
+    "max-requests": ["--max-requests=20", "--max-requests-jitter=5", "--preload"],
 }
 
 
