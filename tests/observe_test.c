@@ -9,6 +9,7 @@
  *   unlock    fires when another process unlocks, and is not woken for anything else
  *   death     fires when another process is killed that holds it
  *   chain     watches of three processes, live and cancelled, hand a wake on to the one real waiter
+ *   both      two words woken at once: the kernel names one of them
  *   turn      while a mutex is free others are let in first
  *   queue     while it is held those who sleep for it are first
  *   turns     many woken at once: none is overlooked
@@ -27,7 +28,6 @@
 #include "core.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <poll.h>
@@ -37,6 +37,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -321,6 +322,7 @@ static void observe(stage *stage, uint32_t *others)
             MUST((next(inbox) - watches) % 2 != round % 2, "it was cancelled");
         __atomic_fetch_add(others, 1, __ATOMIC_RELEASE);
     }
+    await_value(&stage->step, 10 * ROUNDS + 10); /* an exit would take a wake with it */
     _exit(0);
 }
 
@@ -350,12 +352,51 @@ static void test_chain(void)
         set(&stage->step, 10 * round + 1);
         await_value(others, 2 * OBSERVERS);
         set(&stage->step, 10 * round + 2);
-        await_sleepers(word, OBSERVERS * EACH + 1);
+        await_sleepers(word, OBSERVERS * EACH + 1); /* what was cancelled is still there */
         pthread_mutex_unlock(&stage->mutex);
         await_value(&stage->step, 10 * round + 5);
         await_value(others, 3 * OBSERVERS);
     }
+    set(&stage->step, 10 * ROUNDS + 10);
     for (int i = 0; i <= OBSERVERS; i++) finish(pids[i], 0);
+}
+
+/* Two words that look like mutexes, each with a watch of ours and behind that a real waiter, are woken
+ * by one system call, so the helper cannot come back in between. */
+static void test_both(void)
+{
+    uint32_t *words = shared(4096), *steps = words + 256;
+    sd_inbox *inbox = open_inbox();
+    sd_watch watches[2] = {{.data = NULL}};
+    pid_t pids[2];
+    for (int i = 0; i < 2; i++) {
+        if ((pids[i] = start())) continue;
+        for (uint32_t round = 1; round <= ROUNDS; round++) {
+            await_value(&steps[i], 2 * round);
+            for (uint32_t value; (value = value_of(&words[i]));)
+                syscall(SYS_futex, &words[i], FUTEX_WAIT, value, NULL);
+            set(&steps[i], 2 * round + 1);
+        }
+        _exit(0);
+    }
+    for (uint32_t round = 1; round <= ROUNDS; round++) {
+        for (int i = 0; i < 2; i++) {
+            set(&words[i], (uint32_t)getpid());
+            arm(&watches[i], inbox, &words[i], 0, SD_WATCH_MUTEX);
+        }
+        for (int i = 0; i < 2; i++) await_sleepers(&words[i], 1);
+        for (int i = 0; i < 2; i++) {
+            set(&steps[i], 2 * round);
+            await_sleepers(&words[i], 2);
+        }
+        set(&words[0], 0), set(&words[1], 0);
+        MUST(syscall(SYS_futex, &words[0], FUTEX_WAKE_OP, 1, (void *)(uintptr_t)1, &words[1],
+                     FUTEX_OP(FUTEX_OP_SET, 0, FUTEX_OP_CMP_EQ, 0)) == 2);
+        for (int i = 0; i < 2; i++) await_value(&steps[i], 2 * round + 1);
+        for (int i = 0; i < 2; i++) next(inbox);
+    }
+    for (int i = 0; i < 2; i++) finish(pids[i], 0);
+    sd_inbox_close(inbox);
 }
 
 /* A wake that is handed on may come late, and is not a turn's to wonder about: each of these has a
@@ -521,7 +562,7 @@ static void test_cancel(void)
     pthread_join(changer, NULL);
 }
 
-/* The number of a closed inbox is soon a pipe's: what is written there was not meant for it. */
+/* The number of a closed inbox is soon a socket's: what is written there was not meant for it. */
 static void test_close(void)
 {
     uint32_t *words = shared(4096);
@@ -531,7 +572,7 @@ static void test_close(void)
     for (int round = 0; round < (one_each ? 300 : 3000); round++) {
         sd_watch *watches = calloc(8, sizeof *watches);
         sd_inbox *inbox = open_inbox();
-        int pipe_ends[2];
+        int ends[2];
         for (int i = 0; i < 8; i++) {
             uint32_t *word = &words[(i * 8 + round) % 64 * 16];
             if (sd_watch_begin(&watches[i], inbox, word, value_of(word), SD_WATCH_CHANGE) != SD_OK)
@@ -540,11 +581,12 @@ static void test_close(void)
         if (round % 2) sched_yield();
         sd_inbox_close(inbox);
         free(watches);
-        MUST(!pipe2(pipe_ends, O_NONBLOCK));
-        sched_yield();
+        MUST(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends));
+        for (int turn = 0; turn < 10; turn++) sched_yield();
         char byte;
-        MUST(read(pipe_ends[0], &byte, 1) < 0 && errno == EAGAIN, "somebody wrote into a pipe");
-        close(pipe_ends[0]), close(pipe_ends[1]);
+        for (int i = 0; i < 2; i++)
+            MUST(read(ends[i], &byte, 1) < 0 && errno == EAGAIN, "somebody wrote into a socket");
+        close(ends[0]), close(ends[1]);
     }
     set(&stop, 1);
     pthread_join(changer, NULL);
@@ -676,7 +718,8 @@ int main(int count, char **arguments)
         const char *name;
         void (*test)(void);
     } parts[] = {{"inbox", test_inbox},   {"words", test_words}, {"unlock", test_unlock},
-                 {"death", test_death},   {"chain", test_chain}, {"turn", test_turn},
+                 {"death", test_death},   {"chain", test_chain}, {"both", test_both},
+                 {"turn", test_turn},
                  {"queue", test_queue},   {"turns", test_turns}, {"cancel", test_cancel},
                  {"close", test_close},   {"fork", test_fork},   {"speed", test_speed}};
     one_each = count == 3 && !strcmp(arguments[1], "one");

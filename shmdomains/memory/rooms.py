@@ -144,7 +144,8 @@ class Room:
             self.turns[0].wake()
 
     def freed(self, strangers: bool) -> None:
-        """A task of this thread, or the thread itself, freed the lock."""
+        """A task of this thread, or the thread itself, is about to free the lock. So strangers who
+        wait for it come before the watch of `strangers`' turn."""
         now = time.monotonic()
         self.streak = self.streak or now
         if strangers and now - self.streak > STREAK and not self._armed:
@@ -270,7 +271,7 @@ def begin() -> None:
 
 
 def freed(segment: int, kind: int, number: int, strangers: bool) -> None:
-    """A lock was freed in this thread."""
+    """A lock is about to be freed in this thread; `strangers` wait for it, too."""
     hub = hub_here()
     room = None if hub is None else hub.rooms.get((segment, kind, number))
     if room is not None:

@@ -294,6 +294,11 @@ cdef int unlock_record(Record record, object timeout) except -1:
     cdef uint64_t deadline = deadline_of(timeout)
     if mine is None:
         raise_not_locked(record)
+    return unlock_held(mine, deadline)
+
+
+cdef int unlock_held(Record mine, uint64_t deadline) except -1:
+    """Through the handle that holds it."""
     if sd_self().nested > mine.nested:
         raise_code(SD_NESTED, "unlock a domain")
     if mine.touched or mine.pending or mine.intends:
@@ -307,7 +312,8 @@ cdef int unlock_record(Record record, object timeout) except -1:
         finally:
             end_hold(mine, True)
         return 0
-    return end_hold(mine, True)
+    leave_thread(mine)
+    return release_slot(mine.segment, mine.slot, True)
 
 
 cdef int leave_block(Record record, object kind) except -1:
@@ -323,7 +329,7 @@ cdef int leave_block(Record record, object kind) except -1:
     if mine.depth > 1:
         mine.depth -= 1  # an inner block; the outer one goes on
         return 0
-    return unlock_record(mine, None)
+    return unlock_held(mine, SD_FOREVER)
 
 
 cdef int raise_not_locked(Record record) except -1:
@@ -422,7 +428,7 @@ cdef void abandon(Record record) noexcept:
         freed = free_for(record.thread.kernel, record.thread.kernel_nonce,
                          record.segment.segment, slot, False)
     if TASKS and here:
-        tell_tasks(record.segment, SD_LOCK_DOMAIN, slot, False)
+        tell_tasks(record.segment, SD_LOCK_DOMAIN, slot, NULL)
     if warnings is None:  # the interpreter may be going down
         return
     if here or record.segment.multiprocessing:

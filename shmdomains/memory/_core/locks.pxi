@@ -246,24 +246,17 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
     cdef int result
     cdef bint died
     cdef uint64_t who, pid
-    cdef object turn = None
     cdef sd_segment *segment = doms.segment
     begin_wait(doms)
     try:
         if not doms.multiprocessing:
-            result = try_list(doms, deadline)
-            if result == SD_TIMEOUT and deadline and not TASKS:
-                result = wait_for_list(doms, deadline)
-            while result == SD_TIMEOUT and deadline and TASKS:
-                result = how_to_wait(doms, SD_LOCK_LIST, 0, &segment.header.list_owner,
-                                     &segment.header.list_mutex, deadline)
-                if result == SWITCHES:
-                    turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
-                    result = try_list(doms, deadline)
-                    continue
-                if result == BLOCKS:
+            if TASKS:
+                result = lock_as_task(doms, SD_LOCK_LIST, 0, &segment.header.list_owner,
+                                      &segment.header.list_mutex, deadline)
+            else:
+                result = sd_list_lock(segment, SD_SPIN if deadline else SD_TRY)
+                if result == SD_TIMEOUT and deadline:
                     result = wait_for_list(doms, deadline)
-                break
         else:
             result = lock_semaphore(doms, doms.list_lock, &segment.header.list_owner, SD_LOCK_LIST,
                                     0, deadline, &who, &pid)
@@ -282,8 +275,6 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
             if doms.closed:
                 release_list(doms)
     finally:
-        if turn is not None:
-            turn.leave()
         end_wait(doms)
     if result == SD_OK:
         return still_open(doms)
@@ -293,21 +284,6 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
     if result == OTHER_TASK:
         return raise_other_task("the list lock")
     return raise_poison_or_code(doms, result, "lock the list")
-
-
-cdef int try_list(Segment doms, uint64_t deadline) except -1:
-    cdef sd_header *header = doms.segment.header
-    if TASKS and must_queue(doms, SD_LOCK_LIST, 0, &header.list_owner, &header.list_mutex,
-                            deadline):
-        return SD_TIMEOUT
-    return sd_list_lock(doms.segment, SD_SPIN if deadline else SD_TRY)
-
-
-cdef int try_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
-    cdef sd_slot *at = &doms.segment.slots[slot]
-    if TASKS and must_queue(doms, SD_LOCK_DOMAIN, slot, &at.owner, &at.mutex, deadline):
-        return SD_TIMEOUT
-    return sd_slot_lock(doms.segment, slot, SD_SPIN if deadline else SD_TRY)
 
 
 cdef int wait_for_list(Segment doms, uint64_t deadline) noexcept:
@@ -327,42 +303,34 @@ cdef int wait_for_slot(Segment doms, uint32_t slot, uint64_t deadline) noexcept:
 
 
 cdef int release_list(Segment doms) except -1:
-    cdef bint kept = True
-    if TASKS:
-        forget_list(doms)
-    cdef bint strangers = strangers_wait(&doms.segment.header.list_mutex)
     if not doms.multiprocessing:
+        if TASKS:
+            tell_tasks(doms, SD_LOCK_LIST, 0, &doms.segment.header.list_mutex)
+            forget_list(doms)
         sd_list_unlock(doms.segment)
-    elif doms.list_lock is None:
+        return 0
+    if doms.list_lock is None:
         raise errors.LockKindMismatch("unlock through the DomainList that locked")
-    else:
-        kept = sd_list_leave(doms.segment, semaphore_of(doms.list_lock))
     if TASKS:
-        tell_tasks(doms, SD_LOCK_LIST, 0, strangers)
-    return need_kept(kept, "the list lock")
+        tell_tasks(doms, SD_LOCK_LIST, 0, NULL)
+        forget_list(doms)
+    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_lock)), "the list lock")
 
 
 cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
     """Returns SD_OK or SD_TIMEOUT."""
     cdef int result
     cdef uint64_t who, pid
-    cdef object turn = None
     cdef sd_slot *at = &doms.segment.slots[slot]
     begin_wait(doms)
     try:
         if not doms.multiprocessing:
-            result = try_slot(doms, slot, deadline)
-            if result == SD_TIMEOUT and deadline and not TASKS:
-                result = wait_for_slot(doms, slot, deadline)
-            while result == SD_TIMEOUT and deadline and TASKS:
-                result = how_to_wait(doms, SD_LOCK_DOMAIN, slot, &at.owner, &at.mutex, deadline)
-                if result == SWITCHES:
-                    turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
-                    result = try_slot(doms, slot, deadline)
-                    continue
-                if result == BLOCKS:
+            if TASKS:
+                result = lock_as_task(doms, SD_LOCK_DOMAIN, slot, &at.owner, &at.mutex, deadline)
+            else:
+                result = sd_slot_lock(doms.segment, slot, SD_SPIN if deadline else SD_TRY)
+                if result == SD_TIMEOUT and deadline:
                     result = wait_for_slot(doms, slot, deadline)
-                break
         else:
             result = lock_semaphore(doms,
                                     None if doms.slot_locks is None else doms.slot_locks[slot],
@@ -381,8 +349,6 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
         if result == SD_OK and doms.closed:
             release_slot(doms, slot, False)
     finally:
-        if turn is not None:
-            turn.leave()
         end_wait(doms)
     if result == SD_OK or result == SD_TIMEOUT:
         still_open(doms)
@@ -395,16 +361,13 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
 cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
     """`delivered`: the caller saw the domain, and with it the notice of an earlier holder's death;
     else the next holder gets that notice."""
-    cdef bint kept = True
-    cdef bint strangers = TASKS and strangers_wait(&doms.segment.slots[slot].mutex)
+    if TASKS:
+        tell_tasks(doms, SD_LOCK_DOMAIN, slot, &doms.segment.slots[slot].mutex)
     if not doms.multiprocessing:
         sd_slot_unlock(doms.segment, slot, delivered)
-    else:
-        kept = sd_slot_leave(doms.segment, slot, delivered, sd_self().who,
-                             semaphore_of(doms.slot_locks[slot]))
-    if TASKS:
-        tell_tasks(doms, SD_LOCK_DOMAIN, slot, strangers)
-    if not kept:
+        return 0
+    if not sd_slot_leave(doms.segment, slot, delivered, sd_self().who,
+                         semaphore_of(doms.slot_locks[slot])):
         need_kept(False, describe(doms, slot))
     return 0
 

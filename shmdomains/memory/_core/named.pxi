@@ -101,7 +101,6 @@ cdef int try_mutex(Mutex mutex, uint64_t deadline) except -1:
     """SD_OK or SD_TIMEOUT."""
     cdef Segment doms = mutex.doms
     cdef int result
-    cdef object turn = None
     cdef sd_named *at = &doms.segment.named[mutex.place]
     need_open(doms)
     begin_asking()
@@ -110,26 +109,18 @@ cdef int try_mutex(Mutex mutex, uint64_t deadline) except -1:
     may_wait_for_named(doms, deadline, what_of(mutex))
     begin_wait(doms)
     try:
-        result = try_named(doms, mutex.place, deadline)
-        if result == SD_TIMEOUT and deadline and not TASKS:
-            result = wait_for_named(doms, mutex.place, deadline)
-        while result == SD_TIMEOUT and deadline and TASKS:
-            result = how_to_wait(doms, SD_LOCK_MUTEX, mutex.place, &at.owner, &at.mutex, deadline)
-            if result == SWITCHES:
-                turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
-                result = try_named(doms, mutex.place, deadline)
-                continue
-            if result == BLOCKS:
+        if TASKS:
+            result = lock_as_task(doms, SD_LOCK_MUTEX, mutex.place, &at.owner, &at.mutex, deadline)
+        else:
+            result = sd_named_lock(doms.segment, mutex.place, SD_SPIN if deadline else SD_TRY)
+            if result == SD_TIMEOUT and deadline:
                 result = wait_for_named(doms, mutex.place, deadline)
-            break
         if result == SD_OK:
             if doms.closed:
                 sd_named_unlock(doms.segment, mutex.place, False)
             else:
                 enter_mutex(mutex)
     finally:
-        if turn is not None:
-            turn.leave()
         end_wait(doms)
     if result == SD_OK:
         still_open(doms)
@@ -140,13 +131,6 @@ cdef int try_mutex(Mutex mutex, uint64_t deadline) except -1:
     if result == OTHER_TASK:
         return raise_other_task(what_of(mutex))
     return raise_poison_or_code(doms, result, f"lock {what_of(mutex)}")
-
-
-cdef int try_named(Segment doms, unsigned place, uint64_t deadline) except -1:
-    cdef sd_named *at = &doms.segment.named[place]
-    if TASKS and must_queue(doms, SD_LOCK_MUTEX, place, &at.owner, &at.mutex, deadline):
-        return SD_TIMEOUT
-    return sd_named_lock(doms.segment, place, SD_SPIN if deadline else SD_TRY)
 
 
 cdef int wait_for_named(Segment doms, unsigned place, uint64_t deadline) noexcept:
@@ -188,11 +172,10 @@ cdef int unlock_mutex(Mutex mutex) except -1:
     cdef Mutex mine = need_mutex(mutex)
     if sd_self().nested > mine.nested:
         raise_code(SD_NESTED, f"unlock {what_of(mutex)}")
-    cdef bint strangers = TASKS and strangers_wait(&doms.segment.named[mutex.place].mutex)
+    if TASKS:
+        tell_tasks(doms, SD_LOCK_MUTEX, mutex.place, &doms.segment.named[mutex.place].mutex)
     leave_mutex(mine)
     sd_named_unlock(doms.segment, mutex.place, True)
-    if TASKS:
-        tell_tasks(doms, SD_LOCK_MUTEX, mutex.place, strangers)
     if doms.closed:
         sd_detach(doms.segment)
     return 0
@@ -221,7 +204,7 @@ cdef void abandon_mutex(Mutex mutex) noexcept:
         freed = free_for(mutex.thread.kernel, mutex.thread.kernel_nonce, segment, mutex.place,
                          True)
     if TASKS and here:
-        tell_tasks(mutex.doms, SD_LOCK_MUTEX, mutex.place, False)
+        tell_tasks(mutex.doms, SD_LOCK_MUTEX, mutex.place, NULL)
     if mutex.doms.closed:
         sd_detach(segment)
     if warnings is None:  # the interpreter may be going down

@@ -40,10 +40,10 @@
  * - A watch that was cancelled while the kernel had it hands on without a look.  Its slot keeps the
  *   address of the word, which by then may be nobody's; a wake there wakes nobody, or somebody who
  *   looks and sleeps again.
- * - A helper that merely finds the mutex free was not in the queue: the wake went to another one.
+ * - A helper that merely finds the mutex free was not woken: the wake went to another one.
  * The inbox is told first, and the wake handed on then: a loop is as far from running as a thread
- * that is woken, and whoever released the mutex and waits for its turn comes after both.  Killed
- * in between, a helper takes the wake with it: this is one slice for the others.
+ * that is woken, and whoever released the mutex and waits for its turn comes after both.  A process
+ * that ends in between takes the wake with it: this is one slice for the others.
  *
  * A turn (SD_WATCH_TURN) that begins while the mutex is held is in the kernel's queue behind those
  * who sleep there, so an unlock wakes them first.  One that begins while it is free sleeps on the
@@ -88,7 +88,7 @@ _Static_assert(sizeof(struct waitv) == 24, "what the kernel calls struct futex_w
 
 #define WATCHES 127          /* the kernel takes 128 words */
 #define SLOTS (2 * WATCHES)  /* what is cancelled keeps its slot until the helper comes back */
-#define HELPERS_MAX 512
+#define HELPERS_MAX 512 /* of each sort: turns that come and go must not keep out others */
 /* To be told of one word costs a helper about half a microsecond for each of the others, so it gets
  * more than these only when there are enough helpers. */
 #define EASE 16
@@ -139,7 +139,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t generation = 1;
 static sd_inbox *inboxes;
 static helper *helpers;
-static unsigned helper_count, many_count; /* the latter: with more than one word */
+static unsigned helper_count[2]; /* of those that are not `single`, and of those that are */
 static enum { UNKNOWN, MANY, ONE } way; /* how helpers sleep */
 
 static void begin_in_child(void)
@@ -152,7 +152,7 @@ static void begin_in_child(void)
     }
     inboxes = NULL;
     helpers = NULL;
-    helper_count = many_count = 0;
+    helper_count[false] = helper_count[true] = 0;
     generation++;
 }
 
@@ -429,7 +429,8 @@ static void *help(void *argument)
         self->asleep = false;
         if (!works) {
             self->single = true;
-            many_count--;
+            helper_count[false]--;
+            helper_count[true]++;
             way = ONE;
         }
         settle(self, ended, &errands);
@@ -473,7 +474,7 @@ static helper *make_helper(bool single)
 {
     size_t slots = single ? 1 : SLOTS;
     int error = EAGAIN;
-    if (helper_count < HELPERS_MAX) {
+    if (helper_count[single] < HELPERS_MAX) {
         helper *made = calloc(1, sizeof *made + slots * sizeof made->slots[0]);
         if (!made) return NULL;
         made->single = single;
@@ -481,8 +482,7 @@ static helper *make_helper(bool single)
         if (!error) {
             made->next = helpers;
             helpers = made;
-            helper_count++;
-            many_count += !single;
+            helper_count[single]++;
             return made;
         }
         free(made);
@@ -502,7 +502,7 @@ static helper *find_helper(int kind)
         if (one->single != single || one->live >= watches || one->used >= slots) continue;
         if (!least || one->live < least->live) least = one;
     }
-    if (least && (least->live < EASE || many_count >= FEW)) return least;
+    if (least && (least->live < EASE || helper_count[single] >= FEW)) return least;
     helper *made = make_helper(single);
     return made ? made : least;
 }

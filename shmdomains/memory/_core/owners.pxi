@@ -34,7 +34,7 @@ from shmdomains import errors
 cdef extern from *:
     """
     /* A task runs in a context of its own, and so do most greenlets.  Plain code has none. */
-    static inline int sd_has_context(void) { return PyThreadState_Get()->context != NULL; }
+    #define sd_has_context() (__Pyx_PyThreadState_Current->context != NULL)
     /* Which stretch of running this is: each time that a context is entered or left there is
      * another number, and a task is run, until it waits, by entering one. */
     static inline uint64_t sd_stretch(uint64_t *of)
@@ -64,7 +64,8 @@ cdef object CURRENT_TASK = None
 cdef dict CURRENT_TASKS = None   # the same before Python 3.12, where the function is slow
 cdef object GETCURRENT = None    # greenlet's
 cdef Blocked BLOCKED = None      # what the next WOULD_BLOCK is about
-cdef object FREED = None     # callable: segment, kind, number, whether strangers wait
+cdef object FREED = None     # callable: segment, kind, number, whether strangers wait; before it
+                             # is freed
 cdef object MAY_TRY = None   # callable: segment, kind, number -> whether it is this task's turn
 cdef object CAN_SWITCH = None  # callable: whether this is a greenlet with a hub
 cdef object SWITCH = None    # callable: Blocked, seconds, turn -> turn; lets other greenlets run
@@ -537,6 +538,42 @@ cdef int sleep_as_task(Segment doms, const sd_word *word, uint64_t seen, sd_word
     return sd_load_acquire(word) != seen
 
 
+cdef int lock_as_task(Segment doms, int kind, uint32_t number, const sd_owner *signed,
+                      pthread_mutex_t *mutex, uint64_t deadline) except -1:
+    """A mutex, in a process with tasks: what the core's function for it returns, or a code of the
+    binding."""
+    cdef object turn = None
+    cdef int result
+    try:
+        while True:
+            result = SD_TIMEOUT
+            if not must_queue(doms, kind, number, signed, mutex, deadline):
+                result = lock_or_wait(doms, kind, number, SD_SPIN if deadline else SD_TRY)
+            if result != SD_TIMEOUT or deadline == SD_TRY:
+                return result
+            result = how_to_wait(doms, kind, number, signed, mutex, deadline)
+            if result == BLOCKS:
+                return lock_or_wait(doms, kind, number, deadline)
+            if result != SWITCHES:
+                return result
+            turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
+    finally:
+        if turn is not None:
+            turn.leave()
+
+
+cdef int lock_or_wait(Segment doms, int kind, uint32_t number, uint64_t deadline) noexcept:
+    """Of these deadlines SD_TRY and SD_SPIN do not wait."""
+    cdef bint waits = deadline != SD_TRY and deadline != SD_SPIN
+    if kind == SD_LOCK_LIST:
+        return (wait_for_list(doms, deadline) if waits else sd_list_lock(doms.segment, deadline))
+    if kind == SD_LOCK_DOMAIN:
+        return (wait_for_slot(doms, number, deadline) if waits
+                else sd_slot_lock(doms.segment, number, deadline))
+    return (wait_for_named(doms, number, deadline) if waits
+            else sd_named_lock(doms.segment, number, deadline))
+
+
 cdef int raise_other_task(object what) except -1:
     raise errors.AlreadyLocked(
         f"{what} is held by another task of this thread, or by the thread itself outside of its "
@@ -554,16 +591,15 @@ cdef bint runs_loop() noexcept:
     return RUNNING_LOOP is not None and sd_has_context() and RUNNING_LOOP() is not None
 
 
-cdef inline bint strangers_wait(const pthread_mutex_t *mutex) noexcept:
-    """Whether somebody sleeps for a mutex that the caller is about to free."""
-    return sd_self().rooms != 0 and sd_mutex_awaited(mutex)
-
-
-cdef int tell_tasks(Segment doms, int kind, uint32_t number, bint strangers) except -1:
-    """A lock was freed: tell those of this thread who wait for it."""
+cdef inline void tell_tasks(Segment doms, int kind, uint32_t number,
+                            const pthread_mutex_t *mutex) noexcept:
+    """A lock is about to be freed: tell those of this thread who wait for it. They run later."""
     if sd_self().rooms:
-        FREED(<size_t>doms.segment, kind, number, strangers)
-    return 0
+        tell_room(doms, kind, number, mutex != NULL and sd_mutex_awaited(mutex))
+
+
+cdef void tell_room(Segment doms, int kind, uint32_t number, bint strangers) noexcept:
+    FREED(<size_t>doms.segment, kind, number, strangers)
 
 
 def tasks_with(*, freed, may_try, can_switch=None, switch=None):
