@@ -1,9 +1,10 @@
 """A storm that ends quietly: workers use a list hard, most are killed, and the rest must finish.
 
-One round. A list of few or of many domains, 4 to 8 workers (storm_worker.py), or processes with some
-workers each (storm_tasks.py), that do a bit of everything, all on one CPU or on all CPUs. Then blows: most are killed, at random instants or in one
-burst just after a wake-up, or at a store into the segment (crash_points.c), some are stopped before
-it, and now and then new ones come for another wave. Then no more kills: each survivor has a fixed
+One round. A list of few or of many domains, 4 to 8 workers (storm_worker.py), or processes with
+some workers each (storm_tasks.py), that do a bit of everything, all on one CPU or on all CPUs. Then
+blows: most are killed, at random instants or in one burst just after a wake-up, or at a store into
+the segment (crash_points.c), some are stopped before it, and now and then new ones come for another
+wave. Then no more kills: each survivor has a fixed
 amount of work to do, in which nobody who is dead may hinder it. Only a storm that ends can show a
 lost wake-up: as long as somebody comes to wait, it has those who were forgotten woken.
 

@@ -145,9 +145,7 @@ class TaskWorker(Worker):
                     await self.tasks.rename(dom, name, self.patience)
 
 
-def work_in_tasks(
-    pipe: Pipe, doms: DomainList, shape: Shape, ledger: Ledger, number: int
-) -> None:
+def work_in_tasks(pipe: Pipe, doms: DomainList, shape: Shape, ledger: Ledger, number: int) -> None:
     """The life of a process of workers."""
     random.seed(f"{shape.seed} {number}")
 

@@ -1,5 +1,5 @@
-"""Parties that are tasks of one event loop, so that a suite written for parties takes the owner as a
-parameter.
+"""Parties that are tasks of one event loop, so that a suite written for parties takes the owner as
+a parameter.
 
 A task party is told what every party is told: plain code with the plain list. Where that code may
 have to wait the task awaits what `shmdomains.aio` has in its place (`Awaiting`), so its loop, in
@@ -94,9 +94,7 @@ class Awaiting(ast.NodeTransformer):
 def _compiled(source: str) -> CodeType:
     tree = ast.parse(textwrap.dedent(source))
     if tree.body and isinstance(tree.body[-1], ast.Expr):
-        tree.body[-1] = ast.Assign(
-            [ast.Name("_value", ast.Store())], tree.body[-1].value, lineno=0
-        )
+        tree.body[-1] = ast.Assign([ast.Name("_value", ast.Store())], tree.body[-1].value, lineno=0)
     tree = ast.fix_missing_locations(Awaiting().visit(tree))
     return compile(tree, "<task party>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 

@@ -1,5 +1,5 @@
-"""Many tasks, in several processes, of which some are killed: nobody is forgotten, nobody starves, no
-change is lost, and no loop stands still. (The storms of storm.py run in tasks, too.)
+"""Many tasks, in several processes, of which some are killed: nobody is forgotten, nobody starves,
+no change is lost, and no loop stands still. (The storms of storm.py run in tasks, too.)
 
 What is measured is printed at the end of the run; what must hold is counted.
 """
@@ -21,7 +21,7 @@ import pytest
 from helpers import SOAK
 from killing import Child, Pipe, fork, xml
 from storm_worker import die_with_the_parent
-from test_aio import taken
+from tasks import taken
 
 from shmdomains import DomainList, LockTimeout, aio
 from shmdomains.memory.rooms import SLICE
@@ -93,8 +93,8 @@ def add_and_be_killed(pipe: Pipe, path: str, seed: int) -> None:
 def test_thousands_of_cancels_among_processes_that_are_killed(
     plain: DomainList, start: Start, path: str, tried: Tried, seed: int
 ) -> None:
-    """Each task is cancelled at a moment of its own: before it waits, while it does, as it is woken,
-    inside, or never. What came to its end is counted once, and what did not is not."""
+    """Each task is cancelled at a moment of its own: before it waits, while it does, as it is
+    woken, inside, or never. What came to its end is counted once, and what did not is not."""
     chance = random.Random(seed)
     for number in range(3):
         plain.define(xml(f"d{number}"))
@@ -210,7 +210,8 @@ def test_the_unluckiest_of_200_tasks(
     plain.define(xml("a"))
     counts = start(share_one_domain, path).hear(PATIENCE)
     mean = statistics.mean(counts)
-    tried("% of the mean: the unluckiest of 200 tasks in 2 processes", round(100 * min(counts) / mean))
+    share = round(100 * min(counts) / mean)
+    tried("% of the mean: the unluckiest of 200 tasks in 2 processes", share)
     assert min(counts) >= mean / 2, sorted(counts)
 
 
@@ -392,8 +393,8 @@ class Ticks:
 def test_the_loop_goes_on_in_a_storm_of_three_processes(
     plain: DomainList, start: Start, path: str, tried: Tried
 ) -> None:
-    """Killed at random and replaced. The baseline: a loop beside the same storm that uses nothing of
-    ours."""
+    """Killed at random and replaced. The baseline: a loop beside the same storm that uses nothing
+    of ours."""
     for number in range(3):
         plain.define(xml(f"d{number}"))
     doms = aio.wrap(plain)

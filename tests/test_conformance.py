@@ -1,9 +1,9 @@
 """The contract between two parties, whatever they have in common.
 
 Each test runs for every store and, within it, for every way in which two parties come to share a
-list: tasks of one event loop, threads, fork, spawn, forkserver, and a stranger who attaches by name.
-`one` is a process of its own (see helpers.Home) in which the list was made, or a task there; `two`
-is the other party. What a store of another kind has to do to pass is to be entered in
+list: tasks of one event loop, threads, fork, spawn, forkserver, and a stranger who attaches by
+name. `one` is a process of its own (see helpers.Home) in which the list was made, or a task there;
+`two` is the other party. What a store of another kind has to do to pass is to be entered in
 `helpers.STORES`.
 """
 

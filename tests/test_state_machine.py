@@ -1,10 +1,10 @@
 """The list against a dict, driven by hypothesis.
 
-Two processes use one list: the home that made it, and a child of it. Or two tasks of one event loop
-do, or, of a store that has no other processes, two threads. Each is told what to do through its socket and answers before the next step, so the
-model knows at every moment who holds what, what is committed and what only its holder sees. Every
-wait has time-out 0: it either succeeds at once or says who is in the way, and which of the two it
-is the model knows too.
+Two processes use one list: the home that made it, and a child of it. Or two tasks of one event
+loop do, or, of a store that has no other processes, two threads. Each is told what to do through
+its socket and answers before the next step, so the model knows at every moment who holds what, what
+is committed and what only its holder sees. Every wait has time-out 0: it either succeeds at once or
+says who is in the way, and which of the two it is the model knows too.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ FORMS = {
 
 
 class Machine(RuleBasedStateMachine):
-    """The rules; `home`, `store` and `start` are set by the test. Each example has a list and a child
-    of its own, so that what one breaks does not show in the next."""
+    """The rules; `home`, `store` and `start` are set by the test. Each example has a list and a
+    child of its own, so that what one breaks does not show in the next."""
 
     home: Home
     store: Store

@@ -235,9 +235,9 @@ def _nobody() -> None:
     """Who is to be woken when the event loop is closed."""
 
 
-# The hub of each thread, by the core's number for it, which no other thread and no child gets; and of
-# each event loop, for a thread may run several in turn. What reads a hub's inbox keeps it, and that
-# goes with the event loop.
+# The hub of each thread, by the core's number for it, which no other thread and no child gets; and
+# of each event loop, for a thread may run several in turn. What reads a hub's inbox keeps it, and
+# that goes with the event loop.
 _hubs: WeakValueDictionary[int, Hub] = WeakValueDictionary()
 _hubs_of: WeakValueDictionary[tuple[int, int], Hub] = WeakValueDictionary()
 
