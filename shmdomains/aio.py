@@ -36,7 +36,7 @@ from .memory import rooms
 from .memory._core import core
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
-from .memory.rooms import SLICE, Hub, Turn, hub_here, set_hub
+from .memory.rooms import SLICE, Hub, Turn, hub_of, set_hub
 from .names import Uuid
 from .rules.info import DomainInfo
 from .rules.jobs import DomainJob
@@ -97,8 +97,8 @@ class _Reader:
 
     def __del__(self) -> None:
         if self._pid == os.getpid():
-            core.tasks_over(self._of_loop)
             self._hub.close()
+            core.tasks_over(self._of_loop)
 
 
 def _is_of(loop: int, task: Any) -> bool:
@@ -108,8 +108,8 @@ def _is_of(loop: int, task: Any) -> bool:
 def _hub() -> Hub:
     """The hub of this thread's event loop."""
     loop = asyncio.get_running_loop()
-    hub = hub_here()
-    if hub is None or hub.of is not loop:
+    hub = hub_of(loop)
+    if hub is None:
         hub = Hub(loop.call_later)
         hub.of = loop
         loop.add_reader(hub.inbox.fileno(), _Reader(hub, loop))
@@ -211,18 +211,25 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     cancelled: asyncio.CancelledError | None = None
     while not waiting.done():
         try:
-            await asyncio.wait([waiting])
+            # Again and again once it is not wanted: it may not have begun when it was told.
+            await asyncio.wait([waiting], timeout=None if cancelled is None else SLICE)
+            if cancelled is not None:
+                _give_up(workers)
         except asyncio.CancelledError as exc:
             # It is rolled back, or had happened: only its thread knows.
             cancelled = exc
-            for worker in workers:
-                worker.give_up()
+            _give_up(workers)
             if done.cancel():  # it was not begun
                 raise
     if cancelled is not None:
         waiting.exception()
         raise cancelled
     return waiting.result()
+
+
+def _give_up(workers: list[core.Worker]) -> None:
+    for worker in workers:
+        worker.give_up()
 
 
 def _work_there(
@@ -318,6 +325,16 @@ class _Mutex:
             self._mutex.unlock()
 
 
+class _AskedFor:
+    """The time-out that errors name: of several waits, for which `within` is what counts."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+
+    def left(self) -> float | None:
+        return self._timeout
+
+
 class _LockMany:
     """Several domains, for ``async with``; the list lock is held while they are collected."""
 
@@ -336,7 +353,9 @@ class _LockMany:
                 await _ask(doms.lock, self._timeout, within=deadline.left())
             try:
                 for one in self._wanted:
-                    await _ask(self._lock_one, one, deadline, within=deadline.left())
+                    left = deadline.left()
+                    asked_for = _AskedFor(0 if left == 0 else self._timeout)
+                    await _ask(self._lock_one, one, asked_for, within=left)
             finally:
                 if takes_list and doms.is_locked:
                     doms.unlock()

@@ -25,8 +25,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from heapq import nsmallest
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
+from ..errors import ListClosed
 from ._core import core
 
 SLICE = 0.05
@@ -91,20 +94,22 @@ class Hub:
             return
         self._tick_later()
         due = time.monotonic() - SLICE / 2
-        rooms = [room for room in self.rooms.values() if room.looked < due][:_LOOKS]
-        for room in rooms:
-            room.after_slice()
+        for room in nsmallest(_LOOKS, self.rooms.values(), key=lambda room: room.looked):
+            if room.looked < due:
+                room.after_slice()
         for sleep in [one for one in self._sleeps if one.blocked.changed]:
             sleep.wake()
 
     def close(self) -> None:
         """The event loop is closed: nobody waits any more."""
-        for thread in [number for number, hub in _hubs.items() if hub is self]:
-            del _hubs[thread]
         if self._timer is not None:
             self._timer.cancel()
         self._sleeps.clear()
-        for room in list(self.rooms.values()):
+        rooms = list(self.rooms.values())
+        for room in rooms:
+            for turn in room.turns:
+                turn.wake = _nobody
+        for room in rooms:
             for turn in list(room.turns):
                 turn.leave()
 
@@ -156,8 +161,14 @@ class Room:
             self._wake_first()
 
     def after_slice(self) -> None:
-        for turn in self.turns:
-            turn.wait.look()
+        self.looked = time.monotonic()
+        try:
+            for turn in self.turns:
+                turn.wait.look()
+        except ListClosed:
+            for turn in self.turns:
+                turn.wake()
+            return
         if not self.blocked.beside:
             self._wake_first()
 
@@ -220,8 +231,15 @@ class Sleep:
         self._hub._sleeps.pop(self, None)
 
 
-# The hub of each thread, by the core's number for it, which no other thread and no child gets.
-_hubs: dict[int, Hub] = {}
+def _nobody() -> None:
+    """Who is to be woken when the event loop is closed."""
+
+
+# The hub of each thread, by the core's number for it, which no other thread and no child gets; and
+# of each event loop, for a thread may run several in turn. What reads a hub's inbox keeps it, and
+# that goes with the event loop.
+_hubs: WeakValueDictionary[int, Hub] = WeakValueDictionary()
+_hubs_of: WeakValueDictionary[tuple[int, int], Hub] = WeakValueDictionary()
 
 
 def hub_here() -> Hub | None:
@@ -229,12 +247,22 @@ def hub_here() -> Hub | None:
     return _hubs.get(core.thread())
 
 
+def hub_of(loop: object) -> Hub | None:
+    """The hub of an event loop that this thread runs. It is this thread's hub from here on."""
+    thread = core.thread()
+    hub = _hubs.get(thread)
+    if hub is None or hub.of is not loop:
+        hub = _hubs_of.get((thread, id(loop)))
+        if hub is None or hub.of is not loop:
+            return None
+        _hubs[thread] = hub
+    return hub
+
+
 def set_hub(hub: Hub) -> None:
     """From here on this is the thread's hub."""
-    known = hub_here()
-    if known is not None:
-        known.close()
-    _hubs[core.thread()] = hub
+    thread = core.thread()
+    _hubs[thread] = _hubs_of[thread, id(hub.of)] = hub
 
 
 def begin() -> None:
