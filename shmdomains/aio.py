@@ -35,10 +35,10 @@ from .job import Job
 from .memory._core import core
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
-from .memory.rooms import SLICE, Hub, Turn, hub_here, set_hub
+from .memory.rooms import SLICE, Hub, Turn, add_hub, hub_of
 from .names import Uuid
 from .rules.info import DomainInfo
-from .rules.jobs import DomainJob
+from .rules.jobs import DomainJob, jobs_of_owner
 from .rules.store import Deadline, Filter
 from .rules.tasks import wait_by
 from .rules.values import not_found, one_key
@@ -53,8 +53,8 @@ __all__ = ["AsyncDomainList", "AsyncWatch", "wait_until", "wrap"]
 
 T = TypeVar("T")
 _WORKERS = 64
-"""Threads for calls that write files, a process. Whoever holds a lock gets one besides: others may
-wait for that lock in all of these."""
+"""Threads for calls that write files, a process. Whoever holds a lock or a job gets one besides:
+others may wait for that in all of these."""
 
 Key = Domain | DomainInfo | Uuid | int
 
@@ -96,8 +96,8 @@ class _Reader:
 
     def __del__(self) -> None:
         if self._pid == os.getpid():
+            self._hub.close()  # first: who is woken now could not run
             core.tasks_over(self._of_loop)
-            self._hub.close()
 
 
 def _is_of(loop: int, task: Any) -> bool:
@@ -107,13 +107,16 @@ def _is_of(loop: int, task: Any) -> bool:
 def _hub() -> Hub:
     """The hub of this thread's event loop."""
     loop = asyncio.get_running_loop()
-    hub = hub_here()
-    if hub is None or hub.of is not loop:
-        hub = Hub(loop.call_later)
-        hub.of = loop
+    hub = hub_of(loop)
+    if hub is None:
+        hub = Hub(loop, loop.call_later, partial(_runs, loop))
         loop.add_reader(hub.inbox.fileno(), _Reader(hub, loop))
-        set_hub(hub)
+        add_hub(hub)
     return hub
+
+
+def _runs(loop: asyncio.AbstractEventLoop) -> bool:
+    return asyncio._get_running_loop() is loop
 
 
 async def _ask(function: Callable[..., T], *args: Any, within: float | None = None) -> T:
@@ -198,12 +201,32 @@ def _workers() -> ThreadPoolExecutor:
     return _pool[1]
 
 
+class _Call:
+    """What a task wants of another thread, as long as it wants it."""
+
+    __slots__ = ("_unwanted", "_worker")
+
+    def __init__(self) -> None:
+        self._unwanted = False
+        self._worker: core.Worker | None = None
+
+    def begin(self, worker: core.Worker) -> None:
+        self._worker = worker
+        if self._unwanted:
+            worker.give_up()
+
+    def give_up(self) -> None:
+        self._unwanted = True
+        if self._worker is not None:
+            self._worker.give_up()
+
+
 async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call it in another thread, for this task."""
     done: Future[T] = Future()
-    workers: list[core.Worker] = []
-    work = partial(_work_there, done, workers, core.owner(), partial(function, *args, **kwargs))
-    if core.holds_locks():
+    call, owner = _Call(), core.owner()
+    work = partial(_work_there, done, call, owner, partial(function, *args, **kwargs))
+    if core.holds_locks() or jobs_of_owner(owner):
         threading.Thread(target=work, name="shmdomains-aio", daemon=True).start()
     else:
         _workers().submit(work)
@@ -215,8 +238,7 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         except asyncio.CancelledError as exc:
             # It is rolled back, or had happened: only its thread knows.
             cancelled = exc
-            for worker in workers:
-                worker.give_up()
+            call.give_up()
             if done.cancel():  # it was not begun
                 raise
     if cancelled is not None:
@@ -226,11 +248,11 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 
 def _work_there(
-    done: Future[T], workers: list[core.Worker], owner: int, function: Callable[[], T]
+    done: Future[T], call: _Call, owner: int, function: Callable[[], T]
 ) -> None:
     if not done.set_running_or_notify_cancel():
         return
-    workers.append(core.Worker())
+    call.begin(core.Worker())
     try:
         result = core.work_for(owner, function, (), {})
     except BaseException as exc:
