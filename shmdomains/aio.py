@@ -24,6 +24,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -139,10 +140,14 @@ async def _ask_on(
         while True:
             woken: asyncio.Future[None] = loop.create_future()
             wake = partial(_wake, woken)
-            if blocked.sleeps:
-                if turn is not None:
-                    turn.leave()
-                    turn = None
+            settled: core.Blocked | None = None
+            if turn is not None and (blocked.settles or blocked.sleeps):
+                turn.leave()
+                turn = None
+            if blocked.settles:
+                await _work(blocked.settle, until)
+                settled = blocked
+            elif blocked.sleeps:
                 sleep = hub.sleep(blocked, wake)
                 try:
                     await _until(woken, until)
@@ -159,7 +164,7 @@ async def _ask_on(
                 await _until(woken, until)
             hub.trying = turn
             try:
-                found = core.attempt(until, function, args, kwargs)
+                found = core.attempt(until, function, args, kwargs, settled)
             finally:
                 hub.trying = None
             if type(found) is not core.Blocked:
@@ -707,5 +712,10 @@ async def _enter_later(acquire: core.Acquire[Any], blocked: core.Blocked) -> Any
     return acquire.enter(await _ask_on(blocked, acquire.until, acquire.find, (), {}))
 
 
+def _begins() -> None:
+    with suppress(OSError):  # no descriptor left: then when it waits
+        _hub()
+
+
 wait_by(_ask)
-core.tasks_enter_by(_enter_later, _find_later)
+core.tasks_enter_by(_enter_later, _find_later, _begins)

@@ -12,13 +12,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 from killing import Child, Pipe, xml
 
 from shmdomains import DomainList, ListClosed, aio
+from shmdomains.config.change import LOCK_NAME
 from shmdomains.memory import rooms
 from shmdomains.memory._core import core
 from shmdomains.rules import files
+from shmdomains.rules.work import Step, Work
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -408,3 +411,57 @@ def test_a_wait_keeps_no_list(doms: DomainList) -> None:
     del other
     gc.collect()
     assert mapped() == before
+
+
+def test_a_loop_closed_in_which_nobody_waited(doms: DomainList) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def hold() -> None:
+        async with aio.wrap(doms).get("a"):
+            await asyncio.Event().wait()
+
+    held = loop.run_until_complete(waits(hold()))
+    with pytest.warns(ResourceWarning, match="still locked was dropped"):
+        loop.close()
+    doms.get("a", timeout=0).unlock()
+    held._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+def lock_directory(pipe: Pipe, directory: Path) -> None:
+    with filelock.FileLock(directory / LOCK_NAME):
+        pipe.say("locked")
+        pipe.listen()
+    pipe.rest()
+
+
+@pytest.mark.parametrize("how", ["get", "job", "lock_many"])
+def test_settling_does_not_stop_the_loop(
+    doms: DomainList, tmp_path: Path, start: Callable[..., Child], how: str
+) -> None:
+    """What a dead process began with a domain and its file waits for the directory's lock."""
+    doms.load_all_configs(tmp_path)
+    dirs = doms._remembered()
+    assert dirs is not None
+    with doms.get("a") as dom:
+        dom._commit_work(Work(Step.of("define", dirs, "a", defines=True)))
+    child = start(lock_directory, tmp_path)
+    assert child.hear() == "locked"
+
+    async def take() -> None:
+        waiters = aio.wrap(doms)
+        block = {
+            "get": lambda: waiters.get("a"),
+            "job": lambda: waiters.job("a", "x"),
+            "lock_many": lambda: waiters.lock_many(["a"]),
+        }[how]()
+        async with block:
+            pass
+
+    async def main() -> None:
+        taken = await waits(take())
+        child.tell("go on")
+        await asyncio.wait_for(taken, LONG)
+
+    asyncio.run(main())
+    with doms.get("a", timeout=0) as dom:
+        assert dom._work is None

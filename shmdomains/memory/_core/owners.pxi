@@ -54,6 +54,7 @@ cdef enum:
     BLOCKS = 1003        # what `how_to_wait` says
     SWITCHES = 1004
     SLEEPS = 16          # a kind beside SD_LOCK_*: a word that changes
+    SETTLES = 17         # and another: what a dead process began with a domain and its file
     TASKS_HELD_MAX = 2000  # the kernel frees 2,048 locks of a thread
 
 cdef bint TASKS = False      # whether this process has owners that are no threads
@@ -64,6 +65,8 @@ cdef object CURRENT_TASK = None
 cdef dict CURRENT_TASKS = None   # the same before Python 3.12, where the function is slow
 cdef object GETCURRENT = None    # greenlet's
 cdef Blocked BLOCKED = None      # what the next WOULD_BLOCK is about
+cdef Blocked SETTLED = None  # by another thread, for the call that is made now
+cdef object BEGINS = None    # callable: an asyncio task begins to be an owner
 cdef object FREED = None     # callable: segment, kind, number, whether strangers wait
 cdef object MAY_TRY = None   # callable: segment, kind, number -> whether it is this task's turn
 cdef object CAN_SWITCH = None  # callable: whether this is a greenlet with a hub
@@ -81,12 +84,12 @@ class WouldBlock(Exception):
 cdef class Blocked:
     """What a task waits for: a lock, or a word that changes."""
     cdef Segment doms
-    cdef readonly int kind         # SD_LOCK_*, or SD_SLEEPS
+    cdef readonly int kind         # SD_LOCK_*, SLEEPS or SETTLES
     cdef readonly uint32_t number
     cdef const sd_word *word       # SLEEPS: it differs from `seen` by then,
     cdef uint64_t seen
     cdef const sd_word *life       # or this, if it is not NULL, from `lives`
-    cdef uint64_t lives
+    cdef uint64_t lives            # of SETTLES, the domain's
 
     @property
     def key(self):
@@ -97,6 +100,28 @@ cdef class Blocked:
     def sleeps(self):
         """Whether it is no lock, but a change."""
         return self.kind == SLEEPS
+
+    @property
+    def settles(self):
+        """Whether `settle` is to be called in another thread, and then asked again."""
+        return self.kind == SETTLES
+
+    def settle(self, uint64_t until):
+        cdef uint64_t deadline = until or SD_FOREVER
+        cdef Record record
+        need_open(self.doms)
+        record = new_record(self.doms)
+        lead_to(record, self.number)
+        record.life = self.lives
+        try:
+            lock_record(record, deadline, seconds_left(deadline))
+        except errors.DomainRemoved:
+            return
+        end_hold(record, False)
+
+    cdef bint is_to(self, Record record):
+        return (self.doms.segment == record.segment.segment and self.number == record.slot
+                and self.lives == record.life)
 
     @property
     def changed(self):
@@ -318,6 +343,8 @@ cdef TaskOwner begin_task(object key, object task):
             tell(task_over)
             break
     OWNERS[key] = owner
+    if BEGINS is not None and runs_loop():
+        BEGINS()
     return owner
 
 
@@ -624,20 +651,21 @@ def seconds_until(uint64_t end):
     return seconds_left(end)
 
 
-def attempt(uint64_t until, function, args, kwargs):
+def attempt(uint64_t until, function, args, kwargs, Blocked settled=None):
     """Call it so that it does not block: what it returns, or `Blocked`. Then it is called again,
     and begins anew; so it leaves nothing locked that it would not on a time-out. `until`: of
-    `deadline`, for each time-out in there that is not 0."""
+    `deadline`, for each time-out in there that is not 0. `settled`: what was settled since."""
+    global SETTLED
     cdef sd_thread *thread = sd_self()
     cdef bint before = thread.asks
     cdef uint64_t until_before = thread.until
-    thread.asks, thread.until = True, until
+    thread.asks, thread.until, SETTLED = True, until, settled
     try:
         return function(*args) if not kwargs else function(*args, **kwargs)
     except WouldBlock as exc:
         return exc.blocked
     finally:
-        thread.asks, thread.until = before, until_before
+        thread.asks, thread.until, SETTLED = before, until_before, None
 
 
 def work_for(uint64_t nonce, function, args, kwargs):
@@ -744,10 +772,10 @@ cdef object ENTER_LATER = None  # coroutine function: Acquire, Blocked -> the re
 cdef object FIND_LATER = None   # the same, and it is not entered
 
 
-def tasks_enter_by(enter_later, find_later):
-    """What `aio` does when a domain is not free."""
-    global ENTER_LATER, FIND_LATER
-    ENTER_LATER, FIND_LATER = enter_later, find_later
+def tasks_enter_by(enter_later, find_later, begins):
+    """What `aio` does when a domain is not free, and when a task first asks for something."""
+    global ENTER_LATER, FIND_LATER, BEGINS
+    ENTER_LATER, FIND_LATER, BEGINS = enter_later, find_later, begins
 
 
 @cython.final
