@@ -252,9 +252,7 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return waiting.result()
 
 
-def _work_there(
-    done: Future[T], call: _Call, owner: int, function: Callable[[], T]
-) -> None:
+def _work_there(done: Future[T], call: _Call, owner: int, function: Callable[[], T]) -> None:
     if not done.set_running_or_notify_cancel():
         return
     call.begin(core.Worker())

@@ -1,5 +1,6 @@
-"""Tasks that wait when something goes wrong: holders die, lists and loops are closed, calls are given
-up, other threads end what a task holds. Nobody waits for a lock that is free, and none stays locked.
+"""Tasks that wait when something goes wrong: holders die, lists and loops are closed, calls are
+given up, other threads end what a task holds. Nobody waits for a lock that is free, and none stays
+locked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import filelock
 import pytest
-from killing import Child, Pipe, xml
+from killing import Child, Pipe, Planted, xml
 
 from shmdomains import DomainList, ListClosed, aio
 from shmdomains.config.change import LOCK_NAME
@@ -26,6 +27,7 @@ from shmdomains.rules.work import Step, Work
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 LONG = 10.0
+DIED = 0x40000000  # what the kernel leaves in the mutex of a dead holder
 
 
 @pytest.fixture
@@ -43,6 +45,12 @@ def named(tmp_path: Path) -> Iterator[DomainList]:
         for name in "ab":
             doms.define(xml(name))
         yield doms
+
+
+@pytest.fixture
+def planted(named: DomainList) -> Iterator[Planted]:
+    with Planted(str(named._path)) as planted:
+        yield planted
 
 
 async def use(doms: DomainList, name: str = "a") -> str:
@@ -465,3 +473,36 @@ def test_settling_does_not_stop_the_loop(
     asyncio.run(main())
     with doms.get("a", timeout=0) as dom:
         assert dom._work is None
+
+
+def test_an_event_whose_writer_died(named: DomainList, planted: Planted) -> None:
+    """It committed, and did not publish the event. Nobody else comes and takes the event lock."""
+    count = named._event_count
+    events = aio.wrap(named).watch(since=count)
+
+    async def main() -> Any:
+        waiting = await waits(events.__anext__())
+        before = planted.read(planted.header("event_count"))
+        with named.get("a") as dom:
+            dom.autostart = True
+        planted.write(planted.header("event_count"), before)
+        planted.write(planted.header("event_mutex") + planted.at["mutex.__data.__lock"], DIED, 4)
+        return await asyncio.wait_for(waiting, LONG)
+
+    assert asyncio.run(main()).number == count + 1
+
+
+def test_a_death_that_nobody_marked(named: DomainList, planted: Planted) -> None:
+    """As after process_mrelease(): the mutex names a thread that does not run."""
+    thread = threading.Thread(target=lambda: found.append(threading.get_native_id()))
+    found: list[int] = []
+    thread.start()
+    thread.join()
+    mutex = planted.slot(0, "mutex") + planted.at["mutex.__data.__lock"]
+
+    async def main() -> str:
+        return await asyncio.wait_for(use(named), LONG)
+
+    planted.write(mutex, found[0], 4)
+    assert asyncio.run(main()) == "used"
+    assert named.statistics.deaths == 1

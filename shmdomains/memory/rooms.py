@@ -14,9 +14,10 @@ lets the strangers go first, if there are some: it watches for the next time tha
 and tries again after `GRACE` in any case. That works because whoever had to wait for a mutex leaves
 the mark in it that there may be more who wait, so freeing it wakes them (`Blocked.keep_waiters`).
 
-`Sleep` is for a change instead of a lock; there is no queue for that. Whoever sleeps asks again after
-a slice, too: that the holder of a job died, or a writer between its commit and the news of it, is no
-change of the word that is watched. A few of them in each round, so with many this takes longer.
+`Sleep` is for a change instead of a lock; there is no queue for that. Whoever sleeps asks again
+after a slice, too: that the holder of a job died, or a writer between its commit and the news of
+it, is no change of the word that is watched. A few of them in each round, so with many this takes
+longer.
 
 A hub belongs to an event loop, and to the thread that runs it. All of it is used in that thread
 only. A thread may run several loops in turn.
@@ -253,8 +254,8 @@ class Sleep:
         self._hub._sleeps.pop(self, None)
 
 
-# The hubs of each thread, by the core's number for it, which no other thread and no child gets. Only
-# its loop keeps a hub.
+# The hubs of each thread, by the core's number for it, which no other thread and no child gets.
+# Only its loop keeps a hub.
 _hubs: dict[int, list[ReferenceType[Hub]]] = {}
 
 
