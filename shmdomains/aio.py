@@ -29,7 +29,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .config import LoadReport
+from .config import LoadReport, change
 from .errors import LockTimeout, UncommittedChanges
 from .events import DomainEvent, EventsMissed
 from .job import Job
@@ -209,21 +209,33 @@ def _workers() -> ThreadPoolExecutor:
 class _Call:
     """What a task wants of another thread, as long as it wants it."""
 
-    __slots__ = ("_unwanted", "_worker")
+    __slots__ = ("_worker", "unwanted")
 
     def __init__(self) -> None:
-        self._unwanted = False
+        self.unwanted = False
         self._worker: core.Worker | None = None
 
     def begin(self, worker: core.Worker) -> None:
         self._worker = worker
-        if self._unwanted:
+        if self.unwanted:
             worker.give_up()
 
     def give_up(self) -> None:
-        self._unwanted = True
+        self.unwanted = True
         if self._worker is not None:
             self._worker.give_up()
+
+
+_working = threading.local()  # `call`: what this thread does for a task
+
+
+def _between_looks() -> None:
+    call = getattr(_working, "call", None)
+    if call is not None and call.unwanted:
+        raise core.WorkGivenUp
+
+
+change.between_looks = _between_looks
 
 
 async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -256,6 +268,7 @@ def _work_there(done: Future[T], call: _Call, owner: int, function: Callable[[],
     if not done.set_running_or_notify_cancel():
         return
     call.begin(core.Worker())
+    _working.call = call
     try:
         result = core.work_for(owner, function, (), {})
     except BaseException as exc:

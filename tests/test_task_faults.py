@@ -506,3 +506,23 @@ def test_a_death_that_nobody_marked(named: DomainList, planted: Planted) -> None
     planted.write(mutex, found[0], 4)
     assert asyncio.run(main()) == "used"
     assert named.statistics.deaths == 1
+
+
+def test_a_call_is_given_up_that_waits_for_the_directory(
+    doms: DomainList, tmp_path: Path, start: Callable[..., Child]
+) -> None:
+    doms.load_all_configs(tmp_path)
+    child = start(lock_directory, tmp_path)
+    assert child.hear() == "locked"
+
+    async def main() -> None:
+        call = await waits(aio.wrap(doms).define(xml("c")))
+        while not doms.locks():
+            await asyncio.sleep(0.001)
+        call.cancel()
+        await asyncio.wait([call], timeout=LONG)
+        assert call.cancelled()
+
+    asyncio.run(main())
+    assert "c" not in doms
+    assert not doms.locks()
