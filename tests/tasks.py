@@ -16,7 +16,7 @@ from shmdomains import (
     LockTimeout,
     aio,
 )
-from shmdomains.memory.rooms import hub_here
+from shmdomains.memory.rooms import hub_of
 
 Start = Callable[..., Child]
 Doms = aio.AsyncDomainList
@@ -84,7 +84,7 @@ async def queued(number: int) -> None:
     """Until so many tasks of this loop stand in a queue or sleep until something changes."""
     end = time.monotonic() + DEADLINE
     while True:
-        hub = hub_here()
+        hub = hub_of(asyncio.get_running_loop())
         turns = [] if hub is None else [turn for room in hub.rooms.values() for turn in room.turns]
         if hub is not None and len(turns) + len(hub._sleeps) == number:
             return

@@ -262,10 +262,17 @@ void sd_mutex_consistent(pthread_mutex_t *mutex)
     pthread_mutex_consistent(mutex);
 }
 
+void sd_mutex_look(pthread_mutex_t *mutex, const sd_owner *owner)
+{
+    if (sd_mutex_sound(mutex)) bury_missing_owner(mutex, owner);
+}
+
+/* Only of a mutex that this thread has: the mark in a free one would lock it for good. */
 void sd_mutex_keep_waiters(pthread_mutex_t *mutex)
 {
     int word = __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
-    while (!(word & (int)FUTEX_WAITERS))
+    uint32_t tid = sd_who_tid(sd_self()->who);
+    while (((uint32_t)word & FUTEX_TID_MASK) == tid && !(word & (int)FUTEX_WAITERS))
         if (__atomic_compare_exchange_n(&mutex->__data.__lock, &word, word | (int)FUTEX_WAITERS,
                                         false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             return;
