@@ -444,7 +444,7 @@ class AsyncWatch(AsyncIterator[DomainEvent | EventsMissed]):
 # --- the list --------------------------------------------------------------------------------
 
 
-class AsyncDomainList:
+class AsyncDomainList(core.AsyncSegment):
     """A `DomainList` for the tasks of an event loop; `wrap` makes it.
 
     Arguments, results and errors of each call are those of the plain one. Whatever else a
@@ -452,40 +452,11 @@ class AsyncDomainList:
     unchanged.
     """
 
-    __slots__ = ("plain",)
+    __slots__ = ()
 
-    def __init__(self, doms: DomainList) -> None:
-        self.plain = doms
+    plain: DomainList
 
     # --- locks ---
-
-    def get(
-        self,
-        key: Key | None = None,
-        /,
-        *,
-        uuid: Uuid | None = None,
-        name: str | None = None,
-        id: int | None = None,
-        timeout: float | None = None,
-        why: str | None = None,
-    ) -> core.Acquire[Domain]:
-        """The domain, locked for an ``async with`` block. Or await it, and unlock it yourself."""
-        return core.Acquire(self.plain, False, key, uuid, name, id, timeout, why)
-
-    def lookup(
-        self,
-        key: Key | None = None,
-        /,
-        *,
-        uuid: Uuid | None = None,
-        name: str | None = None,
-        id: int | None = None,
-        timeout: float | None = None,
-        why: str | None = None,
-    ) -> core.Acquire[Domain | None]:
-        """Like `get`, but ``None`` when there is no such domain."""
-        return core.Acquire(self.plain, True, key, uuid, name, id, timeout, why)
 
     def locked(self, timeout: float | None = None, why: str | None = None) -> _Locked:
         """Hold the list lock for an ``async with`` block."""

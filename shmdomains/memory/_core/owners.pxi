@@ -818,14 +818,25 @@ def tasks_enter_by(enter_later, find_later, begins):
     ENTER_LATER, FIND_LATER, BEGINS = enter_later, find_later, begins
 
 
+cdef extern from *:
+    """
+    /* Of an awaitable that has its result: without it the interpreter has an exception made and
+     * thrown for each. */
+    static inline void sd_sends(PyObject *type, void *send)
+    {
+        ((PyTypeObject *)type)->tp_as_async->am_send = (sendfunc)send;
+    }
+    """
+    enum PySendResult:
+        PYGEN_RETURN
+    void sd_sends(object type, void *send)
+
+
 @cython.final
 @cython.freelist(8)
 cdef class Ready:
     """Awaited, it is there at once."""
     cdef object value
-
-    def __cinit__(self, value):
-        self.value = value
 
     def __await__(self):
         return self
@@ -835,6 +846,24 @@ cdef class Ready:
 
     def __next__(self):
         raise StopIteration(self.value)
+
+
+cdef PySendResult send_ready(PyObject *ready, PyObject *_sent, PyObject **result) noexcept:
+    result[0] = <PyObject *>(<Ready>ready).value
+    Py_INCREF(<object>result[0])
+    return PYGEN_RETURN
+
+
+sd_sends(Ready, <void *>send_ready)
+
+
+cdef Ready ready(object value):
+    cdef Ready made = Ready.__new__(Ready)
+    made.value = value
+    return made
+
+
+cdef Ready DONE = ready(None)
 
 
 @cython.final
@@ -847,10 +876,6 @@ cdef class Acquire:
     cdef bint may_miss
     cdef readonly uint64_t until  # of `deadline`
     cdef Record held
-
-    def __cinit__(self, Segment doms not None, bint may_miss, key, uuid, name, id, timeout, why):
-        self.doms, self.may_miss, self.key = doms, may_miss, key
-        self.uuid, self.name, self.id, self.timeout, self.why = uuid, name, id, timeout, why
 
     def find(self):
         """The locked domain."""
@@ -893,16 +918,40 @@ cdef class Acquire:
         found = self.now()
         if type(found) is Blocked:
             return FIND_LATER(self, found).__await__()
-        return Ready(found)
+        return ready(found)
 
     def __aenter__(self):
         found = self.now()
         if type(found) is Blocked:
             return ENTER_LATER(self, found)
-        return Ready(self.enter(found))
+        return ready(self.enter(found))
 
     def __aexit__(self, kind, value, traceback):
         held, self.held = self.held, None
         if held is not None:
             leave_block(held, kind)
-        return Ready(None)
+        return DONE
+
+
+cdef class AsyncSegment:
+    """The finds of an `aio.AsyncDomainList`."""
+    cdef readonly Segment plain
+
+    def __cinit__(self, Segment plain not None):
+        self.plain = plain
+
+    def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
+        """The domain, locked for an ``async with`` block; arguments and errors as for
+        `DomainList.get`. Or await it, and unlock it yourself."""
+        cdef Acquire made = Acquire.__new__(Acquire)
+        made.doms, made.key, made.timeout, made.why = self.plain, key, timeout, why
+        made.uuid, made.name, made.id = uuid, name, id
+        return made
+
+    def lookup(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
+        """Like `get`, but None when there is no such domain."""
+        cdef Acquire made = Acquire.__new__(Acquire)
+        made.doms, made.key, made.timeout, made.why = self.plain, key, timeout, why
+        made.uuid, made.name, made.id = uuid, name, id
+        made.may_miss = True
+        return made
