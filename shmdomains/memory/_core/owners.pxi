@@ -19,7 +19,7 @@
 
 cimport cython
 from cpython.dict cimport PyDict_GetItem
-from cpython.ref cimport PyObject
+from cpython.ref cimport Py_INCREF, PyObject
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -827,7 +827,7 @@ cdef extern from *:
         ((PyTypeObject *)type)->tp_as_async->am_send = (sendfunc)send;
     }
     """
-    enum PySendResult:
+    ctypedef enum PySendResult:
         PYGEN_RETURN
     void sd_sends(object type, void *send)
 
