@@ -415,6 +415,7 @@ def test_a_task_is_still_known_after_it(doms: DomainList) -> None:
                 await asyncio.create_task(enter())
 
     dom = doms.get("a")
+    dom.unlock()
     asyncio.run(first())
     assert held_of(doms) == []
 
