@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["AsyncDomainList", "AsyncWatch", "wait_until", "wrap"]
 
 T = TypeVar("T")
+_LATE = 1.0
+"""Seconds after which a call that no worker has begun gets a thread of its own."""
 _WORKERS = 64
 """Threads for calls that write files, a process. Whoever holds a lock or a job gets one besides:
 others may wait for that in all of these."""
@@ -209,13 +211,14 @@ def _workers() -> ThreadPoolExecutor:
 class _Call:
     """What a task wants of another thread, as long as it wants it."""
 
-    __slots__ = ("_worker", "unwanted")
+    __slots__ = ("_worker", "begun", "unwanted")
 
     def __init__(self) -> None:
-        self.unwanted = False
+        self.begun = self.unwanted = False
         self._worker: core.Worker | None = None
 
     def begin(self, worker: core.Worker) -> None:
+        """In the thread that does it."""
         self._worker = worker
         if self.unwanted:
             worker.give_up()
@@ -244,14 +247,18 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     call, owner = _Call(), core.owner()
     work = partial(_work_there, done, call, owner, partial(function, *args, **kwargs))
     if core.holds_locks() or jobs_of_owner(owner):
-        threading.Thread(target=work, name="shmdomains-aio", daemon=True).start()
+        _begin_thread(work)
     else:
         _workers().submit(work)
     waiting = asyncio.wrap_future(done)
     cancelled: asyncio.CancelledError | None = None
     while not waiting.done():
+        late = not call.begun and cancelled is None
         try:
-            await asyncio.wait([waiting])
+            await asyncio.wait([waiting], timeout=_LATE if late else None)
+            if late and not call.begun:  # perhaps all workers wait for what only this call ends
+                with suppress(RuntimeError):
+                    _begin_thread(work)
         except asyncio.CancelledError as exc:
             # It is rolled back, or had happened: only its thread knows.
             cancelled = exc
@@ -264,8 +271,13 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return waiting.result()
 
 
+def _begin_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="shmdomains-aio", daemon=True).start()
+
+
 def _work_there(done: Future[T], call: _Call, owner: int, function: Callable[[], T]) -> None:
-    if not done.set_running_or_notify_cancel():
+    begun, call.begun = call.begun, True
+    if begun or not done.set_running_or_notify_cancel():
         return
     call.begin(core.Worker())
     _working.call = call

@@ -423,8 +423,9 @@ cdef bint vacate(Record record) noexcept:
     return True
 
 
-cdef void abandon(Record record) noexcept:
-    """A locked handle is freed: warn, roll back, and unlock, also for another thread."""
+cdef void abandon(Record record, bint task_over=False) noexcept:
+    """A locked handle is freed, or its task is over: warn, roll back, and unlock, also for another
+    thread."""
     cdef sd_thread *thread = sd_self()
     cdef uint32_t slot = record.slot
     cdef bint here = record.thread.kernel == thread
@@ -442,6 +443,11 @@ cdef void abandon(Record record) noexcept:
     if TASKS and here:
         tell_tasks(record.segment, SD_LOCK_DOMAIN, slot, NULL)
     if warnings is None:  # the interpreter may be going down
+        return
+    if task_over:
+        warnings.warn(f"a task ended while it held {describe(record.segment, slot)} locked; its "
+                      "changes are rolled back and the lock is freed: use 'async with'",
+                      ResourceWarning, stacklevel=1)
         return
     if here or record.segment.multiprocessing:
         warnings.warn("a Domain that was still locked was dropped; its changes are rolled back "

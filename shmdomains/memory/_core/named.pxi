@@ -193,8 +193,9 @@ cdef Mutex need_mutex(Mutex mutex):
     raise errors.MutexNotLocked(f"{this()} does not hold {what_of(mutex)}")
 
 
-cdef void abandon_mutex(Mutex mutex) noexcept:
-    """A handle that holds the lock is freed: unlock, also for another thread."""
+cdef void abandon_mutex(Mutex mutex, bint task_over=False) noexcept:
+    """A handle that holds the lock is freed, or its task is over: unlock, also for another
+    thread."""
     cdef sd_segment *segment = mutex.doms.segment
     cdef bint here = mutex.thread.kernel == sd_self()
     leave_mutex(mutex)
@@ -208,6 +209,10 @@ cdef void abandon_mutex(Mutex mutex) noexcept:
     if mutex.doms.closed:
         sd_detach(segment)
     if warnings is None:  # the interpreter may be going down
+        return
+    if task_over:
+        warnings.warn(f"a task ended while it held {what_of(mutex)}, which is freed: use "
+                      "'async with'", ResourceWarning, stacklevel=1)
         return
     if here:
         warnings.warn(f"{what_of(mutex)} was dropped while it was locked, and is freed: use "

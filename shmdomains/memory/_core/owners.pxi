@@ -59,6 +59,7 @@ cdef enum:
 
 cdef bint TASKS = False      # whether this process has owners that are no threads
 cdef bint GREENLETS = False  # whether greenlets are among them
+cdef bint SWITCHES_WITHIN = True  # whether they change within a stretch (sd_stretch)
 cdef dict OWNERS = {}        # id of a task -> TaskOwner
 cdef object RUNNING_LOOP = None  # asyncio's functions, once it is imported
 cdef object CURRENT_TASK = None
@@ -269,7 +270,7 @@ cdef sd_thread *whoever_asks() noexcept:
     cdef size_t task
     if thread.acts_for != NULL:
         return thread.acts_for
-    if GREENLETS:  # they switch within a stretch
+    if GREENLETS and SWITCHES_WITHIN:
         task = running_here()
         return node_of(thread, task) if task else thread
     stretch = sd_stretch(&state)
@@ -401,13 +402,13 @@ cdef int leave_all(sd_thread *owner) except -1:
         record = <Record>owner.records
         drop_changes(record)
         if runs_on_living(owner):
-            abandon(record)
+            abandon(record, True)
         else:
             leave_thread(record)
     while owner.named != NULL and Py_REFCNT(owner.named):
         mutex = <Mutex>owner.named
         if runs_on_living(owner):
-            abandon_mutex(mutex)
+            abandon_mutex(mutex, True)
         else:
             leave_mutex(mutex)
     for doms in list(LISTS_HELD):
@@ -492,16 +493,35 @@ cdef void find_asyncio() noexcept:
 cdef int look_for_greenlets() except -1:
     """When a list is attached, or used first in a child: from here on the running greenlet is asked
     for, if there are any."""
-    global TASKS, GREENLETS, GETCURRENT
+    global TASKS, GREENLETS, GETCURRENT, SWITCHES_WITHIN
     current = getattr(sys.modules.get("greenlet"), "getcurrent", None)
     if current is None:
         return 0
+    if current is not GETCURRENT:
+        SWITCHES_WITHIN = switches_within(sys.modules["greenlet"])
     GETCURRENT = current
     find_asyncio()
     TASKS = GREENLETS = True
     if SWITCH is None:
         HOLDERS.look_for_gevent()
     return 0
+
+
+cdef bint switches_within(object module) except -1:
+    """Greenlets begin a new stretch with each switch, since they keep a context each; if that is
+    not so, who runs is asked each time."""
+    greenlet = getattr(module, "greenlet", None)
+    if greenlet is None:
+        return True
+    before = stretch_now()
+    inside = greenlet(stretch_now).switch()
+    return inside == before or inside == stretch_now()
+
+
+def stretch_now():
+    """The number of this stretch of running (sd_stretch), and whose it is."""
+    cdef uint64_t state, number = sd_stretch(&state)
+    return number, state
 
 
 cdef int need_room_for_lock() except -1:

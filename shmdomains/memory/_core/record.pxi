@@ -139,7 +139,10 @@ cdef class Record:
         reload_values(mine)
 
     def __enter__(self):
-        cdef Record mine = locked_or_none(self)
+        cdef Record mine
+        if not TASKS and sd_has_context():
+            look_for_tasks(sd_self())
+        mine = locked_or_none(self)
         if mine is None:
             lock_record(self, SD_FOREVER, None)
             mine = self
