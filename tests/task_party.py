@@ -35,7 +35,7 @@ ENTERED = {*WAITS, "mutex"}
 def through_aio(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a task calls in place of this method: something to await or to enter."""
     whose, name = getattr(method, "__self__", None), method.__name__
-    if isinstance(whose, DomainList) and name in vars(aio.AsyncDomainList):
+    if isinstance(whose, DomainList) and hasattr(aio.AsyncDomainList, name):
         return getattr(aio.wrap(whose), name)(*args, **kwargs)
     if isinstance(whose, Domain) and name == "wait":
         return aio.wait_until(whose, *args, **kwargs)
