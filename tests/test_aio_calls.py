@@ -69,6 +69,11 @@ def test_what_needs_the_list_lock(doms: Doms) -> None:
             for find in (doms.find_by_uuid(uuid), doms.find_by_name("a")):
                 async with find as dom:
                     assert dom is not None and dom.name == "a"
+            with pytest.raises(ZeroDivisionError):
+                async with doms.find_by_name("a") as dom:
+                    dom.data = "not this"
+                    raise ZeroDivisionError
+            assert doms.peek("a").data is None
             dom = await doms.find_by_id(number)
             assert dom is not None and dom.name == "b"
             dom.unlock()
