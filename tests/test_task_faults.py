@@ -526,3 +526,18 @@ def test_a_call_is_given_up_that_waits_for_the_directory(
     asyncio.run(main())
     assert "c" not in doms
     assert not doms.locks()
+
+
+def collect_a_locked_list(pipe: Pipe) -> None:
+    doms = DomainList(max_domains=4, lock="multiprocessing")
+    doms.define(xml("a"))
+    box: list[Any] = [doms, doms.get("a")]
+    doms.box = box  # type: ignore[attr-defined]
+    del doms, box
+    gc.collect()
+    pipe.say("done")
+
+
+def test_the_collector_frees_a_locked_handle_with_its_list(start: Callable[..., Child]) -> None:
+    """Of multiprocessing locks, which it may have cleared by then."""
+    assert start(collect_a_locked_list).hear() == "done"

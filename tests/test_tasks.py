@@ -8,12 +8,12 @@ import asyncio
 import contextvars
 import decimal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from killing import xml
+from killing import Child, Pipe, xml
 
 from shmdomains import AlreadyLocked, Domain, DomainList, DomainNotLocked
 
@@ -129,15 +129,13 @@ def test_what_the_thread_holds_is_not_its_tasks(dom: Domain) -> None:
         assert dom.data == 1
 
 
-def test_greenlets(doms: DomainList, dom: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as the list asks: which one runs. They may be imported before the list is attached."""
-
+def use_greenlets(pipe: Pipe) -> None:
     class Greenlet:
         parent = object()
 
     greenlets = [Greenlet(), Greenlet()]
     running = greenlets[0]
-    monkeypatch.setitem(sys.modules, "greenlet", SimpleNamespace(getcurrent=lambda: running))
+    sys.modules["greenlet"] = SimpleNamespace(getcurrent=lambda: running)  # type: ignore[assignment]
     with DomainList(max_domains=8) as doms:
         doms.define(xml("a"))
         with doms.get(name="a") as dom:
@@ -149,5 +147,9 @@ def test_greenlets(doms: DomainList, dom: Domain, monkeypatch: pytest.MonkeyPatc
             running = greenlets[0]
             with dom:
                 pass
-    monkeypatch.delitem(sys.modules, "greenlet")
-    DomainList(max_domains=8).close()
+    pipe.say("done")
+
+
+def test_greenlets(start: Callable[..., Child]) -> None:
+    """As far as the list asks: which one runs. A process of its own, since it goes on asking."""
+    assert start(use_greenlets).hear() == "done"

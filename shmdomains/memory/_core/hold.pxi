@@ -433,7 +433,7 @@ cdef void abandon(Record record) noexcept:
         record.thread.kernel.held -= 1
         thread.held += 1
         sd_slot_leave(record.segment.segment, slot, False, record.thread.who,
-                      semaphore_of(record.segment.slot_locks[slot]))
+                      semaphore_of(record.segment.slot_semaphores[slot]))
     elif here:
         sd_slot_unlock(record.segment.segment, slot, False)
     else:

@@ -168,7 +168,7 @@ cdef int drop_list_for(Segment doms, sd_thread *holder, uint64_t nonce) except -
     """The same for another thread, whose task held it and is over."""
     forget_list(doms)
     if doms.multiprocessing:
-        sd_list_leave(doms.segment, semaphore_of(doms.list_lock), holder)
+        sd_list_leave(doms.segment, semaphore_of(doms.list_semaphore), holder)
     elif sd_list_unlock_for(doms.segment, holder, nonce) != SD_OK:
         leave_orphan(holder, doms.segment, 0, False, True)
     if doms.closed:
@@ -241,8 +241,8 @@ cdef int take_from_dead(sd_owner *owner, uint64_t *died_who, uint64_t *died_pid)
     return SD_TIMEOUT
 
 
-cdef inline sem_t *semaphore_of(object lock) except NULL:
-    return <sem_t *><size_t>lock._semlock.handle
+cdef inline sem_t *semaphore_of(object semaphore) except NULL:
+    return <sem_t *><size_t>semaphore.handle
 
 
 cdef int need_kept(bint kept, object what) except -1:
@@ -272,16 +272,16 @@ cdef int acquire_list(Segment doms, uint64_t deadline, object timeout) except -1
                 if result == SD_TIMEOUT and deadline:
                     result = wait_for_list(doms, deadline)
         else:
-            result = lock_semaphore(doms, doms.list_lock, &segment.header.list_owner, SD_LOCK_LIST,
-                                    0, deadline, &who, &pid)
+            result = lock_semaphore(doms, doms.list_semaphore, &segment.header.list_owner,
+                                    SD_LOCK_LIST, 0, deadline, &who, &pid)
             if result == SD_OK or result == SD_DIED:
                 died = result == SD_DIED
                 result = sd_list_entered(segment, died)
                 if died:
                     sd_self().repair.who, sd_self().repair.pid = who, pid
                 if result != SD_OK:
-                    sd_semaphore_leave(semaphore_of(doms.list_lock), &segment.header.list_owner,
-                                       sd_self().who)
+                    sd_semaphore_leave(semaphore_of(doms.list_semaphore),
+                                       &segment.header.list_owner, sd_self().who)
         if result == SD_OK:
             segment.list_taker = <void *>doms
             if TASKS:
@@ -328,8 +328,8 @@ cdef int release_list(Segment doms) except -1:
     if TASKS:
         tell_tasks(doms, SD_LOCK_LIST, 0, NULL)
         forget_list(doms)
-    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_lock), sd_self()),
-                     "the list lock")
+    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_semaphore),
+                                   sd_self()), "the list lock")
 
 
 cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
@@ -347,9 +347,8 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
                 if result == SD_TIMEOUT and deadline:
                     result = wait_for_slot(doms, slot, deadline)
         else:
-            result = lock_semaphore(doms,
-                                    None if doms.slot_locks is None else doms.slot_locks[slot],
-                                    &at.owner, SD_LOCK_DOMAIN, slot, deadline, &who, &pid)
+            lock = None if doms.slot_semaphores is None else doms.slot_semaphores[slot]
+            result = lock_semaphore(doms, lock, &at.owner, SD_LOCK_DOMAIN, slot, deadline, &who, &pid)
             if result == SD_DIED:
                 sd_count(&doms.segment.counters.deaths)
                 sd_self().repair.died = True
@@ -359,7 +358,7 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
             if result == SD_OK:
                 result = sd_slot_entered(doms.segment, slot)
                 if result != SD_OK:
-                    sd_semaphore_leave(semaphore_of(doms.slot_locks[slot]), &at.owner,
+                    sd_semaphore_leave(semaphore_of(doms.slot_semaphores[slot]), &at.owner,
                                        sd_self().who)
         if result == SD_OK and doms.closed:
             release_slot(doms, slot, False)
@@ -382,7 +381,7 @@ cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
         sd_slot_unlock(doms.segment, slot, delivered)
         return 0
     if not sd_slot_leave(doms.segment, slot, delivered, sd_self().who,
-                         semaphore_of(doms.slot_locks[slot])):
+                         semaphore_of(doms.slot_semaphores[slot])):
         need_kept(False, describe(doms, slot))
     return 0
 

@@ -23,6 +23,10 @@ cdef class Segment:
     cdef bint multiprocessing
     cdef readonly bint closed
     cdef object list_lock, slot_locks  # lock="multiprocessing"
+    # What those lock with. The collector may have cleared them when a locked handle is freed with
+    # its list; it clears no tuple.
+    cdef object list_semaphore
+    cdef tuple slot_semaphores
     cdef object record_class
     cdef Decoded decoded
     cdef uint64_t slow_after_ns
@@ -62,6 +66,9 @@ cdef class Segment:
         self.segment = segment
         self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
         self.list_lock, self.slot_locks = list_lock, slot_locks
+        if list_lock is not None:
+            self.list_semaphore = list_lock._semlock
+            self.slot_semaphores = tuple([lock._semlock for lock in slot_locks])
         self.record_class = record_class
         keep_spares(record_class, <void *>vacate)
         look_for_greenlets()
