@@ -35,7 +35,9 @@ ENTERED = {*WAITS, "mutex"}
 def through_aio(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a task calls in place of this method: something to await or to enter."""
     whose, name = getattr(method, "__self__", None), method.__name__
-    if isinstance(whose, DomainList) and name in vars(aio.AsyncDomainList):
+    if name == "lock_many" and kwargs.get("timeout") == 0:
+        return method(*args, **kwargs)  # it waits for nobody, and needs no block
+    if isinstance(whose, DomainList) and hasattr(aio.AsyncDomainList, name):
         return getattr(aio.wrap(whose), name)(*args, **kwargs)
     if isinstance(whose, Domain) and name == "wait":
         return aio.wait_until(whose, *args, **kwargs)

@@ -69,6 +69,11 @@ def test_what_needs_the_list_lock(doms: Doms) -> None:
             for find in (doms.find_by_uuid(uuid), doms.find_by_name("a")):
                 async with find as dom:
                     assert dom is not None and dom.name == "a"
+            with pytest.raises(ZeroDivisionError):
+                async with doms.find_by_name("a") as dom:
+                    dom.data = "not this"
+                    raise ZeroDivisionError
+            assert doms.peek("a").data is None
             dom = await doms.find_by_id(number)
             assert dom is not None and dom.name == "b"
             dom.unlock()
@@ -149,6 +154,7 @@ async def doms_lookup(doms: Doms) -> None:
         assert dom is None or dom.name == "a"
 
 
+@pytest.mark.filterwarnings("error::ResourceWarning")
 def test_lock_many(doms: Doms, start: Start, path: str) -> None:
     """All or nothing, whatever ends it."""
     holder, looker = start(hold, path, "c"), start(say_what_is_taken, path)
@@ -319,6 +325,36 @@ def test_a_cancelled_call_does_not_wait_for_its_lock(
         assert time.monotonic() - before < DEADLINE / 2
         assert doms.plain.acquire(False)
         doms.plain.release()
+
+    run(main())
+    assert holder.ask("x") == "free"
+    assert doms.peek("a").definition.memory == 1024
+
+
+def test_cancelled_before_the_other_thread_said_who_it_is(
+    doms: Doms, start: Start, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does there has begun, and nobody can be told yet to give up: so it is told again."""
+    holder = start(hold, path, "a")
+    assert holder.hear() == "held"
+    begun, go, there = threading.Event(), threading.Event(), aio._work_there
+
+    def late(done: Any, *rest: Any) -> None:
+        assert done.set_running_or_notify_cancel()
+        begun.set()
+        go.wait(DEADLINE)
+        monkeypatch.setattr(done, "set_running_or_notify_cancel", lambda: True, raising=False)
+        there(done, *rest)
+
+    monkeypatch.setattr(aio, "_work_there", late)
+
+    async def main() -> None:
+        task = asyncio.create_task(doms.define(xml("a", memory=7)))
+        await asyncio.to_thread(begun.wait)
+        task.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        assert await ended(task) is asyncio.CancelledError
 
     run(main())
     assert holder.ask("x") == "free"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from killing import DEADLINE, Pipe, until, xml
+from killing import DEADLINE, Pipe, fork, until, xml
 from tasks import (
     LOCKS,
     LONG,
@@ -288,10 +288,8 @@ def test_asyncio_run_cancels(doms: Doms, start: Start, path: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize(
-    ("who", "how"),
-    [("one waits", "closed"), ("one waits", "dropped"), ("nobody waits", "dropped")],
-)
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+@pytest.mark.parametrize("who", ["one waits", "nobody waits"])
 def test_a_loop_that_ends_without_a_word(
     doms: Doms, start: Start, path: str, how: str, who: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -431,6 +429,70 @@ def test_after_each_slice_everybody_is_looked_after(start: Start) -> None:
 
         run(main())
         thread.join()
+
+
+def hold_a_job(pipe: Pipe, path: str, name: str) -> None:
+    doms = DomainList.attach(path=path)
+    with doms.job(name, "theirs"):
+        pipe.say("begun")
+        pipe.rest()
+
+
+def test_a_job_whose_holder_dies_while_a_task_waits(doms: Doms, start: Start, path: str) -> None:
+    """A death changes nothing in the record; it is seen after a slice."""
+    holder = start(hold_a_job, path, "a")
+    assert holder.hear() == "begun"
+
+    async def main() -> str:
+        async def mine() -> str:
+            async with doms.job("a", "mine") as job:
+                assert job.previous_owner_died is not None
+                return job.previous_owner_died.operation
+
+        task = asyncio.create_task(mine())
+        await queued(1)
+        holder.kill()
+        await asyncio.wait([task], timeout=DEADLINE)
+        assert task.done(), "nobody looks whether the holder lives"
+        return task.result()
+
+    assert run(main()) == "theirs"
+
+
+def take_over(pipe: Pipe) -> None:
+    """A semaphore's holder dies."""
+    with DomainList(max_domains=8, lock="multiprocessing") as plain:
+        plain.define(xml("a"))
+        victim = fork(hold_inherited, plain)
+        victim.hear()
+
+        async def main() -> None:
+            waiting = [asyncio.ensure_future(enter(aio.wrap(plain), "a", log)) for _ in range(2)]
+            await queued(2)
+            victim.kill()
+            await asyncio.gather(*waiting)
+            dead = fork(hold_inherited, plain)
+            dead.hear()
+            dead.kill()
+            async with aio.wrap(plain).get("a", timeout=DEADLINE) as dom:
+                pipe.say(dom.previous_owner_died.pid == dead.pid)
+
+        log = list[str]()
+        asyncio.run(main())
+        pipe.say(log)
+
+
+def hold_inherited(pipe: Pipe, plain: DomainList) -> None:
+    with plain.get("a"):
+        pipe.say()
+        pipe.rest()
+
+
+def test_a_dead_holder_of_a_semaphore(start: Start) -> None:
+    """While tasks wait, and before one asks: its lock is taken over."""
+    child = start(take_over)
+    assert child.hear() is True
+    assert child.hear() == ["in a", "out a"] * 2
 
 
 @pytest.mark.parametrize("what", ["get", "locked", "mutex"])

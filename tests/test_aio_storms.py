@@ -21,7 +21,7 @@ import pytest
 from helpers import SOAK
 from killing import Child, Pipe, fork, until, xml
 from storm_worker import die_with_the_parent
-from tasks import taken
+from tasks import enter, taken
 
 from shmdomains import DomainList, LockTimeout, aio
 from shmdomains.memory.rooms import SLICE
@@ -37,8 +37,7 @@ PATIENCE = 100.0
 def plain(path: str) -> Iterator[DomainList]:
     with DomainList.create(path=path, max_domains=1100) as plain:
         yield plain
-        # Of those who were killed last some may not be dead yet.
-        until(lambda: taken(plain) == [], "everything is free")
+        assert taken(plain) == []
         assert plain.check().problems == []
 
 
@@ -321,6 +320,45 @@ def test_how_long_a_hand_over_takes(
     tried("us: median of a hand-over among tasks", round(statistics.median(took) / 1000))
 
 
+def commit(pipe: Pipe, path: str) -> None:
+    """Change a domain, and say when."""
+    doms = DomainList.attach(path=path)
+    pipe.say()
+    while True:
+        pid = pipe.listen()
+        with doms.get("a") as dom:
+            dom.pid = pid
+            now = time.monotonic_ns()
+        pipe.say(now)
+
+
+def test_how_long_until_a_wait_sees_a_change(
+    plain: DomainList, start: Start, path: str, tried: Tried
+) -> None:
+    plain.define(xml("a"))
+    doms = aio.wrap(plain)
+    writer = start(commit, path)
+    writer.hear()
+
+    async def main() -> list[int]:
+        took = list[int]()
+        for number in range(1, 100):
+            seen = asyncio.ensure_future(when_seen(number))
+            await asyncio.sleep(0.002)
+            writer.tell(number)
+            at = await seen
+            took.append(at - writer.hear())
+        return took
+
+    async def when_seen(number: int) -> int:
+        await doms.wait("a", until=lambda info: info.pid == number, timeout=PATIENCE)
+        return time.monotonic_ns()
+
+    median = statistics.median(asyncio.run(asyncio.wait_for(main(), PATIENCE)))
+    tried("us: median until a wait sees a change of another process", round(median / 1000))
+    assert median < SLICE * 1e9 / 2, "they are woken by the end of a slice only"
+
+
 def test_how_long_it_takes_when_nobody_waits(plain: DomainList, tried: Tried) -> None:
     plain.define(xml("a"))
     doms = aio.wrap(plain)
@@ -420,6 +458,7 @@ def test_the_loop_goes_on_in_a_storm_of_three_processes(
             turns += 1
 
     async def storm(tasks: int) -> Ticks:
+        await asyncio.gather(*(enter(doms, "d0", []) for _ in range(tasks)))  # what is done once
         ticks = Ticks()
         ticking = asyncio.ensure_future(ticks.tick())
         using = [asyncio.ensure_future(use()) for _ in range(tasks)]
@@ -442,6 +481,7 @@ def test_the_loop_goes_on_in_a_storm_of_three_processes(
         found = asyncio.run(storm(tasks))
         for child in children:
             child.close()
+        until(lambda: taken(plain) == [], "their children are dead, too")
         tried(f"us: longest stall of a loop {name}", round(found.longest * 1e6))
         tried(f"us: of that loop's own time, {name}", round(found.longest_used * 1e6))
         tried(f"sleeps of that loop's thread, {name}", found.slept)

@@ -481,7 +481,7 @@ class Machine(RuleBasedStateMachine):
             [one for one in self.live if party in one.known_to and one.holder != party], number
         )
         if model is not None:
-            held_here = model.holder is not None and self.start in IN_ONE_PROCESS
+            held_here = model.holder is not None and not self.store.processes
             error = NotOwner if held_here else DomainNotLocked
             self.refused(party, f"handles[{model.handle!r}].unlock()", error)
             for use in ("state", "commit()", "activate()", "definition"):

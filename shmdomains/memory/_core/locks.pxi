@@ -196,7 +196,9 @@ cdef int lock_semaphore(Segment doms, object lock, sd_owner *owner, int kind, ui
     try:
         while True:
             result = take_from_dead(owner, died_who, died_pid)
-            if result != SD_TIMEOUT or not TASKS:
+            if result != SD_TIMEOUT:
+                return result
+            if not TASKS:
                 break
             how = how_to_wait(doms, kind, number, owner, NULL, deadline)
             if how == BLOCKS:
