@@ -29,7 +29,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import islice
+from operator import attrgetter
 from typing import Protocol, TypeVar
 from weakref import ReferenceType, ref
 
@@ -39,7 +39,7 @@ SLICE = 0.05
 """Seconds after which whoever waits looks, whatever was told."""
 STREAK = 0.001
 GRACE = 0.002
-_LOOKS = 16  # in one round, so that a slice's end does not hold up the loop
+_LOOKS = 0.0005  # in one round, so that a slice's end does not hold up the loop
 
 T = TypeVar("T", bound="Room | Sleep")
 
@@ -106,11 +106,16 @@ class Hub:
         self._tick_later()
         for sleep in [one for one in self._sleeps if one.blocked.changed]:
             sleep.wake()
+        end = time.monotonic() + _LOOKS
         for sleep in _due(self._sleeps):
+            sleep.looked = time.monotonic()
             sleep.wake()
+            if sleep.looked > end:
+                break
         for room in _due(self.rooms.values()):
-            self.rooms[room.blocked.key] = self.rooms.pop(room.blocked.key)  # the others come first
             room.after_slice()
+            if room.looked > end:
+                break
 
     def close(self) -> None:
         """The event loop is closed: nobody waits any more, and nobody can be woken."""
@@ -124,20 +129,32 @@ class Hub:
 
 
 def _due(those: Iterable[T]) -> list[T]:
-    """The first ones that were looked at a slice ago."""
+    """Those that were looked at a slice ago, the longest ago first."""
     due = time.monotonic() - SLICE / 2
-    return list(islice((one for one in those if one.looked < due), _LOOKS))
+    return sorted([one for one in those if one.looked < due], key=attrgetter("looked"))
 
 
 class Room:
     """Those of one thread who wait for one lock."""
 
-    __slots__ = ("_armed", "_hub", "_watch", "blocked", "looked", "streak", "turns")
+    __slots__ = (
+        "_armed",
+        "_holder",
+        "_hub",
+        "_told",
+        "_watch",
+        "blocked",
+        "looked",
+        "streak",
+        "turns",
+    )
 
     def __init__(self, hub: Hub, blocked: core.Blocked) -> None:
         self._hub = hub
         self._watch = core.Watch(hub.inbox, self._fired)
         self._armed = False
+        self._told = False  # it was the watch that woke the first one
+        self._holder = 0  # a slice ago
         self.blocked = blocked
         self.turns: deque[Turn] = deque()
         self.looked = time.monotonic()
@@ -152,8 +169,10 @@ class Room:
         self._armed = False
         self.streak = 0.0  # strangers had it
         self._wake_first()
+        self._told = True
 
     def _wake_first(self) -> None:
+        self._told = False
         self.looked = time.monotonic()
         if self.turns:
             self.turns[0].wake()
@@ -177,11 +196,17 @@ class Room:
 
     def after_slice(self) -> None:
         self.looked = time.monotonic()
-        for turn in [turn for turn in self.turns if not turn.wait.look()]:
-            turn.wake()  # the list is closed
-        if not self.blocked.beside:
-            self.blocked.look()
-            self._wake_first()
+        if not self.turns[0].wait.look():  # whose wait is the longest
+            for turn in self.turns:
+                turn.wake()  # the list is closed
+            return
+        if self.blocked.beside:
+            return
+        former, self._holder = self._holder, self.blocked.holder
+        if self._armed and self._holder and self._holder != former:
+            return  # it changes hands
+        self.blocked.look()
+        self._wake_first()
 
     def close(self) -> None:
         while self.turns:
@@ -193,8 +218,8 @@ class Room:
         self.turns.remove(turn)
         if self._hub.trying is turn:
             self._hub.trying = None
-        if first and self.blocked.beside:
-            self.blocked.keep_waiters()  # for those whom it came before
+        if first and self._told and self.blocked.beside:
+            self.blocked.keep_waiters()  # strangers may have let it go first
         if not self.turns:
             self._end()
         elif first and not self.blocked.beside:

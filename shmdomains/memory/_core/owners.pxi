@@ -144,6 +144,11 @@ cdef class Blocked:
         if mutex != NULL and not self.doms.closed:
             sd_mutex_look(mutex, signature_of(self))
 
+    @property
+    def holder(self):
+        """Who has the lock, as it is signed; 0: nobody, or one who has not signed yet."""
+        return sd_load(&signature_of(self).who)
+
     def keep_waiters(self):
         """The caller waited, and may have taken the lock: then whoever still waits is woken when
         it is freed."""
