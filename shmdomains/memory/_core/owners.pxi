@@ -698,6 +698,7 @@ cdef class TaskWait:
             raise MemoryError
         sd_wait_note(self.wait, blocked.doms.segment, blocked.kind, blocked.number,
                      <void *>blocked.doms)
+        self.wait.told_loop = True  # it stops none
         begin_wait(blocked.doms)
 
     def look(self):
