@@ -24,11 +24,12 @@ import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .config import LoadReport
+from .config import LoadReport, change
 from .errors import LockTimeout, UncommittedChanges
 from .events import DomainEvent, EventsMissed
 from .job import Job
@@ -36,10 +37,10 @@ from .memory import rooms
 from .memory._core import core
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
-from .memory.rooms import SLICE, Hub, Turn, hub_here, set_hub
+from .memory.rooms import SLICE, Hub, Turn, add_hub, hub_of
 from .names import Uuid
 from .rules.info import DomainInfo
-from .rules.jobs import DomainJob
+from .rules.jobs import DomainJob, jobs_of_owner
 from .rules.store import Deadline, Filter
 from .rules.tasks import wait_by
 from .rules.values import not_found, one_key
@@ -54,8 +55,8 @@ __all__ = ["AsyncDomainList", "AsyncWatch", "wait_until", "wrap"]
 
 T = TypeVar("T")
 _WORKERS = 64
-"""Threads for calls that write files, a process. Whoever holds a lock gets one besides: others may
-wait for that lock in all of these."""
+"""Threads for calls that write files, a process. Whoever holds a lock or a job gets one besides:
+others may wait for that in all of these."""
 
 Key = Domain | DomainInfo | Uuid | int
 
@@ -97,8 +98,8 @@ class _Reader:
 
     def __del__(self) -> None:
         if self._pid == os.getpid():
+            self._hub.close()  # first: who is woken now could not run
             core.tasks_over(self._of_loop)
-            self._hub.close()
 
 
 def _is_of(loop: int, task: Any) -> bool:
@@ -108,13 +109,16 @@ def _is_of(loop: int, task: Any) -> bool:
 def _hub() -> Hub:
     """The hub of this thread's event loop."""
     loop = asyncio.get_running_loop()
-    hub = hub_here()
-    if hub is None or hub.of is not loop:
-        hub = Hub(loop.call_later)
-        hub.of = loop
+    hub = hub_of(loop)
+    if hub is None:
+        hub = Hub(loop, loop.call_later, partial(_runs, loop))
         loop.add_reader(hub.inbox.fileno(), _Reader(hub, loop))
-        set_hub(hub)
+        add_hub(hub)
     return hub
+
+
+def _runs(loop: asyncio.AbstractEventLoop) -> bool:
+    return asyncio._get_running_loop() is loop
 
 
 async def _ask(function: Callable[..., T], *args: Any, within: float | None = None) -> T:
@@ -138,10 +142,14 @@ async def _ask_on(
         while True:
             woken: asyncio.Future[None] = loop.create_future()
             wake = partial(_wake, woken)
-            if blocked.sleeps:
-                if turn is not None:
-                    turn.leave()
-                    turn = None
+            settled: core.Blocked | None = None
+            if turn is not None and (blocked.settles or blocked.sleeps):
+                turn.leave()
+                turn = None
+            if blocked.settles:
+                await _work(blocked.settle, until)
+                settled = blocked
+            elif blocked.sleeps:
                 sleep = hub.sleep(blocked, wake)
                 try:
                     await _until(woken, until)
@@ -158,7 +166,7 @@ async def _ask_on(
                 await _until(woken, until)
             hub.trying = turn
             try:
-                found = core.attempt(until, function, args, kwargs)
+                found = core.attempt(until, function, args, kwargs, settled)
             finally:
                 hub.trying = None
             if type(found) is not core.Blocked:
@@ -198,12 +206,44 @@ def _workers() -> ThreadPoolExecutor:
     return _pool[1]
 
 
+class _Call:
+    """What a task wants of another thread, as long as it wants it."""
+
+    __slots__ = ("_worker", "unwanted")
+
+    def __init__(self) -> None:
+        self.unwanted = False
+        self._worker: core.Worker | None = None
+
+    def begin(self, worker: core.Worker) -> None:
+        self._worker = worker
+        if self.unwanted:
+            worker.give_up()
+
+    def give_up(self) -> None:
+        self.unwanted = True
+        if self._worker is not None:
+            self._worker.give_up()
+
+
+_working = threading.local()  # `call`: what this thread does for a task
+
+
+def _between_looks() -> None:
+    call = getattr(_working, "call", None)
+    if call is not None and call.unwanted:
+        raise core.WorkGivenUp
+
+
+change.between_looks = _between_looks
+
+
 async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call it in another thread, for this task."""
     done: Future[T] = Future()
-    workers: list[core.Worker] = []
-    work = partial(_work_there, done, workers, core.owner(), partial(function, *args, **kwargs))
-    if core.holds_locks():
+    call, owner = _Call(), core.owner()
+    work = partial(_work_there, done, call, owner, partial(function, *args, **kwargs))
+    if core.holds_locks() or jobs_of_owner(owner):
         threading.Thread(target=work, name="shmdomains-aio", daemon=True).start()
     else:
         _workers().submit(work)
@@ -215,8 +255,7 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         except asyncio.CancelledError as exc:
             # It is rolled back, or had happened: only its thread knows.
             cancelled = exc
-            for worker in workers:
-                worker.give_up()
+            call.give_up()
             if done.cancel():  # it was not begun
                 raise
     if cancelled is not None:
@@ -225,12 +264,11 @@ async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return waiting.result()
 
 
-def _work_there(
-    done: Future[T], workers: list[core.Worker], owner: int, function: Callable[[], T]
-) -> None:
+def _work_there(done: Future[T], call: _Call, owner: int, function: Callable[[], T]) -> None:
     if not done.set_running_or_notify_cancel():
         return
-    workers.append(core.Worker())
+    call.begin(core.Worker())
+    _working.call = call
     try:
         result = core.work_for(owner, function, (), {})
     except BaseException as exc:
@@ -318,6 +356,16 @@ class _Mutex:
             self._mutex.unlock()
 
 
+class _AskedFor:
+    """The time-out that errors name: of several waits, for which `within` is what counts."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+
+    def left(self) -> float | None:
+        return self._timeout
+
+
 class _LockMany:
     """Several domains, for ``async with``; the list lock is held while they are collected."""
 
@@ -336,7 +384,9 @@ class _LockMany:
                 await _ask(doms.lock, self._timeout, within=deadline.left())
             try:
                 for one in self._wanted:
-                    await _ask(self._lock_one, one, deadline, within=deadline.left())
+                    left = deadline.left()
+                    asked_for = _AskedFor(0 if left == 0 else self._timeout)
+                    await _ask(self._lock_one, one, asked_for, within=left)
             finally:
                 if takes_list and doms.is_locked:
                     doms.unlock()
@@ -394,7 +444,7 @@ class AsyncWatch(AsyncIterator[DomainEvent | EventsMissed]):
 # --- the list --------------------------------------------------------------------------------
 
 
-class AsyncDomainList:
+class AsyncDomainList(core.AsyncSegment):
     """A `DomainList` for the tasks of an event loop; `wrap` makes it.
 
     Arguments, results and errors of each call are those of the plain one. Whatever else a
@@ -402,40 +452,11 @@ class AsyncDomainList:
     unchanged.
     """
 
-    __slots__ = ("plain",)
+    __slots__ = ()
 
-    def __init__(self, doms: DomainList) -> None:
-        self.plain = doms
+    plain: DomainList
 
     # --- locks ---
-
-    def get(
-        self,
-        key: Key | None = None,
-        /,
-        *,
-        uuid: Uuid | None = None,
-        name: str | None = None,
-        id: int | None = None,
-        timeout: float | None = None,
-        why: str | None = None,
-    ) -> core.Acquire[Domain]:
-        """The domain, locked for an ``async with`` block. Or await it, and unlock it yourself."""
-        return core.Acquire(self.plain, False, key, uuid, name, id, timeout, why)
-
-    def lookup(
-        self,
-        key: Key | None = None,
-        /,
-        *,
-        uuid: Uuid | None = None,
-        name: str | None = None,
-        id: int | None = None,
-        timeout: float | None = None,
-        why: str | None = None,
-    ) -> core.Acquire[Domain | None]:
-        """Like `get`, but ``None`` when there is no such domain."""
-        return core.Acquire(self.plain, True, key, uuid, name, id, timeout, why)
 
     def locked(self, timeout: float | None = None, why: str | None = None) -> _Locked:
         """Hold the list lock for an ``async with`` block."""
@@ -685,6 +706,11 @@ async def _enter_later(acquire: core.Acquire[Any], blocked: core.Blocked) -> Any
     return acquire.enter(await _ask_on(blocked, acquire.until, acquire.find, (), {}))
 
 
+def _begins() -> None:
+    with suppress(OSError):  # no descriptor left: then when it waits
+        _hub()
+
+
 rooms.begin()
 wait_by(_ask)
-core.tasks_enter_by(_enter_later, _find_later)
+core.tasks_enter_by(_enter_later, _find_later, _begins)

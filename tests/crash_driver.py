@@ -43,6 +43,7 @@ import sys
 import threading
 import traceback
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -275,6 +276,55 @@ def named_lock(doms: DomainList) -> Iterator[None]:
 def named_lock_with_a_reason(doms: DomainList) -> Iterator[None]:
     with doms.mutex("scheduler", why="rebalancing the hosts of rack 7"):
         yield
+
+
+def dropped_here(lock: Callable[[], list[Any]], which: int) -> None:
+    """Another thread takes the locks, this one drops a handle, the other one unlocks the rest."""
+    box: list[Any] = []
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        box.extend(lock())
+        held.set()
+        done.wait()
+        for handle in box:
+            handle.unlock()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        del box[which]
+    done.set()
+    holder.join()
+
+
+@operation(points=11)
+def drop_the_only_one(doms: DomainList) -> Iterator[None]:
+    dropped_here(lambda: [doms.get(name="vm0")], 0)
+    yield
+
+
+@operation(points=23)
+def drop_the_middle_one(doms: DomainList) -> Iterator[None]:
+    def lock() -> list[Any]:
+        with doms.locked():
+            return [doms.find_by_name(f"vm{number}") for number in range(3)]
+
+    dropped_here(lock, 1)
+    yield
+
+
+@operation(points=11)
+def drop_a_named_lock(doms: DomainList) -> Iterator[None]:
+    def lock() -> list[Any]:
+        mutex = doms.mutex("scheduler")
+        mutex.lock()
+        return [mutex]
+
+    dropped_here(lock, 0)
+    yield
 
 
 @operation(points=9)

@@ -22,9 +22,9 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import CodeType
@@ -32,6 +32,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from dict_store import DictDomainList
+from task_party import begin_task, serve_as_task
 
 import shmdomains
 from shmdomains import DomainDef, DomainList
@@ -119,7 +120,7 @@ class Store:
     def starts(self) -> list[str]:
         if not self.processes:
             return ["thread"]
-        ways = ["fork", "spawn", "forkserver", "thread"]
+        ways = ["fork", "spawn", "forkserver", "thread", "task"]
         return ways if self.publish is None else [*ways, "stranger"]
 
 
@@ -221,8 +222,19 @@ def party_main(address: str, given: dict[str, Any]) -> None:
 _children: list[Any] = []
 
 
+def task_main(address: str, given: dict[str, Any]) -> Coroutine[Any, Any, None]:
+    """The whole life of a party that is a task."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(address)
+        conn = Connection(sock.detach())
+    return serve_as_task(conn, {**_vocabulary(), **given}, _send)
+
+
 def begin(start: str, address: str, given: dict[str, Any]) -> None:
-    """Begin a party in a thread or child of this process; runs in the home."""
+    """Begin a party in a task, thread or child of this process; runs in the home."""
+    if start == "task":
+        begin_task(partial(task_main, address, given))
+        return
     if start == "thread":
         threading.Thread(target=party_main, args=(address, given), daemon=True).start()
         return
@@ -371,11 +383,12 @@ class Process:
 class Home(Process):
     """A clean process to fork from."""
 
-    def begin(self, start: str, **given: str) -> Party:
-        """Begin a party; `given`: the names it gets, and what they are in the home."""
+    def begin(self, start: str, by: Party | None = None, **given: str) -> Party:
+        """Begin a party; `given`: the names it gets, and what they are in the home, or to the party
+        that begins it."""
         items = ", ".join(f"{name!r}: ({source})" for name, source in given.items())
         with door() as (address, listener):
-            self.party.tell(f"begin({start!r}, {address!r}, {{{items}}})")
+            (by or self.party).tell(f"begin({start!r}, {address!r}, {{{items}}})")
             return admit(listener)
 
 

@@ -1,9 +1,10 @@
 """A storm that ends quietly: workers use a list hard, most are killed, and the rest must finish.
 
-One round. A list of few or of many domains, 4 to 8 workers (storm_worker.py) that do a bit of
-everything, all on one CPU or on all CPUs. Then blows: most are killed, at random instants or in one
-burst just after a wake-up, or at a store into the segment (crash_points.c), some are stopped before
-it, and now and then new ones come for another wave. Then no more kills: each survivor has a fixed
+One round. A list of few or of many domains, 4 to 8 workers (storm_worker.py), or processes with
+some workers each (storm_tasks.py), that do a bit of everything, all on one CPU or on all CPUs. Then
+blows: most are killed, at random instants or in one burst just after a wake-up, or at a store into
+the segment (crash_points.c), some are stopped before it, and now and then new ones come for another
+wave. Then no more kills: each survivor has a fixed
 amount of work to do, in which nobody who is dead may hinder it. Only a storm that ends can show a
 lost wake-up: as long as somebody comes to wait, it has those who were forgotten woken.
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from uuid import UUID
 
 from killing import DEADLINE, Child, Pipe, asleep, fork, until, xml
+from storm_tasks import work_in_tasks
 from storm_worker import (
     OWN,
     Ledger,
@@ -42,6 +44,7 @@ from storm_worker import (
     padding,
     shared_name,
     shared_uuid,
+    work,
 )
 
 from shmdomains import Domain, DomainInfo, DomainList, LockTimeout
@@ -125,10 +128,11 @@ class Round:
 
     def start(self, count: int) -> list[Child]:
         numbers = range(len(self.begun), len(self.begun) + count)
+        life = work_in_tasks if self.shape.tasks else work
         if self.shape.strangers:
-            given = [(attach_and_work, self.path)] * count
+            given = [(attach_and_work, life, self.path)] * count
         else:
-            given = [(inherit_and_work, self.doms)] * count
+            given = [(inherit_and_work, life, self.doms)] * count
         children = [
             fork(*what, self.shape, self.ledger, number)
             for what, number in zip(given, numbers, strict=True)
@@ -251,7 +255,8 @@ class Round:
             for worker, (count, allowed) in enumerate(pairs):
                 assert count in allowed, f"{info.name}, worker {worker}: {count}, not {allowed}"
             expected.add(info.uuid)
-        for worker, key in product(range(len(self.begun)), range(OWN)):
+        begun = len(self.begun) * (self.shape.tasks or 1)
+        for worker, key in product(range(begun), range(OWN)):
             info = self.the_same_everywhere(found, own_uuid(worker, key))
             states = self.ledger.allowed(self.ledger.own(worker, key))
             allowed = {self.as_found(worker, key, state) for state in states}

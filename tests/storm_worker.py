@@ -13,8 +13,8 @@ import mmap
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -45,6 +45,7 @@ class Shape:
     aimed: bool  # at the moment just after a wake-up
     strangers: bool  # they attach; else they inherit the list
     fused: bool = False  # killed at a store into the segment; needs the core with crash points
+    tasks: int = 0  # of each process, each a worker (storm_tasks.py); 0: its only thread is it
 
     @classmethod
     def few(cls, seed: int, lock: str = "robust") -> Shape:
@@ -77,7 +78,7 @@ class Shape:
 
     @property
     def all_workers(self) -> int:
-        return self.workers + (self.waves - 1) * self.doomed
+        return (self.workers + (self.waves - 1) * self.doomed) * (self.tasks or 1)
 
     @property
     def room(self) -> int:
@@ -220,15 +221,15 @@ class Worker:
         while left:
             left -= self.ledger.quiet
             self.turn += 1
-            self.light()
+            self.light(self.number)
             [operation] = self.chance.choices(self.operations, cum_weights=self.weights)
             operation()
 
-    def light(self) -> None:
+    def light(self, process: int) -> None:
         """Be killed after so many stores, if that is wanted by now."""
-        stores = self.ledger.fuses[self.number]
+        stores = self.ledger.fuses[process]
         if stores:
-            self.ledger.fuses[self.number] = 0
+            self.ledger.fuses[process] = 0
             points = ctypes.CDLL(core.__file__)
             made = ctypes.c_long.in_dll(points, "sd_crash_count").value
             ctypes.c_long.in_dll(points, "sd_crash_at").value = made + stores
@@ -318,12 +319,17 @@ class Worker:
     # Domains of one's own
 
     def change_own(self) -> None:
+        with self.change_of_own() as (key, before, after):
+            self.apply(key, before, after)
+
+    @contextmanager
+    def change_of_own(self) -> Iterator[tuple[int, int, int]]:
         key = self.chance.randrange(OWN)
         cell = self.ledger.own(self.number, key)
         before = self.ledger.done(cell)
         after = self.plan(before)
         self.ledger.ask(cell, after)
-        self.apply(key, before, after)
+        yield key, before, after
         self.ledger.acknowledge(cell)
 
     def plan(self, before: int) -> int:
@@ -377,13 +383,16 @@ def work(pipe: Pipe, doms: DomainList, shape: Shape, ledger: Ledger, number: int
     pipe.rest()
 
 
-def inherit_and_work(pipe: Pipe, doms: DomainList, *rest: Any) -> None:
+Work = Callable[..., None]
+
+
+def inherit_and_work(pipe: Pipe, work: Work, doms: DomainList, *rest: Any) -> None:
     die_with_the_parent()
     pipe.listen()
     work(pipe, doms, *rest)
 
 
-def attach_and_work(pipe: Pipe, path: str, *rest: Any) -> None:
+def attach_and_work(pipe: Pipe, work: Work, path: str, *rest: Any) -> None:
     die_with_the_parent()
     pipe.listen()
     work(pipe, DomainList.attach(path=path), *rest)

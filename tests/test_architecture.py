@@ -35,7 +35,7 @@ RANKS = [
     ["config"],
     ["rules"],
     ["memory"],
-    ["transfer"],
+    ["transfer", "aio", "green"],
     ["shmdomains"],  # the public names
     ["stress"],
     ["cli"],

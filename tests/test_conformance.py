@@ -1,9 +1,10 @@
 """The contract between two parties, whatever they have in common.
 
 Each test runs for every store and, within it, for every way in which two parties come to share a
-list: threads, fork, spawn, forkserver, and a stranger who attaches by name. `one` is a process of
-its own (see helpers.Home) in which the list was made; `two` is the other party. What a store of
-another kind has to do to pass is to be entered in `helpers.STORES`.
+list: tasks of one event loop, threads, fork, spawn, forkserver, and a stranger who attaches by
+name. `one` is a process of its own (see helpers.Home) in which the list was made, or a task there;
+`two` is the other party. What a store of another kind has to do to pass is to be entered in
+`helpers.STORES`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shmdomains import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 WAYS = [(store, start) for store in EVERY_STORE for start in store.starts]
+IN_ONE_PROCESS = {"thread", "task"}
 BETWEEN_PROCESSES = [(store, start) for store, start in WAYS if store.processes]
 
 
@@ -42,18 +44,21 @@ class Pair:
         self.one = home.party
         self._guests: list[Party] = []
         self._name, self._store = name, store
-        given = "None" if start in ("thread", "stranger") else repr(start)
+        given = "None" if start in {*IN_ONE_PROCESS, "stranger"} else repr(start)
         self.one.tell(f"context = multiprocessing.get_context({given}); name = {name!r}")
         self.one.tell("room = 64; size = None")
         made = store.publish if start == "stranger" else store.create
         self.one.tell(f"doms = {made}")
+        if start == "task":
+            self.one = home.begin(start, doms="doms")
+            home.party.tell("forget")
         self.two = self.join()
 
     def join(self, *names: str) -> Party:
         """The second party, or one more of its kind, with some of the first one's `names`."""
         if self.start != "stranger":
             given = {name: name for name in ("doms", *names)}
-            guest = self.home.begin(self.start, **given)
+            guest = self.home.begin(self.start, self.one, **given)
             self._guests.append(guest)
             return guest
         self.stranger.tell(f"name = {self._name!r}; doms = {self._store.attach}")
@@ -70,6 +75,8 @@ class Pair:
             guest.leave()
         problems = self.one.tell("[] if doms.closed else doms.check().problems")
         self.one.tell("None if doms.closed else (doms.unlink(), doms.close())")
+        if self.start == "task":
+            self.one.leave()
         assert problems == []
 
 
@@ -545,7 +552,7 @@ def test_what_one_holds_is_foreign_to_who_comes_later(pair: Pair) -> None:
         with pytest.raises(DomainNotLocked):
             late.tell(change)
     foreign_domain, foreign_list = (
-        (NotOwner, NotOwner) if pair.start == "thread" else (DomainNotLocked, ListNotLocked)
+        (NotOwner, NotOwner) if pair.start in IN_ONE_PROCESS else (DomainNotLocked, ListNotLocked)
     )
     with pytest.raises(foreign_domain):
         late.tell("dom.unlock()")
@@ -584,7 +591,7 @@ def test_the_end_of_a_party_does_not_free_what_others_hold(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [way for way in WAYS if way[1] != "thread"], ids=way_name, indirect=True
+    "pair", [way for way in WAYS if way[1] not in IN_ONE_PROCESS], ids=way_name, indirect=True
 )
 def test_closing_is_each_partys_own(pair: Pair) -> None:
     define(pair.one, "web1")

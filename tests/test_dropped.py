@@ -30,6 +30,7 @@ from killing import (
     OWNER_DIED,
     TESTS,
     Child,
+    Nursery,
     Pipe,
     Planted,
     libc,
@@ -137,9 +138,22 @@ def take(pipe: Pipe, path: str, name: str, timeout: float) -> None:
         pipe.say(None if died is None else died.tid)
 
 
+def asleep(tid: int) -> bool:
+    with open(f"/proc/{tid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "S"
+
+
 def word_of(planted: Planted, name: str) -> int:
     """The futex word of a domain's mutex."""
     return planted.read(planted.slot(NAMES.index(name), "mutex")) & 0xFFFFFFFF
+
+
+def compiled(source: str, folder: Path) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler, "no C compiler"
+    library = folder / f"{source}.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, TESTS / source], check=True)
+    return library
 
 
 # --- whatever its thread does ---------------------------------------------------------------------
@@ -202,6 +216,19 @@ def test_free_at_once_whatever_its_thread_does(
     os.close(reads), os.close(writes)
     assert doms.check().problems == []
     worker.do(lambda: doms.get("a", timeout=0).unlock())
+
+
+def test_who_waits_is_woken(doms: DomainList, path: str, worker: Worker, tmp_path: Path) -> None:
+    """One whose waits have no slices, so that it wakes by nothing else."""
+    box: list[Any] = []
+    worker.do(lambda: box.append(doms.get("a")))
+    with Nursery(LD_PRELOAD=str(compiled("untimed_lock.c", tmp_path))) as untimed:
+        child = untimed.start(take, path, "a", DEADLINE)
+        until(lambda: any(one.name == "a" and one.waiting for one in doms.locks()), "the wait")
+        until(lambda: asleep(child.pid), "the sleep")
+        with warned():
+            box.clear()
+        assert child.hear() is None
 
 
 @pytest.mark.parametrize("then", ["goes on waiting", "gets it in this slice"])
@@ -294,7 +321,7 @@ def test_who_drops_counts_nothing(doms: DomainList, worker: Worker) -> None:
         dom.unlock()
 
 
-# --- what else it holds -----------------------------------------------------------------------------
+# --- what else it holds -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropped", ["a", "b", "c", "ab", "ba", "bc", "ca", "abc", "bca"])
@@ -313,14 +340,16 @@ def test_the_other_locks_of_its_thread_are_as_safe_as_before(
                 del held[name]
         assert len(said) == len(dropped)
         assert [name for name in NAMES if not word_of(planted, name)] == sorted(dropped)
-        assert worker.do(lambda: len(robust_list())) == len(held)
+        assert len(worker.do(robust_list)) == len(held)
         if unlocked:
             worker.do(held.pop(unlocked).unlock)
             assert not word_of(planted, unlocked)
         # What was freed is there for this thread to lock again, after the others in its list.
-        for name in dropped:
-            worker.do(lambda name=name: held.update({name: doms.get(name)}) if not held else None)
-        assert worker.do(lambda: len(robust_list())) == len(held)
+        if not held:
+            worker.do(lock_into(box, doms, *dropped))
+            held.update(zip(dropped, box, strict=True))
+            box.clear()
+        assert len(worker.do(robust_list)) == len(held)
         rest = sorted(held)
         worker.end()
         marked = [name for name in NAMES if word_of(planted, name) & OWNER_DIED]
@@ -373,17 +402,12 @@ def test_while_its_thread_ends(doms: DomainList, tried: Callable[[str, int], Non
     assert doms.check().problems == []
 
 
-# --- robust mutexes that are not ours ---------------------------------------------------------------
+# --- robust mutexes that are not ours -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    assert compiler, "no C compiler, so there is no foreign code"
-    library = tmp_path_factory.mktemp("foreign") / "foreign_robust.so"
-    source = Path(TESTS) / "foreign_robust.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(compiled("foreign_robust.c", tmp_path_factory.mktemp("foreign"))))
 
 
 def mutex_of(foreign: ctypes.CDLL) -> ctypes.Array[Any]:
@@ -439,11 +463,6 @@ def test_a_foreign_robust_mutex_of_its_thread(
     assert worker.do(lambda: (robust_list(), list_op_pending())) == ([], None)
 
 
-def asleep(tid: int) -> bool:
-    with open(f"/proc/self/task/{tid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] == "S"
-
-
 @pytest.mark.parametrize("held", [["a"], ["b", "a"], ["a", "b"], ["b", "a", "c"]])
 @pytest.mark.parametrize("idle", [0, 300])
 def test_foreign_code_locks_at_the_same_instant(
@@ -475,7 +494,7 @@ def test_foreign_code_locks_at_the_same_instant(
         freed = not refused(said, worker)
         assert not freed or "is freed: lock" in said[0]
         at_once += freed
-        assert worker.do(lambda: len(robust_list())) == len(held) - freed
+        assert len(worker.do(robust_list)) == len(held) - freed
         for dom in box:
             worker.do(dom.unlock)
         worker.do(lambda: doms.get("a", timeout=0).unlock())
@@ -486,7 +505,7 @@ def test_foreign_code_locks_at_the_same_instant(
     tried("handles dropped beside foreign robust mutexes, left", TURNS // 8 - at_once)
 
 
-# --- what it says instead -----------------------------------------------------------------------------
+# --- what it says instead -----------------------------------------------------------------------
 
 
 def test_a_handle_in_another_thread_says_what_to_do(doms: DomainList, worker: Worker) -> None:

@@ -20,7 +20,7 @@ from uuid import UUID
 import pytest
 from helpers import DEADLINE, EVERY_STORE, Home, Party, Store, definition, xml
 from killing import until
-from test_conformance import WAYS, Pair, way_name
+from test_conformance import IN_ONE_PROCESS, WAYS, Pair, way_name
 
 import shmdomains
 from shmdomains import (
@@ -530,7 +530,7 @@ def test_a_waiter_that_had_the_domain_locked(pair: Pair) -> None:
 
 
 def test_a_job_is_its_threads(pair: Pair) -> None:
-    if pair.start != "thread":
+    if pair.start not in IN_ONE_PROCESS:
         pytest.skip("a job is not passed on to other processes")
     one = pair.one
     begin(one, Job.MODIFY)

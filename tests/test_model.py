@@ -21,6 +21,7 @@ from model import (
     semaphore,
     slots,
     sums,
+    unlock_for,
     waiting,
 )
 from model.explorer import DIED, NOBODY_SLEEPS, Explorer, Memory, Model, Outcome, Steps
@@ -36,6 +37,7 @@ SUBJECTS = {
     "growth": growth,
     "places": places,
     "semaphore": semaphore,
+    "unlock for": unlock_for,
     "waiting": waiting,
     "events": events,
 }
@@ -119,6 +121,14 @@ FEWEST = {
     "semaphore: two": 2_500,
     "semaphore: three": 10_000,
     "semaphore: three, three kills": 10_100,
+    "unlock for: first": 1_540,
+    "unlock for: first, nested": 1_360,
+    "unlock for: first, crossed": 1_220,
+    "unlock for: only": 1_490,
+    "unlock for: only, nested": 1_320,
+    "unlock for: middle": 657,
+    "unlock for: last": 610,
+    "unlock for: first, for longer": 4_490,
     "waiting: one": 12_500,
     "waiting: two": 97_500,
     "waiting: removed": 12_200,

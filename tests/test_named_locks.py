@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from helpers import A_MOMENT, EVERY_STORE, SOAK, Home, Party, Store, thread_party, xml
 from killing import DEADLINE, Child, Pipe, Planted, hold_mutex, until
-from test_conformance import Pair, held_by, way_name
+from test_conformance import IN_ONE_PROCESS, Pair, held_by, way_name
 
 from shmdomains import (
     AlreadyLocked,
@@ -104,7 +104,7 @@ def test_other_names_are_other_locks(one: Party, two: Party) -> None:
 def test_whose_it_is(pair: Pair, one: Party, two: Party) -> None:
     two.tell("m = doms.mutex('a'); m.lock()")
     one.tell("m = doms.mutex('a')")
-    error = NotOwner if pair.start == "thread" else MutexNotLocked
+    error = NotOwner if pair.start in IN_ONE_PROCESS else MutexNotLocked
     for call in ("m.unlock()", "m.release()", "m.previous_owner_died"):
         with pytest.raises(error, match="mutex 'a'"):
             one.tell(call)

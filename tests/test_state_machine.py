@@ -1,10 +1,10 @@
 """The list against a dict, driven by hypothesis.
 
-Two processes (of a store that has no others: two threads) use one list: the home that made it, and
-a child of it. Each is told what to do through its socket and answers before the next step, so the
-model knows at every moment who holds what, what is committed and what only its holder sees. Every
-wait has time-out 0: it either succeeds at once or says who is in the way, and which of the two it
-is the model knows too.
+Two processes use one list: the home that made it, and a child of it. Or two tasks of one event
+loop do, or, of a store that has no other processes, two threads. Each is told what to do through
+its socket and answers before the next step, so the model knows at every moment who holds what, what
+is committed and what only its holder sees. Every wait has time-out 0: it either succeeds at once or
+says who is in the way, and which of the two it is the model knows too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from test_conformance import IN_ONE_PROCESS, way_name
 
 from shmdomains import (
     AlreadyLocked,
@@ -100,11 +101,12 @@ FORMS = {
 
 
 class Machine(RuleBasedStateMachine):
-    """The rules; `home` and `store` are set by the test. Each example has a list and a child of its
-    own, so that what one breaks does not show in the next."""
+    """The rules; `home`, `store` and `start` are set by the test. Each example has a list and a
+    child of its own, so that what one breaks does not show in the next."""
 
     home: Home
     store: Store
+    start: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +174,8 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         home = self.home.party
         home.tell(f"context = None; room = {ROOM}; size = None; doms = {self.store.create}")
-        self.parties = home, self.home.begin(self.store.starts[0], doms="doms")
+        one = self.home.begin(self.start, doms="doms") if self.start == "task" else home
+        self.parties = one, self.home.begin(self.start, one, doms="doms")
         for party in (0, 1):
             self.do(party, LOOK + "handles = {}")
 
@@ -194,7 +197,10 @@ class Machine(RuleBasedStateMachine):
         finally:
             self.parties[1].leave()
             codes = self.do(0, "handles.clear(); doms.close(); del doms; reap()")
-        assert codes == ([0] if self.store.processes else [])
+            if self.start == "task":
+                self.parties[0].leave()
+                self.home.party.tell("del doms")
+        assert codes == ([] if self.start in IN_ONE_PROCESS else [0])
 
     # --- the list lock ---
 
@@ -213,7 +219,7 @@ class Machine(RuleBasedStateMachine):
             self.do(party, "doms.unlock()")
             self.list_holder = None
         else:
-            held_here = self.list_holder is not None and not self.store.processes
+            held_here = self.list_holder is not None and self.start in IN_ONE_PROCESS
             self.refused(party, "doms.unlock()", NotOwner if held_here else ListNotLocked)
 
     # --- domains come ---
@@ -475,7 +481,7 @@ class Machine(RuleBasedStateMachine):
             [one for one in self.live if party in one.known_to and one.holder != party], number
         )
         if model is not None:
-            held_here = model.holder is not None and not self.store.processes
+            held_here = model.holder is not None and self.start in IN_ONE_PROCESS
             error = NotOwner if held_here else DomainNotLocked
             self.refused(party, f"handles[{model.handle!r}].unlock()", error)
             for use in ("state", "commit()", "activate()", "definition"):
@@ -593,12 +599,16 @@ def shown(fields: Fields | None) -> tuple[Any, ...]:
     return tuple(getattr(fields, name) for name in Fields.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("store", EVERY_STORE, ids=lambda store: store.name)
-def test_two_processes_against_a_dict(home: Home, store: Store) -> None:
+OWNERS = [(store, store.starts[0]) for store in EVERY_STORE]
+OWNERS += [(store, "task") for store in EVERY_STORE if "task" in store.starts]
+
+
+@pytest.mark.parametrize(("store", "start"), OWNERS, ids=[way_name(one) for one in OWNERS])
+def test_two_owners_against_a_dict(home: Home, store: Store, start: str) -> None:
     class Bound(Machine):
         pass
 
-    Bound.home, Bound.store = home, store
+    Bound.home, Bound.store, Bound.start = home, store, start
     run_state_machine_as_test(
         Bound,
         settings=settings(

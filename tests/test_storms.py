@@ -72,6 +72,25 @@ def test_multiprocessing_locks(
     rounds(start(prove_storms, path), shapes, tried)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(9 if SOAK else 1))
+@pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+@pytest.mark.parametrize("shape", [Shape.few, Shape.many], ids=["few", "many"])
+def test_tasks(
+    start: Callable[..., Child],
+    path: str,
+    tried: Tried,
+    shape: Callable[[int, str], Shape],
+    lock: str,
+    part: int,
+) -> None:
+    """Each process has three workers in one event loop, and takes them with it when it dies."""
+    shapes = [replace(shape(seed, lock), tasks=3) for seed in seeds(part)]
+    total = rounds(start(prove_storms, path), shapes, tried)
+    tried("of those storms of tasks", len(shapes))
+    tried("changes acknowledged by tasks", total.changes)
+
+
 @pytest.fixture(scope="module")
 def mined() -> Iterator[Nursery]:
     """Its children have the core with crash points."""
@@ -87,6 +106,18 @@ def test_killed_at_a_store_among_others(
 ) -> None:
     """A signal seldom meets a change half-way; here each does."""
     shapes = [replace(shape(seed), fused=True) for seed in seeds(part)]
+    total = rounds(mined.start(prove_storms, path), shapes, tried)
+    tried("of those workers killed at a store", total.kills)
+    mined.clear()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(4 if SOAK else 1))
+@pytest.mark.parametrize("shape", [Shape.few, Shape.many], ids=["few", "many"])
+def test_tasks_killed_at_a_store(
+    mined: Nursery, path: str, tried: Tried, shape: Callable[[int], Shape], part: int
+) -> None:
+    shapes = [replace(shape(seed), fused=True, tasks=3) for seed in seeds(part)]
     total = rounds(mined.start(prove_storms, path), shapes, tried)
     tried("of those workers killed at a store", total.kills)
     mined.clear()

@@ -408,13 +408,15 @@ def test_a_task_is_still_known_after_it(doms: DomainList) -> None:
             pass
 
     async def first() -> None:
+        nonlocal dom
+        dom = doms.get("a")
         with dom:
             with meanwhile(lambda: set_data(doms, "a", 1)):
                 dom.wait(lambda dom: dom.data, timeout=DEADLINE)
             with pytest.raises(ShmDomainsError, match="another task of this thread"):
                 await asyncio.create_task(enter())
 
-    dom = doms.get("a")
+    dom: Any
     asyncio.run(first())
     assert held_of(doms) == []
 

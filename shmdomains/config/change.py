@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from ..deadline import check_timeout
+from ..deadline import Deadline, check_timeout
 from ..errors import AlreadyLocked, ConfigError, LockTimeout
 from ..files import (
     TEMPORARY,
@@ -277,6 +277,18 @@ def _is_alive(pid: int) -> bool:
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+LOOK = 0.05
+"""Seconds between two calls of `between_looks`."""
+
+
+def _go_on() -> None:
+    pass
+
+
+between_looks: Callable[[], None] = _go_on
+"""Called while a directory's filelock is waited for; it may raise. `shmdomains.aio` sets it."""
+
+
 class _DirectoryLock:
     """The filelock of a config directory. The object is made before the lock is acquired, so that a
     caller interrupted in `acquire` can release it."""
@@ -293,9 +305,10 @@ class _DirectoryLock:
             self._lock = filelock.FileLock(self._path, mode=0o600)
 
     def acquire(self, timeout: float | None) -> None:
-        limit = -1.0 if timeout is None else timeout
+        deadline = Deadline(timeout)
         try:
-            self._lock.acquire(timeout=limit, poll_interval=0.01)
+            while not self._acquired(deadline.left()):
+                between_looks()
         except filelock.Timeout as exc:
             raise LockTimeout(
                 f"config directory {shown_path(self._directory)}: its lock was not free within "
@@ -310,6 +323,15 @@ class _DirectoryLock:
             raise AlreadyLocked(
                 f"this thread is changing {shown_path(self._directory)} already; finish that first"
             ) from exc
+
+    def _acquired(self, left: float | None) -> bool:
+        try:
+            self._lock.acquire(LOOK if left is None else min(left, LOOK), poll_interval=0.01)
+        except filelock.Timeout:
+            if left is not None and left <= LOOK:
+                raise
+            return False
+        return True
 
     def release(self) -> None:
         self._lock.release(force=True)

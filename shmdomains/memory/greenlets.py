@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ._core import core
-from .rooms import Hub, Timer, Turn, freed, hub_here, may_try, set_hub
+from .rooms import Hub, Timer, Turn, add_hub, freed, hub_of, may_try
 
 
 def is_wanted() -> bool:
@@ -56,21 +57,26 @@ class _Timer:
         self._timer.close()
 
 
+# Each hub of gevent keeps its rooms, and what reads their inbox.
+_hubs: WeakKeyDictionary[Any, tuple[Hub, Any]] = WeakKeyDictionary()
+
+
 def _hub() -> Hub:
     """The rooms of this thread's hub."""
     of = _gevent_hub()
-    hub = hub_here()
-    if hub is None or hub.of is not of:
+    hub = hub_of(of)
+    if hub is None:
+        loop = of.loop
 
         def later(seconds: float, call: Callable[[], None]) -> Timer:
-            return _Timer(of.loop, seconds, call)
+            return _Timer(loop, seconds, call)
 
-        hub = Hub(later)
-        hub.of = of
+        hub = Hub(of, later, lambda: True)
         # It does not keep the loop alive; while somebody waits, the timer of the slices does.
-        hub.reader = of.loop.io(hub.inbox.fileno(), 1, ref=False)
-        hub.reader.start(hub.read)
-        set_hub(hub)
+        reader = loop.io(hub.inbox.fileno(), 1, ref=False)
+        reader.start(hub.read)
+        _hubs[of] = (hub, reader)
+        add_hub(hub)
     return hub
 
 

@@ -15,17 +15,23 @@ freed, and tries again after `GRACE` in any case. That works because whoever had
 leaves the mark in it that there may be more who wait, so freeing it wakes them
 (`Blocked.keep_waiters`).
 
-`Sleep` is for a change instead of a lock; there is no queue for that.
+`Sleep` is for a change instead of a lock; there is no queue for that. Whoever sleeps asks again
+after a slice, too: that the holder of a job died, or a writer between its commit and the news of
+it, is no change of the word that is watched. A few of them in each round, so with many this takes
+longer.
 
-A hub belongs to a thread and its event loop. All of it is used in that thread only.
+A hub belongs to an event loop, and to the thread that runs it. All of it is used in that thread
+only. A thread may run several loops in turn.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Protocol, TypeVar
+from weakref import ReferenceType, ref
 
 from ._core import core
 
@@ -35,6 +41,8 @@ STREAK = 0.001
 GRACE = 0.002
 _LOOKS = 16  # in one round, so that a slice's end does not hold up the loop
 
+T = TypeVar("T", bound="Room | Sleep")
+
 
 class Timer(Protocol):
     """What an event loop returns for a later call."""
@@ -43,15 +51,21 @@ class Timer(Protocol):
 
 
 class Hub:
-    """The rooms of one thread. `later` calls a function after so many seconds, in this thread."""
+    """The rooms of one event loop. `later` calls a function after so many seconds, in its thread;
+    `runs` says whether the loop runs now."""
 
-    def __init__(self, later: Callable[[float, Callable[[], None]], Timer]) -> None:
+    def __init__(
+        self,
+        of: object,
+        later: Callable[[float, Callable[[], None]], Timer],
+        runs: Callable[[], bool],
+    ) -> None:
+        self.of = of
+        self.runs = runs
         self.inbox = core.Inbox()
         self.rooms: dict[tuple[int, int, int], Room] = {}
         self.trying: Turn | None = None
         self.later = later
-        self.of: Any = None  # the event loop, and what reads the inbox for it
-        self.reader: Any = None
         self._sleeps: dict[Sleep, None] = {}
         self._timer: Timer | None = None
 
@@ -90,23 +104,29 @@ class Hub:
         if not self.rooms and not self._sleeps:
             return
         self._tick_later()
-        due = time.monotonic() - SLICE / 2
-        rooms = [room for room in self.rooms.values() if room.looked < due][:_LOOKS]
-        for room in rooms:
-            room.after_slice()
         for sleep in [one for one in self._sleeps if one.blocked.changed]:
             sleep.wake()
+        for sleep in _due(self._sleeps):
+            sleep.wake()
+        for room in _due(self.rooms.values()):
+            self.rooms[room.blocked.key] = self.rooms.pop(room.blocked.key)  # the others come first
+            room.after_slice()
 
     def close(self) -> None:
-        """The event loop is closed: nobody waits any more."""
-        for thread in [number for number, hub in _hubs.items() if hub is self]:
-            del _hubs[thread]
+        """The event loop is closed: nobody waits any more, and nobody can be woken."""
         if self._timer is not None:
             self._timer.cancel()
-        self._sleeps.clear()
+        for sleep in list(self._sleeps):
+            sleep.end()
         for room in list(self.rooms.values()):
-            for turn in list(room.turns):
-                turn.leave()
+            room.close()
+        _forget_hub(self)
+
+
+def _due(those: Iterable[T]) -> list[T]:
+    """The first ones that were looked at a slice ago."""
+    due = time.monotonic() - SLICE / 2
+    return list(islice((one for one in those if one.looked < due), _LOOKS))
 
 
 class Room:
@@ -156,10 +176,17 @@ class Room:
             self._wake_first()
 
     def after_slice(self) -> None:
-        for turn in self.turns:
-            turn.wait.look()
+        self.looked = time.monotonic()
+        for turn in [turn for turn in self.turns if not turn.wait.look()]:
+            turn.wake()  # the list is closed
         if not self.blocked.beside:
+            self.blocked.look()
             self._wake_first()
+
+    def close(self) -> None:
+        while self.turns:
+            self.turns.pop().end()
+        self._end()
 
     def leave(self, turn: Turn) -> None:
         first = self.turns[0] is turn
@@ -169,11 +196,14 @@ class Room:
         if first and self.blocked.beside:
             self.blocked.keep_waiters()  # for those whom it came before
         if not self.turns:
-            self._watch.cancel()
-            del self._hub.rooms[self.blocked.key]
-            core.rooms_here(-1)
+            self._end()
         elif first and not self.blocked.beside:
             self._wake_first()
+
+    def _end(self) -> None:
+        self._watch.cancel()
+        del self._hub.rooms[self.blocked.key]
+        core.rooms_here(-1)
 
 
 class Turn:
@@ -197,18 +227,23 @@ class Turn:
 
     def leave(self) -> None:
         """Whether it has the lock or not."""
-        room, self._room = self._room, None
+        room = self._room
         if room is not None:
             room.leave(self)
-            self.wait.end()
+            self.end()
+
+    def end(self) -> None:
+        self._room = None
+        self.wait.end()
 
 
 class Sleep:
     """One who waits for a change."""
 
-    __slots__ = ("_hub", "_watch", "blocked", "wake")
+    __slots__ = ("_hub", "_watch", "blocked", "looked", "wake")
 
     def __init__(self, hub: Hub, blocked: core.Blocked, wake: Callable[[], None]) -> None:
+        self.looked = time.monotonic()
         self._hub = hub
         self._watch = core.Watch(hub.inbox, wake)
         self.blocked = blocked
@@ -220,21 +255,42 @@ class Sleep:
         self._hub._sleeps.pop(self, None)
 
 
-# The hub of each thread, by the core's number for it, which no other thread and no child gets.
-_hubs: dict[int, Hub] = {}
+# The hubs of each thread, by the core's number for it, which no other thread and no child gets.
+# Only its loop keeps a hub.
+_hubs: dict[int, list[ReferenceType[Hub]]] = {}
 
 
-def hub_here() -> Hub | None:
-    """This thread's hub."""
-    return _hubs.get(core.thread())
+def _hubs_here() -> list[Hub]:
+    return [hub for known in _hubs.get(core.thread(), ()) if (hub := known()) is not None]
 
 
-def set_hub(hub: Hub) -> None:
-    """From here on this is the thread's hub."""
-    known = hub_here()
-    if known is not None:
-        known.close()
-    _hubs[core.thread()] = hub
+def hub_of(loop: object) -> Hub | None:
+    """The hub of this event loop, which this thread runs."""
+    for hub in _hubs_here():
+        if hub.of is loop:
+            return hub
+    for known in [known for hubs in list(_hubs.values()) for known in hubs]:
+        moved = known()
+        if moved is not None and moved.of is loop:  # another thread ran it before
+            _forget_hub(moved)
+            add_hub(moved)
+            core.rooms_here(len(moved.rooms))
+            return moved
+    return None
+
+
+def add_hub(hub: Hub) -> None:
+    """From here on it is one of this thread's."""
+    _hubs.setdefault(core.thread(), []).append(ref(hub))
+
+
+def _forget_hub(hub: Hub) -> None:
+    for thread, hubs in list(_hubs.items()):
+        kept = [known for known in hubs if known() not in (None, hub)]
+        if kept:
+            _hubs[thread] = kept
+        else:
+            del _hubs[thread]
 
 
 def begin() -> None:
@@ -244,14 +300,17 @@ def begin() -> None:
 
 def freed(segment: int, kind: int, number: int, strangers: bool) -> None:
     """A lock is about to be freed in this thread; `strangers` wait for it, too."""
-    hub = hub_here()
-    room = None if hub is None else hub.rooms.get((segment, kind, number))
-    if room is not None:
-        room.freed(strangers)
+    for hub in _hubs_here():
+        room = hub.rooms.get((segment, kind, number))
+        if room is not None:
+            room.freed(strangers)
 
 
 def may_try(segment: int, kind: int, number: int) -> bool:
     """Whether whoever asks may try a lock: nobody of this thread came before."""
-    hub = hub_here()
-    room = None if hub is None else hub.rooms.get((segment, kind, number))
-    return room is None or hub is None or room.turns[0] is hub.trying
+    hubs = _hubs_here()
+    for hub in hubs:
+        if len(hubs) == 1 or hub.runs():
+            room = hub.rooms.get((segment, kind, number))
+            return room is None or room.turns[0] is hub.trying
+    return True

@@ -377,7 +377,7 @@ class DomainJob:
             await wait(self._begin, deadline, within=deadline.left())
         except BaseException:
             with suppress(ShmDomainsError):
-                await wait(self._take_back)
+                await wait(self._take_back, within=SLICE)
             with suppress(ShmDomainsError):
                 left = self._at_least_a_slice(deadline)
                 await wait(self._take_up, left, within=left)
@@ -429,12 +429,14 @@ class DomainJob:
         traceback: TracebackType | None,
         /,
     ) -> None:
+        if kind is GeneratorExit and self._owner != self._dom._doms._owner:
+            return  # its task was dropped, and so the job is (`end_jobs`)
         wait = ask()
         try:
             await wait(self._finish)
         except BaseException:
             with suppress(ShmDomainsError):
-                await wait(self._take_back)
+                await wait(self._take_back, within=SLICE)
             raise
 
     def _finish(self) -> None:

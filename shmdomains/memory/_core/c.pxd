@@ -94,7 +94,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_orphan:
         sd_segment *segment
         uint32_t slot
-        bint named
+        bint named, list
         sd_orphan *next
     ctypedef struct sd_repair:
         bint repaired, died
@@ -225,12 +225,14 @@ cdef extern from "core.h" nogil:
     bint sd_mutex_busy(const pthread_mutex_t *)
     bint sd_mutex_watched()
     void sd_mutex_keep_waiters(pthread_mutex_t *)
+    void sd_mutex_look(pthread_mutex_t *, const sd_owner *)
     uint32_t *sd_mutex_word(pthread_mutex_t *)
     int sd_list_lock(sd_segment *, uint64_t)
     int sd_list_wait(sd_segment *, uint64_t)
     int sd_list_entered(sd_segment *, bint)
     void sd_list_unlock(sd_segment *)
-    bint sd_list_leave(sd_segment *, sem_t *)
+    bint sd_list_leave(sd_segment *, sem_t *, sd_thread *)
+    int sd_list_unlock_for(sd_segment *, sd_thread *, uint64_t)
     int sd_slot_lock(sd_segment *, uint32_t, uint64_t)
     int sd_slot_wait(sd_segment *, uint32_t, uint64_t)
     int sd_slot_entered(sd_segment *, uint32_t)
@@ -307,6 +309,7 @@ cdef extern from "core.h" nogil:
     int sd_watch_begin(sd_watch *, sd_inbox *, uint32_t *, uint32_t, int)
     void sd_watch_cancel(sd_watch *)
     int sd_events_lock_briefly(sd_segment *)
+    void sd_events_settle_now(sd_segment *)
     void sd_events_unlock(sd_segment *)
     uint64_t sd_ring_count(const sd_segment *)
     int sd_ring_read(const sd_segment *, uint64_t, sd_event *)

@@ -89,17 +89,6 @@ class Worker:
 
 class Acquire(Awaitable[_A]):
     until: int
-    def __init__(
-        self,
-        doms: Segment[Any],
-        may_miss: bool,
-        key: object,
-        uuid: _Uuid | None,
-        name: str | None,
-        id: int | None,
-        timeout: float | None,
-        why: str | None,
-    ) -> None: ...
     def find(self) -> _A: ...
     def enter(self, record: _A) -> _A: ...
     def __await__(self) -> Generator[Any, None, _A]: ...
@@ -111,6 +100,31 @@ class Acquire(Awaitable[_A]):
         traceback: TracebackType | None,
         /,
     ) -> Awaitable[None]: ...
+
+class AsyncSegment:
+    def __init__(self, plain: Any) -> None: ...
+    def get(
+        self,
+        key: _Key | None = None,
+        /,
+        *,
+        uuid: _Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+        why: str | None = None,
+    ) -> Acquire[Any]: ...
+    def lookup(
+        self,
+        key: _Key | None = None,
+        /,
+        *,
+        uuid: _Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = None,
+        why: str | None = None,
+    ) -> Acquire[Any]: ...
 
 def thread() -> int: ...
 def owner() -> int: ...

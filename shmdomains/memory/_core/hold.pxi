@@ -272,7 +272,19 @@ cdef int lock_record(Record record, uint64_t deadline, object timeout) except -1
 
 cdef int settle(Record record, uint64_t deadline) except -1:
     """Finish, or undo, what a rule began with this record and a file and did not end: its process
-    died, for a living one keeps the domain locked. On an error the domain is unlocked again."""
+    died, for a living one keeps the domain locked. On an error the domain is unlocked again.
+
+    That waits for the directory's lock and writes files. So a task has another thread do it, and
+    takes the domain, settled or not, when it asks again."""
+    cdef Blocked blocked
+    if TASKS and sd_self().asks and deadline != SD_TRY:
+        if SETTLED is not None and SETTLED.is_to(record):
+            return 0
+        blocked = Blocked()
+        blocked.doms, blocked.kind = record.segment, SETTLES
+        blocked.number, blocked.lives = record.slot, record.life
+        end_hold(record, False)
+        raise WouldBlock(blocked)
     try:
         SETTLE(record.segment, record, seconds_left(deadline))
     except BaseException:

@@ -94,7 +94,7 @@
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
  * the end of this file; only the attached table, the
  * waiters' `who`, both watermarks of V1 and V2, and the owners of lock="multiprocessing" are written
- * by compare-and-swap, and the mutexes by glibc.
+ * by compare-and-swap, and the mutexes by glibc and by unlock_for.c.
  */
 #ifndef SHMDOMAINS_LAYOUT_H
 #define SHMDOMAINS_LAYOUT_H
@@ -206,8 +206,8 @@ typedef struct {
     sd_word since; /* CLOCK_MONOTONIC_COARSE, ns; above: SD_SINCE_DROPPED */
 } sd_owner;
 
-/* Another thread of the holder's process dropped the handle; the holder frees the lock when it next
- * locks something, or ends.  Stored by that other thread while the lock is held, for people only:
+/* Another thread of the holder's process dropped the handle and could not free the lock
+ * (unlock_for.c); the holder does when it next locks something, or ends.  Stored by that other thread while the lock is held, for people only:
  * if the holder dies at this very moment the next one may be called so in a message. */
 #define SD_SINCE_DROPPED (1ull << 63)
 

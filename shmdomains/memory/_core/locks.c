@@ -159,6 +159,15 @@ int sd_events_lock_briefly(sd_segment *segment)
     return lock_briefly(segment, &header->event_mutex, &header->event_dirty, sd_ring_settle);
 }
 
+void sd_events_settle_now(sd_segment *segment)
+{
+    sd_header *header = segment->header;
+    int locked = sd_mutex_lock(&header->event_mutex, NULL, SD_TRY);
+    if (entered_short(segment, &header->event_mutex, &header->event_dirty, locked,
+                      sd_ring_settle) == SD_OK)
+        sd_events_unlock(segment);
+}
+
 void sd_events_unlock(sd_segment *segment)
 {
     sd_mutex_unlock(&segment->header->event_mutex);
@@ -488,25 +497,36 @@ void sd_list_say(sd_segment *segment, const void *text, size_t size)
     sd_why_set(segment->header->list_why, text, size);
 }
 
-static inline void leave_list(sd_segment *segment)
+static inline void leave_list(sd_segment *segment, sd_thread *holder)
 {
     if (segment->list_says) sd_why_clear(segment->header->list_why);
     segment->list_says = false;
     segment->list_nonce = 0;
     segment->list_taker = NULL;
     segment->held--;
-    sd_self()->lists--;
+    holder->lists--;
 }
 
 void sd_list_unlock(sd_segment *segment)
 {
-    leave_list(segment);
+    leave_list(segment, sd_self());
     sd_publish(&segment->header->list_owner.who, 0);
     sd_mutex_unlock(&segment->header->list_mutex);
 }
 
-bool sd_list_leave(sd_segment *segment, sem_t *semaphore)
+int sd_list_unlock_for(sd_segment *segment, sd_thread *holder, uint64_t nonce)
 {
-    leave_list(segment);
-    return sd_semaphore_leave(semaphore, &segment->header->list_owner, sd_self()->who);
+    pthread_mutex_t *mutex = &segment->header->list_mutex;
+    int result = sd_mutex_take_off_for(mutex, holder, nonce);
+    if (result != SD_OK) return result;
+    leave_list(segment, holder);
+    sd_publish(&segment->header->list_owner.who, 0);
+    sd_mutex_release_for(mutex, holder);
+    return SD_OK;
+}
+
+bool sd_list_leave(sd_segment *segment, sem_t *semaphore, sd_thread *holder)
+{
+    leave_list(segment, holder);
+    return sd_semaphore_leave(semaphore, &segment->header->list_owner, holder->who);
 }

@@ -19,7 +19,9 @@ int sd_list_lock(sd_segment *segment, uint64_t deadline);
 int sd_list_wait(sd_segment *segment, uint64_t deadline); /* after SD_TIMEOUT of SD_SPIN */
 int sd_list_entered(sd_segment *segment, bool died);
 void sd_list_unlock(sd_segment *segment);
-bool sd_list_leave(sd_segment *segment, sem_t *semaphore);
+bool sd_list_leave(sd_segment *segment, sem_t *semaphore, sd_thread *holder);
+/* For another thread, which holds it; results as of sd_slot_unlock_for(). */
+int sd_list_unlock_for(sd_segment *segment, sd_thread *holder, uint64_t nonce);
 
 /* A slot's lock, likewise.  `delivered`: the holder's caller got the domain, so what the record
  * says about the death of an earlier holder has been told, and is cleared. */
@@ -61,6 +63,8 @@ void sd_ids_unlock(sd_segment *segment);
 /* Signals are left alone, and the wait is a slice at most: the id lock may be held.  Whoever has to
  * wait longer releases that first. */
 int sd_events_lock_briefly(sd_segment *segment);
+/* If nobody has that lock: what its dead holder left unpublished is settled. */
+void sd_events_settle_now(sd_segment *segment);
 void sd_events_unlock(sd_segment *segment);
 int sd_heap_lock_briefly(sd_segment *segment);
 void sd_heap_unlock(sd_segment *segment);

@@ -164,6 +164,18 @@ cdef void drop_list(Segment doms, object what) noexcept:
                       "use 'with doms.locked()'", ResourceWarning, stacklevel=1)
 
 
+cdef int drop_list_for(Segment doms, sd_thread *holder, uint64_t nonce) except -1:
+    """The same for another thread, whose task held it and is over."""
+    forget_list(doms)
+    if doms.multiprocessing:
+        sd_list_leave(doms.segment, semaphore_of(doms.list_lock), holder)
+    elif sd_list_unlock_for(doms.segment, holder, nonce) != SD_OK:
+        leave_orphan(holder, doms.segment, 0, False, True)
+    if doms.closed:
+        sd_detach(doms.segment)
+    return 0
+
+
 cdef int lock_semaphore(Segment doms, object lock, sd_owner *owner, int kind, uint32_t number,
                         uint64_t deadline, uint64_t *died_who, uint64_t *died_pid) except -1:
     """Take a `multiprocessing.Lock`. SD_DIED: its holder was dead, and this thread took it over."""
@@ -314,7 +326,8 @@ cdef int release_list(Segment doms) except -1:
     if TASKS:
         tell_tasks(doms, SD_LOCK_LIST, 0, NULL)
         forget_list(doms)
-    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_lock)), "the list lock")
+    return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_lock), sd_self()),
+                     "the list lock")
 
 
 cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
@@ -442,7 +455,9 @@ cdef void free_orphans(sd_thread *thread) noexcept:
     while thread.orphans != NULL:
         orphan = thread.orphans
         thread.orphans = orphan.next
-        if orphan.named:
+        if orphan.list:
+            sd_list_unlock(orphan.segment)
+        elif orphan.named:
             sd_named_unlock(orphan.segment, orphan.slot, False)
         else:
             sd_slot_unlock(orphan.segment, orphan.slot, False)
@@ -470,12 +485,12 @@ cdef object free_for(sd_thread *thread, uint64_t nonce, sd_segment *segment, uin
     return "is freed when that thread next locks something, or ends"
 
 
-cdef void leave_orphan(sd_thread *thread, sd_segment *segment, uint32_t slot,
-                       bint named) noexcept:
+cdef void leave_orphan(sd_thread *thread, sd_segment *segment, uint32_t slot, bint named,
+                       bint list_lock=False) noexcept:
     """A lock for `thread` to free. Without memory for it, the lock ends with its thread."""
     cdef sd_orphan *orphan = <sd_orphan *>malloc(sizeof(sd_orphan))
     if orphan == NULL:
         return
-    orphan.segment, orphan.slot, orphan.named = segment, slot, named
+    orphan.segment, orphan.slot, orphan.named, orphan.list = segment, slot, named, list_lock
     orphan.next = thread.orphans
     thread.orphans = orphan

@@ -11,11 +11,11 @@
  *    used or unlocked, in this order.  If a repair fails the segment is poisoned first.  Unlocking
  *    without pthread_mutex_consistent() would make the mutex useless for ever.
  * 5. A flipped bit can name an owner that does not exist, the kernel walks only 2,048 locks of a
- *    dead thread, some sandboxes' kernels walk none, and after process_mrelease() (or the kernel's
- *    own OOM reaper, if the dead thread does not get to its end within two seconds) there is no list
- *    to walk any more.  So a wait that lasts checks that the owner
- *    runs, and if it does not, marks its death as the kernel would.  The kind word is compared
- *    before each lock for the same reason.
+ *    dead thread, some sandboxes' kernels walk none, a mutex that was being freed for another thread
+ *    is off its list (unlock_for.c), and after process_mrelease() (or the kernel's own OOM reaper, if
+ *    the dead thread does not get to its end within two seconds) there is no list to walk any more.
+ *    So a wait that lasts checks that the owner runs, and if it does not, marks its death as the
+ *    kernel would.  The kind word is compared before each lock for the same reason.
  *
  * Callers check whether this thread holds the mutex already; pthread is never asked.
  */
@@ -262,10 +262,17 @@ void sd_mutex_consistent(pthread_mutex_t *mutex)
     pthread_mutex_consistent(mutex);
 }
 
+void sd_mutex_look(pthread_mutex_t *mutex, const sd_owner *owner)
+{
+    if (sd_mutex_sound(mutex)) bury_missing_owner(mutex, owner);
+}
+
+/* Only of a mutex that this thread has: the mark in a free one would lock it for good. */
 void sd_mutex_keep_waiters(pthread_mutex_t *mutex)
 {
     int word = __atomic_load_n(&mutex->__data.__lock, __ATOMIC_RELAXED);
-    while (!(word & (int)FUTEX_WAITERS))
+    uint32_t tid = sd_who_tid(sd_self()->who);
+    while (((uint32_t)word & FUTEX_TID_MASK) == tid && !(word & (int)FUTEX_WAITERS))
         if (__atomic_compare_exchange_n(&mutex->__data.__lock, &word, word | (int)FUTEX_WAITERS,
                                         false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             return;

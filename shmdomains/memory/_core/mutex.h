@@ -35,7 +35,10 @@ bool sd_mutex_watched(void);
 /* Does somebody sleep for it?  Perhaps not any more. */
 bool sd_mutex_awaited(const pthread_mutex_t *mutex);
 bool sd_mutex_busy(const pthread_mutex_t *mutex); /* held, or left by a dead holder */
-/* This thread holds it, and its unlock will wake one who sleeps on it.  For whoever took it without a
+/* One look whether its owner runs, as each slice of a wait has it: for whoever waits without slices.
+ * If it does not, its death is marked, and the next try gets SD_DIED. */
+void sd_mutex_look(pthread_mutex_t *mutex, const sd_owner *owner);
+/* If this thread holds it, its unlock will wake one who sleeps on it.  For whoever took it without a
  * wait while others may sleep.  It is a bit of glibc's that any process may set while it is held; a
  * dead holder leaves it set, and that costs one wake of nobody. */
 void sd_mutex_keep_waiters(pthread_mutex_t *mutex);

@@ -72,6 +72,7 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -135,6 +136,29 @@ typedef struct {
     uint32_t *word[SLOTS]; /* one sleeper of each is woken */
 } errands;
 
+/* Somebody may close our number behind our back, as daemons do, and then it is another file's.  All
+ * eventfds have one inode, which few other files have, and no file that is written to. */
+static bool is_eventfd(int fd)
+{
+    static _Atomic uint64_t device, inode;
+    struct stat status;
+    if (!inode) {
+        int one = eventfd(0, EFD_CLOEXEC);
+        if (one < 0) return false;
+        if (!fstat(one, &status)) {
+            device = status.st_dev;
+            inode = status.st_ino;
+        }
+        close(one);
+    }
+    return inode && !fstat(fd, &status) && status.st_dev == device && status.st_ino == inode;
+}
+
+static void close_own(int fd)
+{
+    if (is_eventfd(fd)) close(fd);
+}
+
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t generation = 1;
 static sd_inbox *inboxes;
@@ -147,7 +171,7 @@ static void begin_in_child(void)
     pthread_mutex_init(&lock, NULL);
     /* Nothing has run in the child yet, so these numbers are still ours. */
     for (sd_inbox *inbox = inboxes; inbox; inbox = inbox->next) {
-        if (inbox->fd >= 0) close(inbox->fd);
+        if (inbox->fd >= 0) close_own(inbox->fd);
         inbox->fd = -1;
     }
     inboxes = NULL;
@@ -232,7 +256,7 @@ static void let_go(sd_inbox *inbox)
 {
     int fd = inbox->fd;
     __atomic_store_n(&inbox->fd, -1, __ATOMIC_RELEASE);
-    close(fd);
+    close_own(fd);
 }
 
 void sd_inbox_close(sd_inbox *inbox)
@@ -258,7 +282,8 @@ sd_watch *sd_inbox_take(sd_inbox *inbox)
     if (watch) {
         unlink_watch(watch);
     } else if (!inbox->closed) {
-        if (read(inbox->fd, &count, sizeof count) < 0) count = 0; /* nothing was written */
+        if (is_eventfd(inbox->fd) && read(inbox->fd, &count, sizeof count) < 0)
+            count = 0; /* nothing was written */
         inbox->signalled = false;
     }
     pthread_mutex_unlock(&lock);
@@ -284,7 +309,8 @@ static void run(errands *errands)
     const uint64_t one = 1;
     for (unsigned i = 0; i < errands->inboxes; i++) {
         /* It fails only if it is readable anyway, by 2^64 - 2 writes. */
-        if (write(errands->inbox[i]->fd, &one, sizeof one) < 0) continue;
+        int fd = errands->inbox[i]->fd;
+        if (is_eventfd(fd) && write(fd, &one, sizeof one) < 0) continue;
     }
     for (unsigned i = 0; i < errands->words; i++)
         syscall(SYS_futex, errands->word[i], FUTEX_WAKE, 1);

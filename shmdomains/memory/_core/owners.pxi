@@ -19,7 +19,7 @@
 
 cimport cython
 from cpython.dict cimport PyDict_GetItem
-from cpython.ref cimport PyObject
+from cpython.ref cimport Py_INCREF, PyObject
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -54,6 +54,7 @@ cdef enum:
     BLOCKS = 1003        # what `how_to_wait` says
     SWITCHES = 1004
     SLEEPS = 16          # a kind beside SD_LOCK_*: a word that changes
+    SETTLES = 17         # and another: what a dead process began with a domain and its file
     TASKS_HELD_MAX = 2000  # the kernel frees 2,048 locks of a thread
 
 cdef bint TASKS = False      # whether this process has owners that are no threads
@@ -64,6 +65,8 @@ cdef object CURRENT_TASK = None
 cdef dict CURRENT_TASKS = None   # the same before Python 3.12, where the function is slow
 cdef object GETCURRENT = None    # greenlet's
 cdef Blocked BLOCKED = None      # what the next WOULD_BLOCK is about
+cdef Blocked SETTLED = None  # by another thread, for the call that is made now
+cdef object BEGINS = None    # callable: an asyncio task begins to be an owner
 cdef object FREED = None     # callable: segment, kind, number, whether strangers wait; before it
                              # is freed
 cdef object MAY_TRY = None   # callable: segment, kind, number -> whether it is this task's turn
@@ -82,12 +85,12 @@ class WouldBlock(Exception):
 cdef class Blocked:
     """What a task waits for: a lock, or a word that changes."""
     cdef Segment doms
-    cdef readonly int kind         # SD_LOCK_*, or SD_SLEEPS
+    cdef readonly int kind         # SD_LOCK_*, SLEEPS or SETTLES
     cdef readonly uint32_t number
     cdef const sd_word *word       # SLEEPS: it differs from `seen` by then,
     cdef uint64_t seen
     cdef const sd_word *life       # or this, if it is not NULL, from `lives`
-    cdef uint64_t lives
+    cdef uint64_t lives            # of SETTLES, the domain's
 
     @property
     def key(self):
@@ -98,6 +101,28 @@ cdef class Blocked:
     def sleeps(self):
         """Whether it is no lock, but a change."""
         return self.kind == SLEEPS
+
+    @property
+    def settles(self):
+        """Whether `settle` is to be called in another thread, and then asked again."""
+        return self.kind == SETTLES
+
+    def settle(self, uint64_t until):
+        cdef uint64_t deadline = until or SD_FOREVER
+        cdef Record record
+        need_open(self.doms)
+        record = new_record(self.doms)
+        lead_to(record, self.number)
+        record.life = self.lives
+        try:
+            lock_record(record, deadline, seconds_left(deadline))
+        except errors.DomainRemoved:
+            return
+        end_hold(record, False)
+
+    cdef bint is_to(self, Record record):
+        return (self.doms.segment == record.segment.segment and self.number == record.slot
+                and self.lives == record.life)
 
     @property
     def changed(self):
@@ -112,8 +137,15 @@ cdef class Blocked:
         """Whether another task of this thread has the lock: its end is told by `FREED`."""
         return held_beside(signature_of(self), mutex_of(self))
 
+    def look(self):
+        """After each slice: mark the death of a holder that nobody marked."""
+        cdef pthread_mutex_t *mutex = mutex_of(self)
+        if mutex != NULL and not self.doms.closed:
+            sd_mutex_look(mutex, signature_of(self))
+
     def keep_waiters(self):
-        """The caller took the lock after a wait: whoever still waits is woken when it is freed."""
+        """The caller waited, and may have taken the lock: then whoever still waits is woken when
+        it is freed."""
         cdef pthread_mutex_t *mutex = mutex_of(self)
         if mutex != NULL:
             sd_mutex_keep_waiters(mutex)
@@ -214,6 +246,7 @@ cdef class Watch:
 cdef class TaskOwner:
     """The node of a task, as long as that may run."""
     cdef sd_thread *node
+    cdef sd_thread *worker  # that acts for it, or NULL
     cdef object task  # a weak reference
 
     def __dealloc__(self):
@@ -280,11 +313,23 @@ cdef sd_thread *node_of(sd_thread *thread, size_t task) noexcept:
     known = PyDict_GetItem(OWNERS, key)
     if known != NULL and (<TaskOwner>known).node.epoch == sd_fork_epoch:
         owner = <TaskOwner>known
-    else:
+        if owner.node.kernel != thread or owner.node.kernel_nonce != thread.nonce:
+            move_task(owner.node, thread)
+        return owner.node
+    try:
         owner = begin_task(key, <object><PyObject *>task)
-        if owner is None:
-            return thread
-    return owner.node
+    except BaseException:
+        return thread
+    return thread if owner is None else owner.node
+
+
+cdef void move_task(sd_thread *task, sd_thread *thread) noexcept:
+    """Another thread runs the task's loop from here on. What it holds is the former one's."""
+    if task.records != NULL or task.named != NULL or holds_list(task):
+        return
+    if task.kernel.runs == task:
+        task.kernel.runs = NULL
+    task.kernel, task.kernel_nonce, task.who = thread, thread.nonce, thread.who
 
 
 cdef TaskOwner begin_task(object key, object task):
@@ -299,6 +344,8 @@ cdef TaskOwner begin_task(object key, object task):
             tell(task_over)
             break
     OWNERS[key] = owner
+    if BEGINS is not None and runs_loop():
+        BEGINS()
     return owner
 
 
@@ -325,6 +372,13 @@ cdef int end_owner(object key) except -1:
         return 0
     if owner.node.kernel.runs == owner.node:
         owner.node.kernel.runs = NULL
+    if owner.worker != NULL and owner.node.epoch == sd_fork_epoch:
+        owner.worker.gives_up = True
+        return 0  # `work_for` comes back here, with what that thread took freed
+    return leave_owner(owner)
+
+
+cdef int leave_owner(TaskOwner owner) except -1:
     if owner.node.epoch == sd_fork_epoch:
         leave_all(owner.node)
         HOLDERS.end_jobs(owner.node.nonce)
@@ -357,8 +411,12 @@ cdef int leave_all(sd_thread *owner) except -1:
         else:
             leave_mutex(mutex)
     for doms in list(LISTS_HELD):
-        if (<Segment>doms).segment.list_nonce == owner.nonce and runs_on_living(owner):
+        if (<Segment>doms).segment.list_nonce != owner.nonce or not runs_on_living(owner):
+            continue
+        if owner.kernel == sd_self():
             drop_list(doms, "a DomainList")
+        else:
+            drop_list_for(doms, owner.kernel, owner.kernel_nonce)
     return 0
 
 
@@ -399,20 +457,24 @@ cdef inline sd_thread *begin_asking() noexcept:
     if thread.orphans != NULL:
         free_orphans(thread)
     if not TASKS:
-        if not sd_has_context():
-            return thread
-        look_for_tasks()
-        if not TASKS:
+        if not sd_has_context() or not look_for_tasks(thread):
             return thread
     return whoever_asks()
 
 
-cdef void look_for_tasks() noexcept:
-    """From here on the running task is asked for, if this thread runs an event loop."""
+cdef bint look_for_tasks(sd_thread *thread) noexcept:
+    """From here on the running task is asked for, if this thread runs an event loop. A stretch is
+    looked at once: it is a task's or none's."""
     global TASKS
+    cdef uint64_t state, stretch = sd_stretch(&state)
+    if stretch == thread.stretch and state == thread.stretch_of and thread.runs == thread:
+        return False
     find_asyncio()
     if RUNNING_LOOP is not None and RUNNING_LOOP() is not None:
         TASKS = True
+        return True
+    thread.stretch, thread.stretch_of, thread.runs = stretch, state, thread
+    return False
 
 
 cdef void find_asyncio() noexcept:
@@ -613,7 +675,9 @@ def tasks_with(*, freed, may_try, can_switch=None, switch=None):
 
 def rooms_here(int more):
     """Locks that tasks of this thread wait for."""
-    sd_self().rooms += more
+    cdef sd_thread *thread = sd_self()
+    if more >= 0 or thread.rooms:  # none: this is a child
+        thread.rooms += more
 
 
 def deadline(timeout):
@@ -627,20 +691,21 @@ def seconds_until(uint64_t end):
     return seconds_left(end)
 
 
-def attempt(uint64_t until, function, args, kwargs):
+def attempt(uint64_t until, function, args, kwargs, Blocked settled=None):
     """Call it so that it does not block: what it returns, or `Blocked`. Then it is called again,
     and begins anew; so it leaves nothing locked that it would not on a time-out. `until`: of
-    `deadline`, for each time-out in there that is not 0."""
+    `deadline`, for each time-out in there that is not 0. `settled`: what was settled since."""
+    global SETTLED
     cdef sd_thread *thread = sd_self()
     cdef bint before = thread.asks
     cdef uint64_t until_before = thread.until
-    thread.asks, thread.until = True, until
+    thread.asks, thread.until, SETTLED = True, until, settled
     try:
         return function(*args) if not kwargs else function(*args, **kwargs)
     except WouldBlock as exc:
         return exc.blocked
     finally:
-        thread.asks, thread.until = before, until_before
+        thread.asks, thread.until, SETTLED = before, until_before, None
 
 
 def work_for(uint64_t nonce, function, args, kwargs):
@@ -648,19 +713,20 @@ def work_for(uint64_t nonce, function, args, kwargs):
     keep a lock that it takes: that would be this thread's."""
     cdef sd_thread *thread = sd_self()
     cdef TaskOwner owner
-    for one in list(OWNERS.values()):
+    for key, one in list(OWNERS.items()):
         owner = one
         if owner.node.nonce == nonce:
             break
     else:
         raise RuntimeError("the task is over")
-    thread.acts_for = owner.node
-    thread.gives_up = False
+    thread.acts_for, owner.worker = owner.node, thread
     try:
         return function(*args, **kwargs)
     finally:
-        thread.acts_for = NULL
+        thread.acts_for = owner.worker = NULL
         thread.gives_up = False
+        if OWNERS.get(key) is not owner:  # the task ended meanwhile
+            leave_owner(owner)
 
 
 @cython.final
@@ -672,10 +738,11 @@ cdef class Worker:
     def __cinit__(self):
         self.thread = sd_self()
         self.nonce = self.thread.nonce
+        self.thread.gives_up = False
 
     def give_up(self):
         """Its wait, this one or its next, ends with `WorkGivenUp` within a slice."""
-        if self.thread.nonce == self.nonce and self.thread.acts_for != NULL:
+        if self.thread.nonce == self.nonce:
             self.thread.gives_up = True
 
 
@@ -698,14 +765,18 @@ cdef class TaskWait:
             raise MemoryError
         sd_wait_note(self.wait, blocked.doms.segment, blocked.kind, blocked.number,
                      <void *>blocked.doms)
-        self.wait.told_loop = True  # it stops none
+        self.wait.told_loop = True  # it does not stop its loop
         begin_wait(blocked.doms)
 
     def look(self):
-        """After each slice: log a wait that is slow, once; raise `ListClosed`."""
-        still_open(self.blocked.doms)
+        """After each slice: log a wait that is slow, once. Whether it goes on: false once the list
+        is closed."""
+        if self.blocked.doms.closed:
+            return False
         if look_how_long(self.wait):
-            raise
+            PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
+            raise_code(SD_INTERRUPTED, None)
+        return True
 
     def end(self):
         if self.wait == NULL:
@@ -725,8 +796,14 @@ cdef class TaskWait:
 def holds_locks():
     """Whether whoever asks holds any lock."""
     cdef sd_thread *asking = me()
-    return (asking.records != NULL or asking.named != NULL
-            or any((<Segment>doms).segment.list_nonce == asking.nonce for doms in LISTS_HELD))
+    return asking.records != NULL or asking.named != NULL or holds_list(asking)
+
+
+cdef bint holds_list(const sd_thread *owner):
+    for doms in LISTS_HELD:
+        if (<Segment>doms).segment.list_nonce == owner.nonce:
+            return True
+    return False
 
 
 # --- for `aio`, where each microsecond counts ------------------------------------------------
@@ -735,10 +812,24 @@ cdef object ENTER_LATER = None  # coroutine function: Acquire, Blocked -> the re
 cdef object FIND_LATER = None   # the same, and it is not entered
 
 
-def tasks_enter_by(enter_later, find_later):
-    """What `aio` does when a domain is not free."""
-    global ENTER_LATER, FIND_LATER
-    ENTER_LATER, FIND_LATER = enter_later, find_later
+def tasks_enter_by(enter_later, find_later, begins):
+    """What `aio` does when a domain is not free, and when a task first asks for something."""
+    global ENTER_LATER, FIND_LATER, BEGINS
+    ENTER_LATER, FIND_LATER, BEGINS = enter_later, find_later, begins
+
+
+cdef extern from *:
+    """
+    /* Of an awaitable that has its result: without it the interpreter has an exception made and
+     * thrown for each. */
+    static inline void sd_sends(PyObject *type, void *send)
+    {
+        ((PyTypeObject *)type)->tp_as_async->am_send = (sendfunc)send;
+    }
+    """
+    ctypedef enum PySendResult:
+        PYGEN_RETURN
+    void sd_sends(object type, void *send)
 
 
 @cython.final
@@ -746,9 +837,6 @@ def tasks_enter_by(enter_later, find_later):
 cdef class Ready:
     """Awaited, it is there at once."""
     cdef object value
-
-    def __cinit__(self, value):
-        self.value = value
 
     def __await__(self):
         return self
@@ -758,6 +846,24 @@ cdef class Ready:
 
     def __next__(self):
         raise StopIteration(self.value)
+
+
+cdef PySendResult send_ready(PyObject *ready, PyObject *_sent, PyObject **result) noexcept:
+    result[0] = <PyObject *>(<Ready>ready).value
+    Py_INCREF(<object>result[0])
+    return PYGEN_RETURN
+
+
+sd_sends(Ready, <void *>send_ready)
+
+
+cdef Ready ready(object value):
+    cdef Ready made = Ready.__new__(Ready)
+    made.value = value
+    return made
+
+
+cdef Ready DONE = ready(None)
 
 
 @cython.final
@@ -770,10 +876,6 @@ cdef class Acquire:
     cdef bint may_miss
     cdef readonly uint64_t until  # of `deadline`
     cdef Record held
-
-    def __cinit__(self, Segment doms not None, bint may_miss, key, uuid, name, id, timeout, why):
-        self.doms, self.may_miss, self.key = doms, may_miss, key
-        self.uuid, self.name, self.id, self.timeout, self.why = uuid, name, id, timeout, why
 
     def find(self):
         """The locked domain."""
@@ -816,16 +918,40 @@ cdef class Acquire:
         found = self.now()
         if type(found) is Blocked:
             return FIND_LATER(self, found).__await__()
-        return Ready(found)
+        return ready(found)
 
     def __aenter__(self):
         found = self.now()
         if type(found) is Blocked:
             return ENTER_LATER(self, found)
-        return Ready(self.enter(found))
+        return ready(self.enter(found))
 
     def __aexit__(self, kind, value, traceback):
         held, self.held = self.held, None
         if held is not None:
             leave_block(held, kind)
-        return Ready(None)
+        return DONE
+
+
+cdef class AsyncSegment:
+    """The finds of an `aio.AsyncDomainList`."""
+    cdef readonly Segment plain
+
+    def __cinit__(self, Segment plain not None):
+        self.plain = plain
+
+    def get(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
+        """The domain, locked for an ``async with`` block; arguments and errors as for
+        `DomainList.get`. Or await it, and unlock it yourself."""
+        cdef Acquire made = Acquire.__new__(Acquire)
+        made.doms, made.key, made.timeout, made.why = self.plain, key, timeout, why
+        made.uuid, made.name, made.id = uuid, name, id
+        return made
+
+    def lookup(self, key=None, /, *, uuid=None, name=None, id=None, timeout=None, why=None):
+        """Like `get`, but None when there is no such domain."""
+        cdef Acquire made = Acquire.__new__(Acquire)
+        made.doms, made.key, made.timeout, made.why = self.plain, key, timeout, why
+        made.uuid, made.name, made.id = uuid, name, id
+        made.may_miss = True
+        return made

@@ -46,10 +46,16 @@ cdef tuple recover_locks(Segment doms, object timeout):
 cdef int recover_list(Segment doms, uint64_t deadline, object timeout, list repairs,
                       list held) except -1:
     cdef sd_repair repair
+    cdef pthread_mutex_t *at
+    cdef sd_owner *owner
     if holds_any(doms):
         raise errors.LockOrder(
             f"{this()} holds a domain; the list lock comes first: unlock the domain")
     memset(&sd_self().repair, 0, sizeof(repair))
+    at = &doms.segment.header.list_mutex
+    owner = &doms.segment.header.list_owner
+    if TASKS and held_beside(owner, NULL if doms.multiprocessing else at):
+        deadline, timeout = SD_TRY, 0  # it is not waited for what another task has
     try:
         acquire_list(doms, deadline, timeout)
     except errors.LockTimeout as exc:
@@ -98,7 +104,9 @@ cdef int recover_named(Segment doms, list repairs, list held) except -1:
         if sd_named_get(doms.segment, place, &raw) == SD_OK:
             name = lock_name_object(&raw)
         memset(&sd_self().repair, 0, sizeof(repair))
-        result = sd_named_lock(doms.segment, place, SD_TRY)
+        result = SD_TIMEOUT
+        if not (TASKS and held_beside(&at.owner, &at.mutex)):
+            result = sd_named_lock(doms.segment, place, SD_TRY)
         if result == SD_TIMEOUT:
             error = timeout_error(&at.owner, &at.mutex, at.why, name, 0)
             if error.holder is not None:

@@ -150,6 +150,10 @@ cdef int sleep_on_events(Segment doms, uint64_t count, uint64_t deadline) except
     seen = sd_load_acquire(&header.event_count)  # before the look: what comes after it is noticed
     if sd_ring_count(doms.segment) > count:
         return 1
+    if sd_self().asks and sd_ring_unsettled(doms.segment):  # a task does not come back from a slice
+        sd_events_settle_now(doms.segment)
+        if sd_ring_count(doms.segment) > count:
+            return 1
     changed = sleep_on(doms, &header.event_count, seen, &header.event_waiting, count + 1, deadline)
     if sd_ring_count(doms.segment) > count:
         return 1

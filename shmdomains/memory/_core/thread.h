@@ -7,12 +7,12 @@
 struct sd_segment;
 struct sd_wait;
 
-/* A lock whose handle was dropped by another thread than its owner, and which only the owner can
- * free (unlock_for.c). */
+/* A lock whose handle was dropped by another thread than its owner, or whose task ended there, and
+ * which only the owner can free (unlock_for.c). */
 typedef struct sd_orphan {
     struct sd_segment *segment;
     uint32_t slot; /* or the place of a named lock */
-    bool named;
+    bool named, list;
     struct sd_orphan *next;
 } sd_orphan;
 

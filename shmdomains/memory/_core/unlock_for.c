@@ -142,15 +142,15 @@ static void settle(const struct robust_list_head *head, uint32_t tid, uint64_t u
 /* The thread may be locking a mutex of its own at any moment.  False: it did, and ours is in the list
  * as before, or behind that one.
  *
- * `prev` of ours is 0 while nobody has put anything before it.  If it is found to be the head again,
- * something was put there and is gone, or is about to be: then 0 once more, and another look. */
+ * `prev` of ours is the head at first, and says nothing: it becomes 0, and after another look it is
+ * still 0 unless something was put before ours.  That it is the head again means that what was put
+ * there is gone, or is about to be. */
 static bool take_first(struct robust_list_head *list, entry *head, entry *ours, entry *after,
                        uint32_t tid)
 {
     uint64_t until = sd_now() + SD_SLICE_NS;
     uintptr_t first = address_of(head), mine = address_of(ours);
-    if (!swap(&ours->prev, first, 0)) return false;
-    if (!swap(&head->next, mine, address_of(after))) return false; /* and `prev` was stored, too */
+    if (!swap(&head->next, mine, address_of(after))) return false;
     for (;;) {
         settle(list, tid, until);
         uintptr_t next = get(&head->next);

@@ -51,6 +51,8 @@ cdef int after_slice(int result) noexcept:
     Returns `result`, SD_INTERRUPTED or SD_FORKED."""
     cdef int raised
     cdef unsigned nested, short_wait
+    cdef bint asks
+    cdef uint64_t until
     cdef sd_thread *thread = sd_self()
     cdef uint64_t epoch = sd_fork_epoch
     # Whoever we wait for may be waiting for one of those locks.
@@ -61,12 +63,15 @@ cdef int after_slice(int result) noexcept:
         PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
         return SD_INTERRUPTED
     nested, short_wait = thread.nested, thread.short_wait
+    asks, until = thread.asks, thread.until
     thread.nested, thread.short_wait = nested + 1, 0
+    thread.asks, thread.until = False, 0  # a handler's waits are its own
     raised = PyErr_CheckSignals()
     if not raised and epoch == sd_fork_epoch and thread.wait != NULL:
         raised = look_how_long(thread.wait)
     sd_self()  # first: in a child that a handler forked this resets the thread
     thread.nested, thread.short_wait = nested, short_wait
+    thread.asks, thread.until = asks, until
     if raised:
         PyErr_Fetch(&kept_type, &kept_value, &kept_traceback)
         return SD_INTERRUPTED
@@ -148,13 +153,14 @@ cdef class Deadline:
 cdef int raise_code(int result, object what) except -1:
     """Raise what a code of the core means. Not for a time-out whose holder is known
     (`raise_timed_out`), nor where the segment may be poisoned (`raise_poison_or_code`)."""
-    global kept_type, kept_value, kept_traceback
+    global kept_type, kept_value, kept_traceback, BLOCKED
     if result == SD_INTERRUPTED:
         PyErr_Restore(kept_type, kept_value, kept_traceback)
         kept_type = kept_value = kept_traceback = NULL
         return -1
     if result == WOULD_BLOCK:
-        raise WouldBlock(BLOCKED)
+        blocked, BLOCKED = BLOCKED, None  # it keeps the list
+        raise WouldBlock(blocked)
     if result == SD_TIMEOUT:
         raise errors.LockTimeout(
             f"{what}: one of the segment's own short locks was not free in time")
