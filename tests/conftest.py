@@ -221,6 +221,7 @@ def nothing_left(_home_keeper: _Kept, _stranger_keeper: _Kept) -> Iterator[None]
 
 # --- what the sanitizers leave out ---------------------------------------------------------------
 
+_GREENLETS = "greenlet copies stacks as a whole, which ASan takes for an overflow"
 _UNSANITIZED = {
     "test_crash_points.py": "it loads a build of the core of its own, which is not sanitized",
     "test_model.py": "no line of the core runs in it",
@@ -228,6 +229,8 @@ _UNSANITIZED = {
     "test_exhaustion.py::test_listing_without_memory": "their allocator has its space already",
     "test_exhaustion.py::test_a_document_without_memory": "their allocator has its space already",
     "test_storms.py::test_the_same_storms_hang": "it preloads a library, as they do",
+    "test_servers.py::test_many_requests_on_one_thread[gevent]": _GREENLETS,
+    "test_servers.py::test_a_list_that_is_made_before_the_fork[gevent]": _GREENLETS,
 }
 """Tests that tell nothing under ``make sanitize``, by the beginning of their name, and why."""
 

@@ -44,7 +44,6 @@ _ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 class Server:
     """One that runs."""
 
-    module: str
     process: subprocess.Popen[bytes]
     log: Path
     port: int = 0
@@ -54,18 +53,18 @@ class Server:
         return {child.pid: child for child in psutil.Process(self.process.pid).children()}
 
     def settle(self) -> None:
-        """Wait until all workers of gunicorn are there to stay."""
+        """Wait until all workers are there to stay. One that is told to end while it boots hears
+        it late or not at all."""
 
         def stays(pid: int) -> bool:
             said = [line for line in self.words().splitlines() if f"[{pid}]" in line]
-            return any("Ready" in line for line in said) and "Autorestarting" not in str(said)
+            ready = any("Ready" in line or "Started server process" in line for line in said)
+            return ready and not any("Autorestarting" in line for line in said)
 
         def settled() -> bool:
-            alive = self.workers()
-            return len(alive) == workers and all(map(stays, alive))
+            return sum(map(stays, self.workers())) == workers
 
-        if self.module == "gunicorn":
-            until(settled, "a server whose workers are all ready", PATIENCE)
+        until(settled, "a server whose workers are all ready", PATIENCE)
 
     def words(self) -> str:
         return self.log.read_text(errors="replace")
@@ -113,7 +112,7 @@ def serving(*command: str, **more: str) -> Iterator[Server]:
                 stderr=output,
                 start_new_session=True,
             )
-        server = Server(command[0], process, log)
+        server = Server(process, log)
         try:
             until(server._find, "a server that answers", PATIENCE)
             yield server

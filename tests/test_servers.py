@@ -57,6 +57,7 @@ def stop(server: Server) -> None:
 def judge(server: Server, tally: Tally, found: dict[str, int], tried: Tried) -> None:
     tally.prove(found)
     assert "Traceback" not in server.words()
+    assert "event loop" not in server.words()  # of a wait that stops it
     assert len(tally.kills) >= KILLS  # who holds a domain is there to be killed
     tried("requests to real servers", tally.requests)
     tried("of them failed, each in a worker that was killed", len(tally.failures))
