@@ -37,6 +37,7 @@ from .memory import rooms
 from .memory._core import core
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
+from .memory.holder import ready_to_describe
 from .memory.rooms import SLICE, Hub, Turn, add_hub, hub_of
 from .names import Uuid
 from .rules.info import DomainInfo
@@ -80,6 +81,7 @@ def wrap(doms: DomainList) -> AsyncDomainList:
     >>> asyncio.run(main())
     '/dev/pts/3'
     """
+    ready_to_describe()
     return AsyncDomainList(doms)
 
 

@@ -28,6 +28,11 @@ _TID_BITS = 22
 _UNKNOWN = 1  # a holder died, nobody knows which
 
 
+def ready_to_describe() -> None:
+    """Have what describes a holder imported now, not in the middle of an event loop."""
+    _ = psutil.Error
+
+
 def process_started(start_ticks: int) -> float | None:
     """Convert clock ticks since boot to seconds since the epoch; 0 is unknown."""
     if not start_ticks:

@@ -57,7 +57,8 @@ def configure(*, states, reasons, decode, encode_definition, encode_data, encode
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
 
 
-include "owners.pxi"    # who asks: a thread, a task, a greenlet; how each waits
+include "owners.pxi"    # who asks: a thread, a task, a greenlet
+include "tasks.pxi"     # how tasks and greenlets wait
 include "waiting.pxi"   # time-outs, signals, what a code of the core raises
 include "holders.pxi"   # who holds a lock
 include "keys.pxi"      # uuid, name, id
@@ -75,3 +76,4 @@ include "hold.pxi"      # a thread's hold of a domain, and its changes
 include "named.pxi"     # named locks, which belong to no domain
 include "record.pxi"    # Record, the handle; Records
 include "segment.pxi"   # Segment, the attachment; format_segment
+include "awaited.pxi"   # what a task awaits to get a domain

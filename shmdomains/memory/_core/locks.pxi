@@ -348,7 +348,8 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
                     result = wait_for_slot(doms, slot, deadline)
         else:
             lock = None if doms.slot_semaphores is None else doms.slot_semaphores[slot]
-            result = lock_semaphore(doms, lock, &at.owner, SD_LOCK_DOMAIN, slot, deadline, &who, &pid)
+            result = lock_semaphore(doms, lock, &at.owner, SD_LOCK_DOMAIN, slot, deadline, &who,
+                                    &pid)
             if result == SD_DIED:
                 sd_count(&doms.segment.counters.deaths)
                 sd_self().repair.died = True
