@@ -81,7 +81,6 @@ def wrap(doms: DomainList) -> AsyncDomainList:
     >>> asyncio.run(main())
     '/dev/pts/3'
     """
-    ready_to_describe()
     return AsyncDomainList(doms)
 
 
@@ -725,6 +724,7 @@ def _begins() -> None:
         _hub()
 
 
+ready_to_describe()
 rooms.begin()
 wait_by(_ask)
 core.tasks_enter_by(_enter_later, _find_later, _begins)
