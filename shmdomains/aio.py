@@ -233,10 +233,11 @@ class _Call:
 _working = threading.local()  # `call`: what this thread does for a task
 
 
-def _between_looks() -> None:
+def _between_looks() -> bool:
     call = getattr(_working, "call", None)
     if call is not None and call.unwanted:
         raise core.WorkGivenUp
+    return call is not None
 
 
 change.between_looks = _between_looks

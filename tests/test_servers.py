@@ -32,7 +32,7 @@ TASK_HOLD = 0.02  # so that the requests of one thread overlap
 GUNICORN = ["gunicorn", "--config=python:server_gunicorn"]
 
 UVICORN = ["uvicorn", "--host=127.0.0.1", "--port=0", f"--workers={workers}"]
-UVICORN += ["--timeout-worker-healthcheck=60", "--lifespan=on", "server_asgi:application"]
+UVICORN += ["--timeout-worker-healthcheck=20", "--lifespan=on", "server_asgi:application"]
 
 
 @pytest.fixture

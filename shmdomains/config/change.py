@@ -281,12 +281,13 @@ LOOK = 0.05
 """Seconds between two calls of `between_looks`."""
 
 
-def _go_on() -> None:
-    pass
+def _nobody_asks() -> bool:
+    return False
 
 
-between_looks: Callable[[], None] = _go_on
-"""Called while a directory's filelock is waited for; it may raise. `shmdomains.aio` sets it."""
+between_looks: Callable[[], bool] = _nobody_asks
+"""Called before a directory's filelock is waited for, and if true again and again meanwhile: it may
+raise. `shmdomains.aio` sets it."""
 
 
 class _DirectoryLock:
@@ -307,6 +308,10 @@ class _DirectoryLock:
     def acquire(self, timeout: float | None) -> None:
         deadline = Deadline(timeout)
         try:
+            if not between_looks():
+                limit = -1.0 if timeout is None else timeout
+                self._lock.acquire(timeout=limit, poll_interval=0.01)
+                return
             while not self._acquired(deadline.left()):
                 between_looks()
         except filelock.Timeout as exc:
