@@ -26,6 +26,7 @@ only. A thread may run several loops in turn.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -74,13 +75,16 @@ class Hub:
         wait = core.TaskWait(blocked)
         room = self.rooms.get(blocked.key)
         if room is None:
-            room = self.rooms[blocked.key] = Room(self, blocked)
-            core.rooms_here(1)
+            room = Room(self, blocked)
         turn = Turn(room, wait, wake)
-        room.turns.append(turn)
-        if room.turns[0] is turn:
-            room.look_out()
-        self._tick_later()
+        try:
+            room.turns.append(turn)
+            if room.turns[0] is turn:
+                room.begin()
+            self._tick_later()
+        except BaseException:
+            turn.leave()  # whoever stays there, and never asks, keeps out the others
+            raise
         return turn
 
     def sleep(self, blocked: core.Blocked, wake: Callable[[], None]) -> Sleep:
@@ -160,6 +164,11 @@ class Room:
         self.looked = time.monotonic()
         self.streak = 0.0  # since when tasks of this thread pass the lock on
 
+    def begin(self) -> None:
+        self._hub.rooms[self.blocked.key] = self
+        core.rooms_here(1)
+        self.look_out()
+
     def look_out(self) -> None:
         """The first one waits: be told when the lock is free."""
         if not self._armed and not self.blocked.beside:
@@ -214,8 +223,12 @@ class Room:
         self._end()
 
     def leave(self, turn: Turn) -> None:
-        first = self.turns[0] is turn
-        self.turns.remove(turn)
+        """Again where a signal handler raised in the middle."""
+        first = bool(self.turns) and self.turns[0] is turn
+        try:
+            self.turns.remove(turn)
+        except ValueError:
+            pass
         if self._hub.trying is turn:
             self._hub.trying = None
         if first and self._told and self.blocked.beside:
@@ -227,8 +240,9 @@ class Room:
 
     def _end(self) -> None:
         self._watch.cancel()
-        del self._hub.rooms[self.blocked.key]
-        core.rooms_here(-1)
+        if self._hub.rooms.get(self.blocked.key) is self:
+            del self._hub.rooms[self.blocked.key]
+            core.rooms_here(-1)
 
 
 class Turn:
@@ -283,6 +297,8 @@ class Sleep:
 # The hubs of each thread, by the core's number for it, which no other thread and no child gets.
 # Only its loop keeps a hub.
 _hubs: dict[int, list[ReferenceType[Hub]]] = {}
+# A child may go on with the loop; what the parent's inboxes would tell goes to the parent.
+os.register_at_fork(after_in_child=_hubs.clear)
 
 
 def _hubs_here() -> list[Hub]:
