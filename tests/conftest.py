@@ -231,6 +231,7 @@ _UNSANITIZED = {
     "test_storms.py::test_the_same_storms_hang": "it preloads a library, as they do",
     "test_servers.py::test_many_requests_on_one_thread[gevent]": _GREENLETS,
     "test_servers.py::test_a_list_that_is_made_before_the_fork[gevent]": _GREENLETS,
+    "test_green_faults.py": _GREENLETS,
 }
 """Tests that tell nothing under ``make sanitize``, by the beginning of their name, and why."""
 

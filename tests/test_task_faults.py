@@ -541,3 +541,55 @@ def collect_a_locked_list(pipe: Pipe) -> None:
 def test_the_collector_frees_a_locked_handle_with_its_list(start: Callable[..., Child]) -> None:
     """Of multiprocessing locks, which it may have cleared by then."""
     assert start(collect_a_locked_list).hear() == "done"
+
+
+def test_many_who_sleep_do_not_hold_up_the_loop(doms: DomainList) -> None:
+    """Each round wakes a few of them, and all have been woken before one is again."""
+    dom = doms._handle_of("a")
+    _, stamp = doms._look(dom)
+    blocked = core.attempt(0, doms._sleep, (dom, stamp, None), {})
+    rounds: list[Callable[[], None]] = []
+    woken: list[int] = []
+
+    class Timer:
+        def cancel(self) -> None: ...
+
+    def later(seconds: float, call: Callable[[], None]) -> Timer:
+        rounds.append(call)
+        return Timer()
+
+    hub = rooms.Hub(object(), later, lambda: True)
+    sleeps = [hub.sleep(blocked, lambda n=n: woken.append(n)) for n in range(100)]
+    for sleep in sleeps:
+        sleep.looked -= 2 * rooms.SLICE
+    while len(woken) < len(sleeps):
+        before = len(woken)
+        rounds.pop()()
+        assert not rounds[1:] and before < len(woken) <= before + 10
+    assert sorted(woken) == list(range(100))
+    hub.close()
+
+
+def test_one_way_in_that_several_tasks_use(doms: DomainList) -> None:
+    """As they would use one `asyncio.Lock`: each leaves what it has entered itself."""
+
+    async def main() -> None:
+        way = aio.wrap(doms).get("a")
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def second() -> None:
+            async with way as dom:
+                entered.set()
+                await leave.wait()
+                assert dom.is_locked
+            assert not dom.is_locked
+
+        async with way as dom:
+            other = asyncio.create_task(second())
+            await asyncio.sleep(0)
+            dom.unlock()
+            await entered.wait()
+        leave.set()
+        await other
+
+    asyncio.run(main())

@@ -7,10 +7,10 @@ hub itself, which has nobody to switch to.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from ._core import core
 from .rooms import Hub, Timer, Turn, add_hub, freed, hub_of, may_try
@@ -26,6 +26,10 @@ def begin() -> None:
     """From here on greenlets wait without stopping their hub. Raises `ImportError`."""
     from gevent import hub  # noqa: F401  (an extra: only whoever has it comes here)
 
+    global _begun
+    if not _begun:
+        _begun = True
+        os.register_at_fork(after_in_child=_begin_in_child)
     core.tasks_with(freed=freed, may_try=may_try, can_switch=_can_switch, switch=_switch)
 
 
@@ -57,8 +61,17 @@ class _Timer:
         self._timer.close()
 
 
-# Each hub of gevent keeps its rooms, and what reads their inbox.
-_hubs: WeakKeyDictionary[Any, tuple[Hub, Any]] = WeakKeyDictionary()
+_begun = False
+_KEPT = "_shmdomains"
+"""Attribute of a hub of gevent: its rooms, and what reads their inbox. They end with it."""
+
+
+def _begin_in_child() -> None:
+    """The parent's inbox is closed here, and its number may become another file's."""
+    of = _gevent_hub()
+    if of is not None and hasattr(of, _KEPT):
+        _, reader = of.__dict__.pop(_KEPT)
+        reader.stop()
 
 
 def _hub() -> Hub:
@@ -75,7 +88,7 @@ def _hub() -> Hub:
         # It does not keep the loop alive; while somebody waits, the timer of the slices does.
         reader = loop.io(hub.inbox.fileno(), 1, ref=False)
         reader.start(hub.read)
-        _hubs[of] = (hub, reader)
+        setattr(of, _KEPT, (hub, reader))
         add_hub(hub)
     return hub
 
@@ -125,9 +138,9 @@ def _switch(blocked: core.Blocked, seconds: float | None, turn: Turn | None) -> 
             turn.wake = waiter.wake
             turn.stay()
         waiter.sleep(seconds)
+        hub.trying = turn
+        return turn
     except BaseException:
         if turn is not None:
             turn.leave()
         raise
-    hub.trying = turn
-    return turn

@@ -26,10 +26,10 @@ only. A thread may run several loops in turn.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from operator import attrgetter
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 from weakref import ReferenceType, ref
 
@@ -39,7 +39,10 @@ SLICE = 0.05
 """Seconds after which whoever waits looks, whatever was told."""
 STREAK = 0.001
 GRACE = 0.002
-_LOOKS = 0.0005  # in one round, so that a slice's end does not hold up the loop
+_LOOKS = 8  # in one round: who is woken asks again, and all of them before the loop goes on
+_CHECKS = 500  # in one round: whether what is slept for came
+_ROUND = SLICE / 8  # seconds between rounds that are not enough for all
+
 
 T = TypeVar("T", bound="Room | Sleep")
 
@@ -67,6 +70,9 @@ class Hub:
         self.trying: Turn | None = None
         self.later = later
         self._sleeps: dict[Sleep, None] = {}
+        self._rooms_left: list[Room] = []  # of this turn of looks
+        self._sleeps_left: list[Sleep] = []
+        self._to_check: list[Sleep] = []
         self._timer: Timer | None = None
 
     def enter(self, blocked: core.Blocked, wake: Callable[[], None]) -> Turn:
@@ -74,13 +80,16 @@ class Hub:
         wait = core.TaskWait(blocked)
         room = self.rooms.get(blocked.key)
         if room is None:
-            room = self.rooms[blocked.key] = Room(self, blocked)
-            core.rooms_here(1)
+            room = Room(self, blocked)
         turn = Turn(room, wait, wake)
-        room.turns.append(turn)
-        if room.turns[0] is turn:
-            room.look_out()
-        self._tick_later()
+        try:
+            room.turns.append(turn)
+            if room.turns[0] is turn:
+                room.begin()
+            self._tick_later()
+        except BaseException:
+            turn.leave()  # whoever stays there, and never asks, keeps out the others
+            raise
         return turn
 
     def sleep(self, blocked: core.Blocked, wake: Callable[[], None]) -> Sleep:
@@ -95,27 +104,31 @@ class Hub:
         while (watch := self.inbox.take()) is not None:
             watch.fired()
 
-    def _tick_later(self) -> None:
+    def _tick_later(self, seconds: float = SLICE) -> None:
         if self._timer is None:
-            self._timer = self.later(SLICE, self._tick)
+            self._timer = self.later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         if not self.rooms and not self._sleeps:
+            self._rooms_left, self._sleeps_left, self._to_check = [], [], []
             return
-        self._tick_later()
-        for sleep in [one for one in self._sleeps if one.blocked.changed]:
-            sleep.wake()
-        end = time.monotonic() + _LOOKS
-        for sleep in _due(self._sleeps):
-            sleep.looked = time.monotonic()
-            sleep.wake()
-            if sleep.looked > end:
-                break
-        for room in _due(self.rooms.values()):
-            room.after_slice()
-            if room.looked > end:
-                break
+        if not self._to_check:
+            self._to_check = list(self._sleeps)
+        if not self._sleeps_left:
+            self._sleeps_left = list(self._sleeps)
+        if not self._rooms_left:
+            self._rooms_left = list(self.rooms.values())
+        checked, self._to_check = self._to_check[:_CHECKS], self._to_check[_CHECKS:]
+        looked = [*_due(self._rooms_left), *_due(self._sleeps_left)]
+        more = self._to_check or self._sleeps_left or self._rooms_left
+        self._tick_later(_ROUND if more else SLICE)
+        for sleep in checked:
+            if sleep in self._sleeps and sleep.blocked.changed:
+                sleep.wake()
+        for one in looked:
+            one.after_slice()
+
 
     def close(self) -> None:
         """The event loop is closed: nobody waits any more, and nobody can be woken."""
@@ -128,10 +141,15 @@ class Hub:
         _forget_hub(self)
 
 
-def _due(those: Iterable[T]) -> list[T]:
-    """Those that were looked at a slice ago, the longest ago first."""
+def _due(left: list[T]) -> list[T]:
+    """A few that were not looked at for a slice. All get their turn before one does again."""
     due = time.monotonic() - SLICE / 2
-    return sorted([one for one in those if one.looked < due], key=attrgetter("looked"))
+    found: list[T] = []
+    while left and len(found) < _LOOKS:
+        one = left.pop()
+        if one.looked < due and one.waits:
+            found.append(one)
+    return found
 
 
 class Room:
@@ -159,6 +177,15 @@ class Room:
         self.turns: deque[Turn] = deque()
         self.looked = time.monotonic()
         self.streak = 0.0  # since when tasks of this thread pass the lock on
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.turns)
+
+    def begin(self) -> None:
+        self._hub.rooms[self.blocked.key] = self
+        core.rooms_here(1)
+        self.look_out()
 
     def look_out(self) -> None:
         """The first one waits: be told when the lock is free."""
@@ -214,8 +241,12 @@ class Room:
         self._end()
 
     def leave(self, turn: Turn) -> None:
-        first = self.turns[0] is turn
-        self.turns.remove(turn)
+        """Again where a signal handler raised in the middle."""
+        first = bool(self.turns) and self.turns[0] is turn
+        try:
+            self.turns.remove(turn)
+        except ValueError:
+            pass
         if self._hub.trying is turn:
             self._hub.trying = None
         if first and self._told and self.blocked.beside:
@@ -227,8 +258,9 @@ class Room:
 
     def _end(self) -> None:
         self._watch.cancel()
-        del self._hub.rooms[self.blocked.key]
-        core.rooms_here(-1)
+        if self._hub.rooms.get(self.blocked.key) is self:
+            del self._hub.rooms[self.blocked.key]
+            core.rooms_here(-1)
 
 
 class Turn:
@@ -275,6 +307,14 @@ class Sleep:
         self.wake = wake
         self._watch.begin(blocked)
 
+    @property
+    def waits(self) -> bool:
+        return self in self._hub._sleeps
+
+    def after_slice(self) -> None:
+        self.looked = time.monotonic()
+        self.wake()
+
     def end(self) -> None:
         self._watch.cancel()
         self._hub._sleeps.pop(self, None)
@@ -283,6 +323,8 @@ class Sleep:
 # The hubs of each thread, by the core's number for it, which no other thread and no child gets.
 # Only its loop keeps a hub.
 _hubs: dict[int, list[ReferenceType[Hub]]] = {}
+# A child may go on with the loop; what the parent's inboxes would tell goes to the parent.
+os.register_at_fork(after_in_child=_hubs.clear)
 
 
 def _hubs_here() -> list[Hub]:

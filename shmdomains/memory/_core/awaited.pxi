@@ -127,8 +127,9 @@ cdef class Acquire:
         return ready(self.enter(found))
 
     def __aexit__(self, kind, value, traceback):
-        held, self.held = self.held, None
-        if held is not None:
+        held = self.held
+        if held is not None and locked_or_none(held) is not None:  # else another task entered
+            self.held = None
             leave_block(held, kind)
         return DONE
 

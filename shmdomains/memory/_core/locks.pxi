@@ -206,11 +206,12 @@ cdef int lock_semaphore(Segment doms, object lock, sd_owner *owner, int kind, ui
             if how != SWITCHES:
                 return how
             turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
-            if sd_semaphore_try(semaphore, owner) == SD_OK:
+            result = sd_semaphore_try(semaphore, owner)
+            if result == SD_OK:
                 return SD_OK
     finally:
         if turn is not None:
-            turn.leave()
+            leave_turn(turn, doms, kind, number, result == SD_OK or result == SD_DIED, semaphore)
     while True:
         result = take_from_dead(owner, died_who, died_pid)
         if result == SD_TIMEOUT and (deadline == SD_FOREVER or sd_now() < deadline):
@@ -319,14 +320,16 @@ cdef int wait_for_slot(Segment doms, uint32_t slot, uint64_t deadline) noexcept:
 cdef int release_list(Segment doms) except -1:
     if not doms.multiprocessing:
         if TASKS:
-            tell_tasks(doms, SD_LOCK_LIST, 0, &doms.segment.header.list_mutex)
+            if not tell_tasks(doms, SD_LOCK_LIST, 0, &doms.segment.header.list_mutex):
+                return 0
             forget_list(doms)
         sd_list_unlock(doms.segment)
         return 0
     if doms.list_lock is None:
         raise errors.LockKindMismatch("unlock through the DomainList that locked")
     if TASKS:
-        tell_tasks(doms, SD_LOCK_LIST, 0, NULL)
+        if not tell_tasks(doms, SD_LOCK_LIST, 0, NULL):
+            return 0
         forget_list(doms)
     return need_kept(sd_list_leave(doms.segment, semaphore_of(doms.list_semaphore),
                                    sd_self()), "the list lock")
@@ -376,8 +379,8 @@ cdef int acquire_slot(Segment doms, uint32_t slot, uint64_t deadline) except -1:
 cdef int release_slot(Segment doms, uint32_t slot, bint delivered) except -1:
     """`delivered`: the caller saw the domain, and with it the notice of an earlier holder's death;
     else the next holder gets that notice."""
-    if TASKS:
-        tell_tasks(doms, SD_LOCK_DOMAIN, slot, &doms.segment.slots[slot].mutex)
+    if TASKS and not tell_tasks(doms, SD_LOCK_DOMAIN, slot, &doms.segment.slots[slot].mutex):
+        return 0
     if not doms.multiprocessing:
         sd_slot_unlock(doms.segment, slot, delivered)
         return 0

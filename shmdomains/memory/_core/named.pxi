@@ -172,8 +172,9 @@ cdef int unlock_mutex(Mutex mutex) except -1:
     cdef Mutex mine = need_mutex(mutex)
     if sd_self().nested > mine.nested:
         raise_code(SD_NESTED, f"unlock {what_of(mutex)}")
-    if TASKS:
-        tell_tasks(doms, SD_LOCK_MUTEX, mutex.place, &doms.segment.named[mutex.place].mutex)
+    if TASKS and not tell_tasks(doms, SD_LOCK_MUTEX, mutex.place,
+                                &doms.segment.named[mutex.place].mutex):
+        return 0
     leave_mutex(mine)
     sd_named_unlock(doms.segment, mutex.place, True)
     if doms.closed:

@@ -10,12 +10,16 @@
 # queues stand in ``memory/rooms.py``.
 
 cimport cython
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strerror
 
 from shmdomains import errors
+
+cdef extern from "Python.h":
+    int Py_AddPendingCall(int (*)(void *) except -1, void *) noexcept
 
 cdef enum:
     # Codes of the binding.
@@ -275,7 +279,7 @@ cdef int lock_as_task(Segment doms, int kind, uint32_t number, const sd_owner *s
     """A mutex, in a process with tasks: what the core's function for it returns, or a code of the
     binding."""
     cdef object turn = None
-    cdef int result
+    cdef int result = SD_TIMEOUT
     try:
         while True:
             result = SD_TIMEOUT
@@ -285,13 +289,43 @@ cdef int lock_as_task(Segment doms, int kind, uint32_t number, const sd_owner *s
                 return result
             result = how_to_wait(doms, kind, number, signed, mutex, deadline)
             if result == BLOCKS:
-                return lock_or_wait(doms, kind, number, deadline)
+                result = lock_or_wait(doms, kind, number, deadline)
+                return result
             if result != SWITCHES:
                 return result
             turn = SWITCH(BLOCKED, seconds_left(deadline), turn)
     finally:
         if turn is not None:
-            turn.leave()
+            leave_turn(turn, doms, kind, number, result == SD_OK, NULL)
+
+
+cdef int leave_turn(object turn, Segment doms, int kind, uint32_t number, bint taken,
+                    sem_t *semaphore) except -1:
+    """A signal handler may raise in here, where nobody's record says that the lock is `taken`."""
+    try:
+        turn.leave()
+    except BaseException:
+        try:
+            turn.leave()  # whoever stays keeps out the others
+        finally:
+            if taken:
+                free_taken(doms, kind, number, semaphore)
+        raise
+    return 0
+
+
+cdef int free_taken(Segment doms, int kind, uint32_t number, sem_t *semaphore) except -1:
+    if semaphore == NULL and kind == SD_LOCK_LIST:
+        return release_list(doms)
+    if semaphore == NULL and kind == SD_LOCK_DOMAIN:
+        return release_slot(doms, number, False)
+    if semaphore == NULL:
+        if tell_tasks(doms, kind, number, &doms.segment.named[number].mutex):
+            sd_named_unlock(doms.segment, number, False)
+    elif tell_tasks(doms, kind, number, NULL):
+        sd_semaphore_leave(semaphore, &doms.segment.header.list_owner if kind == SD_LOCK_LIST
+                           else &doms.segment.slots[number].owner, sd_self().who)
+    return 0
 
 
 cdef int lock_or_wait(Segment doms, int kind, uint32_t number, uint64_t deadline) noexcept:
@@ -323,15 +357,37 @@ cdef bint runs_loop() noexcept:
     return RUNNING_LOOP is not None and sd_has_context() and RUNNING_LOOP() is not None
 
 
-cdef inline void tell_tasks(Segment doms, int kind, uint32_t number,
+cdef inline bint tell_tasks(Segment doms, int kind, uint32_t number,
                             const pthread_mutex_t *mutex) noexcept:
-    """A lock is about to be freed: tell those of this thread who wait for it. They run later."""
+    """A lock is about to be freed: tell those of this thread who wait for it. They run later.
+    False: a signal handler forked meanwhile, and the lock is the parent's."""
     if sd_self().rooms:
-        tell_room(doms, kind, number, mutex != NULL and sd_mutex_awaited(mutex))
+        return tell_room(doms, kind, number, mutex != NULL and sd_mutex_awaited(mutex))
+    return True
 
 
-cdef void tell_room(Segment doms, int kind, uint32_t number, bint strangers) noexcept:
-    FREED(<size_t>doms.segment, kind, number, strangers)
+cdef bint tell_room(Segment doms, int kind, uint32_t number, bint strangers) noexcept:
+    cdef uint64_t epoch = sd_fork_epoch
+    try:
+        FREED(<size_t>doms.segment, kind, number, strangers)
+    except BaseException as exc:
+        raise_soon(exc)
+    return epoch == sd_fork_epoch
+
+
+cdef int raise_soon(object exc) except -1:
+    """What a signal handler raised where the lock must be freed first."""
+    Py_INCREF(exc)
+    if Py_AddPendingCall(raise_now, <void *>exc):
+        Py_DECREF(exc)
+        raise exc
+    return 0
+
+
+cdef int raise_now(void *raised) except -1 with gil:
+    exc = <object>raised
+    Py_DECREF(exc)
+    raise exc
 
 
 def tasks_with(*, freed, may_try, can_switch=None, switch=None):

@@ -49,6 +49,7 @@ static uint32_t find_place(sd_segment *segment, uint64_t me)
     for (uint32_t i = 0; i < DEAD_ASKED && i < room; i++) {
         uint32_t place = (start + i) % room;
         uint64_t who = sd_load(&segment->waiters[place].who);
+        if (who == me) continue; /* another task of this thread */
         if (!sd_alive(who) && take(&segment->waiters[place], who, me)) return place;
     }
     return SD_WAITERS_MAX;
