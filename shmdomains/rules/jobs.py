@@ -21,10 +21,10 @@ jobs, but has another pid.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 import threading
-import _thread
 import time
 import warnings
 from collections.abc import Callable, Iterable
