@@ -4,6 +4,7 @@ and what they call. How they wait and end stands in test_green_ends.py.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -357,6 +358,30 @@ def two_hubs(doms: DomainList) -> None:
             while thread.is_alive():
                 gevent.sleep(0.001)
     assert doms.peek("a").data == 300
+
+
+def many_hubs(doms: DomainList) -> list[int]:
+    import gevent
+
+    counts = []
+
+    def run() -> None:
+        exclude(doms, "get")
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    for _ in range(6):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts
+
+
+def test_hubs_that_are_destroyed(start: Start, path: str) -> None:
+    """One of them at most is remembered, with its descriptor."""
+    counts = play(start, path, "green", many_hubs)
+    assert len(set(counts)) == 1, counts
 
 
 def without_gevent(pipe: Pipe) -> None:

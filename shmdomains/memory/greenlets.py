@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from ._core import core
-from .rooms import Hub, Timer, Turn, add_hub, freed, hub_of, may_try
+from .rooms import Hub, Timer, Turn, add_hub, forget_hub, freed, hub_of, may_try
 
 
 def is_wanted() -> bool:
@@ -53,12 +54,29 @@ class _Timer:
         self._call()
 
     def cancel(self) -> None:
-        self._timer.stop()
-        self._timer.close()
+        self._call = _nothing  # a loop that was destroyed keeps its timers
+        with suppress(ValueError):
+            self._timer.stop()
+            self._timer.close()
 
 
-# Each hub of gevent keeps its rooms, and what reads their inbox.
-_hubs: WeakKeyDictionary[Any, tuple[Hub, Any]] = WeakKeyDictionary()
+def _nothing() -> None:
+    pass
+
+
+# For each hub of gevent: its rooms, and what reads their inbox. gevent does not tell when it
+# destroys a hub, so the next one that is made forgets it.
+_hubs: list[tuple[Hub, Any]] = []
+
+
+def _forget_destroyed() -> None:
+    for one in list(_hubs):
+        hub = one[0]
+        if hub.of.loop is None:
+            with suppress(ValueError):  # another thread was faster
+                _hubs.remove(one)
+            hub.drop_timer()
+            forget_hub(hub)
 
 
 def _hub() -> Hub:
@@ -66,6 +84,7 @@ def _hub() -> Hub:
     of = _gevent_hub()
     hub = hub_of(of)
     if hub is None:
+        _forget_destroyed()
         loop = of.loop
 
         def later(seconds: float, call: Callable[[], None]) -> Timer:
@@ -74,8 +93,15 @@ def _hub() -> Hub:
         hub = Hub(of, later, lambda: True)
         # It does not keep the loop alive; while somebody waits, the timer of the slices does.
         reader = loop.io(hub.inbox.fileno(), 1, ref=False)
-        reader.start(hub.read)
-        _hubs[of] = (hub, reader)
+        known = ref(hub)  # a loop that was destroyed keeps what it would call
+
+        def read() -> None:
+            hub = known()
+            if hub is not None:
+                hub.read()
+
+        reader.start(read)
+        _hubs.append((hub, reader))
         add_hub(hub)
     return hub
 

@@ -30,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import ReferenceType, ref
 
 from ._core import core
@@ -60,7 +60,7 @@ class Hub:
         later: Callable[[float, Callable[[], None]], Timer],
         runs: Callable[[], bool],
     ) -> None:
-        self.of = of
+        self.of: Any = of
         self.runs = runs
         self.inbox = core.Inbox()
         self.rooms: dict[tuple[int, int, int], Room] = {}
@@ -119,13 +119,17 @@ class Hub:
 
     def close(self) -> None:
         """The event loop is closed: nobody waits any more, and nobody can be woken."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self.drop_timer()
         for sleep in list(self._sleeps):
             sleep.end()
         for room in list(self.rooms.values()):
             room.close()
-        _forget_hub(self)
+        forget_hub(self)
+
+    def drop_timer(self) -> None:
+        """The event loop is closed, and would keep it."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _due(those: Iterable[T]) -> list[T]:
@@ -297,7 +301,7 @@ def hub_of(loop: object) -> Hub | None:
     for known in [known for hubs in list(_hubs.values()) for known in hubs]:
         moved = known()
         if moved is not None and moved.of is loop:  # another thread ran it before
-            _forget_hub(moved)
+            forget_hub(moved)
             add_hub(moved)
             core.rooms_here(len(moved.rooms))
             return moved
@@ -309,7 +313,7 @@ def add_hub(hub: Hub) -> None:
     _hubs.setdefault(core.thread(), []).append(ref(hub))
 
 
-def _forget_hub(hub: Hub) -> None:
+def forget_hub(hub: Hub) -> None:
     for thread, hubs in list(_hubs.items()):
         kept = [known for known in hubs if known() not in (None, hub)]
         if kept:
