@@ -229,6 +229,8 @@ _UNSANITIZED = {
     "test_exhaustion.py::test_listing_without_memory": "their allocator has its space already",
     "test_exhaustion.py::test_a_document_without_memory": "their allocator has its space already",
     "test_storms.py::test_the_same_storms_hang": "it preloads a library, as they do",
+    "test_green.py": _GREENLETS,
+    "test_green_ends.py": _GREENLETS,
     "test_servers.py::test_many_requests_on_one_thread[gevent]": _GREENLETS,
     "test_servers.py::test_a_list_that_is_made_before_the_fork[gevent]": _GREENLETS,
     "test_green_faults.py": _GREENLETS,

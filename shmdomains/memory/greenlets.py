@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+from weakref import ref
 
 from ._core import core
-from .rooms import Hub, Timer, Turn, add_hub, freed, hub_of, may_try
+from .rooms import Hub, Timer, Turn, add_hub, forget_hub, freed, hub_of, may_try
 
 
 def is_wanted() -> bool:
@@ -57,21 +59,40 @@ class _Timer:
         self._call()
 
     def cancel(self) -> None:
-        self._timer.stop()
-        self._timer.close()
+        self._call = _nothing  # a loop that was destroyed keeps its timers
+        with suppress(ValueError):
+            self._timer.stop()
+            self._timer.close()
 
 
 _begun = False
-_KEPT = "_shmdomains"
-"""Attribute of a hub of gevent: its rooms, and what reads their inbox. They end with it."""
+
+
+def _nothing() -> None:
+    pass
+
+
+# For each hub of gevent: its rooms, and what reads their inbox. gevent does not tell when it
+# destroys a hub, so the next one that is made forgets it.
+_hubs: list[tuple[Hub, Any]] = []
 
 
 def _begin_in_child() -> None:
-    """The parent's inbox is closed here, and its number may become another file's."""
-    of = _gevent_hub()
-    if of is not None and hasattr(of, _KEPT):
-        _, reader = of.__dict__.pop(_KEPT)
-        reader.stop()
+    """The parent's inboxes are closed here, and their numbers may become other files'."""
+    for _, reader in _hubs:
+        with suppress(ValueError):
+            reader.stop()
+    _hubs.clear()
+
+
+def _forget_destroyed() -> None:
+    for one in list(_hubs):
+        hub = one[0]
+        if hub.of.loop is None:
+            with suppress(ValueError):  # another thread was faster
+                _hubs.remove(one)
+            hub.drop_timer()
+            forget_hub(hub)
 
 
 def _hub() -> Hub:
@@ -79,6 +100,7 @@ def _hub() -> Hub:
     of = _gevent_hub()
     hub = hub_of(of)
     if hub is None:
+        _forget_destroyed()
         loop = of.loop
 
         def later(seconds: float, call: Callable[[], None]) -> Timer:
@@ -87,8 +109,15 @@ def _hub() -> Hub:
         hub = Hub(of, later, lambda: True)
         # It does not keep the loop alive; while somebody waits, the timer of the slices does.
         reader = loop.io(hub.inbox.fileno(), 1, ref=False)
-        reader.start(hub.read)
-        setattr(of, _KEPT, (hub, reader))
+        known = ref(hub)  # a loop that was destroyed keeps what it would call
+
+        def read() -> None:
+            hub = known()
+            if hub is not None:
+                hub.read()
+
+        reader.start(read)
+        _hubs.append((hub, reader))
         add_hub(hub)
     return hub
 

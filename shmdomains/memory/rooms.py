@@ -30,7 +30,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 from weakref import ReferenceType, ref
 
 from ._core import core
@@ -63,7 +64,7 @@ class Hub:
         later: Callable[[float, Callable[[], None]], Timer],
         runs: Callable[[], bool],
     ) -> None:
-        self.of = of
+        self.of: Any = of
         self.runs = runs
         self.inbox = core.Inbox()
         self.rooms: dict[tuple[int, int, int], Room] = {}
@@ -120,7 +121,7 @@ class Hub:
         if not self._rooms_left:
             self._rooms_left = list(self.rooms.values())
         checked, self._to_check = self._to_check[:_CHECKS], self._to_check[_CHECKS:]
-        looked = [*_due(self._rooms_left), *_due(self._sleeps_left)]
+        looked: list[Room | Sleep] = [*_due(self._rooms_left), *_due(self._sleeps_left)]
         more = self._to_check or self._sleeps_left or self._rooms_left
         self._tick_later(_ROUND if more else SLICE)
         for sleep in checked:
@@ -129,16 +130,19 @@ class Hub:
         for one in looked:
             one.after_slice()
 
-
     def close(self) -> None:
         """The event loop is closed: nobody waits any more, and nobody can be woken."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self.drop_timer()
         for sleep in list(self._sleeps):
             sleep.end()
         for room in list(self.rooms.values()):
             room.close()
-        _forget_hub(self)
+        forget_hub(self)
+
+    def drop_timer(self) -> None:
+        """The event loop is closed, and would keep it."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _due(left: list[T]) -> list[T]:
@@ -243,10 +247,8 @@ class Room:
     def leave(self, turn: Turn) -> None:
         """Again where a signal handler raised in the middle."""
         first = bool(self.turns) and self.turns[0] is turn
-        try:
+        with suppress(ValueError):
             self.turns.remove(turn)
-        except ValueError:
-            pass
         if self._hub.trying is turn:
             self._hub.trying = None
         if first and self._told and self.blocked.beside:
@@ -339,7 +341,7 @@ def hub_of(loop: object) -> Hub | None:
     for known in [known for hubs in list(_hubs.values()) for known in hubs]:
         moved = known()
         if moved is not None and moved.of is loop:  # another thread ran it before
-            _forget_hub(moved)
+            forget_hub(moved)
             add_hub(moved)
             core.rooms_here(len(moved.rooms))
             return moved
@@ -351,7 +353,7 @@ def add_hub(hub: Hub) -> None:
     _hubs.setdefault(core.thread(), []).append(ref(hub))
 
 
-def _forget_hub(hub: Hub) -> None:
+def forget_hub(hub: Hub) -> None:
     for thread, hubs in list(_hubs.items()):
         kept = [known for known in hubs if known() not in (None, hub)]
         if kept:

@@ -21,6 +21,7 @@ jobs, but has another pid.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 import threading
@@ -104,26 +105,35 @@ os.register_at_fork(after_in_child=_owe_nothing)
 
 
 def owe(dom: DomainBase, begun: Begun) -> None:
-    """Have a job ended once its domain is free."""
+    """Have a job ended once its domain is free. Waits for nothing, not even for the thread to run:
+    the hub of greenlets may be what dropped the job."""
     with suppress(RuntimeError):  # no thread to be had: then with the next one that is owed
         _owed.append((dom, begun))
-        threading.Thread(target=_pay, name="shmdomains-jobs", daemon=True).start()
+        _thread.start_new_thread(_pay, ())
 
 
 def _pay() -> None:
-    with _paying:
-        while _owed:
-            dom, begun = _owed[0]
-            try:
-                end_begun(dom, begun, _RETRY)
-            except (LockTimeout, SegmentFull) as exc:
-                if isinstance(exc, SegmentFull):
-                    threading.Event().wait(_RETRY)
-                _owed.append(_owed.pop(0))
-                continue
-            except ShmDomainsError:
-                pass  # the list was closed, or is damaged
-            del _owed[0], dom, begun
+    paying = _paying
+    while _owed and paying.acquire(False):  # or whoever has it pays this one, too
+        try:
+            _pay_all()
+        finally:
+            paying.release()
+
+
+def _pay_all() -> None:
+    while _owed:
+        dom, begun = _owed[0]
+        try:
+            end_begun(dom, begun, _RETRY)
+        except (LockTimeout, SegmentFull) as exc:
+            if isinstance(exc, SegmentFull):
+                threading.Event().wait(_RETRY)
+            _owed.append(_owed.pop(0))
+            continue
+        except ShmDomainsError:
+            pass  # the list was closed, or is damaged
+        del _owed[0], dom, begun
 
 
 # Owner -> its jobs, and after a fork those of the parent's owners. Only their block keeps them, so
