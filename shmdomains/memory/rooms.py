@@ -30,6 +30,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 from weakref import ReferenceType, ref
 
@@ -120,7 +121,7 @@ class Hub:
         if not self._rooms_left:
             self._rooms_left = list(self.rooms.values())
         checked, self._to_check = self._to_check[:_CHECKS], self._to_check[_CHECKS:]
-        looked = [*_due(self._rooms_left), *_due(self._sleeps_left)]
+        looked: list[Room | Sleep] = [*_due(self._rooms_left), *_due(self._sleeps_left)]
         more = self._to_check or self._sleeps_left or self._rooms_left
         self._tick_later(_ROUND if more else SLICE)
         for sleep in checked:
@@ -128,7 +129,6 @@ class Hub:
                 sleep.wake()
         for one in looked:
             one.after_slice()
-
 
     def close(self) -> None:
         """The event loop is closed: nobody waits any more, and nobody can be woken."""
@@ -243,10 +243,8 @@ class Room:
     def leave(self, turn: Turn) -> None:
         """Again where a signal handler raised in the middle."""
         first = bool(self.turns) and self.turns[0] is turn
-        try:
+        with suppress(ValueError):
             self.turns.remove(turn)
-        except ValueError:
-            pass
         if self._hub.trying is turn:
             self._hub.trying = None
         if first and self._told and self.blocked.beside:
