@@ -10,8 +10,9 @@ have to wait is awaited; what never waits (`peek`, `list`, `snapshot`, a domain'
 `commit`) is a plain call.
 
 Nothing here blocks the loop's thread. For a lock or a change a task stands in a queue of its thread
-(``memory/rooms.py``) and asks again when it is its turn. What writes files (`define`, `undefine`,
-`rename`, `load_all_configs`, ...) runs in another thread, on behalf of the task.
+and asks again when it is its turn (``memory/asking.py``, ``rooms.py``). What writes files
+(`define`, `undefine`, `rename`, `load_all_configs`, ...) runs in another thread, on behalf of the
+task.
 
 A task that is cancelled while it waits holds nothing. One that ends, in whatever way, while it
 holds something is rolled back and unlocked. So is every task of a loop that is closed.
@@ -19,31 +20,24 @@ holds something is rolled back and unlocked. So is every task of a loop that is 
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .config import LoadReport, change
+from .config import LoadReport
 from .errors import LockTimeout, UncommittedChanges
 from .events import DomainEvent, EventsMissed
 from .job import Job
-from .memory import rooms
 from .memory._core import core
+from .memory.asking import ask, ask_on, work
 from .memory.domain import Domain
 from .memory.domain_list import DomainList, LockedDomains, Mutex
-from .memory.holder import ready_to_describe
-from .memory.rooms import SLICE, Hub, Turn, add_hub, hub_of
+from .memory.rooms import SLICE
 from .names import Uuid
 from .rules.info import DomainInfo
-from .rules.jobs import DomainJob, jobs_of_owner
+from .rules.jobs import DomainJob
 from .rules.store import Deadline, Filter
-from .rules.tasks import wait_by
 from .rules.values import not_found, one_key
 from .rules.wait import any_change, in_vain, need_no_other_lock, removed
 from .rules.watch import Watch
@@ -55,12 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["AsyncDomainList", "AsyncWatch", "wait_until", "wrap"]
 
 T = TypeVar("T")
-_LATE = 1.0
-"""Seconds after which a call that no worker has begun gets a thread of its own."""
-_WORKERS = 64
-"""Threads for calls that write files, a process. Whoever holds a lock or a job gets one besides:
-others may wait for that in all of these."""
-
 Key = Domain | DomainInfo | Uuid | int
 
 
@@ -84,213 +72,6 @@ def wrap(doms: DomainList) -> AsyncDomainList:
     return AsyncDomainList(doms)
 
 
-# --- how a task waits ------------------------------------------------------------------------
-
-
-class _Reader:
-    """What the event loop calls when the inbox is readable. Only the loop keeps it: it goes when
-    the loop is closed, and with it what the loop's tasks hold."""
-
-    def __init__(self, hub: Hub, loop: asyncio.AbstractEventLoop) -> None:
-        self._hub = hub
-        self._of_loop = partial(_is_of, id(loop))
-        self._pid = os.getpid()
-
-    def __call__(self) -> None:
-        self._hub.read()
-
-    def __del__(self) -> None:
-        if self._pid == os.getpid():
-            self._hub.close()  # first: who is woken now could not run
-            core.tasks_over(self._of_loop)
-
-
-def _is_of(loop: int, task: Any) -> bool:
-    return isinstance(task, asyncio.Future) and id(task.get_loop()) == loop
-
-
-def _hub() -> Hub:
-    """The hub of this thread's event loop."""
-    loop = asyncio.get_running_loop()
-    hub = hub_of(loop)
-    if hub is None:
-        hub = Hub(loop, loop.call_later, partial(_runs, loop))
-        loop.add_reader(hub.inbox.fileno(), _Reader(hub, loop))
-        add_hub(hub)
-    return hub
-
-
-def _runs(loop: asyncio.AbstractEventLoop) -> bool:
-    return asyncio._get_running_loop() is loop
-
-
-async def _ask(function: Callable[..., T], *args: Any, within: float | None = None) -> T:
-    """Call it again and again, each time when it may go on, until it comes to its end without
-    waiting. It begins anew each time, but the seconds of `within` are those of all calls."""
-    kwargs: dict[str, Any] = {}
-    until = core.deadline(within)
-    found = core.attempt(until, function, args, kwargs)
-    if type(found) is not core.Blocked:
-        return found  # type: ignore[no-any-return]
-    return await _ask_on(found, until, function, args, kwargs)
-
-
-async def _ask_on(
-    blocked: core.Blocked, until: int, function: Callable[..., T], args: Any, kwargs: Any
-) -> T:
-    hub = _hub()
-    loop = asyncio.get_running_loop()
-    turn: Turn | None = None
-    try:
-        while True:
-            woken: asyncio.Future[None] = loop.create_future()
-            wake = partial(_wake, woken)
-            settled: core.Blocked | None = None
-            if turn is not None and (blocked.settles or blocked.sleeps):
-                turn.leave()
-                turn = None
-            if blocked.settles:
-                await _work(blocked.settle, until)
-                settled = blocked
-            elif blocked.sleeps:
-                sleep = hub.sleep(blocked, wake)
-                try:
-                    await _until(woken, until)
-                finally:
-                    sleep.end()
-            else:
-                if turn is not None and turn.is_for(blocked):
-                    turn.wake = wake
-                    turn.stay()
-                else:
-                    if turn is not None:
-                        turn.leave()
-                    turn = hub.enter(blocked, wake)
-                await _until(woken, until)
-            hub.trying = turn
-            try:
-                found = core.attempt(until, function, args, kwargs, settled)
-            finally:
-                hub.trying = None
-            if type(found) is not core.Blocked:
-                return found  # type: ignore[no-any-return]
-            blocked = found
-    finally:
-        if turn is not None:
-            turn.leave()
-
-
-def _wake(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
-
-
-async def _until(woken: asyncio.Future[None], until: int) -> None:
-    """Until it is woken, or the time is up."""
-    if not until:
-        await woken
-        return
-    timer = woken.get_loop().call_later(core.seconds_until(until), _wake, woken)
-    try:
-        await woken
-    finally:
-        timer.cancel()
-
-
-# --- what runs in another thread -------------------------------------------------------------
-
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _workers() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None or _pool[0] != os.getpid():
-        _pool = (os.getpid(), ThreadPoolExecutor(_WORKERS, "shmdomains-aio"))
-    return _pool[1]
-
-
-class _Call:
-    """What a task wants of another thread, as long as it wants it."""
-
-    __slots__ = ("_worker", "begun", "unwanted")
-
-    def __init__(self) -> None:
-        self.begun = self.unwanted = False
-        self._worker: core.Worker | None = None
-
-    def begin(self, worker: core.Worker) -> None:
-        """In the thread that does it."""
-        self._worker = worker
-        if self.unwanted:
-            worker.give_up()
-
-    def give_up(self) -> None:
-        self.unwanted = True
-        if self._worker is not None:
-            self._worker.give_up()
-
-
-_working = threading.local()  # `call`: what this thread does for a task
-
-
-def _between_looks() -> bool:
-    call = getattr(_working, "call", None)
-    if call is not None and call.unwanted:
-        raise core.WorkGivenUp
-    return call is not None
-
-
-change.between_looks = _between_looks
-
-
-async def _work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call it in another thread, for this task."""
-    done: Future[T] = Future()
-    call, owner = _Call(), core.owner()
-    work = partial(_work_there, done, call, owner, partial(function, *args, **kwargs))
-    if core.holds_locks() or jobs_of_owner(owner):
-        _begin_thread(work)
-    else:
-        _workers().submit(work)
-    waiting = asyncio.wrap_future(done)
-    cancelled: asyncio.CancelledError | None = None
-    while not waiting.done():
-        late = not call.begun and cancelled is None
-        try:
-            await asyncio.wait([waiting], timeout=_LATE if late else None)
-            if late and not call.begun:  # perhaps all workers wait for what only this call ends
-                with suppress(RuntimeError):
-                    _begin_thread(work)
-        except asyncio.CancelledError as exc:
-            # It is rolled back, or had happened: only its thread knows.
-            cancelled = exc
-            call.give_up()
-            if done.cancel():  # it was not begun
-                raise
-    if cancelled is not None:
-        waiting.exception()
-        raise cancelled
-    return waiting.result()
-
-
-def _begin_thread(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="shmdomains-aio", daemon=True).start()
-
-
-def _work_there(done: Future[T], call: _Call, owner: int, function: Callable[[], T]) -> None:
-    begun, call.begun = call.begun, True
-    if begun or not done.set_running_or_notify_cancel():
-        return
-    call.begin(core.Worker())
-    _working.call = call
-    try:
-        result = core.work_for(owner, function, (), {})
-    except BaseException as exc:
-        done.set_exception(exc)
-    else:
-        done.set_result(result)
-
-
 # --- what is awaited, or entered -------------------------------------------------------------
 
 
@@ -312,7 +93,7 @@ class _Acquire(Awaitable[T], Generic[T]):
         found = core.attempt(until, self._function, self._args, self._kwargs)
         if type(found) is core.Blocked:
             return (
-                yield from _ask_on(
+                yield from ask_on(
                     found, until, self._function, self._args, self._kwargs
                 ).__await__()
             )
@@ -345,7 +126,7 @@ class _Locked:
         self._doms, self._timeout, self._why = doms, timeout, why
 
     async def __aenter__(self) -> AsyncDomainList:
-        await _ask(self._doms.plain.lock, self._timeout, self._why, within=self._timeout)
+        await ask(self._doms.plain.lock, self._timeout, self._why, within=self._timeout)
         return self._doms
 
     async def __aexit__(self, *exc: object) -> None:
@@ -362,7 +143,7 @@ class _Mutex:
         self._mutex, self._timeout = mutex, timeout
 
     async def __aenter__(self) -> Mutex:
-        await _ask(self._mutex.lock, self._timeout, within=self._timeout)
+        await ask(self._mutex.lock, self._timeout, within=self._timeout)
         return self._mutex
 
     async def __aexit__(self, *exc: object) -> None:
@@ -395,12 +176,12 @@ class _LockMany:
         takes_list = not doms.is_locked
         try:
             if takes_list:
-                await _ask(doms.lock, self._timeout, within=deadline.left())
+                await ask(doms.lock, self._timeout, within=deadline.left())
             try:
                 for one in self._wanted:
                     left = deadline.left()
                     asked_for = _AskedFor(0 if left == 0 else self._timeout)
-                    await _ask(self._lock_one, one, asked_for, within=left)
+                    await ask(self._lock_one, one, asked_for, within=left)
             finally:
                 if takes_list and doms.is_locked:
                     doms.unlock()
@@ -451,7 +232,7 @@ class AsyncWatch(AsyncIterator[DomainEvent | EventsMissed]):
                 return found
             if timeout == 0:
                 raise StopAsyncIteration
-            if not await _ask(doms._sleep_on_events, watch.since, timeout, within=timeout):
+            if not await ask(doms._sleep_on_events, watch.since, timeout, within=timeout):
                 raise StopAsyncIteration
 
 
@@ -522,7 +303,7 @@ class AsyncDomainList(core.AsyncSegment):
 
     async def remove_inactive(self, dom: Domain, timeout: float | None = None) -> None:
         """Remove a domain. List lock held by the task, `dom` not locked by it."""
-        await _ask(self.plain.remove_inactive, dom, timeout, within=timeout)
+        await ask(self.plain.remove_inactive, dom, timeout, within=timeout)
 
     async def define(
         self,
@@ -532,7 +313,7 @@ class AsyncDomainList(core.AsyncSegment):
         new: bool = False,
     ) -> DomainInfo:
         """Define a persistent domain, or redefine one, and save its config; returns its info."""
-        return await _work(self.plain.define, definition, timeout, new=new)
+        return await work(self.plain.define, definition, timeout, new=new)
 
     async def undefine(
         self,
@@ -546,11 +327,11 @@ class AsyncDomainList(core.AsyncSegment):
     ) -> None:
         """Undefine a domain: its config, its autostart link and, if it is inactive, the domain."""
         keys = {"uuid": uuid, "name": name, "id": id, "timeout": timeout}
-        await _work(self.plain.undefine, key, **keys)
+        await work(self.plain.undefine, key, **keys)
 
     async def rename(self, dom: Domain, name: str, timeout: float | None = None) -> None:
         """Rename an inactive domain. List lock held, and `dom` locked, by the task."""
-        await _work(self.plain.rename, dom, name, timeout)
+        await work(self.plain.rename, dom, name, timeout)
 
     async def load_all_configs(
         self,
@@ -561,30 +342,30 @@ class AsyncDomainList(core.AsyncSegment):
         timeout: float | None = None,
     ) -> LoadReport:
         """Load every ``*.xml`` of a directory. `progress` is called in another thread."""
-        return await _work(
+        return await work(
             self.plain.load_all_configs, config_dir, autostart_dir, progress, workers, timeout
         )
 
     async def forget_configs(self, timeout: float | None = None) -> None:
         """Forget the directories of `load_all_configs`."""
-        await _work(self.plain.forget_configs, timeout)
+        await work(self.plain.forget_configs, timeout)
 
     async def save_config(self, dom: Key, timeout: float | None = None) -> None:
         """Write the domain's config file. The task locks the domain of a handle."""
-        await _work(self.plain.save_config, dom, timeout)
+        await work(self.plain.save_config, dom, timeout)
 
     async def delete_config(self, dom: Key, timeout: float | None = None) -> None:
         """Remove the domain's config file and autostart link. The task locks the domain of a
         handle."""
-        await _work(self.plain.delete_config, dom, timeout)
+        await work(self.plain.delete_config, dom, timeout)
 
     async def set_autostart(self, dom: Key, enabled: bool, timeout: float | None = None) -> None:
         """Set whether the domain starts with the host. The task locks the domain of a handle."""
-        await _work(self.plain.set_autostart, dom, enabled, timeout)
+        await work(self.plain.set_autostart, dom, enabled, timeout)
 
     async def free(self, timeout: float | None = None) -> None:
         """Remove all domains. List lock held by the task, no domain."""
-        await _ask(self.plain.free, timeout, within=timeout)
+        await ask(self.plain.free, timeout, within=timeout)
 
     # --- waiting ---
 
@@ -631,7 +412,7 @@ class AsyncDomainList(core.AsyncSegment):
             left = deadline.left()
             if left == 0:
                 raise in_vain(f"domain '{info.name}', which is {info.state.words}", timeout)
-            await _ask(doms._sleep, dom, stamp, left, within=left)
+            await ask(doms._sleep, dom, stamp, left, within=left)
             found, now = doms._look(dom)
             if found is None or now != stamp:
                 return found, now
@@ -652,7 +433,7 @@ class AsyncDomainList(core.AsyncSegment):
                     return info
             if left == 0:
                 raise in_vain(f"any of {doms._count(Filter())} domains", timeout)
-            await _ask(doms._sleep_on_list, stamp, left, within=left)
+            await ask(doms._sleep_on_list, stamp, left, within=left)
 
     def watch(self, since: int | None = None, timeout: float | None = None) -> AsyncWatch:
         """The list's events, for ``async for``."""
@@ -704,28 +485,9 @@ async def _sleep_unlocked(dom: Any, left: float | None, timeout: float | None) -
     doms, block = dom._doms, dom._block
     _, stamp = doms._look(dom)
     dom._release_unseen()
-    await _ask(doms._sleep, dom, stamp, left, within=left)
+    await ask(doms._sleep, dom, stamp, left, within=left)
     patience = None if left is None else max(left, SLICE)
     try:
-        await _ask(dom._lock_again, block, patience, within=patience)
+        await ask(dom._lock_again, block, patience, within=patience)
     except LockTimeout as exc:
         raise dom._in_vain_and_unlocked(timeout, exc) from exc
-
-
-async def _find_later(acquire: core.Acquire[Any], blocked: core.Blocked) -> Any:
-    return await _ask_on(blocked, acquire.until, acquire.find, (), {})
-
-
-async def _enter_later(acquire: core.Acquire[Any], blocked: core.Blocked) -> Any:
-    return acquire.enter(await _ask_on(blocked, acquire.until, acquire.find, (), {}))
-
-
-def _begins() -> None:
-    with suppress(OSError):  # no descriptor left: then when it waits
-        _hub()
-
-
-ready_to_describe()
-rooms.begin()
-wait_by(_ask)
-core.tasks_enter_by(_enter_later, _find_later, _begins)

@@ -22,6 +22,7 @@ from types import CodeType
 from typing import Any
 
 from shmdomains import Domain, DomainList, LockTimeout, aio
+from shmdomains.memory import asking
 
 WAITS = {
     *("get", "lookup", "find_by_id", "find_by_uuid", "find_by_name", "lock_many", "locked"),
@@ -45,13 +46,13 @@ def through_aio(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return acquire(whose, *args, **kwargs)
     if name == "lock":
         timeout = kwargs.get("timeout", args[0] if args else None)
-        return aio._ask(method, *args, within=timeout, **kwargs)
+        return asking.ask(method, *args, within=timeout, **kwargs)
     return method(*args, **kwargs)
 
 
 async def acquire(whose: Any, block: bool = True, timeout: float | None = None) -> bool:
     try:
-        await aio._ask(whose.lock, timeout if block else 0, within=timeout if block else 0)
+        await asking.ask(whose.lock, timeout if block else 0, within=timeout if block else 0)
     except LockTimeout:
         return False
     return True

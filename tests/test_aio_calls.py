@@ -45,6 +45,7 @@ from shmdomains import (
     WaitTimeout,
     aio,
 )
+from shmdomains.memory import asking
 from shmdomains.memory.rooms import SLICE
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -337,7 +338,7 @@ def test_cancelled_before_the_other_thread_said_who_it_is(
     """What it does there has begun, and nobody can be told yet to give up: so it is told again."""
     holder = start(hold, path, "a")
     assert holder.hear() == "held"
-    begun, go, there = threading.Event(), threading.Event(), aio._work_there
+    begun, go, there = threading.Event(), threading.Event(), asking._work_there
 
     def late(done: Any, *rest: Any) -> None:
         assert done.set_running_or_notify_cancel()
@@ -346,7 +347,7 @@ def test_cancelled_before_the_other_thread_said_who_it_is(
         monkeypatch.setattr(done, "set_running_or_notify_cancel", lambda: True, raising=False)
         there(done, *rest)
 
-    monkeypatch.setattr(aio, "_work_there", late)
+    monkeypatch.setattr(asking, "_work_there", late)
 
     async def main() -> None:
         task = asyncio.create_task(doms.define(xml("a", memory=7)))

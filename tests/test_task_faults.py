@@ -19,7 +19,7 @@ from killing import Child, Pipe, Planted, xml
 
 from shmdomains import DomainList, ListClosed, aio
 from shmdomains.config.change import LOCK_NAME
-from shmdomains.memory import rooms
+from shmdomains.memory import asking, rooms
 from shmdomains.memory._core import core
 from shmdomains.rules import files
 from shmdomains.rules.work import Step, Work
@@ -259,8 +259,8 @@ def test_cancelled_while_a_job_ends(doms: DomainList) -> None:
 def test_whoever_holds_a_job_gets_a_thread(
     doms: DomainList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aio, "_pool", None)
-    monkeypatch.setattr(aio, "_WORKERS", 2)
+    monkeypatch.setattr(asking, "_pool", None)
+    monkeypatch.setattr(asking, "_WORKERS", 2)
     waiters = aio.wrap(doms)
 
     async def main() -> None:
