@@ -433,7 +433,9 @@ class AsyncDomainList(core.AsyncSegment):
                     return info
             if left == 0:
                 raise in_vain(f"any of {doms._count(Filter())} domains", timeout)
-            await ask(doms._sleep_on_list, stamp, left, within=left)
+            # A slice at most: a writer may have died before it told.
+            pause = SLICE if left is None else min(left, SLICE)
+            await ask(doms._sleep_on_list, stamp, pause, within=pause)
 
     def watch(self, since: int | None = None, timeout: float | None = None) -> AsyncWatch:
         """The list's events, for ``async for``."""

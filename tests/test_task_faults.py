@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 import pytest
-from killing import Child, Pipe, Planted, xml
+from killing import DEADLINE, Child, Pipe, Planted, xml
 
 from shmdomains import DomainList, ListClosed, aio
 from shmdomains.config.change import LOCK_NAME
@@ -593,3 +593,30 @@ def test_one_way_in_that_several_tasks_use(doms: DomainList) -> None:
         await other
 
     asyncio.run(main())
+
+
+def test_a_change_that_nobody_told_of(doms: DomainList, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if its writer had died after the commit: no number says that the list has changed."""
+    stamp = doms._list_stamp()
+    change(doms, "b")  # which tells whoever came so far
+    scan = doms._changed
+
+    def scan_then_change(marks: bytearray) -> Any:
+        found = scan(marks)
+        monkeypatch.undo()
+        change(doms, "a")
+        return found
+
+    monkeypatch.setattr(doms, "_list_stamp", lambda: stamp + 1)
+    monkeypatch.setattr(doms, "_changed", scan_then_change)
+
+    async def main() -> None:
+        found = await aio.wrap(doms).wait_any(until=lambda info: info.name == "a" and info.pid == 7)
+        assert found.name == "a"
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
+
+
+def change(doms: DomainList, name: str) -> None:
+    with doms.get(name) as dom:
+        dom.pid = 7

@@ -94,7 +94,9 @@
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
  * the end of this file; only the attached table, the
  * waiters' `who`, both watermarks of V1 and V2, and the owners of lock="multiprocessing" are written
- * by compare-and-swap, and the mutexes by glibc and by unlock_for.c.
+ * by compare-and-swap, and the mutexes by glibc and by unlock_for.c.  Whoever watches a mutex that is
+ * held, or has taken one after such a watch, sets FUTEX_WAITERS in it, as a waiter of glibc's does;
+ * what a dead one leaves costs one wake of nobody (observe.c).
  */
 #ifndef SHMDOMAINS_LAYOUT_H
 #define SHMDOMAINS_LAYOUT_H
@@ -207,8 +209,9 @@ typedef struct {
 } sd_owner;
 
 /* Another thread of the holder's process dropped the handle and could not free the lock
- * (unlock_for.c); the holder does when it next locks something, or ends.  Stored by that other thread while the lock is held, for people only:
- * if the holder dies at this very moment the next one may be called so in a message. */
+ * (unlock_for.c); the holder does when it next locks something, or ends.  Stored by that other
+ * thread while the lock is held, for people only: if the holder dies at this very moment the next
+ * one may be called so in a message. */
 #define SD_SINCE_DROPPED (1ull << 63)
 
 /* One domain.  Six cache lines; a find touches three of the first four, a change all four. */
