@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,10 +17,7 @@ from tasks import Start, new_list
 from shmdomains import DomainList, green
 from shmdomains.memory.rooms import hub_of
 
-NEEDS_GEVENT = [
-    pytest.mark.usefixtures("nothing_left"),
-    pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed"),
-]
+LEAVES_NOTHING = pytest.mark.usefixtures("nothing_left")
 HOWS = ["patched", "green"]
 LONG = 1000.0  # seconds; nobody waits that long
 LOCKS: dict[str, Callable[[DomainList], Any]] = {

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from greens import (
     HOWS,
+    LEAVES_NOTHING,
     LOCKS,
     LONG,
-    NEEDS_GEVENT,
     Ticks,
     begin,
     exclude,
@@ -46,7 +46,7 @@ from shmdomains import (
 )
 from shmdomains.memory.rooms import SLICE
 
-pytestmark = NEEDS_GEVENT
+pytestmark = LEAVES_NOTHING
 
 # --- who excludes whom ------------------------------------------------------------------------
 

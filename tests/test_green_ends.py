@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from greens import (
     HOWS,
+    LEAVES_NOTHING,
     LOCKS,
     LONG,
-    NEEDS_GEVENT,
     Ticks,
     begin,
     keep,
@@ -35,7 +35,7 @@ from shmdomains import (
 )
 from shmdomains.memory.rooms import SLICE
 
-pytestmark = NEEDS_GEVENT
+pytestmark = LEAVES_NOTHING
 
 Tried = Callable[[str, int], None]
 
