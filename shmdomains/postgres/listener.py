@@ -20,15 +20,12 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 
 from ..errors import ListClosed, Unavailable
 from .session import Gone, Refused
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +34,11 @@ _KEPT = 4096
 
 
 class Listener:
-    """The thread, and what it heard."""
+    """The thread of a `Pool`, whose module imports this one, and what it heard."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._news = threading.Condition()
+        self._news = threading.Condition(threading.RLock())
         self._recent: deque[tuple[int, int]] = deque(maxlen=_KEPT)  # (changes, record)
         self._all_changed = 0
         self.changes = 0
@@ -116,7 +113,8 @@ class Listener:
     def _has_changed(self, changes: int, record: int | None) -> bool:
         if self.changes == changes:
             return False
-        return record is None or self._all_changed > changes or record in self.since(changes)
+        told = None if record is None else self.since(changes)
+        return told is None or record in told
 
     def since(self, changes: int) -> set[int] | None:
         """The records that were told since; ``None``: perhaps all."""
