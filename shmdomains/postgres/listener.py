@@ -45,7 +45,9 @@ class Listener:
         """Counts what was told, and each time that everything may have changed."""
         self.events = 0
         """The number of the last event that is known of."""
+        self._told: list[str] = []
         self._wanted = self._listens = False
+        self._events_max = -1  # how many events are kept, once anybody waits for them
         self._failure: str | None = None
         self.answered = time.monotonic()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -98,6 +100,13 @@ class Listener:
                         f"{self._failure or 'it does not answer'}"
                     )
             return self.changes
+
+    def follow(self, events_max: int) -> None:
+        """Number new events, too, from now on: somebody waits for them."""
+        if self._events_max < 0:
+            self._events_max = events_max
+            self._listens = False
+        self.listen()
 
     def sleep(self, changes: int, record: int | None, timeout: float) -> bool:
         """Sleep until something was told since `changes`, of this record or (``None``) of any."""
@@ -172,6 +181,8 @@ class Listener:
     def _begin(self, conn: psycopg.Connection[Any]) -> None:
         self._pool.enter_process(conn)
         self.answered = time.monotonic()
+        # What is told while psycopg waits for something else.
+        conn.add_notify_handler(lambda one: self._told.append(one.payload))
         if self._wanted:
             self._listen(conn)
 
@@ -181,11 +192,18 @@ class Listener:
         conn.execute("SELECT pg_advisory_lock_shared(lock_key(5, %s))", [number])
         gate = "SELECT pg_advisory_lock(lock_key(4, %s)), pg_advisory_unlock(lock_key(4, %s))"
         conn.execute(gate, [number, number])
-        row = conn.execute("SELECT events FROM counters WHERE list = %s", [number]).fetchone()
-        with self._news:
-            self._listens = True
-            self.events = max(self.events, 0 if row is None else int(row[0]))
+        self._number(conn)
         self._everything_changed(True)
+
+    def _number(self, conn: psycopg.Connection[Any]) -> None:
+        """Give new events their numbers."""
+        if self._events_max < 0:
+            return
+        values = [self._pool.list, self._events_max]
+        row = conn.execute("SELECT publish(%s, %s)", values).fetchone()
+        with self._news:
+            self.events = max(self.events, 0 if row is None or row[0] is None else int(row[0]))
+            self._news.notify_all()
 
     def _everything_changed(self, listens: bool) -> None:
         with self._news:
@@ -212,25 +230,25 @@ class Listener:
             self._hear(conn)
             if self._wanted and not self._listens:
                 self._listen(conn)
+                self._hear(conn)
             self._pool.tend()
             if time.monotonic() >= ask_at:
                 self._pool.seen(conn)
                 self.answered = time.monotonic()
                 ask_at = self.answered + third
+                self._hear(conn)
 
     def _hear(self, conn: psycopg.Connection[Any]) -> None:
         pg = conn.pgconn
         pg.consume_input()
-        told = []
         while (one := pg.notifies()) is not None:
-            told.append(one.extra)
-        if not told:
-            return
-        with self._news:
-            for text in told:
-                record, _, last = text.partition(b" ")
-                self.changes += 1
-                self._recent.append((self.changes, int(record)))
-                if last:
-                    self.events = max(self.events, int(last))
-            self._news.notify_all()
+            self._told.append(one.extra.decode())
+        while self._told:
+            told, self._told = self._told, []
+            with self._news:
+                for text in told:
+                    self.changes += 1
+                    self._recent.append((self.changes, int(text.partition(" ")[0])))
+                self._news.notify_all()
+            if any(text.endswith("+") for text in told):
+                self._number(conn)

@@ -80,7 +80,7 @@ RECORDS = Statement("SELECT record, uuid FROM domains WHERE list = $1 ORDER BY r
 WITH_WORK = Statement(f"{BARE} WHERE d.list = $1 AND d.work IS NOT NULL", "bigint")
 TYPED = Statement("SELECT typed, next_typed FROM definitions WHERE record = $1", "bigint")
 
-EVENT_COUNT = Statement("SELECT events FROM counters WHERE list = $1", "bigint")
+EVENT_COUNT = Statement("SELECT publish($1, $2)", "bigint", "int")
 EVENTS = Statement(
     "SELECT number, extract(epoch FROM at)::float8, type, detail, uuid, name, id FROM events "
     "WHERE list = $1 AND number >= $2 ORDER BY number LIMIT $3",

@@ -684,7 +684,7 @@ class PostgresStore:
 
     @property
     def event_count(self) -> int:
-        return big(self._read(ask.EVENT_COUNT, [self._list])[0][0])
+        return big(self._read(ask.EVENT_COUNT, [self._list, number(self.events_max)])[0][0])
 
     def event(self, number_of: int) -> DomainEvent | None:
         found = self._events.pop(number_of, None)
@@ -697,7 +697,7 @@ class PostgresStore:
 
     def sleep_on_events(self, count: int, timeout: float | None) -> bool:
         listener = self.pool.listener
-        listener.listen()
+        listener.follow(self.events_max)
         return listener.sleep_on_events(count, 0.1 if timeout is None else min(timeout, 0.1))
 
     # --- config directories ---
