@@ -32,7 +32,7 @@ from rich.table import Table
 from . import parties, results, targets, world
 from .contestants.base import lacks
 from .results import Results
-from .sides import ByHand, Etcd, Ours, Side
+from .sides import ByHand, Etcd, Ours, Side, threads
 from .targets import Target, at_least, at_most, ratio
 
 PLACES = ("one processor", "two processors")
@@ -208,14 +208,13 @@ class Runner:
             return
         here = sorted(os.sched_getaffinity(0))
         theirs = here[0] if place == PLACES[0] else here[1]
-        servers = side.served_by() or self._backends()
+        mine, servers = threads(os.getpid()), side.served_by() or self._backends()
         try:
-            os.sched_setaffinity(0, {here[0]})
+            _bind(mine, {here[0]})
             _bind(servers, {theirs})
             yield
         finally:
-            os.sched_setaffinity(0, here)
-            _bind(servers, set(here))
+            _bind([*mine, *servers], set(here))
 
     def _backends(self) -> list[int]:
         with psycopg.connect(self._uri) as session:

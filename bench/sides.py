@@ -30,6 +30,10 @@ from .children import PATIENCE
 Row = tuple[int, str, int]  # id, name, state
 
 
+def threads(pid: int) -> list[int]:
+    return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+
+
 class Side(ABC):
     """The operations take names; what they read last is returned, by which a test knows it."""
 
@@ -57,7 +61,8 @@ class Side(ABC):
         """Find, read a number of the domain, write one more, unlock: nothing may be lost."""
 
     @abstractmethod
-    def count(self, name: str) -> int: ...
+    def count(self, name: str) -> int:
+        """That number, when nobody changes it."""
 
     @abstractmethod
     def hold(self, name: str) -> None:
@@ -140,7 +145,9 @@ class ByHand(Side):
             commit()
 
     def count(self, name: str) -> int:
-        _id, _uuid, data = _one(self._session.execute(self._find_data, (name,)))
+        (data,) = _one(
+            self._session.execute(f"SELECT data FROM {self._table} WHERE name = %s", (name,))
+        )
         self._session.commit()
         return int(msgpack.unpackb(data))
 
@@ -213,8 +220,9 @@ class Ours(Side):
                 dom.data += 1
 
     def count(self, name: str) -> int:
-        with self.doms.get(name=name) as dom:
-            return int(dom.data)
+        info = self.doms.peek(name=name)
+        assert info is not None
+        return int(info.data)
 
     def hold(self, name: str) -> None:
         self.held = self.doms.get(name=name)
@@ -314,7 +322,7 @@ class Etcd(Side):
             raise
 
     def served_by(self) -> list[int]:
-        return [int(thread) for thread in os.listdir(f"/proc/{self._server.pid}/task")]
+        return threads(self._server.pid)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -414,9 +422,8 @@ class Etcd(Side):
             self._unlocked(name, self._put(f"d/{name}", json.dumps(domain)))
 
     def count(self, name: str) -> int:
-        domain = self._locked(name)
-        self._unlocked(name)
-        return int(domain["data"])
+        (found,) = self._ask("kv/range", {"key": _encoded(f"d/{name}")})["kvs"]
+        return int(json.loads(base64.b64decode(found["value"]))["data"])
 
     def hold(self, name: str) -> None:
         self._lease = self._ask("lease/grant", {"TTL": self.LEASE})["ID"]
