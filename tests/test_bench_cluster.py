@@ -83,7 +83,7 @@ def test_a_run_measures_every_work(found: Results, told: io.StringIO) -> None:
     for work in ("read", "change", "list"):
         for place in places:
             assert {f"{work}, {place}", f"{work}: times by hand, {place}"} <= measured
-    assert {"contend random", "contend one", "killed", "killed: p99"} <= measured
+    assert {"contend random", "contend one", "killed", "killed: p90"} <= measured
     assert ("etcd" in found.skipped) == (Etcd.missing() is not None)
     assert all(why in told.getvalue() for why in found.skipped.values())
     assert all(target.met is not None for target in cluster.evaluate(found))
@@ -100,7 +100,7 @@ def test_targets_are_ratios_of_the_run() -> None:
     for work, reached in (("read", 0.81), ("change", 1.09)):
         found.add(f"{work}, unbound", Ours.name, 1_000, [1e-4])
         found.add(f"{work}: times by hand, unbound", Ours.name, 1_000, [reached])
-    found.add("killed: p99", Ours.name, 1_000, [0.004])
+    found.add("killed: p90", Ours.name, 1_000, [0.004])
     for where, reached in (("random", 0.99), ("one", 1.01)):
         found.add(f"contend {where}: times by hand", Ours.name, 1_000, [reached], workers=4)
     found.add("list, unbound", Ours.name, 10_000, [0.061])
@@ -108,7 +108,7 @@ def test_targets_are_ratios_of_the_run() -> None:
     assert met == {
         "unbound, 1,000: by hand": False,
         "unbound, 10,000": False,
-        "holder -> waiter, p99": True,
+        "holder -> waiter, p90": True,
         "4 on random: by hand": False,
         "4 on one: by hand": True,
     }
