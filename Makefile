@@ -24,7 +24,7 @@ handwritten := $(filter-out $(core)/core.c,$(wildcard $(core)/*.c))
 say := @printf '==> %s\n'
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed ## set up, then run the main job on the samples while workers are killed
 	$(say) 'demo: workers change the domains of tests/data/domains, some are killed, nothing is lost'
