@@ -35,7 +35,7 @@ RANKS = [
     ["config"],
     ["rules"],
     ["memory"],
-    ["transfer", "aio", "green"],
+    ["transfer", "aio", "green", "opening"],
     ["shmdomains"],  # the public names
     ["stress"],
     ["cli"],
