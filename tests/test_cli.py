@@ -41,6 +41,7 @@ from shell import (
 import shmdomains
 from shmdomains import DomainList, DomainState, PausedReason
 from shmdomains.cli import cli, domains, tables, types
+from shmdomains.holder import this_host
 
 SAMPLES = Path(__file__).parent / "data" / "domains"
 
@@ -245,6 +246,7 @@ def test_list_as_json(mixed: DomainList) -> None:
         "persistent": True,
         "autostart": False,
         "pid": 4711,
+        "host": this_host(),
         "title": "Front end",
     }
     assert (last["id"], last["pid"], last["name"]) == (None, None, "café ☕")
@@ -295,6 +297,7 @@ def test_dominfo_as_json(loaded: DomainList) -> None:
         "persistent": True,
         "autostart": False,
         "pid": None,
+        "host": this_host(),
         "title": "Front end",
         "type": "kvm",
         "os_type": "hvm",

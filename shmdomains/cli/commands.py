@@ -66,22 +66,23 @@ def _logging() -> Iterator[None]:
 @click.option(
     "--segment",
     "-s",
-    metavar="NAME",
+    metavar="NAME|URL",
     envvar=SEGMENT_VARIABLE,
     default=segment_file.DEFAULT_NAME,
     show_default=True,
     show_envvar=True,
     shell_complete=complete_segment,
-    help="The segment: its name, or its file if there is a / in it.",
+    help="The list: a segment's name, its file if there is a / in it, or a URL, as of a list on "
+    "PostgreSQL: postgresql://HOST/DATABASE?list=NAME.",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, segment: str) -> None:
-    """The list of domains that a VM manager's processes share, in shared memory.
+    """The list of domains that a VM manager's processes share, in shared memory or on PostgreSQL.
 
     A DOMAIN is an id, a UUID or a name.
     """
-    ctx.obj = Target(segment)
+    ctx.obj = Target.of(segment)
     ctx.with_resource(_logging())
 
 
