@@ -27,6 +27,7 @@ from . import domains as domain_commands
 from . import events as event_commands
 from . import jobs as job_commands
 from . import locks as lock_commands
+from . import postgres as postgres_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
 from .tables import is_terminal, print_warning
@@ -111,6 +112,7 @@ for _command in (
     segment_commands.export_command,
     segment_commands.import_command,
     segment_commands.unlink_segment,
+    postgres_commands.postgres,
 ):
     cli.add_command(_command)
 
@@ -165,9 +167,13 @@ def stress(
 ) -> None:
     """Prove that nothing is lost under load.
 
-    Workers find, lock, change, define and remove the domains of a directory, in a segment of its
-    own: nothing in CONFIG_DIR and no other segment is changed.
+    Workers find, lock, change, define and remove the domains of a directory, in a list of its own:
+    nothing in CONFIG_DIR and no other list is changed. If the list that is named is on PostgreSQL,
+    so is this one, under a name of its own, and it is removed at the end.
     """
+    target: Target = ctx.obj
+    if lock != "robust" and not target.in_shared_memory:
+        raise click.UsageError(f"--lock is for shared memory, not for {target.what}.")
     if not math.isfinite(seconds):
         raise click.UsageError(f"--seconds is {seconds}; it has to end.")
     from rich.console import Console
@@ -182,6 +188,7 @@ def stress(
         start=start,
         lock=lock,
         domains=domains,
+        url=None if target.in_shared_memory else target.url,
         # Piped output should not be wrapped to an invented width.
         console=Console(width=None if is_terminal() else _PIPE_WIDTH),
     )

@@ -60,7 +60,7 @@ class Target(NamedTuple):
         ('shm:default', 'shm:default')
         """
         url = text if _URL.match(text) else f"{opening.SHARED_MEMORY}:{text}"
-        with _plainly():
+        with plainly():
             in_shared_memory = opening.is_shared_memory(url)
         return cls(url, text if in_shared_memory else opening.shown(url), in_shared_memory)
 
@@ -70,19 +70,19 @@ class Target(NamedTuple):
         return f"{'segment' if self.in_shared_memory else 'list'} '{self.shown}'"
 
     def attach(self, **options: Any) -> AnyDomainList:
-        with _plainly():
+        with plainly():
             return opening.attach(self.url, **options)
 
     def open(self, **options: Any) -> AnyDomainList:
-        with _plainly():
+        with plainly():
             return opening.open(self.url, **self._given(options))
 
     def create(self, **options: Any) -> AnyDomainList:
-        with _plainly():
+        with plainly():
             return opening.create(self.url, **self._given(options))
 
     def unlink(self, force: bool) -> None:
-        with _plainly():
+        with plainly():
             opening.unlink(self.url, force)
 
     def _given(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,8 @@ class Target(NamedTuple):
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def plainly() -> Iterator[None]:
+    """What a user can cause with a URL, and an extra that is not installed: a line each."""
     try:
         yield
     except ImportError as exc:
