@@ -30,11 +30,11 @@ class LockHolder(msgspec.Struct, frozen=True):
 
     `started` is the thread's start in seconds since the epoch, `held_for` is in seconds, `command`
     is the process's command line, `alive` whether the thread runs, `operation` what it said that it
-    locks for (``get(..., why="snapshot")``). The process may have ended since this was found out.
+    locks for (``get(..., why="snapshot")``), `host` its host where a list has several. The process
+    may have ended since this was found out.
 
-    >>> LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command="qemu-agent")
-    LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command='qemu-agent',
-    operation=None)
+    >>> print(LockHolder(pid=7, tid=7, started=None, held_for=2.5, alive=True, command="agent"))
+    process 7 (agent) for 2.5 s
     """
 
     pid: int | None
@@ -44,16 +44,17 @@ class LockHolder(msgspec.Struct, frozen=True):
     alive: bool
     command: str | None
     operation: str | None = None
+    host: str | None = None
 
     @property
     def who(self) -> str:
-        """The process and, unless it is the main one, the thread."""
+        """The process, the thread unless it is the main one, and the host if it is known."""
         if self.pid is None:
             return "an unknown process" if self.tid is None else f"thread {self.tid}"
         words = [f"process {self.pid}"]
         if self.tid is not None and self.tid != self.pid:
             words.append(f"thread {self.tid}")
-        return ", ".join(words)
+        return ", ".join(words) + (f" on {self.host}" if self.host else "")
 
     def __str__(self) -> str:
         text = self.who

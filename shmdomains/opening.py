@@ -99,6 +99,12 @@ class AnyDomainList(ListBase[Any], Protocol):
     def _take_back(self, dom: Any, made: object, timeout: float | None) -> None: ...
 
 
+if TYPE_CHECKING:
+    from .postgres import PostgresDomainList
+
+    _ALL: tuple[type[AnyDomainList], ...] = (DomainList, PostgresDomainList)
+
+
 def _postgres() -> Any:
     from .postgres import PostgresDomainList
 

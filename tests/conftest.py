@@ -20,6 +20,7 @@ from typing import Any
 
 import helpers
 import other_user
+import pg_servers
 import psutil
 import pytest
 from helpers import STORES, Home, Party, Process, Store, problems, thread_party
@@ -65,6 +66,20 @@ def other(doms: DomainList) -> Iterator[Party]:
     """Another thread of this process that knows `doms`."""
     with thread_party(doms=doms) as party:
         yield party
+
+
+# --- PostgreSQL ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_lists(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The server of the store ``postgres``, if any test wants it; the parties know it, too."""
+    if not any("postgres" in getattr(item, "name", "") for item in request.session.items):
+        yield
+        return
+    with pg_servers.Server(max_connections="300") as server:
+        os.environ["SHMDOMAINS_TEST_SERVER"] = server.url(by="socket")
+        yield
 
 
 # --- named segments ----------------------------------------------------------------------------

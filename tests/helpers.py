@@ -31,6 +31,7 @@ from types import CodeType
 from typing import Any
 from xml.sax.saxutils import escape
 
+import pg_servers
 from dict_store import DictDomainList
 from task_party import begin_task, serve_as_task
 
@@ -110,17 +111,19 @@ class Store:
     publish: str | None
     attach: str | None
     processes: bool = True
+    tasks: bool = True
 
     def make(self, *, room: int = 64, size: int | None = None, context: Any = None) -> Any:
-        names = {"room": room, "size": size, "context": context}
-        names |= {"DomainList": DomainList, "DictDomainList": DictDomainList}
+        names = {**stores(), "room": room, "size": size, "context": context}
         return eval(self.create, names)
 
     @property
     def starts(self) -> list[str]:
         if not self.processes:
             return ["thread"]
-        ways = ["fork", "spawn", "forkserver", "thread", "task"]
+        ways = ["fork", "spawn", "forkserver", "thread"]
+        if self.tasks:
+            ways.append("task")
         return ways if self.publish is None else [*ways, "stranger"]
 
 
@@ -143,8 +146,33 @@ STORES = [
 """What has every property that is promised; most tests run on each."""
 
 DICT = Store("dict", "DictDomainList(room)", None, None, processes=False)
-EVERY_STORE = [*STORES, DICT]
-"""With one of another kind, behind the same rules: for the tests of the rules and of their seam."""
+POSTGRES = Store(
+    "postgres",
+    create="PostgresDomainList.create(list_url())",
+    publish="PostgresDomainList.create(list_url(name))",
+    attach="PostgresDomainList.attach(list_url(name))",
+    tasks=False,
+)
+EVERY_STORE = [*STORES, DICT, *([POSTGRES] if pg_servers.missing() is None else [])]
+"""With others, behind the same rules: for the tests of the rules and of their seam."""
+
+_lists = itertools.count()
+
+
+def list_url(name: str | None = None) -> str:
+    """A list on the server of this session of tests; a new one, unless it has a name."""
+    name = name or f"{os.getpid()}-{next(_lists)}"
+    return f"{os.environ['SHMDOMAINS_TEST_SERVER']}&list={name}"
+
+
+def stores() -> dict[str, Any]:
+    """What the expressions of a `Store` name."""
+    names: dict[str, Any] = {"DomainList": DomainList, "DictDomainList": DictDomainList}
+    if pg_servers.missing() is None:
+        from shmdomains.postgres import PostgresDomainList
+
+        names |= {"PostgresDomainList": PostgresDomainList, "list_url": list_url}
+    return names
 
 
 def problems(doms: Any, request: Any) -> list[tuple[str, str]]:
@@ -173,7 +201,7 @@ def _run(source: str, names: dict[str, Any]) -> Any:
 
 def _vocabulary() -> dict[str, Any]:
     names: dict[str, Any] = {"xml": xml, "definition": definition, "begin": begin, "reap": reap}
-    names["DictDomainList"] = DictDomainList
+    names |= stores()
     exec(
         "import gc, multiprocessing, os, pickle, signal, sys, threading, time, uuid\n"
         "from uuid import UUID\n"

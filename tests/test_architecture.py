@@ -35,6 +35,7 @@ RANKS = [
     ["config"],
     ["rules"],
     ["memory"],
+    ["postgres"],
     ["transfer", "aio", "green", "opening"],
     ["shmdomains"],  # the public names
     ["stress"],

@@ -77,17 +77,23 @@ def lock_timeout(
 
     `dropped`: a thread other than the holder dropped the handle.
     """
-    waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
-    if not tid:
-        return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
-    holder = describe_holder({}, tid, pid, start_ticks, held_for, operation)
-    text = f"{what} {waited}; held by {holder}"
-    if dropped and holder.alive:
-        text += (
-            "; its handle was dropped in another thread, so it is free when this thread next locks "
-            "something, or ends"
+    holder = describe_holder({}, tid, pid, start_ticks, held_for, operation) if tid else None
+    error = timed_out(what, timeout, holder)
+    if dropped and holder is not None and holder.alive:
+        return LockTimeout(
+            f"{error}; its handle was dropped in another thread, so it is free when this thread "
+            "next locks something, or ends",
+            holder,
         )
-    return LockTimeout(text, holder)
+    return error
+
+
+def timed_out(what: str, timeout: float | None, holder: LockHolder | None) -> LockTimeout:
+    """Make the error for a wait that was too long, of a store that knows the holder."""
+    waited = "is locked" if not timeout else f"was not free within {timeout:.3g} s"
+    if holder is None:
+        return LockTimeout(f"{what} {waited}; nobody is known to hold it now")
+    return LockTimeout(f"{what} {waited}; held by {holder}", holder)
 
 
 def describe_holder(

@@ -1,0 +1,622 @@
+"""`PostgresDomainList`: the list of domains for more than one host, in a PostgreSQL database.
+
+The rules are those of every list; `rules.plain` has them over a `Store`. What is here makes fewer
+round trips of them (find, lock and read in one; commit and unlock in one), sleeps by what the
+listener hears, and adds what belongs to this store: opening, hosts, tokens, who is attached.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import psycopg
+
+from ..deadline import Deadline
+from ..errors import (
+    ListClosed,
+    LockLost,
+    SegmentExists,
+    SegmentInUse,
+    SegmentNotFound,
+    ShmDomainsError,
+)
+from ..events import DomainEvent
+from ..memory._core import core
+from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
+from ..memory.held import LockInfo
+from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
+from ..names import Uuid
+from ..rules.compare import compare
+from ..rules.info import DomainInfo
+from ..rules.plain import PlainDomain, PlainDomainList, _Hold
+from ..rules.plain_mutex import PlainMutex
+from ..rules.steps import settle_all
+from ..rules.store import Filter, Identity, Key
+from . import invariants, schema, session
+from .pool import Pool, State, check_server
+from .records import PostgresInfo
+from .store import PostgresStore
+from .url import Address, parse, this_host
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_EMPTY = State()
+_checked: set[tuple[str, int]] = set()
+"""The servers that this process found to be what they say."""
+
+
+class Stamp:
+    """What a domain was when it was looked at: its version (0: it is removed), and what the listener
+    had heard before."""
+
+    __slots__ = ("changes", "version")
+
+    def __init__(self, version: int, changes: int | None) -> None:
+        self.version, self.changes = version, changes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stamp) and self.version == other.version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class PostgresDomain(PlainDomain[int]):
+    """A handle to a domain of a `PostgresDomainList`; see `shmdomains.Domain`."""
+
+    __slots__ = ()
+    _list: PostgresDomainList
+
+    @property
+    def token(self) -> int:
+        """A number that rises with each lock of this domain, on all hosts. Give it to a system
+        outside that can compare: it can then refuse a holder who lost the lock without knowing.
+        Raises `DomainNotLocked`."""
+        info: PostgresInfo = self._held().info  # type: ignore[assignment]
+        return info._token
+
+    def unlock(self, timeout: float | None = None) -> None:
+        """Commit the changes and release the lock, in one round trip; released even if the commit
+        fails. Raises `DomainNotLocked`, `NotOwner`, `LockLost`, `InDoubt`."""
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None:
+            super().unlock(timeout)
+            return
+        work = self._work if hold.intends else None
+        if work is not None:
+            self._work = work.without_intention()
+        if not hold.changes and not hold.noted:
+            self._list._give_back(hold, seen=True)
+            return
+        try:
+            self._list._commit(hold, timeout, unlock=True)
+        except BaseException:
+            with suppress(LockLost):
+                self._list._give_back(hold, seen=True)
+            raise
+        self._list._let_go(hold)
+
+    @property
+    def _receipt(self) -> object:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is not None:
+            return Stamp(hold.info._version, None)  # type: ignore[attr-defined]
+        return Stamp(self._list._store.receipt(self._record) or 0, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PostgresDomain, (self._list, self._record, self._uuid)
+
+
+class PostgresMutex(PlainMutex):
+    """A handle to a named lock of a `PostgresDomainList`; see `shmdomains.Mutex`."""
+
+    def lock(self, timeout: float | None = None) -> None:
+        """Take it; see `MutexBase.lock`."""
+        self._list._need_living()
+        super().lock(timeout)
+
+    def _give_back(self, seen: bool) -> None:
+        doms: PostgresDomainList = self._list
+        state = doms._mine
+        doms._mutex_held_by.pop(self.name, None)
+        try:
+            doms._store.unlock_mutex(self.name, seen)
+        finally:
+            state.mutexes.pop(self.name, None)
+            doms._pool.rest(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PostgresMutex, (self._list, self.name, self._timeout)
+
+
+class PostgresDomainList(PlainDomainList[int]):
+    """The list of domains in a PostgreSQL database (virDomainObjList), for any number of hosts.
+
+    Made by `open`, `attach` or `create` with a URL:
+    ``postgresql://user@host/database?list=default``. Its methods are those of
+    `shmdomains.DomainList`, and so are its rules. Beyond them it raises `Unavailable` (the server
+    cannot be reached), `LockLost` (the session ended while it held a lock: nothing of what was not
+    committed is applied) and `InDoubt` (the server went away and did not come back in time, with
+    the answer to a commit).
+
+    `host` is the name of this host, for whoever drives guests; default ``$SHMDOMAINS_HOST``, else
+    the machine's name. A list may be passed to a forked or spawned child: it makes connections of
+    its own.
+    """
+
+    _handle_type: Any = PostgresDomain
+    _invariants = ("I1 identity", "I3 fields", "locks", "config")
+    _store: PostgresStore
+
+    def __init__(self, address: Address, conninfo: str, host: str, list_number: int, events: int):
+        self._pool = Pool(address, conninfo, host, list_number)
+        super().__init__(PostgresStore(self._pool, events))  # type: ignore[arg-type]
+        self.host = host
+        self._pid = os.getpid()
+        self._maker: int | None = None
+
+    # --- opening ---
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        *,
+        host: str | None = None,
+        lease: float | None = None,
+        read: str | None = None,
+        events: int | None = None,
+        timeout: float | None = None,
+    ) -> Self:
+        """The list of a URL; it is made if there is none, and so is the schema. `lease`, in
+        seconds: after it a host that is stopped or cut off has lost its locks. `read`: where reads
+        without a lock go, ``"primary"`` or ``"standby"``. `events`: how many are kept.
+
+        Raises `Unavailable`, `SegmentRefused` (no rights, or no real PostgreSQL >= 14),
+        `SegmentMismatch` (a newer schema), `ValueError`.
+        """
+        return cls._begin(url, host, lease, read, events, timeout, may_make=True)
+
+    @classmethod
+    def attach(
+        cls,
+        url: str,
+        *,
+        host: str | None = None,
+        lease: float | None = None,
+        read: str | None = None,
+        timeout: float | None = None,
+    ) -> Self:
+        """The list of a URL. Raises `SegmentNotFound` if there is none, and what `open` raises."""
+        return cls._begin(url, host, lease, read, None, timeout, may_make=False)
+
+    @classmethod
+    def create(
+        cls,
+        url: str,
+        *,
+        host: str | None = None,
+        lease: float | None = None,
+        read: str | None = None,
+        events: int | None = None,
+        timeout: float | None = None,
+    ) -> Self:
+        """A new list. Raises `SegmentExists` if there is one, and what `open` raises."""
+        doms = cls._begin(url, host, lease, read, events, timeout, may_make=True)
+        if not doms.created:
+            doms.close()
+            raise SegmentExists(f"{doms._pool.address.shown} exists already")
+        return doms
+
+    @classmethod
+    def _begin(
+        cls,
+        url: str,
+        host: str | None,
+        lease: float | None,
+        read: str | None,
+        events: int | None,
+        timeout: float | None,
+        may_make: bool,
+    ) -> Self:
+        deadline = Deadline(timeout)
+        address, name = parse(url, lease, read), this_host(host)
+        conninfo = address.conninfo
+        if address.embedded is not None:
+            from . import embedded
+
+            conninfo = embedded.server(address.embedded)
+        with _first(address, conninfo, deadline) as conn:
+            if (conninfo, os.getpid()) not in _checked:
+                with session.connect(conninfo, address.lease, address.shown, "shmdomains") as other:
+                    check_server(conn, other, address.shown)
+                _checked.add((conninfo, os.getpid()))
+            if may_make:
+                schema.ensure(conn, address.shown)
+            number, kept, made = _enter(conn, address, name, events, may_make)
+        doms = cls(address, conninfo, name, number, kept)
+        doms._maker = os.getpid() if made else None
+        return doms
+
+    @property
+    def created(self) -> bool:
+        """Whether this process made the list: of all that `open` it, this one loads the configs."""
+        return self._maker == os.getpid()
+
+    def unlink(self, force: bool = False, timeout: float | None = 10.0) -> None:
+        """Remove the list and all that is in it. Raises `SegmentInUse` while other processes are
+        attached, unless `force`, and `SegmentNotFound` if it is gone."""
+        others = [one for one in self.info.attached if one.pid != os.getpid()]
+        if others and not force:
+            raise SegmentInUse(
+                f"{self._pool.address.shown} is in use by process "
+                f"{', '.join(str(one.pid) for one in others)}; force removes it all the same"
+            )
+        with self._pool.connect() as conn:
+            found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+            if not found.rowcount:
+                raise SegmentNotFound(f"{self._pool.address.shown} is gone")
+
+    def close(self) -> None:
+        """Close the list; from now on everything else raises `ListClosed`. Locked domains stay
+        locked until they are unlocked."""
+        if self.closed:
+            return
+        super().close()
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _usable(self) -> None:
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._held_by, self._mutex_held_by, self._list_held_by = {}, {}, None
+        super()._usable()
+
+    # --- owners ---
+
+    @property
+    def _mine(self) -> Any:
+        return self._pool.mine() or _EMPTY
+
+    @_mine.setter
+    def _mine(self, value: object) -> None:
+        """`plain` keeps what a thread holds; here the owner's state does."""
+
+    @property
+    def _owner(self) -> int:
+        return core.owner()
+
+    @property
+    def _this(self) -> str:
+        return core.owner_words()
+
+    def _this_host(self) -> str:
+        return self.host
+
+    def _need_living(self) -> None:
+        """Raise `LockLost` if the session of the caller's locks has ended."""
+        state = self._pool.mine()
+        if state is not None and state.session is not None and state.session.gone is not None:
+            why = state.session.gone
+            self._lose(state)
+            raise self._store.lost(why)
+
+    def _lose(self, state: State) -> None:
+        for record in state.holds:
+            self._held_by.pop(record, None)
+        self._pool.drop(state)
+
+    def lock(self, timeout: float | None = None) -> None:
+        """Take the list lock; see `ListBase.locked`."""
+        self._need_living()
+        super().lock(timeout)
+
+    def unlock(self) -> None:
+        """Release the list lock. Raises `ListNotLocked`, `NotOwner`, or `LockLost`."""
+        state = self._mine
+        try:
+            super().unlock()
+        finally:
+            if state is not _EMPTY:
+                state.list_held = False
+                self._pool.rest(state)
+
+    def mutex(
+        self, name: str, timeout: float | None = None, *, why: str | None = None
+    ) -> PostgresMutex:
+        """A named lock, not yet locked; see `ListBase.mutex`."""
+        return PostgresMutex(self, name, timeout)
+
+    # --- domains: fewer round trips than `plain` makes ---
+
+    def _find(self, key: Key, deadline: Deadline) -> PostgresDomain | None:
+        self._need_living()
+        state = self._mine
+        timeout = deadline.left()
+        record = self._held_record(state, key)
+        if record is not None or (state.holds and not state.list_held and timeout != 0):
+            # `plain` says what is wrong, or finds that another domain has the key now.
+            return super()._find(key, deadline)  # type: ignore[return-value]
+        info = self._store.lock_by(key, timeout)
+        if info is None:
+            return None
+        dom = self._handle(info._record, self._hold(info._record, info))
+        self._settle(dom, deadline)
+        return dom  # type: ignore[return-value]
+
+    @staticmethod
+    def _held_record(state: State, key: Key) -> int | None:
+        for record, hold in state.holds.items():
+            if getattr(hold.info, key.kind) == key.value:
+                return record  # type: ignore[no-any-return]
+        return None
+
+    def _handle(self, record: int, hold: _Hold[int]) -> PlainDomain[int]:
+        from weakref import ref
+
+        dom = PostgresDomain(self, record, hold.info.uuid)
+        dom._locker = hold
+        hold.handle = ref(dom)
+        return dom
+
+    def _take(self, record: int, timeout: float | None) -> _Hold[int] | None:
+        self._need_living()
+        return super()._take(record, timeout)
+
+    def _give_back(self, hold: _Hold[int], seen: bool) -> None:
+        state = self._mine
+        session = state.session
+        self._held_by.pop(hold.record, None)
+        try:
+            if session is not None and not session.is_there():
+                why = session.gone
+                self._lose(state)
+                raise self._store.lost(why)
+            self._store.unlock(hold.record, seen)
+        except LockLost:
+            if seen:
+                raise
+        finally:
+            self._let_go(hold, state)
+
+    def _let_go(self, hold: _Hold[int], state: Any = None) -> None:
+        state = state or self._mine
+        self._held_by.pop(hold.record, None)
+        state.holds.pop(hold.record, None)
+        if state is not _EMPTY:
+            self._pool.rest(state)
+
+    def _commit(self, hold: _Hold[int], timeout: float | None, unlock: bool = False) -> None:
+        from ..rules.events import news_of_change
+
+        changes, noted = hold.changes, hold.noted
+        hold.drop()
+        if not changes and not noted:
+            return
+        news = [*noted, *news_of_change(hold.info, changes)]
+        hold.info = self._store.commit_and(hold.record, changes, news, timeout, unlock)
+
+    def _remove(self, dom: PlainDomain[int], timeout: float | None = None) -> None:
+        state = self._mine
+        super()._remove(dom, timeout)
+        if state is not _EMPTY:
+            self._pool.rest(state)
+
+    # --- reading ---
+
+    def peek(
+        self,
+        key: Any = None,
+        /,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+        timeout: float | None = 1.0,
+    ) -> DomainInfo | None:
+        """The committed state of one domain, or None. Takes no lock."""
+        Deadline(timeout)
+        self._usable()
+        return self._store.peek(self._key(key, uuid, name, id))
+
+    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+        self._usable()
+        return list(self._store.scan(wanted, definitions))
+
+    def _count(self, wanted: Filter) -> int:
+        self._usable()
+        return self._store.count(wanted)
+
+    def _who_has(self, uuid: Uuid | None, name: str) -> Identity | None:
+        self._usable()
+        found = UUID(bytes=uuid) if isinstance(uuid, bytes) else uuid
+        return self._store.identity(found, name)
+
+    def _handles(self) -> list[PlainDomain[int]]:
+        self._usable()
+        found = self._store.handles()
+        return [PostgresDomain(self, record, UUID(bytes=uuid)) for record, uuid in found]
+
+    def _handle_of(self, *args: Any, **kwargs: Any) -> PlainDomain[int] | None:
+        self._usable()
+        key = args[0] if args else None
+        keys = {one: kwargs.get(one) for one in ("uuid", "name", "id")}
+        info = self._store.peek(self._key(key, **keys))
+        return None if info is None else PostgresDomain(self, info._record, info.uuid)
+
+    def _unfinished(self) -> list[PlainDomain[int]]:
+        self._usable()
+        found = [info for info in self._store.with_work() if info._work is not None]
+        return [
+            PostgresDomain(self, info._record, info.uuid)
+            for info in found
+            if info._work is not None and info._work.step is not None
+        ]
+
+    # --- sleeping ---
+
+    def _look(self, dom: PlainDomain[int]) -> tuple[DomainInfo | None, object]:
+        self._usable()
+        changes = self._pool.listener.listen()
+        info = self._store.read(dom._record)
+        return info, Stamp(0 if info is None else info._version, changes)
+
+    def _sleep(self, dom: PlainDomain[int], stamp: Any, timeout: float | None = None) -> bool:
+        self._usable()
+        listener = self._pool.listener
+        if stamp.changes is None:
+            stamp.changes = listener.listen()
+            if (self._store.receipt(dom._record) or 0) != stamp.version:
+                return True
+        told = listener.sleep(stamp.changes, dom._record, _slice(timeout))
+        self._usable()
+        return told
+
+    def _list_stamp(self) -> object:
+        self._usable()
+        return self._pool.listener.listen()
+
+    def _sleep_on_list(self, stamp: Any, timeout: float | None = None) -> bool:
+        told = self._pool.listener.sleep(stamp, None, _slice(timeout))
+        self._usable()
+        return told
+
+    def _marks(self) -> Any:
+        return {}
+
+    def _changed(self, marks: Any) -> list[DomainInfo]:
+        self._usable()
+        listener = self._pool.listener
+        now = listener.listen()
+        versions: dict[int, int] = marks.setdefault("versions", {})
+        told = listener.since(marks["changes"]) if "changes" in marks else None
+        if told is None:
+            infos = self._store.scan(Filter(), True)
+        else:
+            infos = self._store.some(told) if told else []
+        marks["changes"] = now
+        found: list[DomainInfo] = []
+        for info in infos:
+            if versions.get(info._record) != info._version:
+                versions[info._record] = info._version
+                found.append(info)
+        return found
+
+    def _sleep_on_events(self, count: int, timeout: float | None = None) -> bool:
+        self._usable()
+        told = self._store.sleep_on_events(count, timeout)
+        self._usable()
+        return told
+
+    def _event(self, number: int) -> DomainEvent | None:
+        self._usable()
+        return self._store.event(number)
+
+    # --- about the list ---
+
+    @property
+    def info(self) -> ListInfo:
+        """Counts, and who is attached, on all hosts. Takes no lock."""
+        self._usable()
+        return invariants.list_info(self._pool, self._store, self._remembered())
+
+    def locks(self) -> list[LockInfo]:
+        """Every lock of the list that is held or waited for, and by whom, on all hosts. Takes no
+        lock."""
+        self._usable()
+        found = self._store.holders.locks()
+        for info in self._store.with_work():
+            for job in info.jobs:
+                found.append(LockInfo("job", info.name, info.uuid, job.holder))
+        return found
+
+    def check(self, timeout: float | None = 10.0) -> CheckReport:
+        """Test what the database cannot enforce by itself: every domain has its definition, of its
+        own name and UUID, and its lock's row; and this host's config directory says the same. What
+        PostgreSQL guards (uniqueness, references) is not tested again."""
+        deadline = Deadline(timeout)
+        problems, counts = invariants.check(self._pool)
+        differ, doubtful = compare(self, deadline)
+        problems += [("config", text) for text in differ]
+        return CheckReport(problems, counts, [("config", why) for why in doubtful])
+
+    def recover(self, timeout: float | None = 10.0) -> RecoverReport:
+        """Finish what rules that were killed had begun with files of this host. Locks need none of
+        it: a dead holder's are free as soon as the server sees his connection end."""
+        self._usable()
+        settled = settle_all(self, 0)
+        done = [Repair("files", name, None) for name, left in settled if left is None]
+        busy = [HeldLock("files", name, left.holder) for name, left in settled if left is not None]
+        return RecoverReport(done, busy, 0)
+
+    def __repr__(self) -> str:
+        return f"<PostgresDomainList {self._pool.address.shown}{' closed' * self.closed}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        address = self._pool.address
+        return _opened, (address.url, self.host, address.lease, address.read)
+
+
+def _slice(timeout: float | None) -> float:
+    return 0.1 if timeout is None else min(timeout, 0.1)
+
+
+_lists: dict[tuple[int, str, str], PostgresDomainList] = {}
+
+
+def _opened(url: str, host: str, lease: float, read: str) -> PostgresDomainList:
+    """The list of a pickle: the same one for all handles of a process."""
+    key = os.getpid(), url, host
+    known = _lists.get(key)
+    if known is None or known.closed:
+        known = _lists[key] = PostgresDomainList.attach(url, host=host, lease=lease, read=read)
+    return known
+
+
+def _first(address: Address, conninfo: str, deadline: Deadline) -> psycopg.Connection[Any]:
+    """The first connection; waits so long for a server that is away."""
+    while True:
+        try:
+            return session.connect(conninfo, address.lease, address.shown, "shmdomains")
+        except ShmDomainsError:
+            left = deadline.left()
+            if left is None or left == 0:
+                raise
+            time.sleep(min(0.1, left))
+
+
+def _enter(
+    conn: psycopg.Connection[Any], address: Address, host: str, events: int | None, may_make: bool
+) -> tuple[int, int, bool]:
+    """The number of the list, how many events it keeps, and whether it was made now."""
+    wanted = DEFAULT_EVENTS if events is None else events
+    made = False
+    if may_make:
+        creator = f"process {os.getpid()} on {host}"
+        row = conn.execute(
+            "WITH made AS (INSERT INTO lists (name, events_max, creator) VALUES (%s, %s, %s) "
+            "ON CONFLICT (name) DO NOTHING RETURNING list) "
+            "INSERT INTO counters (list) SELECT list FROM made RETURNING list",
+            [address.list, wanted, creator],
+        ).fetchone()
+        made = row is not None
+    try:
+        row = conn.execute(
+            "SELECT list, events_max FROM lists WHERE name = %s", [address.list]
+        ).fetchone()
+    except psycopg.errors.UndefinedTable:
+        row = None
+    if row is None:
+        raise SegmentNotFound(f"there is no list {address.shown}")
+    return int(row[0]), int(row[1]), made
+
+

@@ -1,0 +1,98 @@
+"""What `PostgresDomainList` says of itself: counts, who is attached, and what is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config.change import ConfigDirs
+from ..memory import holder
+from ..memory.domain_list import AttachedProcess, ListInfo
+from ..xml.definition import DomainDef
+from .session import Row, Statement, big, double, integer, number, text
+
+if TYPE_CHECKING:
+    from .pool import Pool
+    from .store import PostgresStore
+
+_INFO = Statement(
+    "SELECT l.name, l.events_max, extract(epoch FROM l.created)::float8, "
+    "(SELECT count(*) FROM domains d WHERE d.list = l.list), "
+    "(SELECT count(*) FROM domains d WHERE d.list = l.list AND d.id <> -1), "
+    "pg_database_size(current_database()) "
+    "FROM lists l WHERE l.list = $1",
+    "bigint",
+)
+_ATTACHED = Statement(
+    "SELECT p.pid, p.start, p.place, p.command, p.host FROM processes p WHERE p.list = $1 "
+    "AND EXISTS (SELECT FROM pg_locks k WHERE k.locktype = 'advisory' AND k.objsubid = 1 "
+    "AND k.classid = (lock_key(7, p.process) >> 32)::int::oid "
+    "AND k.objid = (lock_key(7, p.process) & 4294967295)::bigint::oid) ORDER BY p.process",
+    "bigint",
+)
+_DEFINITIONS = Statement(
+    "SELECT d.name, d.uuid, f.typed, f.next_typed, h.record IS NOT NULL FROM domains d "
+    "LEFT JOIN definitions f USING (record) LEFT JOIN holds h USING (record) WHERE d.list = $1",
+    "bigint",
+)
+
+
+def list_info(pool: Pool, store: PostgresStore, dirs: ConfigDirs | None) -> ListInfo:
+    """`PostgresDomainList.info`."""
+    [row] = pool.ask(_INFO, [number(pool.list)])
+    attached = [_process(one, pool) for one in pool.ask(_ATTACHED, [number(pool.list)])]
+    size = big(row[5])
+    return ListInfo(
+        name=text(row[0]),
+        path=pool.address.shown,
+        lock="postgresql",
+        domains=big(row[3]),
+        active=big(row[4]),
+        max_domains=2**31 - 1,
+        bytes_max=0,
+        bytes_committed=size,
+        events_max=store.events_max,
+        heap_used=0,
+        heap_free=0,
+        created=double(row[2]),
+        creator=AttachedProcess(pid=0, started=None, alive=False, command=None),
+        attached=attached,
+        config_dir=None if dirs is None else str(dirs.config_dir),
+        autostart_dir=None
+        if dirs is None or dirs.autostart_dir is None
+        else str(dirs.autostart_dir),
+        poisoned=None,
+    )
+
+
+def _process(row: Row, pool: Pool) -> AttachedProcess:
+    here = text(row[2]) == pool.place
+    command = None if row[3] is None else row[3].decode()
+    return AttachedProcess(
+        pid=integer(row[0]),
+        started=holder.process_started(big(row[1])) if here else None,
+        alive=True,
+        command=command if here else f"{command or ''} on {text(row[4])}".strip(),
+    )
+
+
+def check(pool: Pool) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Problems, and how much was tested."""
+    problems, count = [], 0
+    for name, uuid, typed, successor, held in pool.ask(_DEFINITIONS, [number(pool.list)]):
+        count += 1
+        shown = text(name)
+        if held != b"\1":
+            problems.append(("locks", f"domain '{shown}' has no row for its lock"))
+        if typed is None:
+            problems.append(("I3 fields", f"domain '{shown}' has no definition"))
+        for blob in (typed, successor):
+            if blob is None:
+                continue
+            try:
+                found = DomainDef.decode(blob)
+            except ValueError as exc:
+                problems.append(("I3 fields", f"domain '{shown}': {exc}"))
+                continue
+            if found.name != shown or found.uuid is None or found.uuid.bytes != uuid:
+                problems.append(("I1 identity", f"'{shown}' has another one's definition"))
+    return problems, {"domains": count}

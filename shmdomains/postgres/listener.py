@@ -1,0 +1,238 @@
+"""The listener: one thread and one connection of each process that uses a list on PostgreSQL.
+
+Every third of a lease it asks the server something. So the server knows that this process lives,
+and whoever waits for a lock knows that the server does. It lets the server hear of the sessions
+that hold locks and are idle, whose end a lease after they were last heard of is what frees the
+locks of a host that is stopped or cut off. It ends the sessions of threads that ended with a lock.
+
+It also listens for those of this process who sleep (`wait`, `watch`): once for all of them, from
+the first one on. Every commit of the list is then told to it (``tell`` in ``migrations/0001.sql``).
+What was told while it had no connection is not known, so after a new one everything may have
+changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from ..errors import ListClosed, Unavailable
+from .session import Gone, Refused
+
+if TYPE_CHECKING:
+    from .pool import Pool
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 4096
+"""How many changes are remembered one by one."""
+
+
+class Listener:
+    """The thread, and what it heard."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._news = threading.Condition()
+        self._recent: deque[tuple[int, int]] = deque(maxlen=_KEPT)  # (changes, record)
+        self._all_changed = 0
+        self.changes = 0
+        """Counts what was told, and each time that everything may have changed."""
+        self.events = 0
+        """The number of the last event that is known of."""
+        self._wanted = self._listens = False
+        self._failure: str | None = None
+        self.answered = time.monotonic()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._over = False
+        self._conn: psycopg.Connection[Any] | None = None
+        self._thread = threading.Thread(target=self._run, name="shmdomains-listener", daemon=True)
+        self._thread.start()
+
+    def silent(self, seconds: float) -> bool:
+        """Whether the server has not answered for so long."""
+        return time.monotonic() - self.answered > seconds
+
+    def stop(self) -> None:
+        """End the thread; whoever sleeps wakes up."""
+        with self._news:
+            self._over = True
+            self.changes += 1
+            self._news.notify_all()
+        with suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+        if self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
+    def forget(self) -> None:
+        """In a child, which has no such thread: its parent's connection is not this process's."""
+        if self._conn is not None:
+            self._pool.forget_connection(self._conn)
+        with suppress(OSError):
+            os.close(self._wake)
+
+    # --- for those who sleep ---
+
+    def listen(self) -> int:
+        """Hear of every commit from now on; returns `changes`. Raises `Unavailable`, `ListClosed`.
+
+        What is read after this call is not older than what was told by then.
+        """
+        if self._listens:
+            return self.changes
+        end = time.monotonic() + self._pool.patience
+        with self._news:
+            self._wanted = True
+            os.eventfd_write(self._wake, 1)
+            while not self._listens:
+                if self._over:
+                    raise ListClosed("this DomainList is closed")
+                if not self._news.wait(min(0.1, self._pool.patience)) and time.monotonic() > end:
+                    raise Unavailable(
+                        f"{self._pool.address.shown} could not be listened to: "
+                        f"{self._failure or 'it does not answer'}"
+                    )
+            return self.changes
+
+    def sleep(self, changes: int, record: int | None, timeout: float) -> bool:
+        """Sleep until something was told since `changes`, of this record or (``None``) of any."""
+        end = time.monotonic() + timeout
+        with self._news:
+            while not self._has_changed(changes, record):
+                left = end - time.monotonic()
+                if left <= 0 or self._over:
+                    return False
+                self._news.wait(left)
+        return True
+
+    def _has_changed(self, changes: int, record: int | None) -> bool:
+        if self.changes == changes:
+            return False
+        return record is None or self._all_changed > changes or record in self.since(changes)
+
+    def since(self, changes: int) -> set[int] | None:
+        """The records that were told since; ``None``: perhaps all."""
+        with self._news:
+            if self._all_changed > changes or (
+                len(self._recent) == _KEPT and self._recent[0][0] > changes + 1
+            ):
+                return None
+            return {record for at, record in self._recent if at > changes}
+
+    def sleep_on_events(self, count: int, timeout: float) -> bool:
+        """Sleep until there are more than `count` events."""
+        end = time.monotonic() + timeout
+        with self._news:
+            while self.events <= count and not self._over:
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                self._news.wait(left)
+            return self.events > count
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        wait = 0.05
+        while not self._over:
+            try:
+                self._conn = self._pool.connect()
+                self._begin(self._conn)
+                wait = 0.05
+                self._serve(self._conn)
+            except (psycopg.Error, Unavailable, Refused, Gone) as exc:
+                self._failure = self._pool.without_password(str(exc))
+                logger.debug("listener: %s", self._failure)
+            except Exception:
+                logger.exception("the listener of %s failed, and goes on", self._pool.address.shown)
+            finally:
+                self._everything_changed(False)
+                if self._conn is not None:
+                    with suppress(psycopg.Error):
+                        self._conn.close()
+                    self._conn = None
+            self._pause(wait)
+            wait = min(wait * 2, self._pool.address.lease / 3)
+        with suppress(OSError):
+            os.close(self._wake)
+
+    def _pause(self, seconds: float) -> None:
+        if not self._over:
+            self._pool.tend()
+            select.select([self._wake], [], [], seconds)
+            with suppress(BlockingIOError, OSError):
+                os.eventfd_read(self._wake)
+
+    def _begin(self, conn: psycopg.Connection[Any]) -> None:
+        self._pool.enter_process(conn)
+        self.answered = time.monotonic()
+        if self._wanted:
+            self._listen(conn)
+
+    def _listen(self, conn: psycopg.Connection[Any]) -> None:
+        number = self._pool.list
+        conn.execute(f"LISTEN shmdomains_{number:d}")
+        conn.execute("SELECT pg_advisory_lock_shared(lock_key(5, %s))", [number])
+        gate = "SELECT pg_advisory_lock(lock_key(4, %s)), pg_advisory_unlock(lock_key(4, %s))"
+        conn.execute(gate, [number, number])
+        row = conn.execute("SELECT events FROM counters WHERE list = %s", [number]).fetchone()
+        with self._news:
+            self._listens = True
+            self.events = max(self.events, 0 if row is None else int(row[0]))
+        self._everything_changed(True)
+
+    def _everything_changed(self, listens: bool) -> None:
+        with self._news:
+            self._listens = listens
+            self.changes += 1
+            self._all_changed = self.changes
+            self._recent.clear()
+            self._news.notify_all()
+
+    def _serve(self, conn: psycopg.Connection[Any]) -> None:
+        pg, third = conn.pgconn, self._pool.address.lease / 3
+        waiting = select.poll()
+        waiting.register(pg.socket, select.POLLIN)
+        waiting.register(self._wake, select.POLLIN)
+        ask_at = time.monotonic() + third
+        while not self._over:
+            left = min(ask_at - time.monotonic(), 1.0)
+            if left > 0:
+                waiting.poll(left * 1000)
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+            if self._over:
+                return
+            self._hear(conn)
+            if self._wanted and not self._listens:
+                self._listen(conn)
+            self._pool.tend()
+            if time.monotonic() >= ask_at:
+                self._pool.seen(conn)
+                self.answered = time.monotonic()
+                ask_at = self.answered + third
+
+    def _hear(self, conn: psycopg.Connection[Any]) -> None:
+        pg = conn.pgconn
+        pg.consume_input()
+        told = []
+        while (one := pg.notifies()) is not None:
+            told.append(one.extra)
+        if not told:
+            return
+        with self._news:
+            for text in told:
+                record, _, last = text.partition(b" ")
+                self.changes += 1
+                self._recent.append((self.changes, int(record)))
+                if last:
+                    self.events = max(self.events, int(last))
+            self._news.notify_all()

@@ -1,0 +1,455 @@
+-- The schema `shmdomains`: lists of domains for any number of hosts. PostgreSQL 14 or later.
+--
+-- Locks are advisory locks of the session, with 64-bit keys: a tag in the upper 16 bits (23809 and
+-- the kind), a number below. They vanish with the session. What a lock needs beyond that, who took
+-- it and whether he let go of it, stands in a row (`holds`, `mutexes`):
+--
+--   lock    take the advisory lock, then write the row. The write waits for the transaction of the
+--           last holder: he let go of the advisory lock before that transaction ended. After it
+--           the state is read anew, for a statement's snapshot is older than its wait.
+--   unlock  change the state, clear the row, let go of the advisory lock: one transaction. If the
+--           session ends before that transaction does, nothing of it is there, and the row says
+--           who died.
+--
+-- A commit also writes its number into the row of its session (`sessions.done`). If the answer is
+-- lost, that row says whether the commit was.
+--
+-- Marks of who holds what need not outlive a crash of the server by themselves, so locking alone
+-- never waits for the disk or for a standby (synchronous_commit off). A mark is lost at most for
+-- the last moments before a crash. A token must never be given twice, so it takes a leap whenever
+-- the server was started anew.
+
+CREATE TABLE lists (
+    list bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL UNIQUE CHECK (name <> ''),
+    events_max integer NOT NULL CHECK (events_max >= 0),
+    created timestamptz NOT NULL DEFAULT now(),
+    creator text NOT NULL
+);
+
+-- What many commits of one list change: apart from `lists`, whose row they only read.
+CREATE TABLE counters (
+    list bigint PRIMARY KEY REFERENCES lists ON DELETE CASCADE,
+    id integer NOT NULL DEFAULT 0,
+    events bigint NOT NULL DEFAULT 0
+) WITH (fillfactor = 20);
+
+-- The config directories of each host.
+CREATE TABLE directories (
+    list bigint REFERENCES lists ON DELETE CASCADE,
+    host text,
+    config_dir bytea NOT NULL,
+    autostart_dir bytea,
+    PRIMARY KEY (list, host)
+);
+
+-- A process that uses a list. `place` tells its machine and PID namespace; `seen` is when it was
+-- last heard of, by the server's clock.
+CREATE TABLE processes (
+    process bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
+    host text NOT NULL,
+    place text NOT NULL,
+    pid integer NOT NULL,
+    start bigint NOT NULL,
+    command text,
+    seen timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (fillfactor = 50);
+
+-- A connection, and the thread or task that uses it now. `done`: the number of its last commit.
+CREATE TABLE sessions (
+    session bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    process bigint NOT NULL REFERENCES processes ON DELETE CASCADE,
+    backend integer NOT NULL,
+    tid integer NOT NULL,
+    start bigint NOT NULL,
+    done bigint NOT NULL DEFAULT 0,
+    list_since timestamptz
+) WITH (fillfactor = 50);
+CREATE INDEX ON sessions (process);
+
+CREATE TABLE domains (
+    record bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
+    uuid uuid NOT NULL,
+    name text NOT NULL,
+    id integer NOT NULL DEFAULT -1,
+    state smallint NOT NULL,
+    reason integer NOT NULL DEFAULT 0,
+    persistent boolean NOT NULL,
+    autostart boolean NOT NULL DEFAULT false,
+    pid integer,
+    started bigint NOT NULL DEFAULT 0,
+    host text,
+    -- Counts commits. Whoever commits names the one that he read.
+    version bigint NOT NULL DEFAULT 1,
+    -- The version in which a definition last changed.
+    defined bigint NOT NULL DEFAULT 1,
+    -- The driver's own, and what is under way (rules.work): MessagePack.
+    data bytea,
+    work bytea,
+    CONSTRAINT domains_uuid UNIQUE (list, uuid),
+    CONSTRAINT domains_name UNIQUE (list, name)
+) WITH (fillfactor = 70);
+CREATE UNIQUE INDEX domains_id ON domains (list, id) WHERE id <> -1;
+CREATE INDEX domains_host ON domains (list, host) WHERE host IS NOT NULL;
+
+-- Apart from `domains`, so that a change of state does not copy them. The XML is for whoever reads
+-- the table; the typed value (MessagePack) is what this package reads.
+CREATE TABLE definitions (
+    record bigint PRIMARY KEY REFERENCES domains ON DELETE CASCADE,
+    typed bytea NOT NULL,
+    xml text NOT NULL,
+    next_typed bytea,
+    next_xml text
+);
+
+-- Who holds a domain's lock, or died holding it: sessions. Written with each lock and unlock, so it
+-- is narrow, and its pages have room for new versions of their rows (HOT).
+CREATE TABLE holds (
+    record bigint PRIMARY KEY REFERENCES domains ON DELETE CASCADE,
+    owner bigint,
+    died bigint,
+    since timestamptz,
+    token bigint NOT NULL DEFAULT 0,
+    server timestamptz
+) WITH (fillfactor = 40);
+
+CREATE TABLE mutexes (
+    mutex bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
+    name text NOT NULL,
+    owner bigint,
+    died bigint,
+    since timestamptz,
+    UNIQUE (list, name)
+) WITH (fillfactor = 40);
+
+CREATE TABLE events (
+    list bigint REFERENCES lists ON DELETE CASCADE,
+    number bigint,
+    at timestamptz NOT NULL,
+    type smallint NOT NULL,
+    detail integer NOT NULL,
+    uuid uuid NOT NULL,
+    name text NOT NULL,
+    id integer NOT NULL,
+    PRIMARY KEY (list, number)
+);
+
+-- --- keys of advisory locks ---
+
+CREATE FUNCTION lock_key(_kind integer, _number bigint) RETURNS bigint
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN ((23808 + _kind)::bigint << 48) | _number;
+
+-- Kinds: 1 domain, 2 list, 3 mutex, 4 gate, 5 listeners, 6 session, 7 process.
+
+-- --- waiting ---
+
+-- Take an advisory lock. _wait: milliseconds, 0 tries, -1 waits for ever. False if it was not free
+-- and is not waited for; when the time is up, an error (lock_not_available).
+CREATE FUNCTION take(_key bigint, _wait integer) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF pg_try_advisory_lock(_key) THEN
+        RETURN true;
+    ELSIF _wait = 0 THEN
+        RETURN false;
+    END IF;
+    PERFORM set_config('lock_timeout', greatest(_wait, 0)::text, true);
+    PERFORM pg_advisory_lock(_key);
+    PERFORM set_config('lock_timeout', '0', true);
+    RETURN true;
+END $$;
+
+-- --- telling those who wait ---
+
+-- Tell of a commit, if any process listens to this list. NOTIFY makes all commits of a database
+-- wait for each other, so nobody pays for it unless somebody sleeps.
+--
+-- A listener first listens, then takes lock 5 (shared), then the gate (4, exclusive, for a moment),
+-- then reads. Whoever commits passes the gate (shared, until his transaction ends) before he looks
+-- at lock 5. So either he sees the listener, or the listener reads what he committed.
+CREATE FUNCTION tell(_list bigint, _text text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(lock_key(4, _list));
+    IF pg_try_advisory_lock(lock_key(5, _list)) THEN
+        PERFORM pg_advisory_unlock(lock_key(5, _list));
+    ELSE
+        PERFORM pg_notify('shmdomains_' || _list, _text);
+    END IF;
+END $$;
+
+-- Enter events, and tell of the commit. _news: [[type, detail, id, name], ...] or null. Last in a
+-- transaction: the row of the counters makes others with events wait until it ends, so that numbers
+-- have no gaps and are in the order of commits.
+CREATE FUNCTION happened(_list bigint, _max integer, _record bigint, _uuid uuid, _news jsonb)
+RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    _count integer := jsonb_array_length(_news);
+    _last bigint;
+BEGIN
+    IF _count > 0 AND _max > 0 THEN
+        UPDATE counters SET events = events + _count WHERE list = _list RETURNING events INTO _last;
+        INSERT INTO events
+            SELECT _list, _last - _count + place, clock_timestamp(), (one->>0)::smallint,
+                   (one->>1)::integer, _uuid, one->>3, (one->>2)::integer
+            FROM jsonb_array_elements(_news) WITH ORDINALITY AS news (one, place);
+        IF _last / 256 <> (_last - _count) / 256 THEN
+            DELETE FROM events WHERE list = _list AND number <= _last - _max;
+        END IF;
+    END IF;
+    PERFORM tell(_list, _record || ' ' || coalesce(_last::text, ''));
+END $$;
+
+-- --- the list lock ---
+
+CREATE FUNCTION lock_list(_list bigint, _me bigint, _wait integer) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    IF NOT take(lock_key(2, _list), _wait) THEN
+        RETURN false;
+    END IF;
+    UPDATE sessions SET list_since = clock_timestamp() WHERE session = _me;
+    RETURN true;
+END $$;
+
+CREATE FUNCTION unlock_list(_list bigint) RETURNS boolean
+LANGUAGE sql
+RETURN pg_advisory_unlock(lock_key(2, _list));
+
+-- --- a domain's lock ---
+
+CREATE TYPE locked AS (
+    outcome smallint,  -- 0: there is no such domain; 1: locked; 2: not free
+    record bigint,
+    uuid uuid,
+    name text,
+    id integer,
+    state smallint,
+    reason integer,
+    persistent boolean,
+    autostart boolean,
+    pid integer,
+    started bigint,
+    host text,
+    version bigint,
+    defined bigint,
+    data bytea,
+    work bytea,
+    token bigint,
+    died bigint
+);
+
+-- Find a domain by one key and lock it; the others are null.
+CREATE FUNCTION lock_domain(
+    _list bigint, _me bigint, _record bigint, _uuid uuid, _name text, _id integer, _wait integer
+) RETURNS locked
+LANGUAGE plpgsql AS $$
+DECLARE
+    _found locked;
+    _key bigint;
+    _at bigint;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    LOOP
+        IF _record IS NOT NULL THEN
+            _at := _record;
+        ELSIF _name IS NOT NULL THEN
+            SELECT record INTO _at FROM domains WHERE list = _list AND name = _name;
+        ELSIF _uuid IS NOT NULL THEN
+            SELECT record INTO _at FROM domains WHERE list = _list AND uuid = _uuid;
+        ELSE
+            SELECT record INTO _at FROM domains WHERE list = _list AND id = _id AND id <> -1;
+        END IF;
+        IF _at IS NULL THEN
+            _found.outcome := 0;
+            RETURN _found;
+        END IF;
+        _key := lock_key(1, _at);
+        IF NOT take(_key, _wait) THEN
+            _found.outcome := 2;
+            _found.record := _at;
+            RETURN _found;
+        END IF;
+        -- Waits for the last holder's transaction. `owner` is still there if he did not let go.
+        UPDATE holds
+            SET died = coalesce(owner, died), owner = _me, since = clock_timestamp(),
+                token = token + CASE WHEN server = pg_postmaster_start_time() THEN 1 ELSE 1048576 END,
+                server = pg_postmaster_start_time()
+            WHERE record = _at
+            RETURNING token, died INTO _found.token, _found.died;
+        IF FOUND THEN
+            SELECT d.record, d.uuid, d.name, d.id, d.state, d.reason, d.persistent, d.autostart,
+                   d.pid, d.started, d.host, d.version, d.defined, d.data, d.work
+                INTO _found.record, _found.uuid, _found.name, _found.id, _found.state,
+                     _found.reason, _found.persistent, _found.autostart, _found.pid,
+                     _found.started, _found.host, _found.version, _found.defined, _found.data,
+                     _found.work
+                FROM domains d WHERE d.record = _at AND d.list = _list;
+            IF _record IS NOT NULL OR _found.name = _name OR _found.uuid = _uuid
+               OR _found.id = _id THEN
+                _found.outcome := 1;
+                RETURN _found;
+            END IF;
+            UPDATE holds SET owner = NULL WHERE record = _at;
+        END IF;
+        -- It was removed, or has another key, since it was looked up.
+        PERFORM pg_advisory_unlock(_key);
+        IF _record IS NOT NULL THEN
+            _found.outcome := 0;
+            RETURN _found;
+        END IF;
+    END LOOP;
+END $$;
+
+-- _seen: the holder was told of a death, so the next one is not.
+CREATE FUNCTION let_go(_record bigint, _seen boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
+        WHERE record = _record;
+    RETURN pg_advisory_unlock(lock_key(1, _record));
+END $$;
+
+CREATE FUNCTION unlock_domain(_record bigint, _seen boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    RETURN let_go(_record, _seen);
+END $$;
+
+-- --- commits ---
+
+-- Judge and apply the changes of a domain's holder. The scalars are all given, changed or not; of
+-- definitions, data and work a flag says whether they change. Returns the new version, or null if
+-- the holder read another one than is there: then nothing is done.
+CREATE FUNCTION commit_domain(
+    _list bigint, _me bigint, _number bigint, _record bigint, _version bigint,
+    _name text, _id integer, _state smallint, _reason integer, _persistent boolean,
+    _autostart boolean, _pid integer, _started bigint, _host text,
+    _set_data boolean, _data bytea, _set_work boolean, _work bytea,
+    _set_typed boolean, _typed bytea, _xml text,
+    _set_next boolean, _next_typed bytea, _next_xml text,
+    _max integer, _news jsonb, _unlock boolean
+) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    _uuid uuid;
+BEGIN
+    UPDATE domains SET
+        name = _name, id = _id, state = _state, reason = _reason, persistent = _persistent,
+        autostart = _autostart, pid = _pid, started = _started, host = _host,
+        version = version + 1,
+        defined = CASE WHEN _set_typed OR _set_next THEN version + 1 ELSE defined END,
+        data = CASE WHEN _set_data THEN _data ELSE data END,
+        work = CASE WHEN _set_work THEN _work ELSE work END
+        WHERE record = _record AND list = _list AND version = _version
+        RETURNING uuid INTO _uuid;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF _set_typed THEN
+        UPDATE definitions SET typed = _typed, xml = _xml WHERE record = _record;
+    END IF;
+    IF _set_next THEN
+        UPDATE definitions SET next_typed = _next_typed, next_xml = _next_xml
+            WHERE record = _record;
+    END IF;
+    UPDATE sessions SET done = _number WHERE session = _me;
+    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _unlock THEN
+        PERFORM let_go(_record, true);
+    END IF;
+    RETURN _version + 1;
+END $$;
+
+-- A new domain, locked.
+CREATE FUNCTION insert_domain(
+    _list bigint, _me bigint, _number bigint, _uuid uuid, _name text, _state smallint,
+    _persistent boolean, _typed bytea, _xml text, _work bytea, _max integer, _news jsonb,
+    OUT _record bigint, OUT _token bigint
+)
+LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO domains (list, uuid, name, state, persistent, work)
+        VALUES (_list, _uuid, _name, _state, _persistent, _work)
+        RETURNING record INTO _record;
+    INSERT INTO definitions (record, typed, xml) VALUES (_record, _typed, _xml);
+    INSERT INTO holds (record, owner, since, token, server)
+        VALUES (_record, _me, clock_timestamp(), 1, pg_postmaster_start_time())
+        RETURNING token INTO _token;
+    UPDATE sessions SET done = _number WHERE session = _me;
+    PERFORM happened(_list, _max, _record, _uuid, _news);
+    PERFORM pg_advisory_lock(lock_key(1, _record));  -- nobody else can know it
+END $$;
+
+CREATE FUNCTION remove_domain(
+    _list bigint, _me bigint, _number bigint, _record bigint, _version bigint, _max integer,
+    _news jsonb
+) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    _uuid uuid;
+BEGIN
+    DELETE FROM domains WHERE record = _record AND list = _list AND version = _version
+        RETURNING uuid INTO _uuid;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE sessions SET done = _number WHERE session = _me;
+    PERFORM happened(_list, _max, _record, _uuid, _news);
+    PERFORM pg_advisory_unlock(lock_key(1, _record));
+    RETURN true;
+END $$;
+
+CREATE FUNCTION next_id(_list bigint) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    _next integer;
+BEGIN
+    -- The commit that uses the id flushes this one with it.
+    PERFORM set_config('synchronous_commit', 'off', true);
+    UPDATE counters SET id = id + 1 WHERE list = _list AND id < 2147483647
+        RETURNING id INTO _next;
+    RETURN _next;
+END $$;
+
+-- --- named locks ---
+
+CREATE TYPE locked_mutex AS (outcome smallint, died bigint);
+
+CREATE FUNCTION lock_mutex(_list bigint, _me bigint, _mutex bigint, _wait integer)
+RETURNS locked_mutex
+LANGUAGE plpgsql AS $$
+DECLARE
+    _found locked_mutex;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    IF NOT take(lock_key(3, _mutex), _wait) THEN
+        _found.outcome := 2;
+        RETURN _found;
+    END IF;
+    UPDATE mutexes SET died = coalesce(owner, died), owner = _me, since = clock_timestamp()
+        WHERE mutex = _mutex AND list = _list
+        RETURNING died INTO _found.died;
+    _found.outcome := 1;
+    IF NOT FOUND THEN
+        PERFORM pg_advisory_unlock(lock_key(3, _mutex));
+        _found.outcome := 0;
+    END IF;
+    RETURN _found;
+END $$;
+
+CREATE FUNCTION unlock_mutex(_mutex bigint, _seen boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    UPDATE mutexes SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
+        WHERE mutex = _mutex;
+    RETURN pg_advisory_unlock(lock_key(3, _mutex));
+END $$;

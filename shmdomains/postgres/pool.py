@@ -1,0 +1,377 @@
+"""The connections of one process to one list, and which owner has which.
+
+An owner, a thread or a task, has a session of its own as long as it holds something, for the locks
+are the session's. Whoever holds nothing borrows one for a call. So a process has as many
+connections as owners that hold something at once, one for reads, and the listener's.
+
+No connection crosses a fork: a child closes its copies, so that they do not outlive the parent, and
+makes its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from ..errors import SegmentRefused, Unavailable
+from ..memory import holder
+from ..memory._core import core
+from . import schema, session
+from .listener import Listener
+from .session import Session, Statement, big, number
+from .url import Address, without_password
+
+if TYPE_CHECKING:
+    from ..rules.plain import _Hold
+
+_IDLE = 8
+"""Idle sessions that are kept."""
+
+_ENTER = Statement(
+    "INSERT INTO sessions (process, backend, tid, start) VALUES ($1, pg_backend_pid(), $2, $3) "
+    "RETURNING session, pg_advisory_lock(lock_key(6, session))",
+    *("bigint", "int", "bigint"),
+)
+_USE = Statement(
+    "UPDATE sessions SET tid = $2, start = $3 WHERE session = $1", "bigint", "int", "bigint"
+)
+_OTHER = Statement(
+    "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
+    "WHERE l.locktype = 'advisory' AND l.granted AND a.state = 'idle' AND l.objsubid = 1 "
+    "AND l.classid = (lock_key(6, $1) >> 32)::int::oid "
+    "AND l.objid = (lock_key(6, $1) & 4294967295)::bigint::oid",
+    "bigint",
+)
+_WAIT = Statement("SELECT take(lock_key(6, $1), $2)", "bigint", "int")
+_DONE = Statement(
+    "SELECT (SELECT done FROM sessions WHERE session = $1), pg_advisory_unlock(lock_key(6, $1))",
+    "bigint",
+)
+
+
+class State:
+    """What one owner holds of the list, and through which session."""
+
+    __slots__ = ("holds", "list_held", "mutexes", "session", "start", "tid")
+
+    def __init__(self) -> None:
+        self.list_held = False
+        self.holds: dict[Any, _Hold[Any]] = {}
+        self.mutexes: dict[str, int] = {}
+        self.session: Session | None = None
+        self.tid, self.start = 0, 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.list_held or self.holds or self.mutexes)
+
+
+_all: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+class Pool:
+    """The connections of this process to the list with the number `list`."""
+
+    def __init__(self, address: Address, conninfo: str, host: str, list_number: int) -> None:
+        self.address = address
+        self.list = list_number
+        self.host = host
+        self.place = place_of(host)
+        self.patience = address.lease
+        """Seconds for which a server that is away is waited for, where a call says nothing."""
+        self.process = 0
+        self._conninfo = conninfo
+        self._lock = threading.Lock()
+        self._idle: list[Session] = []
+        self._all: set[Session] = set()
+        self.states: dict[int, State] = {}
+        self._listener: Listener | None = None
+        self.closed = False
+        _all.add(self)
+
+    # --- connections ---
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """A connection, nobody's yet. Raises `Unavailable`."""
+        name = f"shmdomains {self.address.list} on {self.host}"[:63]
+        return session.connect(self._conninfo, self.address.lease, self.address.shown, name)
+
+    def without_password(self, text: str) -> str:
+        return without_password(text)
+
+    @property
+    def listener(self) -> Listener:
+        """The listener; begun when it is first needed."""
+        listener = self._listener
+        if listener is None:
+            with self._lock:
+                if self._listener is None:
+                    self._listener = Listener(self)
+                listener = self._listener
+        return listener
+
+    def enter_process(self, conn: psycopg.Connection[Any]) -> None:
+        """Make the row of this process, unless it is there, and hold its lock with `conn`."""
+        with self._lock:
+            if not self.process:
+                self.process = self._enter(conn)
+        conn.execute("SELECT pg_advisory_lock_shared(lock_key(7, %s))", [self.process])
+
+    def _enter(self, conn: psycopg.Connection[Any]) -> int:
+        pid = os.getpid()
+        values = [self.list, self.host, self.place, pid, core.process_start(pid)]
+        row = conn.execute(
+            "INSERT INTO processes (list, host, place, pid, start, command) "
+            "VALUES (%s, %s, %s, %s, %s, %s) RETURNING process",
+            [*values, holder.command_of(pid)],
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def seen(self, conn: psycopg.Connection[Any]) -> None:
+        """Let the server know that this process lives."""
+        conn.execute(
+            "UPDATE processes SET seen = clock_timestamp() WHERE process = %s", [self.process]
+        )
+
+    def _make(self) -> Session:
+        conn = self.connect()
+        try:
+            with self._lock:
+                if not self.process:
+                    self.process = self._enter(conn)
+            made = Session(conn, self.address.lease)
+            made.silent = self._is_silent
+            made.user = core.caller()[1:]
+            [[row, _]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
+            made.number = big(row)
+        except (psycopg.Error, session.Gone, session.Refused) as exc:
+            conn.close()
+            raise Unavailable(
+                f"{self.address.shown} cannot be used: {without_password(str(exc))}"
+            ) from None
+        with self._lock:
+            self._all.add(made)
+        return made
+
+    def _is_silent(self, seconds: float) -> bool:
+        return self.listener.silent(seconds)
+
+    def take(self, patience: float | None = None) -> Session:
+        """A session for the caller alone, until `give`. Waits so long for a server that is away
+        (default: a lease). Raises `Unavailable`."""
+        while True:
+            try:
+                found = self._idle.pop()
+            except IndexError:
+                break
+            if found.is_there():
+                return found
+            self._all.discard(found)
+        end = time.monotonic() + (self.patience if patience is None else patience)
+        pause = 0.02
+        while True:
+            try:
+                return self._make()
+            except Unavailable:
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(pause * 2, 0.5)
+
+    def give(self, one: Session) -> None:
+        """Give back a session that holds nothing."""
+        if one.gone is not None or self.closed or len(self._idle) >= _IDLE:
+            one.end("it was closed")
+            self._all.discard(one)
+        else:
+            self._idle.append(one)
+
+    def ask(self, statement: Statement, values: list[bytes | None]) -> list[session.Row]:
+        """Read, through the caller's session or a borrowed one. Raises `Unavailable`."""
+        state = self.mine()
+        if state is not None and state.session is not None:
+            with suppress(session.Gone):
+                return state.session.call(statement, values)
+        end = time.monotonic() + self.patience
+        while True:
+            one = self.take(max(end - time.monotonic(), 0))
+            try:
+                rows = one.call(statement, values)
+            except session.Gone as exc:
+                self._all.discard(one)
+                if time.monotonic() > end:
+                    raise Unavailable(f"{self.address.shown} went away: {exc}") from None
+                continue
+            except BaseException:
+                self.give(one)
+                raise
+            self.give(one)
+            return rows
+
+    # --- owners ---
+
+    def mine(self) -> State | None:
+        """What the caller holds; ``None``: nothing."""
+        return self.states.get(core.owner())
+
+    def begin(self, patience: float | None = None) -> State:
+        """The caller's state, with a session. Raises `Unavailable`."""
+        owner = core.owner()
+        state = self.states.get(owner)
+        if state is not None:
+            return state
+        state = State()
+        _, state.tid, state.start = core.caller()
+        state.session = taken = self.take(patience)
+        if taken.user != (state.tid, state.start):
+            taken.user = (state.tid, state.start)
+            try:
+                taken.call(_USE, [number(taken.number), *map(number, taken.user)])
+            except session.Gone:
+                self._all.discard(taken)
+                return self.begin(patience)
+        self.states[owner] = state
+        _ = self.listener
+        return state
+
+    def rest(self, state: State) -> None:
+        """The caller may hold nothing any more: then its session is given back."""
+        if not state.is_empty or self.states.get(core.owner()) is not state:
+            return
+        del self.states[core.owner()]
+        if state.session is not None:
+            self.give(state.session)
+
+    def drop(self, state: State) -> None:
+        """The caller's session is lost, and all that it held."""
+        if self.states.get(core.owner()) is state:
+            del self.states[core.owner()]
+        if state.session is not None:
+            self.bury(state.session)
+
+    def bury(self, one: Session) -> None:
+        """A session that is over."""
+        one.end("a lock was lost")
+        self._all.discard(one)
+
+    def tend(self) -> None:
+        """What the listener does for the sessions, about once a second."""
+        now, third = time.monotonic(), self.address.lease / 3
+        for owner, state in list(self.states.items()):
+            if state.session is None:
+                continue
+            if not core.thread_runs(state.tid, state.start) and self.states.pop(owner, None):
+                state.session.end("its thread ended with a lock")
+                self._all.discard(state.session)
+            elif now - state.session.used > third:
+                state.session.ping()
+        for one in list(self._idle):
+            if now - one.used > third and one in self._idle:
+                with suppress(ValueError):
+                    self._idle.remove(one)
+                    one.end("it was idle")
+                    self._all.discard(one)
+
+    # --- lost answers ---
+
+    def done_by(self, lost: Session, patience: float) -> tuple[Session, int]:
+        """A new session, and the number of the last commit of a lost one, which is over by then.
+        Raises `Unavailable` if that is not known in time."""
+        end = time.monotonic() + patience
+        while True:
+            left = max(end - time.monotonic(), 0)
+            new = self.take(left)
+            try:
+                new.call(_OTHER, [number(lost.number)])
+                wait = number(max(1, int(left * 1000)))
+                new.call(_WAIT, [number(lost.number), wait], waits=True)
+                [[done, _]] = new.call(_DONE, [number(lost.number)])
+                return new, 0 if done is None else big(done)
+            except session.Refused as exc:
+                self.give(new)
+                raise Unavailable(
+                    f"{self.address.shown}: the lost session has not ended within "
+                    f"{patience:g} s ({exc})"
+                ) from None
+            except session.Gone:
+                self._all.discard(new)
+
+    # --- its end, and fork ---
+
+    def close(self) -> None:
+        """End what holds nothing. Sessions with locks go on until they are unlocked."""
+        self.closed = True
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.stop()
+        while self._idle:
+            one = self._idle.pop()
+            one.end("the list was closed")
+            self._all.discard(one)
+
+    def forget_connection(self, conn: psycopg.Connection[Any]) -> None:
+        session.forget(conn)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        for one in [*self._all]:
+            one.forget()
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.forget()
+        self._idle, self._all, self.states, self.process = [], set(), {}, 0
+
+
+def _after_fork() -> None:
+    for pool in list(_all):
+        pool._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def place_of(host: str) -> str:
+    """Where a process number means something: the host, its boot, the PID namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{host} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{host} {os.getpid()}"  # nobody else's numbers can be looked up
+
+
+def check_server(conn: psycopg.Connection[Any], other: psycopg.Connection[Any], shown: str) -> None:
+    """Raise `SegmentRefused` for a server that cannot carry the store: too old, one that only looks
+    like PostgreSQL, or behind a pooler that gives each transaction another session."""
+    version = conn.info.server_version
+    if version < 140000:
+        raise SegmentRefused(f"{shown} is PostgreSQL {version // 10000}; it takes 14 or later")
+    pid, key = "SELECT pg_backend_pid()", (23808 + 9) << 48
+    numbers = [one.execute(pid).fetchone() for one in (conn, other)]
+    if numbers[0] == numbers[1]:
+        raise SegmentRefused(
+            f"{shown} is behind a pooler (PgBouncer?) in transaction mode, where a lock has no "
+            "session that it could belong to: connect to the server itself, or pool sessions"
+        )
+    key += int.from_bytes(os.urandom(5), "big")
+    conn.execute("SELECT pg_advisory_lock(%s)", [key])
+    row = other.execute("SELECT pg_try_advisory_lock(%s)", [key]).fetchone()
+    conn.execute("SELECT pg_advisory_unlock(%s)", [key])
+    if row is None or row[0]:
+        if schema.SCHEMA:
+            other.execute("SELECT pg_advisory_unlock(%s)", [key])
+        raise SegmentRefused(
+            f"{shown} is no PostgreSQL: its advisory locks lock nothing ({_product(conn)})"
+        )
+
+
+def _product(conn: psycopg.Connection[Any]) -> str:
+    row = conn.execute("SELECT version()").fetchone()
+    return "unknown" if row is None else str(row[0])[:60]

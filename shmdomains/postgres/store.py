@@ -1,0 +1,828 @@
+"""`rules.store.Store` on PostgreSQL: each method is one round trip, unless it says otherwise.
+
+What the server does in it stands in ``migrations/0001.sql``. Here are the statements, their values,
+and what becomes of an answer that did not come:
+
+- Whoever holds nothing asks again through another session, for a lease.
+- Whoever holds something has lost it with the session: `LockLost`. Nothing of his is applied.
+- A commit whose answer is lost may have happened. The session's row has the number of its last
+  commit. When the session is over, and so nothing can come of it any more, a new one reads that
+  row, locks the domain again, and tells `applied` from not. `InDoubt` if the server does not come
+  back in time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from ..config.change import ConfigDirs
+from ..errors import (
+    DomainExists,
+    InDoubt,
+    LockLost,
+    LockOrder,
+    SegmentFull,
+    SegmentRefused,
+    TooManyMutexes,
+    Unavailable,
+)
+from ..events import DomainEvent, EventType, detail_of
+from ..holder import LockHolder
+from ..memory import holder as local
+from ..memory._core import core
+from ..rules.store import Changes, Filter, Key, NewDomain, News
+from ..rules.work import Caller, Work
+from ..xml.definition import DomainDef
+from .holders import DOMAIN, LIST, MUTEX, Holders
+from .pool import Pool, State
+from .records import COLUMNS, WIDTH, Definitions, PostgresInfo, Typed
+from .session import (
+    Gone,
+    Refused,
+    Row,
+    Session,
+    Statement,
+    big,
+    double,
+    integer,
+    number,
+    small,
+    text,
+    truth,
+)
+
+MOST_MUTEXES = 65_536
+_LONGEST = 30.0
+"""Seconds of one statement that waits: while it does, the server cleans up nothing newer."""
+_EVENTS_AT_ONCE = 256
+
+_LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
+_UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
+_LOCK = Statement(
+    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
+    *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
+)
+_UNLOCK = Statement("SELECT unlock_domain($1, $2)", "bigint", "bool")
+_COMMIT = Statement(
+    f"SELECT commit_domain({', '.join(f'${place}' for place in range(1, 28))})",
+    *("bigint", "bigint", "bigint", "bigint", "bigint"),
+    *("text", "int", "smallint", "int", "bool", "bool", "int", "bigint", "text"),
+    *("bool", "bytea", "bool", "bytea", "bool", "bytea", "text", "bool", "bytea", "text"),
+    *("int", "jsonb", "bool"),
+)
+_INSERT = Statement(
+    f"SELECT * FROM insert_domain({', '.join(f'${place}' for place in range(1, 13))})",
+    *("bigint", "bigint", "bigint", "uuid", "text", "smallint", "bool", "bytea", "text", "bytea"),
+    *("int", "jsonb"),
+)
+_REMOVE = Statement(
+    "SELECT remove_domain($1, $2, $3, $4, $5, $6, $7)",
+    *("bigint", "bigint", "bigint", "bigint", "bigint", "int", "jsonb"),
+)
+_NEXT_ID = Statement("SELECT next_id($1)", "bigint")
+_HELD = Statement(
+    "SELECT ((classid::bigint & 65535) << 32) | objid::bigint, (classid::bigint >> 16) - 23808 "
+    "FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
+    "AND pid = pg_backend_pid() AND (classid::bigint >> 16) - 23808 BETWEEN 1 AND 3"
+)
+
+_NAME_MUTEX = Statement(
+    "INSERT INTO mutexes (list, name) SELECT $1, $2 "
+    "WHERE (SELECT count(*) FROM mutexes WHERE list = $1) < $3 "
+    "ON CONFLICT (list, name) DO NOTHING",
+    *("bigint", "text", "int"),
+)
+_MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bigint", "text")
+_LOCK_MUTEX = Statement(
+    "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
+)
+_UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2)", "bigint", "bool")
+
+_ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
+_BARE = f"SELECT {COLUMNS} FROM domains d"
+_BY = {
+    "record": Statement(f"{_ROWS} WHERE d.list = $1 AND record = $2", "bigint", "bigint"),
+    "uuid": Statement(f"{_ROWS} WHERE d.list = $1 AND d.uuid = $2", "bigint", "uuid"),
+    "name": Statement(f"{_ROWS} WHERE d.list = $1 AND d.name = $2", "bigint", "text"),
+    "id": Statement(
+        f"{_ROWS} WHERE d.list = $1 AND d.id = $2 AND d.id <> -1", "bigint", "int"
+    ),
+}
+_IDENTITY = Statement(
+    f"{_BARE} WHERE d.list = $1 AND (d.uuid = $2 OR d.name = $3) "
+    "ORDER BY d.uuid = $2 DESC NULLS LAST LIMIT 1",
+    *("bigint", "uuid", "text"),
+)
+_WANTED = (
+    " WHERE d.list = $1 AND ($2 IS NULL OR (d.id <> -1) = $2) "
+    "AND ($3 IS NULL OR d.persistent = $3) AND ($4 IS NULL OR d.autostart = $4) "
+    "AND ($5 IS NULL OR d.state = ANY ($5)) AND ($6 IS NULL OR d.host = $6)"
+)
+_WANTED_TYPES = ("bigint", "bool", "bool", "bool", "smallint[]", "text")
+_SCAN = Statement(_BARE + _WANTED + " ORDER BY d.record", *_WANTED_TYPES)
+_SCAN_ALL = Statement(_ROWS + _WANTED + " ORDER BY d.record", *_WANTED_TYPES)
+_COUNT = Statement("SELECT count(*) FROM domains d" + _WANTED, *_WANTED_TYPES)
+_SOME = Statement(f"{_ROWS} WHERE d.list = $1 AND record = ANY ($2)", "bigint", "bigint[]")
+_VERSIONS = Statement("SELECT record, version FROM domains WHERE list = $1", "bigint")
+_VERSION = Statement("SELECT version FROM domains WHERE list = $1 AND record = $2", *("bigint",) * 2)
+_RECORDS = Statement("SELECT record, uuid FROM domains WHERE list = $1 ORDER BY record", "bigint")
+_WITH_WORK = Statement(f"{_BARE} WHERE d.list = $1 AND d.work IS NOT NULL", "bigint")
+_TYPED = Statement("SELECT typed, next_typed FROM definitions WHERE record = $1", "bigint")
+
+_EVENT_COUNT = Statement("SELECT events FROM counters WHERE list = $1", "bigint")
+_EVENTS = Statement(
+    "SELECT number, extract(epoch FROM at)::float8, type, detail, uuid, name, id FROM events "
+    "WHERE list = $1 AND number >= $2 ORDER BY number LIMIT $3",
+    *("bigint", "bigint", "int"),
+)
+_DIRS = Statement(
+    "SELECT config_dir, autostart_dir FROM directories WHERE list = $1 AND host = $2",
+    *("bigint", "text"),
+)
+_SET_DIRS = Statement(
+    "INSERT INTO directories (list, host, config_dir, autostart_dir) VALUES ($1, $2, $3, $4) "
+    "ON CONFLICT (list, host) DO UPDATE SET config_dir = $3, autostart_dir = $4",
+    *("bigint", "text", "bytea", "bytea"),
+)
+_NO_DIRS = Statement("DELETE FROM directories WHERE list = $1 AND host = $2", "bigint", "text")
+
+
+class PostgresStore:
+    """Records are numbers of rows; see `rules.store.Store`."""
+
+    def __init__(self, pool: Pool, events_max: int) -> None:
+        self.pool = pool
+        self.holders = Holders(pool)
+        self.events_max = events_max
+        self._definitions = Definitions()
+        self._mutexes: dict[str, int] = {}
+        self._deaths: dict[str, int | None] = {}  # of a mutex that somebody here holds
+        self._events: dict[int, DomainEvent] = {}
+
+    @property
+    def _list(self) -> bytes:
+        return b"%d" % self.pool.list
+
+    # --- asking ---
+
+    def _wait(
+        self, statement: Statement, values: list[bytes | None], timeout: float | None
+    ) -> tuple[State, list[Row]]:
+        """A statement that takes a lock, its last value being the milliseconds of its wait. No
+        rows: it was not free in time. Asks again through a new session if nothing is held."""
+        end = None if timeout is None else time.monotonic() + timeout
+        patience = self.pool.patience
+        give_up = time.monotonic() + patience
+        while True:
+            state = self.pool.begin(patience if timeout is None else max(timeout, patience))
+            session = state.session
+            assert session is not None
+            left = None if end is None else max(end - time.monotonic(), 0)
+            slice = _LONGEST if left is None else min(left, _LONGEST)
+            milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
+            given = [self._list, number(session.number), *values, number(milliseconds)]
+            try:
+                return state, session.call(statement, given, waits=timeout != 0)
+            except Refused as exc:
+                if exc.state == "55P03":
+                    if left is None or left > slice:
+                        continue
+                    self.pool.rest(state)
+                    return state, []
+                self.pool.rest(state)
+                raise self._refusal(exc) from None
+            except Gone as exc:
+                held = not state.is_empty
+                self.pool.drop(state)
+                if held:
+                    raise self.lost(str(exc)) from None
+                if time.monotonic() > give_up:
+                    raise Unavailable(f"{self._shown} went away: {exc}") from None
+            except BaseException:
+                self._put_back(state)
+                raise
+
+    def _put_back(self, state: State) -> None:
+        """After a wait that was interrupted: whatever it got all the same."""
+        session = state.session
+        if state.is_empty or session is None:
+            self.pool.drop(state)
+            return
+        try:
+            for which, kind in session.call(_HELD):
+                self._put_back_one(state, session, big(kind), big(which))
+        except (Gone, Refused):
+            self.pool.drop(state)
+
+    def _put_back_one(self, state: State, session: Session, kind: int, which: int) -> None:
+        if kind == DOMAIN and which not in state.holds:
+            session.call(_UNLOCK, [number(which), truth(False)])
+        elif kind == LIST and which == self.pool.list and not state.list_held:
+            session.call(_UNLOCK_LIST, [number(which)])
+        elif kind == MUTEX and which not in {self._mutexes.get(name) for name in state.mutexes}:
+            session.call(_UNLOCK_MUTEX, [number(which), truth(False)])
+
+    def _held(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
+        """A statement of a holder, through the session that holds the lock."""
+        state = self.pool.mine()
+        if state is None or state.session is None:
+            raise self.lost("its session is gone")
+        try:
+            return state.session.call(statement, values)
+        except Gone as exc:
+            self.pool.drop(state)
+            raise self.lost(str(exc)) from None
+        except Refused as exc:
+            raise self._refusal(exc) from None
+
+    def lost(self, why: str) -> LockLost:
+        return LockLost(
+            f"the locks that {core.owner_words()} held on {self._shown} are lost, and with them "
+            f"what was not committed: {why}"
+        )
+
+    def _refusal(self, exc: Refused) -> Exception:
+        if exc.state == "40P01":
+            return LockOrder(f"{self._shown}: waits for locks of several lists form a cycle")
+        if exc.state == "42501":
+            return SegmentRefused(f"{self._shown}: {exc.text}")
+        if exc.state.startswith("53"):
+            return SegmentFull(f"{self._shown}: {exc.text}")
+        return Unavailable(f"{self._shown}: {exc}")
+
+    @property
+    def _shown(self) -> str:
+        return self.pool.address.shown
+
+    def _read(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
+        try:
+            return self.pool.ask(statement, values)
+        except Refused as exc:
+            raise self._refusal(exc) from None
+
+    # --- the list lock ---
+
+    def lock_list(self, timeout: float | None) -> None:
+        state, rows = self._wait(_LOCK_LIST, [], timeout)
+        if not rows or rows[0][0] != b"\1":
+            self.pool.rest(state)
+            raise local.timed_out(
+                "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
+            )
+
+    def unlock_list(self) -> None:
+        self._held(_UNLOCK_LIST, [self._list])
+
+    # --- finding and reading ---
+
+    def find(self, key: Key) -> int | None:
+        info = self.peek(key)
+        return None if info is None else info._record
+
+    def peek(self, key: Key) -> PostgresInfo | None:
+        """The committed state of the domain with this key."""
+        value: bytes | None = key.value.bytes if key.kind == "uuid" else str(key.value).encode()  # type: ignore[union-attr]
+        if key.kind == "uuid":
+            value = str(key.value).encode()
+        if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+            return None
+        return self._one(_BY[key.kind], [self._list, value])
+
+    def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
+        rows = self._read(statement, values)
+        return self._info(rows[0]) if rows else None
+
+    def _info(self, row: Row) -> PostgresInfo:
+        """From a row with definitions."""
+        live, successor = row[WIDTH : WIDTH + 2]
+        assert live is not None
+        typed = live, successor
+
+        def load(record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
+            return self._definitions.decoded(record, version, typed)
+
+        return PostgresInfo.of(row[:WIDTH], load, self.holders.describe)
+
+    def read(self, record: int) -> PostgresInfo | None:
+        return self._one(_BY["record"], [self._list, number(record)])
+
+    def some(self, records: Iterable[int]) -> list[PostgresInfo]:
+        """The committed states of those that are there."""
+        array = "{" + ",".join(map(str, records)) + "}"
+        return [self._info(row) for row in self._read(_SOME, [self._list, array.encode()])]
+
+    def records(self) -> Iterable[int]:
+        return [record for record, _ in self.handles()]
+
+    def handles(self) -> list[tuple[int, bytes]]:
+        """Each record and its uuid."""
+        rows = self._read(_RECORDS, [self._list])
+        return [(big(row[0]), row[1] or b"") for row in rows]
+
+    def identity(self, uuid: Any, name: str) -> PostgresInfo | None:
+        """Who has this uuid or, if nobody has, this name; without definitions."""
+        key = None if uuid is None else str(uuid).encode()
+        rows = self._read(_IDENTITY, [self._list, key, name.encode()])
+        return PostgresInfo.of(rows[0], None, self.holders.describe) if rows else None
+
+    def _filter(self, wanted: Filter) -> list[bytes | None]:
+        flags = (wanted.active, wanted.persistent, wanted.autostart)
+        states = wanted.states
+        host = wanted.host
+        return [
+            self._list,
+            *(None if flag is None else truth(flag) for flag in flags),
+            None if states is None else ("{" + ",".join(map(str, map(int, states))) + "}").encode(),
+            None if host is None else host.encode(),
+        ]
+
+    def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
+        """The committed states of the domains that match, all of one moment."""
+        rows = self._read(_SCAN_ALL if definitions else _SCAN, self._filter(wanted))
+        if definitions:
+            return [self._info(row) for row in rows]
+        describe = self.holders.describe
+        return [PostgresInfo.of(row, None, describe) for row in rows]
+
+    def count(self, wanted: Filter) -> int:
+        return big(self._read(_COUNT, self._filter(wanted))[0][0])
+
+    def with_work(self) -> list[PostgresInfo]:
+        """Those in which something is under way, without definitions."""
+        rows = self._read(_WITH_WORK, [self._list])
+        return [PostgresInfo.of(row, None, self.holders.describe) for row in rows]
+
+    def versions(self) -> dict[int, int]:
+        """The version of each record."""
+        return {big(row[0]): big(row[1]) for row in self._read(_VERSIONS, [self._list])}
+
+    def _load(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
+        """The definitions of a domain that the caller has locked."""
+        found = self._definitions.get(record, version)
+        if found is not None:
+            return found
+        rows = self._read(_TYPED, [number(record)])
+        if not rows or rows[0][0] is None:
+            raise self.lost(f"record {record} is gone")
+        typed: Typed = rows[0][0], rows[0][1]
+        return self._definitions.decoded(record, version, typed)
+
+    # --- a domain's lock ---
+
+    def lock(self, record: int, timeout: float | None) -> PostgresInfo | None:
+        return self.lock_by(Key("record", record), timeout)  # type: ignore[arg-type]
+
+    def lock_by(self, key: Key, timeout: float | None) -> PostgresInfo | None:
+        """Find by a key and lock; ``None``: there is no such domain."""
+        kind, value = key.kind, str(key.value).encode()
+        if kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+            return None
+        keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
+        state, rows = self._wait(_LOCK, keys, timeout)
+        outcome = small(rows[0][0]) if rows else 2
+        if outcome == 1:
+            row = rows[0]
+            died = None if row[17] is None else big(row[17])
+            return PostgresInfo.of(
+                row[1:16], self._load, self.holders.describe, big(row[16]), died
+            )
+        self.pool.rest(state)
+        if outcome == 0:
+            return None
+        raise self._too_late(key, timeout, rows)
+
+    def _too_late(self, key: Key, timeout: float | None, rows: list[Row]) -> Exception:
+        if rows:
+            record, name = big(rows[0][1]), None
+        info = self.read(record) if rows else self._peek_any(key)
+        if info is None:
+            return local.timed_out(f"domain {key.value!r}", timeout, None)
+        name, record = info.name, info._record
+        return local.timed_out(f"domain {name!r}", timeout, self.holders.of_lock(DOMAIN, record))
+
+    def _peek_any(self, key: Key) -> PostgresInfo | None:
+        if key.kind == "record":
+            return self.read(int(str(key.value)))
+        return self.peek(key)
+
+    def unlock(self, record: int, seen: bool) -> None:
+        self._held(_UNLOCK, [number(record), truth(seen)])
+
+    def died(self, record: int) -> LockHolder | None:
+        state = self.pool.mine()
+        hold = None if state is None else state.holds.get(record)
+        if hold is None or hold.info._died is None:
+            return None
+        return self.holders.of_session(hold.info._died)
+
+    # --- commits ---
+
+    def _state(self) -> State:
+        state = self.pool.mine()
+        if state is None or state.session is None:
+            raise self.lost("its session is gone")
+        return state
+
+    def insert(
+        self, new: NewDomain, news: Sequence[News], timeout: float | None
+    ) -> tuple[int, PostgresInfo]:
+        definition = new.definition
+        work = None if new.work is None else new.work.encode()
+        values = [
+            str(new.uuid).encode(),
+            new.name.encode(),
+            number(new.state),
+            truth(new.persistent),
+            definition.encode(),
+            definition.to_xml().encode(),
+            work,
+            number(self.events_max),
+            _news(news),
+        ]
+        state = self._state()
+        try:
+            rows = self._commits(state, _INSERT, values)
+        except Gone as exc:
+            self._fell_through(state, exc, timeout, f"define domain {new.name!r}")
+            raise self.lost(f"{exc}; domain {new.name!r} is defined all the same") from None
+        except Refused as exc:
+            raise self._refused_insert(exc, new) from None
+        info = self.read_new(rows[0], new)
+        return info._record, info
+
+    def read_new(self, row: Row, new: NewDomain) -> PostgresInfo:
+        record, token = big(row[0]), big(row[1])
+        made = PostgresInfo(
+            id=-1,
+            name=new.name,
+            uuid=new.uuid,
+            state=new.state,
+            reason=0,
+            persistent=new.persistent,
+            autostart=False,
+            pid=None,
+            blobs=(new.definition, None, None),
+            work=new.work,
+            describe=self.holders.describe,
+        )
+        values = {"host": None, "_record": record, "_version": 1, "_defined": 1, "_data": None}
+        for field, value in {**values, "_load": self._load, "_token": token, "_died": None}.items():
+            object.__setattr__(made, field, value)
+        return made
+
+    def _refused_insert(self, exc: Refused, new: NewDomain) -> Exception:
+        if exc.constraint == "domains_uuid":
+            return DomainExists(f"domain '{new.name}' already exists with uuid {new.uuid}")
+        if exc.constraint == "domains_name":
+            return DomainExists(f"domain with name '{new.name}' already exists")
+        return self._refusal(exc)
+
+    def commit(
+        self, record: int, changes: Changes, news: Sequence[News], timeout: float | None
+    ) -> PostgresInfo:
+        return self.commit_and(record, changes, news, timeout, False)
+
+    def commit_and(
+        self,
+        record: int,
+        changes: Changes,
+        news: Sequence[News],
+        timeout: float | None,
+        unlock: bool,
+    ) -> PostgresInfo:
+        """`commit`, and in the same round trip `unlock`."""
+        state = self._state()
+        info: PostgresInfo = state.holds[record].info
+        values = self._changed(info, changes, news, unlock)
+        try:
+            rows = self._commits(state, _COMMIT, [number(record), number(info._version), *values])
+        except Gone as exc:
+            info = self._settle(state, info, values, exc, timeout, unlock)
+        except Refused as exc:
+            if exc.constraint == "domains_name":
+                name = changes.get("name", info.name)
+                raise DomainExists(f"domain with name '{name}' already exists") from None
+            raise self._refusal(exc) from None
+        else:
+            if rows[0][0] is None:
+                raise self.lost(f"domain {info.name!r} was changed by somebody else")
+        return self._after(info, changes)
+
+    def _changed(
+        self, info: PostgresInfo, changes: Changes, news: Sequence[News], unlock: bool
+    ) -> list[bytes | None]:
+        get = changes.get
+        live, successor = get("definition"), get("next_definition")
+        pid = get("pid", info.pid)
+        host = get("host", info.host)
+        return [
+            str(get("name", info.name)).encode(),
+            number(get("id", info.id)),
+            number(get("state", info.state)),
+            number(get("reason", info.reason)),
+            truth(get("persistent", info.persistent)),
+            truth(get("autostart", info.autostart)),
+            number(pid),
+            number(get("started", info._started)),
+            None if host is None else str(host).encode(),
+            truth("data" in changes),
+            get("data"),
+            truth("work" in changes),
+            get("work"),
+            truth("definition" in changes),
+            None if live is None else live.encode(),
+            None if live is None else live.to_xml().encode(),
+            truth("next_definition" in changes),
+            None if successor is None else successor.encode(),
+            None if successor is None else successor.to_xml().encode(),
+            number(self.events_max),
+            _news(news),
+            truth(unlock),
+        ]
+
+    def _after(self, info: PostgresInfo, changes: Changes) -> PostgresInfo:
+        values: dict[str, Any] = dict(changes)
+        version = info._version + 1
+        redefined = "definition" in values or "next_definition" in values
+        if "work" in values:
+            packed = values["work"]
+            values["work"] = None if packed is None else Work.decode(packed)
+        after = info.changed(version, version if redefined else info._defined, **values)
+        known = None if not redefined else self._known(info, changes)
+        if known is not None:
+            data = values.get("data", info._data)
+            if data is None:
+                object.__setattr__(after, "_blobs", (*known, None))
+        return after
+
+    def _known(
+        self, info: PostgresInfo, changes: Changes
+    ) -> tuple[DomainDef, DomainDef | None] | None:
+        """The definitions after a commit, if they need not be read for it."""
+        if "definition" in changes and "next_definition" in changes:
+            return changes["definition"], changes["next_definition"]
+        return None
+
+    def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:
+        state = self._state()
+        info: PostgresInfo = state.holds[record].info
+        values = [number(record), number(info._version), number(self.events_max), _news(news)]
+        try:
+            rows = self._commits(state, _REMOVE, values)
+        except Gone as exc:
+            self._fell_through(state, exc, timeout, f"remove domain {info.name!r}")
+            raise self.lost(f"{exc}; domain {info.name!r} is removed all the same") from None
+        except Refused as exc:
+            raise self._refusal(exc) from None
+        if rows[0][0] != b"\1":
+            raise self.lost(f"domain {info.name!r} was changed by somebody else")
+
+    def _commits(
+        self, state: State, statement: Statement, values: list[bytes | None]
+    ) -> list[Row]:
+        session = state.session
+        assert session is not None
+        session.commits += 1
+        return session.call(
+            statement, [self._list, number(session.number), number(session.commits), *values]
+        )
+
+    def next_id(self, timeout: float | None) -> int:
+        [[id]] = self._held(_NEXT_ID, [self._list])
+        if id is None:
+            raise SegmentFull(f"{self._shown}: every id up to 2147483647 was given out")
+        return integer(id)
+
+    # --- lost answers ---
+
+    def _patience(self, timeout: float | None) -> float:
+        """How long a server that owes an answer is waited for: its lost session may need a lease
+        to end."""
+        least = self.pool.address.lease
+        return 3 * least if timeout is None else max(timeout, least)
+
+    def _done_by(
+        self, state: State, exc: Gone, timeout: float | None, what: str
+    ) -> tuple[Session, bool]:
+        """A new session, and whether the last commit of the lost one happened."""
+        lost = state.session
+        assert lost is not None
+        if not exc.asked:
+            self.pool.drop(state)
+            raise self.lost(str(exc)) from None
+        number_of = lost.commits
+        try:
+            session, done = self.pool.done_by(lost, self._patience(timeout))
+        except Unavailable as gone:
+            self.pool.drop(state)
+            raise InDoubt(
+                f"whether {core.owner_words()} did {what} is not known: {exc}; {gone}. Look when "
+                "the server is back"
+            ) from None
+        return session, done >= number_of
+
+    def _fell_through(
+        self, state: State, exc: Gone, timeout: float | None, what: str
+    ) -> None:
+        """After a lost answer: returns if it happened; `LockLost` if not."""
+        session, happened = self._done_by(state, exc, timeout, what)
+        self.pool.give(session)
+        self.pool.drop(state)
+        if not happened:
+            raise self.lost(str(exc)) from None
+
+    def _settle(
+        self,
+        state: State,
+        info: PostgresInfo,
+        values: list[bytes | None],
+        exc: Gone,
+        timeout: float | None,
+        unlock: bool,
+    ) -> PostgresInfo:
+        """The state that was committed from, after a lost answer: the commit happened, or is made
+        now. Its holder goes on with a new session if nobody else had the domain meanwhile."""
+        what = f"the commit of domain {info.name!r}"
+        session, happened = self._done_by(state, exc, timeout, what)
+        alone = list(state.holds) == [info._record] and not (state.list_held or state.mutexes)
+        if happened and unlock:
+            self._adopt(state, session)
+            return info
+        if not alone:
+            self.pool.give(session)
+            self.pool.drop(state)
+            applied = f"; {what} is applied" if happened else ""
+            raise self.lost(f"{exc}{applied}")
+        self._adopt(state, session)
+        try:
+            again = self._lock_again(session, info)
+        except (Gone, Refused) as second:
+            self.pool.drop(state)
+            raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
+        expected = info._version + happened
+        mine = again is not None and again._version == expected
+        if again is None or not mine or not 0 < again._token - info._token < 1 << 20 | 2:
+            with_lock = again is not None
+            if with_lock:
+                session.call(_UNLOCK, [number(info._record), truth(False)])
+            self.pool.drop(state)
+            applied = f"; {what} is applied" if happened else ""
+            raise self.lost(f"{exc}; somebody else had the domain meanwhile{applied}")
+        object.__setattr__(info, "_token", again._token)
+        if happened:
+            return info
+        try:
+            place = [number(info._record), number(info._version)]
+            rows = self._commits(state, _COMMIT, [*place, *values])
+        except (Gone, Refused) as second:
+            self.pool.drop(state)
+            raise InDoubt(f"{what} was tried twice: {exc}; {second}") from None
+        if rows[0][0] is None:
+            raise self.lost(f"domain {info.name!r} was changed by somebody else")
+        return info
+
+    def _adopt(self, state: State, session: Session) -> None:
+        """Go on with another session; what the lost one held is lost."""
+        lost, state.session = state.session, session
+        if lost is not None:
+            self.pool.bury(lost)
+
+    def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
+        wait = number(int(self._patience(None) * 1000))
+        values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        [row] = session.call(_LOCK, values, waits=True)
+        if small(row[0]) != 1:
+            return None
+        return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]))
+
+    # --- waiting: see `domain_list`, which sleeps by the listener ---
+
+    def receipt(self, record: int) -> int | None:
+        rows = self._read(_VERSION, [self._list, number(record)])
+        return big(rows[0][0]) if rows else None
+
+    def sleep(self, record: int, receipt: object, timeout: float) -> bool:
+        changes = self.pool.listener.listen()
+        if self.receipt(record) != receipt:
+            return True
+        return self.pool.listener.sleep(changes, record, timeout)
+
+    def stamp(self) -> object:
+        return self.pool.listener.listen()
+
+    def sleep_on_stamp(self, stamp: Any, timeout: float) -> bool:
+        return self.pool.listener.sleep(stamp, None, timeout)
+
+    # --- named locks ---
+
+    def name_mutex(self, name: str) -> None:
+        if name in self._mutexes:
+            return
+        key = name.encode()
+        rows = self._read(_MUTEX, [self._list, key])
+        if not rows:
+            self._read(_NAME_MUTEX, [self._list, key, number(MOST_MUTEXES)])
+            rows = self._read(_MUTEX, [self._list, key])
+        if not rows:
+            raise TooManyMutexes(
+                f"mutex {name!r}: there are {MOST_MUTEXES} already, which is the limit"
+            )
+        self._mutexes[name] = big(rows[0][0])
+
+    def lock_mutex(self, name: str, timeout: float | None) -> None:
+        mutex = self._mutexes[name]
+        state, rows = self._wait(_LOCK_MUTEX, [number(mutex)], timeout)
+        if not rows or small(rows[0][0]) != 1:
+            self.pool.rest(state)
+            holder = self.holders.of_lock(MUTEX, mutex)
+            raise local.timed_out(f"mutex {name!r}", timeout, holder)
+        self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
+
+    def unlock_mutex(self, name: str, seen: bool) -> None:
+        self._held(_UNLOCK_MUTEX, [number(self._mutexes[name]), truth(seen)])
+
+    def mutex_died(self, name: str) -> LockHolder | None:
+        died = self._deaths.get(name)
+        return None if died is None else self.holders.of_session(died)
+
+    # --- processes ---
+
+    def started(self, pid: int) -> int:
+        return core.process_start(pid)
+
+    def runs(self, pid: int, started: int) -> bool:
+        return core.process_runs(pid, started)
+
+    def caller(self) -> Caller:
+        return self.holders.caller()
+
+    def describe(self, caller: Caller) -> LockHolder:
+        return self.holders.describe(caller)
+
+    def lives(self, caller: Caller) -> bool:
+        return self.holders.lives(caller)
+
+    # --- events ---
+
+    @property
+    def event_count(self) -> int:
+        return big(self._read(_EVENT_COUNT, [self._list])[0][0])
+
+    def event(self, number_of: int) -> DomainEvent | None:
+        found = self._events.pop(number_of, None)
+        if found is not None:
+            return found
+        rows = self._read(_EVENTS, [self._list, number(number_of), number(_EVENTS_AT_ONCE)])
+        events = [_event(row) for row in rows]
+        self._events = {one.number: one for one in events}
+        return self._events.pop(number_of, None)
+
+    def sleep_on_events(self, count: int, timeout: float | None) -> bool:
+        listener = self.pool.listener
+        listener.listen()
+        return listener.sleep_on_events(count, 0.1 if timeout is None else min(timeout, 0.1))
+
+    # --- config directories ---
+
+    def remembered(self) -> ConfigDirs | None:
+        rows = self._read(_DIRS, [self._list, self.pool.host.encode()])
+        if not rows or rows[0][0] is None:
+            return None
+        config_dir, autostart_dir = rows[0]
+        return ConfigDirs(
+            Path(os.fsdecode(config_dir)),
+            None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
+        )
+
+    def remember(self, dirs: ConfigDirs | None) -> None:
+        host = self.pool.host.encode()
+        if dirs is None:
+            self._held(_NO_DIRS, [self._list, host])
+            return
+        autostart = dirs.autostart_dir
+        paths = [
+            os.fsencode(dirs.config_dir),
+            None if autostart is None else os.fsencode(autostart),
+        ]
+        self._held(_SET_DIRS, [self._list, host, *paths])
+
+
+def _news(news: Sequence[News]) -> bytes | None:
+    if not news:
+        return None
+    return json.dumps([[int(one.type), one.detail, one.id, one.name] for one in news]).encode()
+
+
+def _event(row: Row) -> DomainEvent:
+    type = EventType(small(row[2]))
+    uuid = UUID(bytes=row[4])
+    detail = detail_of(type, integer(row[3]))
+    return DomainEvent(
+        big(row[0]), double(row[1]), type, detail, uuid, text(row[5]), integer(row[6])
+    )
