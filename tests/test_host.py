@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from dict_store import DictDomainList
 from helpers import EVERY_STORE, STORES, Store, environment, xml
 
 from shmdomains import DomainInfo, DomainNotLocked
@@ -36,10 +35,11 @@ def doms(request: pytest.FixtureRequest) -> Iterator[Any]:
     doms.close()
 
 
-@pytest.fixture
-def spanning() -> Iterator[Any]:
+@pytest.fixture(params=EVERY_STORE[len(STORES) :], ids=lambda store: store.name)
+def spanning(request: pytest.FixtureRequest) -> Iterator[Any]:
     """``a`` runs here, ``b`` there, ``c`` nowhere."""
-    doms = DictDomainList()
+    store: Store = request.param
+    doms = store.make()
     for name, host in (("a", None), ("b", THERE), ("c", None)):
         doms.define(xml(name))
         if name != "c":
