@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from weakref import WeakValueDictionary, finalize, ref
 
 import psycopg
 
@@ -31,13 +32,14 @@ from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
+from ..rules.events import news_of_change
 from ..rules.info import DomainInfo
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.plain_mutex import PlainMutex
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
 from . import invariants, schema, session
-from .pool import Pool, State, check_server
+from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
 from .url import Address, parse, this_host
@@ -156,6 +158,7 @@ class PostgresDomainList(PlainDomainList[int]):
         self._pool = Pool(address, conninfo, host, list_number)
         super().__init__(PostgresStore(self._pool, events))  # type: ignore[arg-type]
         self.host = host
+        finalize(self, self._pool.close).atexit = False  # a list that is dropped, too
         self._pid = os.getpid()
         self._maker: int | None = None
 
@@ -230,7 +233,8 @@ class PostgresDomainList(PlainDomainList[int]):
             from . import embedded
 
             conninfo = embedded.server(address.embedded)
-        with _first(address, conninfo, deadline) as conn:
+        conn = _first(address, conninfo, deadline)
+        try:
             if (conninfo, os.getpid()) not in _checked:
                 with session.connect(conninfo, address.lease, address.shown, "shmdomains") as other:
                     check_server(conn, other, address.shown)
@@ -238,8 +242,15 @@ class PostgresDomainList(PlainDomainList[int]):
             if may_make:
                 schema.ensure(conn, address.shown)
             number, kept, made = _enter(conn, address, name, events, may_make)
-        doms = cls(address, conninfo, name, number, kept)
+            doms = cls(address, conninfo, name, number, kept)
+            doms._pool.begin_with(conn)
+        except BaseException:
+            conn.close()
+            raise
         doms._maker = os.getpid() if made else None
+        known = _lists.get((url, name))
+        if known is None or known.closed:
+            _lists[url, name] = doms
         return doms
 
     @property
@@ -250,7 +261,9 @@ class PostgresDomainList(PlainDomainList[int]):
     def unlink(self, force: bool = False, timeout: float | None = 10.0) -> None:
         """Remove the list and all that is in it. Raises `SegmentInUse` while other processes are
         attached, unless `force`, and `SegmentNotFound` if it is gone."""
-        others = [one for one in self.info.attached if one.pid != os.getpid()]
+        deadline = Deadline(1.0 if timeout is None else min(timeout, 1.0))
+        while (others := self._others()) and not force and deadline.left():
+            time.sleep(0.02)  # the server may be about to see the end of one
         if others and not force:
             raise SegmentInUse(
                 f"{self._pool.address.shown} is in use by process "
@@ -260,6 +273,9 @@ class PostgresDomainList(PlainDomainList[int]):
             found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
             if not found.rowcount:
                 raise SegmentNotFound(f"{self._pool.address.shown} is gone")
+
+    def _others(self) -> list[AttachedProcess]:
+        return [one for one in self.info.attached if one.pid != os.getpid()]
 
     def close(self) -> None:
         """Close the list; from now on everything else raises `ListClosed`. Locked domains stay
@@ -361,8 +377,6 @@ class PostgresDomainList(PlainDomainList[int]):
         return None
 
     def _handle(self, record: int, hold: _Hold[int]) -> PlainDomain[int]:
-        from weakref import ref
-
         dom = PostgresDomain(self, record, hold.info.uuid)
         dom._locker = hold
         hold.handle = ref(dom)
@@ -396,8 +410,6 @@ class PostgresDomainList(PlainDomainList[int]):
             self._pool.rest(state)
 
     def _commit(self, hold: _Hold[int], timeout: float | None, unlock: bool = False) -> None:
-        from ..rules.events import news_of_change
-
         changes, noted = hold.changes, hold.noted
         hold.drop()
         if not changes and not noted:
@@ -570,16 +582,15 @@ def _slice(timeout: float | None) -> float:
     return 0.1 if timeout is None else min(timeout, 0.1)
 
 
-_lists: dict[tuple[int, str, str], PostgresDomainList] = {}
+_lists: WeakValueDictionary[tuple[str, str], PostgresDomainList] = WeakValueDictionary()
 
 
 def _opened(url: str, host: str, lease: float, read: str) -> PostgresDomainList:
     """The list of a pickle: the same one for all handles of a process."""
-    key = os.getpid(), url, host
-    known = _lists.get(key)
-    if known is None or known.closed:
-        known = _lists[key] = PostgresDomainList.attach(url, host=host, lease=lease, read=read)
-    return known
+    known = _lists.get((url, host))
+    if known is not None and not known.closed:
+        return known
+    return PostgresDomainList.attach(url, host=host, lease=lease, read=read)
 
 
 def _first(address: Address, conninfo: str, deadline: Deadline) -> psycopg.Connection[Any]:
@@ -601,12 +612,12 @@ def _enter(
     wanted = DEFAULT_EVENTS if events is None else events
     made = False
     if may_make:
-        creator = f"process {os.getpid()} on {host}"
+        pid = os.getpid()
         row = conn.execute(
-            "WITH made AS (INSERT INTO lists (name, events_max, creator) VALUES (%s, %s, %s) "
-            "ON CONFLICT (name) DO NOTHING RETURNING list) "
+            "WITH made AS (INSERT INTO lists (name, events_max, host, place, pid, start) "
+            "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (name) DO NOTHING RETURNING list) "
             "INSERT INTO counters (list) SELECT list FROM made RETURNING list",
-            [address.list, wanted, creator],
+            [address.list, wanted, host, place_of(host), pid, core.process_start(pid)],
         ).fetchone()
         made = row is not None
     try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config.change import ConfigDirs
 from ..memory import holder
+from ..memory._core import core
 from ..memory.domain_list import AttachedProcess, ListInfo
 from ..xml.definition import DomainDef
 from .session import Row, Statement, big, double, integer, number, text
@@ -18,12 +19,12 @@ _INFO = Statement(
     "SELECT l.name, l.events_max, extract(epoch FROM l.created)::float8, "
     "(SELECT count(*) FROM domains d WHERE d.list = l.list), "
     "(SELECT count(*) FROM domains d WHERE d.list = l.list AND d.id <> -1), "
-    "pg_database_size(current_database()) "
+    "pg_database_size(current_database()), l.pid, l.start, l.place, l.host "
     "FROM lists l WHERE l.list = $1",
     "bigint",
 )
 _ATTACHED = Statement(
-    "SELECT p.pid, p.start, p.place, p.command, p.host FROM processes p WHERE p.list = $1 "
+    "SELECT p.pid, p.start, p.place, p.host, p.command FROM processes p WHERE p.list = $1 "
     "AND EXISTS (SELECT FROM pg_locks k WHERE k.locktype = 'advisory' AND k.objsubid = 1 "
     "AND k.classid = (lock_key(7, p.process) >> 32)::int::oid "
     "AND k.objid = (lock_key(7, p.process) & 4294967295)::bigint::oid) ORDER BY p.process",
@@ -54,8 +55,8 @@ def list_info(pool: Pool, store: PostgresStore, dirs: ConfigDirs | None) -> List
         heap_used=0,
         heap_free=0,
         created=double(row[2]),
-        creator=AttachedProcess(pid=0, started=None, alive=False, command=None),
-        attached=attached,
+        creator=_process((*row[6:], None), pool),
+        attached=[one for one in attached if one.alive],
         config_dir=None if dirs is None else str(dirs.config_dir),
         autostart_dir=None
         if dirs is None or dirs.autostart_dir is None
@@ -65,14 +66,13 @@ def list_info(pool: Pool, store: PostgresStore, dirs: ConfigDirs | None) -> List
 
 
 def _process(row: Row, pool: Pool) -> AttachedProcess:
-    here = text(row[2]) == pool.place
-    command = None if row[3] is None else row[3].decode()
-    return AttachedProcess(
-        pid=integer(row[0]),
-        started=holder.process_started(big(row[1])) if here else None,
-        alive=True,
-        command=command if here else f"{command or ''} on {text(row[4])}".strip(),
-    )
+    pid, start, here = integer(row[0]), big(row[1]), text(row[2]) == pool.place
+    if here:
+        alive = core.process_runs(pid, start)
+        command = holder.command_of(pid) if alive else None
+        return AttachedProcess(pid, holder.process_started(start), alive, command)
+    command = None if row[4] is None else row[4].decode()
+    return AttachedProcess(pid, None, command is not None, f"{command or ''} on {text(row[3])}")
 
 
 def check(pool: Pool) -> tuple[list[tuple[str, str]], dict[str, int]]:

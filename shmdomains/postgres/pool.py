@@ -35,7 +35,8 @@ _IDLE = 8
 
 _ENTER = Statement(
     "INSERT INTO sessions (process, backend, tid, start) VALUES ($1, pg_backend_pid(), $2, $3) "
-    "RETURNING session, pg_advisory_lock(lock_key(6, session))",
+    "RETURNING session, pg_advisory_lock(lock_key(6, session)), "
+    "pg_advisory_lock_shared(lock_key(7, process))",
     *("bigint", "int", "bigint"),
 )
 _USE = Statement(
@@ -140,8 +141,8 @@ class Pool:
             "UPDATE processes SET seen = clock_timestamp() WHERE process = %s", [self.process]
         )
 
-    def _make(self) -> Session:
-        conn = self.connect()
+    def _make(self, conn: psycopg.Connection[Any] | None = None) -> Session:
+        conn = conn or self.connect()
         try:
             with self._lock:
                 if not self.process:
@@ -149,7 +150,7 @@ class Pool:
             made = Session(conn, self.address.lease)
             made.silent = self._is_silent
             made.user = core.caller()[1:]
-            [[row, _]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
+            [[row, *_]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
             made.number = big(row)
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
@@ -184,6 +185,10 @@ class Pool:
                     raise
             time.sleep(pause)
             pause = min(pause * 2, 0.5)
+
+    def begin_with(self, conn: psycopg.Connection[Any]) -> None:
+        """Keep a connection for the first call."""
+        self.give(self._make(conn))
 
     def give(self, one: Session) -> None:
         """Give back a session that holds nothing."""

@@ -24,7 +24,10 @@ CREATE TABLE lists (
     name text NOT NULL UNIQUE CHECK (name <> ''),
     events_max integer NOT NULL CHECK (events_max >= 0),
     created timestamptz NOT NULL DEFAULT now(),
-    creator text NOT NULL
+    host text NOT NULL,  -- the creator's; see processes
+    place text NOT NULL,
+    pid integer NOT NULL,
+    start bigint NOT NULL
 );
 
 -- What many commits of one list change: apart from `lists`, whose row they only read.
