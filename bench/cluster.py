@@ -191,8 +191,9 @@ class Runner:
                     taken[side.name].append(
                         float("inf") if killed.waiting is None else killed.waiting
                     )
-        ratios = _ratios(taken[OURS], taken[HAND])
-        self.results.add("killed: times by hand", OURS, count, ratios)
+        if max(taken[OURS] + taken[HAND]) < float("inf"):
+            ratios = _ratios(taken[OURS], taken[HAND])
+            self.results.add("killed: times by hand", OURS, count, ratios)
         for name, seconds in taken.items():
             seconds.sort()
             if seconds[-1] == float("inf"):
