@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..holder import LockHolder
+from ..holder import LockHolder, this_host
 from ..lazy import LazyModule
 from ..rules.jobs import end_jobs, jobs_of_owner
 from ..rules.work import Caller
@@ -41,6 +41,7 @@ __all__ = [
     "restore_part",
     "slow_wait",
     "stops_loop",
+    "this_host",
 ]
 
 
