@@ -26,9 +26,7 @@ from shmdomains.postgres import PostgresDomainList  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402
 from shmdomains.postgres import statements as ask  # noqa: E402
 
-XML = (
-    "<domain type='kvm'><name>{}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
-)
+XML = "<domain type='kvm'><name>{}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
 
 
 @pytest.fixture(scope="module")
