@@ -16,8 +16,9 @@
 --
 -- Marks of who holds what need not outlive a crash of the server by themselves, so locking alone
 -- never waits for the disk or for a standby (synchronous_commit off). A mark is lost at most for
--- the last moments before a crash. A token must never be given twice, so it takes a leap whenever
--- the server was started anew.
+-- the last moments before a crash. A token must never be given twice, so each life of the server has
+-- its own: after a crash, that of a single backend included, and on a standby that was promoted, the
+-- unlogged table `life` is empty. The first session writes the next number, and that to the disk.
 
 CREATE TABLE lists (
     list bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -28,6 +29,15 @@ CREATE TABLE lists (
     place text NOT NULL,
     pid integer NOT NULL,
     start bigint NOT NULL
+);
+
+CREATE TABLE lives (
+    life bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    since timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE UNLOGGED TABLE life (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    life bigint NOT NULL
 );
 
 -- What many commits of one list change: apart from `lists`, whose row they only read.
@@ -114,8 +124,8 @@ CREATE TABLE holds (
     owner bigint,
     died bigint,
     since timestamptz,
-    token bigint NOT NULL DEFAULT 0,
-    server timestamptz
+    token bigint NOT NULL DEFAULT 0,  -- from life * 2^40
+    life bigint
 ) WITH (fillfactor = 40);
 
 CREATE TABLE mutexes (
@@ -239,6 +249,26 @@ BEGIN
     PERFORM tell(_list, _record || ' +');
 END $$;
 
+-- --- sessions ---
+
+CREATE FUNCTION enter_session(
+    _process bigint, _tid integer, _start bigint, OUT _session bigint
+)
+LANGUAGE plpgsql AS $$
+DECLARE
+    _life bigint;
+BEGIN
+    IF NOT EXISTS (SELECT FROM life) THEN
+        INSERT INTO lives DEFAULT VALUES RETURNING life INTO _life;
+        INSERT INTO life (life) VALUES (_life) ON CONFLICT DO NOTHING;
+    END IF;
+    INSERT INTO sessions (process, backend, tid, start)
+        VALUES (_process, pg_backend_pid(), _tid, _start)
+        RETURNING session INTO _session;
+    PERFORM pg_advisory_lock(lock_key(6, _session));
+    PERFORM pg_advisory_lock_shared(lock_key(7, _process));
+END $$;
+
 -- --- the list lock ---
 
 CREATE FUNCTION lock_list(_list bigint, _me bigint, _wait integer) RETURNS boolean
@@ -313,8 +343,10 @@ BEGIN
         -- Waits for the last holder's transaction. `owner` is still there if he did not let go.
         UPDATE holds
             SET died = coalesce(owner, died), owner = _me, since = clock_timestamp(),
-                token = token + CASE WHEN server = pg_postmaster_start_time() THEN 1 ELSE 1048576 END,
-                server = pg_postmaster_start_time()
+                token = greatest(token + 1, CASE WHEN holds.life = now.life THEN 0
+                                                 ELSE now.life << 40 END),
+                life = now.life
+            FROM life AS now
             WHERE record = _at
             RETURNING token, died INTO _found.token, _found.died;
         IF FOUND THEN
@@ -341,20 +373,21 @@ BEGIN
     END LOOP;
 END $$;
 
--- _seen: the holder was told of a death, so the next one is not.
-CREATE FUNCTION let_go(_record bigint, _seen boolean) RETURNS boolean
+-- _seen: the holder was told of a death, so the next one is not. Whoever does not hold it changes
+-- nothing: the mark is another one's.
+CREATE FUNCTION let_go(_record bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
-        WHERE record = _record;
+        WHERE record = _record AND owner = _me;
     RETURN pg_advisory_unlock(lock_key(1, _record));
 END $$;
 
-CREATE FUNCTION unlock_domain(_record bigint, _seen boolean) RETURNS boolean
+CREATE FUNCTION unlock_domain(_record bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    RETURN let_go(_record, _seen);
+    RETURN let_go(_record, _me, _seen);
 END $$;
 
 -- --- commits ---
@@ -397,7 +430,7 @@ BEGIN
     UPDATE sessions SET done = _number WHERE session = _me;
     PERFORM happened(_list, _max, _record, _uuid, _news);
     IF _unlock THEN
-        PERFORM let_go(_record, true);
+        PERFORM let_go(_record, _me, true);
     END IF;
     RETURN _version + 1;
 END $$;
@@ -414,8 +447,8 @@ BEGIN
         VALUES (_list, _uuid, _name, _state, _persistent, _work)
         RETURNING record INTO _record;
     INSERT INTO definitions (record, typed, xml) VALUES (_record, _typed, _xml);
-    INSERT INTO holds (record, owner, since, token, server)
-        VALUES (_record, _me, clock_timestamp(), 1, pg_postmaster_start_time())
+    INSERT INTO holds (record, owner, since, token, life)
+        SELECT _record, _me, clock_timestamp(), 1, life FROM life
         RETURNING token INTO _token;
     UPDATE sessions SET done = _number WHERE session = _me;
     PERFORM happened(_list, _max, _record, _uuid, _news);
@@ -479,11 +512,11 @@ BEGIN
     RETURN _found;
 END $$;
 
-CREATE FUNCTION unlock_mutex(_mutex bigint, _seen boolean) RETURNS boolean
+CREATE FUNCTION unlock_mutex(_mutex bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE mutexes SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
-        WHERE mutex = _mutex;
+        WHERE mutex = _mutex AND owner = _me;
     RETURN pg_advisory_unlock(lock_key(3, _mutex));
 END $$;
