@@ -141,7 +141,7 @@ CREATE TABLE mutexes (
 -- A commit enters its events without a number: if it counted them itself, all commits of a list
 -- would wait for each other's disk. Whoever reads numbers those that are there (`publish`).
 CREATE TABLE events (
-    place bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    place bigint GENERATED ALWAYS AS IDENTITY,
     list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
     number bigint,
     at timestamptz NOT NULL,
@@ -214,10 +214,10 @@ BEGIN
     SELECT events INTO _last FROM counters WHERE list = _list FOR UPDATE;
     UPDATE events SET number = new.number
         FROM (
-            SELECT place, _last + row_number() OVER (ORDER BY place) AS number
+            SELECT ctid AS at, _last + row_number() OVER (ORDER BY place) AS number
             FROM events WHERE list = _list AND number IS NULL
         ) AS new
-        WHERE events.place = new.place;
+        WHERE events.ctid = new.at;
     GET DIAGNOSTICS _count = ROW_COUNT;
     UPDATE counters SET events = events + _count WHERE list = _list;
     IF (_last + _count) / 256 <> _last / 256 THEN
@@ -226,17 +226,12 @@ BEGIN
     RETURN _last + _count;
 END $$;
 
--- Enter events, and tell of the commit. _news: [[type, detail, id, name], ...] or null.
-CREATE FUNCTION happened(_list bigint, _max integer, _record bigint, _uuid uuid, _news jsonb)
-RETURNS void
+-- Enter events: [[type, detail, id, name], ...].
+CREATE FUNCTION happened(_list bigint, _max integer, _uuid uuid, _news jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     _place bigint;
 BEGIN
-    IF _news IS NULL OR _max = 0 THEN
-        PERFORM tell(_list, _record::text);
-        RETURN;
-    END IF;
     FOR at IN 0 .. jsonb_array_length(_news) - 1 LOOP
         INSERT INTO events (list, at, type, detail, uuid, name, id)
             VALUES (_list, clock_timestamp(), (_news->at->>0)::smallint, (_news->at->>1)::integer,
@@ -246,7 +241,6 @@ BEGIN
     IF _place % 1024 = 0 THEN  -- perhaps nobody reads
         PERFORM publish(_list, _max);
     END IF;
-    PERFORM tell(_list, _record || ' +');
 END $$;
 
 -- --- sessions ---
@@ -335,7 +329,7 @@ BEGIN
             RETURN _found;
         END IF;
         _key := lock_key(1, _at);
-        IF NOT take(_key, _wait) THEN
+        IF NOT pg_try_advisory_lock(_key) AND NOT take(_key, _wait) THEN
             _found.outcome := 2;
             _found.record := _at;
             RETURN _found;
@@ -375,19 +369,13 @@ END $$;
 
 -- _seen: the holder was told of a death, so the next one is not. Whoever does not hold it changes
 -- nothing: the mark is another one's.
-CREATE FUNCTION let_go(_record bigint, _me bigint, _seen boolean) RETURNS boolean
-LANGUAGE plpgsql AS $$
-BEGIN
-    UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
-        WHERE record = _record AND owner = _me;
-    RETURN pg_advisory_unlock(lock_key(1, _record));
-END $$;
-
 CREATE FUNCTION unlock_domain(_record bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    RETURN let_go(_record, _me, _seen);
+    UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
+        WHERE record = _record AND owner = _me;
+    RETURN pg_advisory_unlock(lock_key(1, _record));
 END $$;
 
 -- --- commits ---
@@ -428,9 +416,13 @@ BEGIN
             WHERE record = _record;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
-    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _news IS NOT NULL AND _max > 0 THEN
+        PERFORM happened(_list, _max, _uuid, _news);
+    END IF;
+    PERFORM tell(_list, _record::text);
     IF _unlock THEN
-        PERFORM let_go(_record, _me, true);
+        UPDATE holds SET owner = NULL, died = NULL WHERE record = _record AND owner = _me;
+        PERFORM pg_advisory_unlock(lock_key(1, _record));
     END IF;
     RETURN _version + 1;
 END $$;
@@ -451,7 +443,10 @@ BEGIN
         SELECT _record, _me, clock_timestamp(), 1, life FROM life
         RETURNING token INTO _token;
     UPDATE sessions SET done = _number WHERE session = _me;
-    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _news IS NOT NULL AND _max > 0 THEN
+        PERFORM happened(_list, _max, _uuid, _news);
+    END IF;
+    PERFORM tell(_list, _record::text);
     PERFORM pg_advisory_lock(lock_key(1, _record));  -- nobody else can know it
 END $$;
 
@@ -469,7 +464,10 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
-    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _news IS NOT NULL AND _max > 0 THEN
+        PERFORM happened(_list, _max, _uuid, _news);
+    END IF;
+    PERFORM tell(_list, _record::text);
     PERFORM pg_advisory_unlock(lock_key(1, _record));
     RETURN true;
 END $$;
