@@ -155,6 +155,8 @@ class Pool:
             made.number = big(row)
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
+            if getattr(exc, "state", None) == "23503":  # a server that lost the process's row
+                self.process = 0
             raise Unavailable(
                 f"{self.address.shown} cannot be used: {without_password(str(exc))}"
             ) from None
@@ -258,6 +260,7 @@ class Pool:
         del self.states[core.owner()]
         if state.session is not None:
             self.give(state.session)
+        self._end_listener()
 
     def drop(self, state: State) -> None:
         """The caller's session is lost, and all that it held."""
@@ -265,6 +268,7 @@ class Pool:
             del self.states[core.owner()]
         if state.session is not None:
             self.bury(state.session)
+        self._end_listener()
 
     def bury(self, one: Session) -> None:
         """A session that is over."""
@@ -319,13 +323,18 @@ class Pool:
     def close(self) -> None:
         """End what holds nothing. Sessions with locks go on until they are unlocked."""
         self.closed = True
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.stop()
+        self._end_listener()
         while self._idle:
             one = self._idle.pop()
             one.end("the list was closed")
             self._all.discard(one)
+
+    def _end_listener(self) -> None:
+        """After `close`, unless it still lets the server hear of sessions with locks."""
+        if self.closed and not self.states:
+            listener, self._listener = self._listener, None
+            if listener is not None:
+                listener.stop()
 
     def forget_connection(self, conn: psycopg.Connection[Any]) -> None:
         session.forget(conn)

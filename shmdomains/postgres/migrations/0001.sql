@@ -428,6 +428,9 @@ BEGIN
             WHERE record = _record;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     PERFORM happened(_list, _max, _record, _uuid, _news);
     IF _unlock THEN
         PERFORM let_go(_record, _me, true);
@@ -451,6 +454,9 @@ BEGIN
         SELECT _record, _me, clock_timestamp(), 1, life FROM life
         RETURNING token INTO _token;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     PERFORM happened(_list, _max, _record, _uuid, _news);
     PERFORM pg_advisory_lock(lock_key(1, _record));  -- nobody else can know it
 END $$;
@@ -469,6 +475,9 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     PERFORM happened(_list, _max, _record, _uuid, _news);
     PERFORM pg_advisory_unlock(lock_key(1, _record));
     RETURN true;
