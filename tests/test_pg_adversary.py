@@ -466,12 +466,13 @@ def test_a_domain_that_is_held_when_its_list_is_closed_stays_held(server: Any, n
 
 
 def test_a_process_whose_row_is_gone_makes_a_new_one(
-    doms: PostgresDomainList, sql: psycopg.Connection[Any]
+    doms: PostgresDomainList, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a standby took over that was behind. A commit is not made without its receipt."""
     dom = doms.get("a")
     dom.autostart = True
     sql.execute("DELETE FROM processes WHERE process = %s", [doms._pool.process])
+    on(monkeypatch, doms, ask.COMMIT, after=lose_answer)
     dom.unlock()
     info = doms.peek("a")
     assert info is not None and info.autostart
