@@ -8,7 +8,9 @@ listener hears, and adds what belongs to this store: opening, hosts, tokens, who
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -31,13 +33,15 @@ from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
+from ..rules.elect import Election
 from ..rules.events import news_of_change
 from ..rules.info import DomainInfo
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
-from ..rules.plain_mutex import PlainMutex
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
 from . import invariants, schema, session
+from .elect import Candidate, leading
+from .mutex import PostgresMutex
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
@@ -109,33 +113,6 @@ class PostgresDomain(PlainDomain[int]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PostgresDomain, (self._list, self._record, self._uuid)
-
-
-class PostgresMutex(PlainMutex):
-    """A handle to a named lock of a `PostgresDomainList`; see `shmdomains.Mutex`."""
-
-    def lock(self, timeout: float | None = None) -> None:
-        """Take it; see `MutexBase.lock`."""
-        self._list._need_living()
-        try:
-            super().lock(timeout)
-            self._list._mine.asks = False
-        except BaseException:
-            self._list._store.put_back()
-            raise
-
-    def _give_back(self, seen: bool) -> None:
-        doms: PostgresDomainList = self._list
-        state = doms._mine
-        doms._mutex_held_by.pop(self.name, None)
-        try:
-            doms._store.unlock_mutex(self.name, seen)
-        finally:
-            state.mutexes.pop(self.name, None)
-            doms._pool.rest(state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PostgresMutex, (self._list, self.name, self._timeout)
 
 
 class PostgresDomainList(PlainDomainList[int]):
@@ -359,6 +336,21 @@ class PostgresDomainList(PlainDomainList[int]):
     ) -> PostgresMutex:
         """A named lock, not yet locked; see `ListBase.mutex`."""
         return PostgresMutex(self, name, timeout)
+
+    def elect(
+        self,
+        name: str,
+        run: Callable[[threading.Event], object],
+        *,
+        retry_after: float = 1.0,
+    ) -> Election:
+        """Have ``run(stop)`` run in one worker of all hosts; see `shmdomains.DomainList.elect`.
+
+        `stop` is also set when the lock is lost: the server went away, or this host was cut off
+        for a lease. Then another worker may lead already; when `run` has returned, this one takes
+        part again. `Election.stop` and the end of the election are noticed within 0.1 s.
+        """
+        return Election(self, Candidate(self, name, None), leading(self, run), retry_after)
 
     # --- domains: fewer round trips than `plain` makes ---
 

@@ -416,6 +416,9 @@ BEGIN
             WHERE record = _record;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     IF _news IS NOT NULL AND _max > 0 THEN
         PERFORM happened(_list, _max, _uuid, _news);
     END IF;
@@ -443,6 +446,9 @@ BEGIN
         SELECT _record, _me, clock_timestamp(), 1, life FROM life
         RETURNING token INTO _token;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     IF _news IS NOT NULL AND _max > 0 THEN
         PERFORM happened(_list, _max, _uuid, _news);
     END IF;
@@ -464,6 +470,9 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     IF _news IS NOT NULL AND _max > 0 THEN
         PERFORM happened(_list, _max, _uuid, _news);
     END IF;
