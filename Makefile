@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-check \
-    bench-full instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
+    bench-cluster bench-full instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
     sanitizers sanitize-links FORCE
 
 py := $(VENV)/bin/python
@@ -24,7 +24,7 @@ handwritten := $(filter-out $(core)/core.c,$(wildcard $(core)/*.c))
 say := @printf '==> %s\n'
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed ## set up, then run the main job on the samples while workers are killed
 	$(say) 'demo: workers change the domains of tests/data/domains, some are killed, nothing is lost'
@@ -48,9 +48,13 @@ bench-full: $(VENV)/.installed-bench ## the same with everything, into bench/res
 	$(say) 'bench: a full run; figures and plots go into bench/results'
 	@$(py) -m bench full
 
+bench-cluster: $(VENV)/.installed-bench ## the same for the list on PostgreSQL: beside psycopg by hand, and etcd
+	$(say) 'bench-cluster: a quick run; figures go into build/bench'
+	@$(py) -m bench.cluster quick
+
 bench-check: $(VENV)/.installed-test $(VENV)/.installed-bench ## set up, then compare all that bench measures with a dict
 	$(say) 'bench-check: every contestant gives the right answers, and a small run runs'
-	@$(py) -m pytest tests/test_bench.py $(PYTEST_ARGS)
+	@$(py) -m pytest tests/test_bench.py tests/test_bench_cluster.py $(PYTEST_ARGS)
 
 instructions: $(VENV)/.installed-test ## record the instruction counts that `make test` compares with
 	$(say) 'instructions: counting the hot paths with callgrind'

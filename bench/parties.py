@@ -9,8 +9,9 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import fresh, world
 from .children import Child
@@ -21,6 +22,24 @@ from .work import Works
 
 CHUNK = 50  # operations between two looks at the clock
 CAP = 1.5  # seconds after which a killed holder's domain counts as never free again
+
+
+class Party(Protocol):
+    """What contention and killed holders ask of whoever is measured. Keys are its own."""
+
+    def attach(self) -> None: ...
+    def read_state(self, _keys: Sequence[Any], /) -> int: ...
+    def increment(self, _keys: Sequence[Any], /) -> None: ...
+    def count(self, _key: Any, /) -> int: ...
+    def hold(self, _key: Any, /) -> None: ...
+    def take(self, _key: Any, /) -> None: ...
+
+
+class Shared(Protocol):
+    @property
+    def contestant(self) -> Party: ...
+    @property
+    def keys(self) -> Sequence[Any]: ...
 
 
 # --- f: contention -----------------------------------------------------------------------------
@@ -35,7 +54,7 @@ class Contention(NamedTuple):
     lost: int
 
 
-def contend(works: Works, workers: int, where: str, seconds: float, seed: int) -> Contention:
+def contend(works: Shared, workers: int, where: str, seconds: float, seed: int) -> Contention:
     """Increments by so many workers: on ``random`` domains, all on ``one``, or each on a list of
     its ``own``, which is what they would reach if they had nothing in common."""
     contestant, keys = works.contestant, works.keys
@@ -66,13 +85,15 @@ def contend(works: Works, workers: int, where: str, seconds: float, seed: int) -
 
 
 def _worker(
-    me: Child, works: Works, where: str, seconds: float, seed: int
+    me: Child, works: Shared, where: str, seconds: float, seed: int
 ) -> tuple[int, float, float, float]:
     contestant, keys = works.contestant, works.keys
+    own: Contestant | None = None
     if where == "own":
-        contestant = type(contestant)()
-        contestant.fill(world.domains(keys[:1000]), min(len(keys), 1000))
-        keys = keys[:1000]
+        assert isinstance(contestant, Contestant)
+        keys = list(keys[:1000])
+        contestant = own = type(contestant)()
+        own.fill(world.domains(keys), len(keys))
     else:
         contestant.attach()
     source = random.Random(seed)
@@ -96,8 +117,8 @@ def _worker(
         longest = max(longest, at - one)
         done += CHUNK
     took, cpu = at - begin, time.process_time() - cpu
-    if where == "own":
-        contestant.close()
+    if own is not None:
+        own.close()
     return done, took, longest, cpu
 
 
@@ -116,10 +137,10 @@ class Killed(NamedTuple):
         return any(seconds is None or seconds > 0.2 for seconds in self)
 
 
-def _hold(contestant: Contestant, uuid: bytes) -> Child:
+def _hold(contestant: Party, key: Any) -> Child:
     def do(me: Child) -> None:
         contestant.attach()
-        contestant.hold(uuid)
+        contestant.hold(key)
         me.ready()
         signal.pause()
 
@@ -128,7 +149,7 @@ def _hold(contestant: Contestant, uuid: bytes) -> Child:
     return child
 
 
-def _take(contestant: Contestant, uuid: bytes, other: bytes) -> Child:
+def _take(contestant: Party, key: Any, other: Any) -> Child:
     """Somebody who takes the domain when told to, and says when that began and when it ended."""
 
     def do(me: Child) -> tuple[float, float]:
@@ -136,7 +157,7 @@ def _take(contestant: Contestant, uuid: bytes, other: bytes) -> Child:
         contestant.read_state([other])
         me.begin()
         begin = time.monotonic()
-        contestant.take(uuid)
+        contestant.take(key)
         return begin, time.monotonic()
 
     child = Child(do)
@@ -154,12 +175,12 @@ def _asleep(pid: int) -> None:
                 return
 
 
-def _must_offer(contestant: Contestant, operation: str) -> None:
+def _must_offer(contestant: Party, operation: str) -> None:
     if getattr(type(contestant), operation) is getattr(Contestant, operation):
         raise NotOfferedError(f"it has no {operation}")
 
 
-def killed_holder(works: Works, seed: int) -> Killed:
+def killed_holder(works: Shared, seed: int, cap: float = CAP) -> Killed:
     contestant = works.contestant
     _must_offer(contestant, "hold")
     # Domains of its own for each round: where a holder was killed, some stay locked for ever.
@@ -171,13 +192,13 @@ def killed_holder(works: Works, seed: int) -> Killed:
     _asleep(waiter.pid)
     begin = time.monotonic()
     holder.kill()
-    got = waiter.result_within(CAP)
+    got = waiter.result_within(cap)
     waiting = None if got is None else got[1] - begin
 
     comer = _take(contestant, second, other)
     _hold(contestant, second).kill()
     comer.go()
-    got = comer.result_within(CAP)
+    got = comer.result_within(cap)
     return Killed(waiting, None if got is None else got[1] - got[0])
 
 

@@ -5,7 +5,7 @@ A figure that a run did not take leaves its target open; a target that is missed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from rich.table import Table
@@ -26,7 +26,7 @@ class Target(NamedTuple):
     met: bool | None
 
 
-def _at_least(work: str, what: str, factor: float, reached: float | None) -> Target:
+def at_least(work: str, what: str, factor: float, reached: float | None) -> Target:
     wanted = f"≥ {factor:g}x"
     if reached is None:
         return Target(work, what, wanted, "not measured", None)
@@ -34,12 +34,12 @@ def _at_least(work: str, what: str, factor: float, reached: float | None) -> Tar
 
 
 def _no_slower(work: str, what: str, reached: float | None) -> Target:
-    target = _at_least(work, what, 1, reached)
+    target = at_least(work, what, 1, reached)
     met = None if reached is None else reached >= 1 / TIE
     return target._replace(wanted=f"≥ 1x, tie from {1 / TIE:.2f}x", met=met)
 
 
-def _at_most(
+def at_most(
     work: str, what: str, limit: float, reached: float | None, scale: float = 1, unit: str = ""
 ) -> Target:
     wanted = f"≤ {limit * scale:g} {unit}".rstrip()
@@ -49,12 +49,12 @@ def _at_most(
     return Target(work, what, wanted, says, reached <= limit)
 
 
-def _ratio(upper: float | None, lower: float | None) -> float | None:
+def ratio(upper: float | None, lower: float | None) -> float | None:
     return None if upper is None or not lower else upper / lower
 
 
 def _faster(results: Results, work: str, theirs: str, peer: str, domains: int) -> float | None:
-    return _ratio(results.get(theirs, peer, domains), results.get(work, OURS, domains))
+    return ratio(results.get(theirs, peer, domains), results.get(work, OURS, domains))
 
 
 HOT = (
@@ -72,7 +72,7 @@ def _hot(results: Results) -> Iterator[Target]:
         for letter, title, ours, theirs, in_process in HOT:
             for peer, factor in ((LMDB, lmdb), (HAND, hand)):
                 reached = _faster(results, ours, theirs, peer, domains)
-                yield _at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
+                yield at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
             reached = _faster(results, ours, in_process, DICT, domains)
             yield _no_slower(letter, f"{title}, {domains:,}: {DICT}", reached)
 
@@ -89,21 +89,21 @@ def _definitions(results: Results) -> Iterator[Target]:
             ("e", "remove", "remove", HAND, 3),
         ):
             reached = _faster(results, work, work, peer, domains)
-            yield _at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
+            yield at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
 
 
 def _contention(results: Results, domains: int) -> Iterator[Target]:
     two = results.get("contend random", OURS, domains, 2)
     beside = results.get("contend random, of own", OURS, domains, 2)
-    yield _at_least("f", "2 workers, random: each on its own list", 0.9, beside)
+    yield at_least("f", "2 workers, random: each on its own list", 0.9, beside)
     rates = [results.get("contend random", peer, domains, 2) for peer in SHARED_PEERS]
     best = max((rate for rate in rates if rate is not None), default=None)
-    yield _at_least("f", "2 workers, random: the best peer", 8, _ratio(two, best))
+    yield at_least("f", "2 workers, random: the best peer", 8, ratio(two, best))
     four = results.get("contend one", OURS, domains, 4)
     single = results.get("contend one", OURS, domains, 1)
-    yield _at_least("f", "4 workers on one: uncontended", 0.5, _ratio(four, single))
+    yield at_least("f", "4 workers on one: uncontended", 0.5, ratio(four, single))
     least = results.get("contend one: least share", OURS, domains, 4)
-    yield _at_least("f", "4 workers on one: the unluckiest, of the mean", 0.5, least)
+    yield at_least("f", "4 workers on one: the unluckiest, of the mean", 0.5, least)
     longest = results.get("contend one: longest", OURS, domains, 4)
     says = "not measured" if longest is None else f"{longest * 1e3:.2f} ms"
     yield Target("f", "4 workers on one: the longest wait", "reported", says, None)
@@ -111,56 +111,56 @@ def _contention(results: Results, domains: int) -> Iterator[Target]:
 
 def _flat(results: Results, largest: int) -> Iterator[Target]:
     for letter, title, work, *_ in HOT:
-        reached = _ratio(results.get(work, OURS, largest), results.get(work, OURS, 1_000))
+        reached = ratio(results.get(work, OURS, largest), results.get(work, OURS, 1_000))
         what = f"{title}: {largest:,} against 1,000 domains"
-        yield _at_most(letter, what, 5, reached, unit="x")
+        yield at_most(letter, what, 5, reached, unit="x")
     created = results.get("create", OURS, largest)
-    yield _at_most("i", f"create a list for {largest:,}", 0.05, created, 1e3, "ms")
+    yield at_most("i", f"create a list for {largest:,}", 0.05, created, 1e3, "ms")
     attached = results.get("attach", OURS, largest)
-    yield _at_most("i", f"attach and first read, {largest:,}", 0.001, attached, 1e3, "ms")
+    yield at_most("i", f"attach and first read, {largest:,}", 0.001, attached, 1e3, "ms")
     forked, before = (results.get("fork", OURS, n) for n in (largest, 1_000))
-    grown = _ratio(forked, before)
-    yield _at_most("i", f"fork: {largest:,} against 1,000 domains", 1.5, grown, unit="x")
+    grown = ratio(forked, before)
+    yield at_most("i", f"fork: {largest:,} against 1,000 domains", 1.5, grown, unit="x")
 
 
 def _room(results: Results, largest: int) -> Iterator[Target]:
     blob = len(world.template().replace(name="vm100000").encode())
     total = results.get("bytes per domain", OURS, largest)
     besides = None if total is None else total - blob
-    yield _at_most("i", f"bytes a domain besides its blobs, {largest:,}", 1024, besides, unit="B")
+    yield at_most("i", f"bytes a domain besides its blobs, {largest:,}", 1024, besides, unit="B")
     many, few = (results.get("private", OURS, n) for n in (largest, 1_000))
     private = None if many is None or few is None else (many - few) / (largest - 1_000)
-    yield _at_most("i", "private bytes a domain in a process", 1, private, unit="B")
+    yield at_most("i", "private bytes a domain in a process", 1, private, unit="B")
 
 
 def _rest(results: Results, domains: int) -> Iterator[Target]:
     listed = results.get("rows", OURS, 100_000)
-    yield _at_most("g", "list 100,000", 0.05, listed, 1e3, "ms")
+    yield at_most("g", "list 100,000", 0.05, listed, 1e3, "ms")
     for peer in (DICT, LMDB):
         reached = _faster(results, "rows", "rows", peer, 100_000)
         yield _no_slower("g", f"list 100,000: {peer}", reached)
     kept = results.get("kept while listed", OURS, 100_000)
-    yield _at_least("g", "a writer's rate while all is listed", 0.9, kept)
+    yield at_least("g", "a writer's rate while all is listed", 0.9, kept)
     for way, limit in (("waiting", 0.0005), ("later", 0.0001)):
         taken = results.get(f"killed, {way}", OURS, domains)
         taken = None if taken is None or taken < 0 else taken
-        yield _at_most("h", f"killed holder, {way}", limit, taken, 1e6, "µs")
+        yield at_most("h", f"killed holder, {way}", limit, taken, 1e6, "µs")
     blocked = results.get("blocks others", OURS, domains)
     says = "not measured" if blocked is None else "blocked" if blocked else "not blocked"
     met = None if blocked is None else not blocked
     yield Target("h", "other domains while one is held", "not blocked", says, met)
     slower = results.get("slower while written", OURS, domains)
-    yield _at_most("l", "peek while that record is written", 1.3, slower, unit="x")
+    yield at_most("l", "peek while that record is written", 1.3, slower, unit="x")
 
 
 def _loading(results: Results) -> Iterator[Target]:
     files = next((figure.domains for figure in results.figures if figure.work == "load"), 0)
     alone = results.get("load", "limit: lxml, read and parse", files)
     one, two = (results.get("load", OURS, files, workers) for workers in (1, 2))
-    yield _at_most("j", f"load {files:,} files: lxml alone", 2.5, _ratio(one, alone), unit="x")
+    yield at_most("j", f"load {files:,} files: lxml alone", 2.5, ratio(one, alone), unit="x")
     start = 0.1 / files if files else 0
     aside = None if two is None or two <= start else two - start
-    yield _at_least("j", "2 workers, their start aside: one", 1.7, _ratio(one, aside))
+    yield at_least("j", "2 workers, their start aside: one", 1.7, ratio(one, aside))
 
 
 def _starting(results: Results) -> Iterator[Target]:
@@ -168,15 +168,15 @@ def _starting(results: Results) -> Iterator[Target]:
         results.get("start", name, 0) for name in (starting.BARE, starting.IMPORT, starting.LIST)
     )
     beyond = None if imported is None or bare is None else imported - bare
-    yield _at_most("m", "import shmdomains, beyond bare Python", 0.06, beyond, 1e3, "ms")
-    yield _at_most("m", "shmdomains list", 0.12, listed, 1e3, "ms")
+    yield at_most("m", "import shmdomains, beyond bare Python", 0.06, beyond, 1e3, "ms")
+    yield at_most("m", "shmdomains list", 0.12, listed, 1e3, "ms")
 
 
 def _waking(results: Results) -> Iterator[Target]:
     for waiters in (1, 1_000):
         for what, work, limit in (("median", "wake", 0.0002), ("p99", "wake: p99", 0.001)):
             reached = results.get(work, OURS, 1, waiters)
-            yield _at_most("n", f"{waiters:,} waiting, {what}", limit, reached, 1e3, "ms")
+            yield at_most("n", f"{waiters:,} waiting, {what}", limit, reached, 1e3, "ms")
 
 
 def evaluate(results: Results) -> list[Target]:
@@ -198,8 +198,12 @@ def evaluate(results: Results) -> list[Target]:
 
 
 def table(results: Results) -> Table:
+    return drawn(evaluate(results))
+
+
+def drawn(evaluated: Iterable[Target]) -> Table:
     made = Table("", "work: beside what", "wanted", "reached", "", title="targets")
-    for target in evaluate(results):
+    for target in evaluated:
         mark = {True: "[green]met[/]", False: "[red]not met[/]", None: "open"}[target.met]
         made.add_row(target.work, target.what, target.wanted, target.reached, mark)
     return made

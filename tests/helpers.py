@@ -153,7 +153,7 @@ POSTGRES = Store(
     attach="PostgresDomainList.attach(list_url(name))",
     tasks=False,
 )
-EVERY_STORE = [*STORES, DICT, *([POSTGRES] if pg_servers.missing() is None else [])]
+EVERY_STORE = [*STORES, *([POSTGRES] if pg_servers.missing() is None else []), DICT]
 """With others, behind the same rules: for the tests of the rules and of their seam."""
 
 _lists = itertools.count()
@@ -173,6 +173,17 @@ def stores() -> dict[str, Any]:
 
         names |= {"PostgresDomainList": PostgresDomainList, "list_url": list_url}
     return names
+
+
+def with_events(doms: Any, events: int) -> Any:
+    """Another list of this kind, which keeps so many events."""
+    if hasattr(doms, "host"):
+        return type(doms).create(list_url(), events=events)
+    return type(doms)(events=events)
+
+
+FEW_MUTEXES = "if hasattr(doms, 'host'): doms._store.most_mutexes = 64"
+"""On PostgreSQL a list may have more than those."""
 
 
 def problems(doms: Any, request: Any) -> list[tuple[str, str]]:

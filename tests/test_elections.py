@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import EVERY_STORE, SOAK, Store, environment
+from helpers import EVERY_STORE, FEW_MUTEXES, SOAK, Store, environment
 from killing import DEADLINE, Child, Pipe, until
 
 import shmdomains
@@ -178,6 +178,7 @@ def test_what_is_wrong_is_said_at_once(doms: Any) -> None:
     for bad in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="retry_after"):
             doms.elect("a", Job(), retry_after=bad)
+    exec(FEW_MUTEXES)
     for i in range(63):
         doms.mutex(f"lock {i}")
     with pytest.raises(TooManyMutexes):

@@ -22,7 +22,17 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import DEADLINE, EVERY_STORE, STORES, Home, Party, Store, definition, xml
+from helpers import (
+    DEADLINE,
+    EVERY_STORE,
+    STORES,
+    Home,
+    Party,
+    Store,
+    definition,
+    with_events,
+    xml,
+)
 
 from shmdomains import (
     CrashedReason,
@@ -394,7 +404,7 @@ def test_a_watch_of_a_closed_list(doms: Any) -> None:
 
 
 def test_a_slow_reader_is_told_how_many_it_missed(doms: Any) -> None:
-    few = DomainList(events=64) if isinstance(doms, DomainList) else type(doms)(events=64)
+    few = with_events(doms, 64)
     watch = few.watch(timeout=0)
     uuid = few.define(xml("a")).uuid
     for number in range(99):
@@ -411,7 +421,7 @@ def test_a_slow_reader_is_told_how_many_it_missed(doms: Any) -> None:
 
 def test_missed_while_it_reads(doms: Any) -> None:
     """The ring goes round between two events that it takes: what it has is not lost again."""
-    few = DomainList(events=64) if isinstance(doms, DomainList) else type(doms)(events=64)
+    few = with_events(doms, 64)
     uuid = few.define(xml("a")).uuid
     watch = few.watch(since=0, timeout=0)
     assert next(watch).number == 1

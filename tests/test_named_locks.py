@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import A_MOMENT, EVERY_STORE, SOAK, Home, Party, Store, thread_party, xml
+from helpers import (
+    A_MOMENT,
+    EVERY_STORE,
+    FEW_MUTEXES,
+    SOAK,
+    Home,
+    Party,
+    Store,
+    thread_party,
+    xml,
+)
 from killing import DEADLINE, Child, Pipe, Planted, hold_mutex, until
 from test_conformance import IN_ONE_PROCESS, Pair, held_by, way_name
 
@@ -125,6 +135,7 @@ def test_it_does_not_hinder_list_and_domains(one: Party, two: Party) -> None:
 def test_both_name_at_once(pair: Pair, one: Party, two: Party) -> None:
     """Each in another order; in the end there is one lock of each name."""
     names = [f"lock {i}" for i in range(40)]
+    one.tell(FEW_MUTEXES)
     one.start(f"for name in {names}: doms.mutex(name)")
     two.tell(f"for name in {names[::-1]}: doms.mutex(name)")
     one.answer()
@@ -239,6 +250,7 @@ def test_a_timeout_is_none_or_a_time(doms: Any) -> None:
 
 
 def test_the_sixty_fifth(doms: Any) -> None:
+    exec(FEW_MUTEXES)
     for i in range(64):
         doms.mutex(f"lock {i}")
     with pytest.raises(TooManyMutexes, match="which is the limit"):

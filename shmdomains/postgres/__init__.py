@@ -4,12 +4,10 @@
 does. Needs psycopg 3: ``pip install 'shmdomains[postgres]'``.
 """
 
-try:
-    import psycopg as _psycopg
-except ImportError as _exc:
-    raise ImportError(
-        "a list on PostgreSQL needs psycopg: pip install 'shmdomains[postgres]'"
-    ) from _exc
+import importlib.util
+
+if importlib.util.find_spec("psycopg") is None:
+    raise ImportError("a list on PostgreSQL needs psycopg: pip install 'shmdomains[postgres]'")
 
 from .domain_list import PostgresDomain, PostgresDomainList
 

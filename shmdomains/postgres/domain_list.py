@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
 
@@ -18,7 +18,6 @@ import psycopg
 
 from ..deadline import Deadline
 from ..errors import (
-    ListClosed,
     LockLost,
     SegmentExists,
     SegmentInUse,
@@ -52,19 +51,11 @@ _checked: set[tuple[str, int]] = set()
 """The servers that this process found to be what they say."""
 
 
-class Stamp:
-    """What a domain was when it was looked at: its version (0: it is removed), and what the listener
-    had heard before."""
+class Stamp(int):
+    """What a domain was when it was looked at: its version; 0: it is removed. `changes` is what the
+    listener had heard before."""
 
-    __slots__ = ("changes", "version")
-
-    def __init__(self, version: int, changes: int | None) -> None:
-        self.version, self.changes = version, changes
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stamp) and self.version == other.version
-
-    __hash__ = None  # type: ignore[assignment]
+    changes: int | None = None
 
 
 class PostgresDomain(PlainDomain[int]):
@@ -78,8 +69,7 @@ class PostgresDomain(PlainDomain[int]):
         """A number that rises with each lock of this domain, on all hosts. Give it to a system
         outside that can compare: it can then refuse a holder who lost the lock without knowing.
         Raises `DomainNotLocked`."""
-        info: PostgresInfo = self._held().info  # type: ignore[assignment]
-        return info._token
+        return _read(self._held())._token
 
     def unlock(self, timeout: float | None = None) -> None:
         """Commit the changes and release the lock, in one round trip; released even if the commit
@@ -106,8 +96,8 @@ class PostgresDomain(PlainDomain[int]):
     def _receipt(self) -> object:
         hold = self._list._mine.holds.get(self._record)
         if hold is not None:
-            return Stamp(hold.info._version, None)  # type: ignore[attr-defined]
-        return Stamp(self._list._store.receipt(self._record) or 0, None)
+            return Stamp(_read(hold)._version)
+        return Stamp(self._list._store.receipt(self._record) or 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PostgresDomain, (self._list, self._record, self._uuid)
@@ -156,7 +146,7 @@ class PostgresDomainList(PlainDomainList[int]):
 
     def __init__(self, address: Address, conninfo: str, host: str, list_number: int, events: int):
         self._pool = Pool(address, conninfo, host, list_number)
-        super().__init__(PostgresStore(self._pool, events))  # type: ignore[arg-type]
+        super().__init__(PostgresStore(self._pool, events))
         self.host = host
         finalize(self, self._pool.close).atexit = False  # a list that is dropped, too
         self._pid = os.getpid()
@@ -354,27 +344,23 @@ class PostgresDomainList(PlainDomainList[int]):
 
     # --- domains: fewer round trips than `plain` makes ---
 
-    def _find(self, key: Key, deadline: Deadline) -> PostgresDomain | None:
+    def _find(self, key: Key, deadline: Deadline) -> PlainDomain[int] | None:
         self._need_living()
         state = self._mine
         timeout = deadline.left()
-        record = self._held_record(state, key)
-        if record is not None or (state.holds and not state.list_held and timeout != 0):
+        if self._has_locked(state, key) or (state.holds and not state.list_held and timeout != 0):
             # `plain` says what is wrong, or finds that another domain has the key now.
-            return super()._find(key, deadline)  # type: ignore[return-value]
+            return super()._find(key, deadline)
         info = self._store.lock_by(key, timeout)
         if info is None:
             return None
         dom = self._handle(info._record, self._hold(info._record, info))
         self._settle(dom, deadline)
-        return dom  # type: ignore[return-value]
+        return dom
 
     @staticmethod
-    def _held_record(state: State, key: Key) -> int | None:
-        for record, hold in state.holds.items():
-            if getattr(hold.info, key.kind) == key.value:
-                return record  # type: ignore[no-any-return]
-        return None
+    def _has_locked(state: State, key: Key) -> bool:
+        return any(getattr(hold.info, key.kind) == key.value for hold in state.holds.values())
 
     def _handle(self, record: int, hold: _Hold[int]) -> PlainDomain[int]:
         dom = PostgresDomain(self, record, hold.info.uuid)
@@ -480,14 +466,16 @@ class PostgresDomainList(PlainDomainList[int]):
         self._usable()
         changes = self._pool.listener.listen()
         info = self._store.read(dom._record)
-        return info, Stamp(0 if info is None else info._version, changes)
+        stamp = Stamp(0 if info is None else info._version)
+        stamp.changes = changes
+        return info, stamp
 
     def _sleep(self, dom: PlainDomain[int], stamp: Any, timeout: float | None = None) -> bool:
         self._usable()
         listener = self._pool.listener
         if stamp.changes is None:
             stamp.changes = listener.listen()
-            if (self._store.receipt(dom._record) or 0) != stamp.version:
+            if (self._store.receipt(dom._record) or 0) != stamp:
                 return True
         told = listener.sleep(stamp.changes, dom._record, _slice(timeout))
         self._usable()
@@ -578,6 +566,11 @@ class PostgresDomainList(PlainDomainList[int]):
         return _opened, (address.url, self.host, address.lease, address.read)
 
 
+def _read(hold: _Hold[int]) -> PostgresInfo:
+    """What its holder read, or committed last."""
+    return cast("PostgresInfo", hold.info)
+
+
 def _slice(timeout: float | None) -> float:
     return 0.1 if timeout is None else min(timeout, 0.1)
 
@@ -629,5 +622,3 @@ def _enter(
     if row is None:
         raise SegmentNotFound(f"there is no list {address.shown}")
     return int(row[0]), int(row[1]), made
-
-

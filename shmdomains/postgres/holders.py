@@ -169,9 +169,7 @@ class Holders:
                     None,
                 )
             if held:
-                person = None if row[4] is None else self._person(
-                    row[4:10], double(row[10]), True
-                )
+                person = None if row[4] is None else self._person(row[4:10], double(row[10]), True)
                 info = LockInfo(info.kind, info.name, info.uuid, person)
             else:
                 longest = max(info.longest_wait, double(row[3]))

@@ -20,15 +20,12 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 
 from ..errors import ListClosed, Unavailable
 from .session import Gone, Refused
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +34,20 @@ _KEPT = 4096
 
 
 class Listener:
-    """The thread, and what it heard."""
+    """The thread of a `Pool`, whose module imports this one, and what it heard."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._news = threading.Condition()
+        self._news = threading.Condition(threading.RLock())
         self._recent: deque[tuple[int, int]] = deque(maxlen=_KEPT)  # (changes, record)
         self._all_changed = 0
         self.changes = 0
         """Counts what was told, and each time that everything may have changed."""
         self.events = 0
         """The number of the last event that is known of."""
+        self._told: list[str] = []
         self._wanted = self._listens = False
+        self._events_max = -1  # how many events are kept, once anybody waits for them
         self._failure: str | None = None
         self.answered = time.monotonic()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -102,6 +101,13 @@ class Listener:
                     )
             return self.changes
 
+    def follow(self, events_max: int) -> None:
+        """Number new events, too, from now on: somebody waits for them."""
+        if self._events_max < 0:
+            self._events_max = events_max
+            self._listens = False
+        self.listen()
+
     def sleep(self, changes: int, record: int | None, timeout: float) -> bool:
         """Sleep until something was told since `changes`, of this record or (``None``) of any."""
         end = time.monotonic() + timeout
@@ -116,7 +122,8 @@ class Listener:
     def _has_changed(self, changes: int, record: int | None) -> bool:
         if self.changes == changes:
             return False
-        return record is None or self._all_changed > changes or record in self.since(changes)
+        told = None if record is None else self.since(changes)
+        return told is None or record in told
 
     def since(self, changes: int) -> set[int] | None:
         """The records that were told since; ``None``: perhaps all."""
@@ -174,6 +181,8 @@ class Listener:
     def _begin(self, conn: psycopg.Connection[Any]) -> None:
         self._pool.enter_process(conn)
         self.answered = time.monotonic()
+        # What is told while psycopg waits for something else.
+        conn.add_notify_handler(lambda one: self._told.append(one.payload))
         if self._wanted:
             self._listen(conn)
 
@@ -183,11 +192,18 @@ class Listener:
         conn.execute("SELECT pg_advisory_lock_shared(lock_key(5, %s))", [number])
         gate = "SELECT pg_advisory_lock(lock_key(4, %s)), pg_advisory_unlock(lock_key(4, %s))"
         conn.execute(gate, [number, number])
-        row = conn.execute("SELECT events FROM counters WHERE list = %s", [number]).fetchone()
-        with self._news:
-            self._listens = True
-            self.events = max(self.events, 0 if row is None else int(row[0]))
+        self._number(conn)
         self._everything_changed(True)
+
+    def _number(self, conn: psycopg.Connection[Any]) -> None:
+        """Give new events their numbers."""
+        if self._events_max < 0:
+            return
+        values = [self._pool.list, self._events_max]
+        row = conn.execute("SELECT publish(%s, %s)", values).fetchone()
+        with self._news:
+            self.events = max(self.events, 0 if row is None or row[0] is None else int(row[0]))
+            self._news.notify_all()
 
     def _everything_changed(self, listens: bool) -> None:
         with self._news:
@@ -214,25 +230,25 @@ class Listener:
             self._hear(conn)
             if self._wanted and not self._listens:
                 self._listen(conn)
+                self._hear(conn)
             self._pool.tend()
             if time.monotonic() >= ask_at:
                 self._pool.seen(conn)
                 self.answered = time.monotonic()
                 ask_at = self.answered + third
+                self._hear(conn)
 
     def _hear(self, conn: psycopg.Connection[Any]) -> None:
         pg = conn.pgconn
         pg.consume_input()
-        told = []
         while (one := pg.notifies()) is not None:
-            told.append(one.extra)
-        if not told:
-            return
-        with self._news:
-            for text in told:
-                record, _, last = text.partition(b" ")
-                self.changes += 1
-                self._recent.append((self.changes, int(record)))
-                if last:
-                    self.events = max(self.events, int(last))
-            self._news.notify_all()
+            self._told.append(one.extra.decode())
+        while self._told:
+            told, self._told = self._told, []
+            with self._news:
+                for text in told:
+                    self.changes += 1
+                    self._recent.append((self.changes, int(text.partition(" ")[0])))
+                self._news.notify_all()
+            if any(text.endswith("+") for text in told):
+                self._number(conn)

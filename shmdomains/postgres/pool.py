@@ -272,9 +272,10 @@ class Pool:
         for owner, state in list(self.states.items()):
             if state.session is None:
                 continue
-            if not core.thread_runs(state.tid, state.start) and self.states.pop(owner, None):
-                state.session.end("its thread ended with a lock")
-                self._all.discard(state.session)
+            if not core.thread_runs(state.tid, state.start):
+                if self.states.pop(owner, None) is not None:
+                    state.session.end("its thread ended with a lock")
+                    self._all.discard(state.session)
             elif now - state.session.used > third:
                 state.session.ping()
         for one in list(self._idle):

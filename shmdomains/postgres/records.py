@@ -114,7 +114,7 @@ class PostgresInfo(DomainInfo):
     def changed(self, version: int, defined: int, **values: Any) -> PostgresInfo:
         """The state after a commit of its holder."""
         fields = {field: values.get(field, getattr(self, field)) for field in _FIELDS}
-        work = values["work"] if "work" in values else self._work
+        work = values.get("work", self._work)
         made = PostgresInfo(
             **fields,
             blobs=None,

@@ -111,4 +111,4 @@ def install(conninfo: str, role: str | None = None) -> None:
             "shmdomains.events TO {}",
             "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA shmdomains TO {}",
         ):
-            conn.execute(sql.SQL(text).format(name))  # type: ignore[arg-type]
+            conn.execute(sql.SQL(text).format(name))

@@ -20,6 +20,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -98,6 +99,7 @@ class Session:
         self._prepared: set[bytes] = set()
         self._lock = threading.Lock()
         self._busy_in = 0
+        self._owed = False  # the server owes an answer
         self._result: pq.abc.PGresult | None = None
         self._poll = select.poll()
         self._poll.register(self._pg.socket, select.POLLIN)
@@ -113,37 +115,41 @@ class Session:
         Raises `Refused`; `Gone` when the session ended. What interrupts a statement that waits (a
         signal handler that raises) cancels it first; any other statement is waited for.
         """
-        self._begin()
-        try:
-            if statement.name not in self._prepared:
-                self._pg.send_prepare(statement.name, statement.text)
-                self._answer(False)
-                self._prepared.add(statement.name)
-            self._pg.send_query_prepared(
-                statement.name, values, statement.formats or None, result_format=1
+        if self._lock.locked() and self._busy_in == threading.get_ident():
+            raise ContractError(
+                "a signal handler asks the server while this thread waits for its answer; let "
+                "another thread do it"
             )
+        with self._lock:
+            try:
+                self._busy_in = threading.get_ident()
+                if self.gone is not None:
+                    raise Gone(self.gone, False)
+                return self._ask(statement, values, waits)
+            finally:
+                self._busy_in = 0
+                self.used = time.monotonic()
+
+    def _ask(self, statement: Statement, values: Sequence[bytes | None], waits: bool) -> list[Row]:
+        pg, name = self._pg, statement.name
+        try:
+            if name not in self._prepared:
+                self._owed = True
+                pg.send_prepare(name, statement.text)
+                self._prepared.add(name)  # whatever interrupts it now, it is waited for
+                self._answer(False)
+            self._owed = True
+            pg.send_query_prepared(name, values, statement.formats or None, result_format=1)
             return self._answer(waits)
         except psycopg.Error as exc:
             raise self._end(str(exc), True) from None
-        finally:
-            self.used = time.monotonic()
-            self._busy_in = 0
-            self._lock.release()
-
-    def _begin(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            if self._busy_in == threading.get_ident():
-                raise ContractError(
-                    "a signal handler asks the server while this thread waits for its answer; let "
-                    "another thread do it"
-                )
-            self._lock.acquire()
-        self._busy_in = threading.get_ident()
-        self._result = None
-        if self.gone is not None:
-            self._busy_in = 0
-            self._lock.release()
-            raise Gone(self.gone, False)
+        except (Gone, Refused):
+            raise
+        except BaseException:
+            if self._owed:  # a signal handler raised between two lines of this
+                with suppress(psycopg.Error, Gone, Refused):
+                    self._answer(False)
+            raise
 
     def _answer(self, waits: bool) -> list[Row]:
         interrupted: BaseException | None = None
@@ -157,7 +163,7 @@ class Session:
                 if waits:
                     self._cancel()
                 interrupted, waits = exc, False
-        self._result = None
+        self._result, self._owed = None, False
         if interrupted is not None:
             raise interrupted
         if result.status in (_TUPLES, _COMMAND):
@@ -203,10 +209,8 @@ class Session:
             raise self._end(f"the server has answered nobody for {self.lease:g} s", True)
 
     def _cancel(self) -> None:
-        try:
+        with suppress(psycopg.Error):  # then it ends by itself, or the session does
             self._pg.get_cancel().cancel()
-        except psycopg.Error:
-            pass  # then it ends by itself, or the session does
 
     def _error(self, result: pq.abc.PGresult) -> ShmDomainsError:
         state = (result.error_field(_SQLSTATE) or b"").decode()
@@ -247,10 +251,8 @@ class Session:
         self._end(why, False)
 
     def _close(self) -> None:
-        try:
+        with suppress(psycopg.Error):
             self._pg.finish()
-        except psycopg.Error:
-            pass
 
     def ping(self) -> None:
         """Let the server hear of it, unless somebody is asking just now."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -39,9 +39,10 @@ from ..memory._core import core
 from ..rules.store import Changes, Filter, Key, NewDomain, News
 from ..rules.work import Caller, Work
 from ..xml.definition import DomainDef
+from . import statements as ask
 from .holders import DOMAIN, LIST, MUTEX, Holders
 from .pool import Pool, State
-from .records import COLUMNS, WIDTH, Definitions, PostgresInfo, Typed
+from .records import WIDTH, Definitions, PostgresInfo, Typed
 from .session import (
     Gone,
     Refused,
@@ -62,96 +63,6 @@ _LONGEST = 30.0
 """Seconds of one statement that waits: while it does, the server cleans up nothing newer."""
 _EVENTS_AT_ONCE = 256
 
-_LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
-_UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
-_LOCK = Statement(
-    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
-    *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
-)
-_UNLOCK = Statement("SELECT unlock_domain($1, $2)", "bigint", "bool")
-_COMMIT = Statement(
-    f"SELECT commit_domain({', '.join(f'${place}' for place in range(1, 28))})",
-    *("bigint", "bigint", "bigint", "bigint", "bigint"),
-    *("text", "int", "smallint", "int", "bool", "bool", "int", "bigint", "text"),
-    *("bool", "bytea", "bool", "bytea", "bool", "bytea", "text", "bool", "bytea", "text"),
-    *("int", "jsonb", "bool"),
-)
-_INSERT = Statement(
-    f"SELECT * FROM insert_domain({', '.join(f'${place}' for place in range(1, 13))})",
-    *("bigint", "bigint", "bigint", "uuid", "text", "smallint", "bool", "bytea", "text", "bytea"),
-    *("int", "jsonb"),
-)
-_REMOVE = Statement(
-    "SELECT remove_domain($1, $2, $3, $4, $5, $6, $7)",
-    *("bigint", "bigint", "bigint", "bigint", "bigint", "int", "jsonb"),
-)
-_NEXT_ID = Statement("SELECT next_id($1)", "bigint")
-_HELD = Statement(
-    "SELECT ((classid::bigint & 65535) << 32) | objid::bigint, (classid::bigint >> 16) - 23808 "
-    "FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
-    "AND pid = pg_backend_pid() AND (classid::bigint >> 16) - 23808 BETWEEN 1 AND 3"
-)
-
-_NAME_MUTEX = Statement(
-    "INSERT INTO mutexes (list, name) SELECT $1, $2 "
-    "WHERE (SELECT count(*) FROM mutexes WHERE list = $1) < $3 "
-    "ON CONFLICT (list, name) DO NOTHING",
-    *("bigint", "text", "int"),
-)
-_MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bigint", "text")
-_LOCK_MUTEX = Statement(
-    "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
-)
-_UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2)", "bigint", "bool")
-
-_ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
-_BARE = f"SELECT {COLUMNS} FROM domains d"
-_BY = {
-    "record": Statement(f"{_ROWS} WHERE d.list = $1 AND record = $2", "bigint", "bigint"),
-    "uuid": Statement(f"{_ROWS} WHERE d.list = $1 AND d.uuid = $2", "bigint", "uuid"),
-    "name": Statement(f"{_ROWS} WHERE d.list = $1 AND d.name = $2", "bigint", "text"),
-    "id": Statement(
-        f"{_ROWS} WHERE d.list = $1 AND d.id = $2 AND d.id <> -1", "bigint", "int"
-    ),
-}
-_IDENTITY = Statement(
-    f"{_BARE} WHERE d.list = $1 AND (d.uuid = $2 OR d.name = $3) "
-    "ORDER BY d.uuid = $2 DESC NULLS LAST LIMIT 1",
-    *("bigint", "uuid", "text"),
-)
-_WANTED = (
-    " WHERE d.list = $1 AND ($2 IS NULL OR (d.id <> -1) = $2) "
-    "AND ($3 IS NULL OR d.persistent = $3) AND ($4 IS NULL OR d.autostart = $4) "
-    "AND ($5 IS NULL OR d.state = ANY ($5)) AND ($6 IS NULL OR d.host = $6)"
-)
-_WANTED_TYPES = ("bigint", "bool", "bool", "bool", "smallint[]", "text")
-_SCAN = Statement(_BARE + _WANTED + " ORDER BY d.record", *_WANTED_TYPES)
-_SCAN_ALL = Statement(_ROWS + _WANTED + " ORDER BY d.record", *_WANTED_TYPES)
-_COUNT = Statement("SELECT count(*) FROM domains d" + _WANTED, *_WANTED_TYPES)
-_SOME = Statement(f"{_ROWS} WHERE d.list = $1 AND record = ANY ($2)", "bigint", "bigint[]")
-_VERSIONS = Statement("SELECT record, version FROM domains WHERE list = $1", "bigint")
-_VERSION = Statement("SELECT version FROM domains WHERE list = $1 AND record = $2", *("bigint",) * 2)
-_RECORDS = Statement("SELECT record, uuid FROM domains WHERE list = $1 ORDER BY record", "bigint")
-_WITH_WORK = Statement(f"{_BARE} WHERE d.list = $1 AND d.work IS NOT NULL", "bigint")
-_TYPED = Statement("SELECT typed, next_typed FROM definitions WHERE record = $1", "bigint")
-
-_EVENT_COUNT = Statement("SELECT events FROM counters WHERE list = $1", "bigint")
-_EVENTS = Statement(
-    "SELECT number, extract(epoch FROM at)::float8, type, detail, uuid, name, id FROM events "
-    "WHERE list = $1 AND number >= $2 ORDER BY number LIMIT $3",
-    *("bigint", "bigint", "int"),
-)
-_DIRS = Statement(
-    "SELECT config_dir, autostart_dir FROM directories WHERE list = $1 AND host = $2",
-    *("bigint", "text"),
-)
-_SET_DIRS = Statement(
-    "INSERT INTO directories (list, host, config_dir, autostart_dir) VALUES ($1, $2, $3, $4) "
-    "ON CONFLICT (list, host) DO UPDATE SET config_dir = $3, autostart_dir = $4",
-    *("bigint", "text", "bytea", "bytea"),
-)
-_NO_DIRS = Statement("DELETE FROM directories WHERE list = $1 AND host = $2", "bigint", "text")
-
 
 class PostgresStore:
     """Records are numbers of rows; see `rules.store.Store`."""
@@ -161,6 +72,7 @@ class PostgresStore:
         self.holders = Holders(pool)
         self.events_max = events_max
         self._definitions = Definitions()
+        self.most_mutexes = MOST_MUTEXES
         self._mutexes: dict[str, int] = {}
         self._deaths: dict[str, int | None] = {}  # of a mutex that somebody here holds
         self._events: dict[int, DomainEvent] = {}
@@ -215,18 +127,18 @@ class PostgresStore:
             self.pool.drop(state)
             return
         try:
-            for which, kind in session.call(_HELD):
+            for which, kind in session.call(ask.HELD):
                 self._put_back_one(state, session, big(kind), big(which))
         except (Gone, Refused):
             self.pool.drop(state)
 
     def _put_back_one(self, state: State, session: Session, kind: int, which: int) -> None:
         if kind == DOMAIN and which not in state.holds:
-            session.call(_UNLOCK, [number(which), truth(False)])
+            session.call(ask.UNLOCK, [number(which), truth(False)])
         elif kind == LIST and which == self.pool.list and not state.list_held:
-            session.call(_UNLOCK_LIST, [number(which)])
+            session.call(ask.UNLOCK_LIST, [number(which)])
         elif kind == MUTEX and which not in {self._mutexes.get(name) for name in state.mutexes}:
-            session.call(_UNLOCK_MUTEX, [number(which), truth(False)])
+            session.call(ask.UNLOCK_MUTEX, [number(which), truth(False)])
 
     def _held(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         """A statement of a holder, through the session that holds the lock."""
@@ -269,7 +181,7 @@ class PostgresStore:
     # --- the list lock ---
 
     def lock_list(self, timeout: float | None) -> None:
-        state, rows = self._wait(_LOCK_LIST, [], timeout)
+        state, rows = self._wait(ask.LOCK_LIST, [], timeout)
         if not rows or rows[0][0] != b"\1":
             self.pool.rest(state)
             raise local.timed_out(
@@ -277,7 +189,7 @@ class PostgresStore:
             )
 
     def unlock_list(self) -> None:
-        self._held(_UNLOCK_LIST, [self._list])
+        self._held(ask.UNLOCK_LIST, [self._list])
 
     # --- finding and reading ---
 
@@ -287,12 +199,10 @@ class PostgresStore:
 
     def peek(self, key: Key) -> PostgresInfo | None:
         """The committed state of the domain with this key."""
-        value: bytes | None = key.value.bytes if key.kind == "uuid" else str(key.value).encode()  # type: ignore[union-attr]
-        if key.kind == "uuid":
-            value = str(key.value).encode()
+        value = str(key.value).encode()
         if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
             return None
-        return self._one(_BY[key.kind], [self._list, value])
+        return self._one(ask.BY[key.kind], [self._list, value])
 
     def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
         rows = self._read(statement, values)
@@ -310,25 +220,25 @@ class PostgresStore:
         return PostgresInfo.of(row[:WIDTH], load, self.holders.describe)
 
     def read(self, record: int) -> PostgresInfo | None:
-        return self._one(_BY["record"], [self._list, number(record)])
+        return self._one(ask.BY["record"], [self._list, number(record)])
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
         array = "{" + ",".join(map(str, records)) + "}"
-        return [self._info(row) for row in self._read(_SOME, [self._list, array.encode()])]
+        return [self._info(row) for row in self._read(ask.SOME, [self._list, array.encode()])]
 
     def records(self) -> Iterable[int]:
         return [record for record, _ in self.handles()]
 
     def handles(self) -> list[tuple[int, bytes]]:
         """Each record and its uuid."""
-        rows = self._read(_RECORDS, [self._list])
+        rows = self._read(ask.RECORDS, [self._list])
         return [(big(row[0]), row[1] or b"") for row in rows]
 
     def identity(self, uuid: Any, name: str) -> PostgresInfo | None:
         """Who has this uuid or, if nobody has, this name; without definitions."""
         key = None if uuid is None else str(uuid).encode()
-        rows = self._read(_IDENTITY, [self._list, key, name.encode()])
+        rows = self._read(ask.IDENTITY, [self._list, key, name.encode()])
         return PostgresInfo.of(rows[0], None, self.holders.describe) if rows else None
 
     def _filter(self, wanted: Filter) -> list[bytes | None]:
@@ -344,30 +254,30 @@ class PostgresStore:
 
     def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
         """The committed states of the domains that match, all of one moment."""
-        rows = self._read(_SCAN_ALL if definitions else _SCAN, self._filter(wanted))
+        rows = self._read(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
         if definitions:
             return [self._info(row) for row in rows]
         describe = self.holders.describe
         return [PostgresInfo.of(row, None, describe) for row in rows]
 
     def count(self, wanted: Filter) -> int:
-        return big(self._read(_COUNT, self._filter(wanted))[0][0])
+        return big(self._read(ask.COUNT, self._filter(wanted))[0][0])
 
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
-        rows = self._read(_WITH_WORK, [self._list])
+        rows = self._read(ask.WITH_WORK, [self._list])
         return [PostgresInfo.of(row, None, self.holders.describe) for row in rows]
 
     def versions(self) -> dict[int, int]:
         """The version of each record."""
-        return {big(row[0]): big(row[1]) for row in self._read(_VERSIONS, [self._list])}
+        return {big(row[0]): big(row[1]) for row in self._read(ask.VERSIONS, [self._list])}
 
     def _load(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
         """The definitions of a domain that the caller has locked."""
         found = self._definitions.get(record, version)
         if found is not None:
             return found
-        rows = self._read(_TYPED, [number(record)])
+        rows = self._read(ask.TYPED, [number(record)])
         if not rows or rows[0][0] is None:
             raise self.lost(f"record {record} is gone")
         typed: Typed = rows[0][0], rows[0][1]
@@ -376,7 +286,7 @@ class PostgresStore:
     # --- a domain's lock ---
 
     def lock(self, record: int, timeout: float | None) -> PostgresInfo | None:
-        return self.lock_by(Key("record", record), timeout)  # type: ignore[arg-type]
+        return self.lock_by(Key("record", record), timeout)
 
     def lock_by(self, key: Key, timeout: float | None) -> PostgresInfo | None:
         """Find by a key and lock; ``None``: there is no such domain."""
@@ -384,14 +294,12 @@ class PostgresStore:
         if kind == "id" and not 0 <= int(str(key.value)) < 2**31:
             return None
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
-        state, rows = self._wait(_LOCK, keys, timeout)
+        state, rows = self._wait(ask.LOCK, keys, timeout)
         outcome = small(rows[0][0]) if rows else 2
         if outcome == 1:
             row = rows[0]
             died = None if row[17] is None else big(row[17])
-            return PostgresInfo.of(
-                row[1:16], self._load, self.holders.describe, big(row[16]), died
-            )
+            return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]), died)
         self.pool.rest(state)
         if outcome == 0:
             return None
@@ -412,14 +320,13 @@ class PostgresStore:
         return self.peek(key)
 
     def unlock(self, record: int, seen: bool) -> None:
-        self._held(_UNLOCK, [number(record), truth(seen)])
+        self._held(ask.UNLOCK, [number(record), truth(seen)])
 
     def died(self, record: int) -> LockHolder | None:
         state = self.pool.mine()
         hold = None if state is None else state.holds.get(record)
-        if hold is None or hold.info._died is None:
-            return None
-        return self.holders.of_session(hold.info._died)
+        died = None if hold is None else hold.info._died  # type: ignore[attr-defined]
+        return None if died is None else self.holders.of_session(died)
 
     # --- commits ---
 
@@ -428,6 +335,13 @@ class PostgresStore:
         if state is None or state.session is None:
             raise self.lost("its session is gone")
         return state
+
+    @staticmethod
+    def _read_by(state: State, record: int) -> PostgresInfo:
+        """What the holder read, or committed last."""
+        info = state.holds[record].info
+        assert isinstance(info, PostgresInfo)
+        return info
 
     def insert(
         self, new: NewDomain, news: Sequence[News], timeout: float | None
@@ -447,7 +361,7 @@ class PostgresStore:
         ]
         state = self._state()
         try:
-            rows = self._commits(state, _INSERT, values)
+            rows = self._commits(state, ask.INSERT, values)
         except Gone as exc:
             self._fell_through(state, exc, timeout, f"define domain {new.name!r}")
             raise self.lost(f"{exc}; domain {new.name!r} is defined all the same") from None
@@ -498,10 +412,12 @@ class PostgresStore:
     ) -> PostgresInfo:
         """`commit`, and in the same round trip `unlock`."""
         state = self._state()
-        info: PostgresInfo = state.holds[record].info
+        info = self._read_by(state, record)
         values = self._changed(info, changes, news, unlock)
         try:
-            rows = self._commits(state, _COMMIT, [number(record), number(info._version), *values])
+            rows = self._commits(
+                state, ask.COMMIT, [number(record), number(info._version), *values]
+            )
         except Gone as exc:
             info = self._settle(state, info, values, exc, timeout, unlock)
         except Refused as exc:
@@ -517,7 +433,7 @@ class PostgresStore:
     def _changed(
         self, info: PostgresInfo, changes: Changes, news: Sequence[News], unlock: bool
     ) -> list[bytes | None]:
-        get = changes.get
+        get: Callable[..., Any] = changes.get
         live, successor = get("definition"), get("next_definition")
         pid = get("pid", info.pid)
         host = get("host", info.host)
@@ -571,10 +487,10 @@ class PostgresStore:
 
     def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:
         state = self._state()
-        info: PostgresInfo = state.holds[record].info
+        info = self._read_by(state, record)
         values = [number(record), number(info._version), number(self.events_max), _news(news)]
         try:
-            rows = self._commits(state, _REMOVE, values)
+            rows = self._commits(state, ask.REMOVE, values)
         except Gone as exc:
             self._fell_through(state, exc, timeout, f"remove domain {info.name!r}")
             raise self.lost(f"{exc}; domain {info.name!r} is removed all the same") from None
@@ -583,9 +499,7 @@ class PostgresStore:
         if rows[0][0] != b"\1":
             raise self.lost(f"domain {info.name!r} was changed by somebody else")
 
-    def _commits(
-        self, state: State, statement: Statement, values: list[bytes | None]
-    ) -> list[Row]:
+    def _commits(self, state: State, statement: Statement, values: list[bytes | None]) -> list[Row]:
         session = state.session
         assert session is not None
         session.commits += 1
@@ -594,7 +508,7 @@ class PostgresStore:
         )
 
     def next_id(self, timeout: float | None) -> int:
-        [[id]] = self._held(_NEXT_ID, [self._list])
+        [[id]] = self._held(ask.NEXT_ID, [self._list])
         if id is None:
             raise SegmentFull(f"{self._shown}: every id up to 2147483647 was given out")
         return integer(id)
@@ -627,9 +541,7 @@ class PostgresStore:
             ) from None
         return session, done >= number_of
 
-    def _fell_through(
-        self, state: State, exc: Gone, timeout: float | None, what: str
-    ) -> None:
+    def _fell_through(self, state: State, exc: Gone, timeout: float | None, what: str) -> None:
         """After a lost answer: returns if it happened; `LockLost` if not."""
         session, happened = self._done_by(state, exc, timeout, what)
         self.pool.give(session)
@@ -670,7 +582,7 @@ class PostgresStore:
         if again is None or not mine or not 0 < again._token - info._token < 1 << 20 | 2:
             with_lock = again is not None
             if with_lock:
-                session.call(_UNLOCK, [number(info._record), truth(False)])
+                session.call(ask.UNLOCK, [number(info._record), truth(False)])
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}; somebody else had the domain meanwhile{applied}")
@@ -679,7 +591,7 @@ class PostgresStore:
             return info
         try:
             place = [number(info._record), number(info._version)]
-            rows = self._commits(state, _COMMIT, [*place, *values])
+            rows = self._commits(state, ask.COMMIT, [*place, *values])
         except (Gone, Refused) as second:
             self.pool.drop(state)
             raise InDoubt(f"{what} was tried twice: {exc}; {second}") from None
@@ -696,7 +608,7 @@ class PostgresStore:
     def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
         wait = number(int(self._patience(None) * 1000))
         values = [self._list, number(session.number), number(info._record), None, None, None, wait]
-        [row] = session.call(_LOCK, values, waits=True)
+        [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
             return None
         return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]))
@@ -704,7 +616,7 @@ class PostgresStore:
     # --- waiting: see `domain_list`, which sleeps by the listener ---
 
     def receipt(self, record: int) -> int | None:
-        rows = self._read(_VERSION, [self._list, number(record)])
+        rows = self._read(ask.VERSION, [self._list, number(record)])
         return big(rows[0][0]) if rows else None
 
     def sleep(self, record: int, receipt: object, timeout: float) -> bool:
@@ -725,19 +637,19 @@ class PostgresStore:
         if name in self._mutexes:
             return
         key = name.encode()
-        rows = self._read(_MUTEX, [self._list, key])
+        rows = self._read(ask.MUTEX, [self._list, key])
         if not rows:
-            self._read(_NAME_MUTEX, [self._list, key, number(MOST_MUTEXES)])
-            rows = self._read(_MUTEX, [self._list, key])
+            self._read(ask.NAME_MUTEX, [self._list, key, number(self.most_mutexes)])
+            rows = self._read(ask.MUTEX, [self._list, key])
         if not rows:
             raise TooManyMutexes(
-                f"mutex {name!r}: there are {MOST_MUTEXES} already, which is the limit"
+                f"mutex {name!r}: there are {self.most_mutexes} already, which is the limit"
             )
         self._mutexes[name] = big(rows[0][0])
 
     def lock_mutex(self, name: str, timeout: float | None) -> None:
         mutex = self._mutexes[name]
-        state, rows = self._wait(_LOCK_MUTEX, [number(mutex)], timeout)
+        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
         if not rows or small(rows[0][0]) != 1:
             self.pool.rest(state)
             holder = self.holders.of_lock(MUTEX, mutex)
@@ -745,7 +657,7 @@ class PostgresStore:
         self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
 
     def unlock_mutex(self, name: str, seen: bool) -> None:
-        self._held(_UNLOCK_MUTEX, [number(self._mutexes[name]), truth(seen)])
+        self._held(ask.UNLOCK_MUTEX, [number(self._mutexes[name]), truth(seen)])
 
     def mutex_died(self, name: str) -> LockHolder | None:
         died = self._deaths.get(name)
@@ -772,29 +684,30 @@ class PostgresStore:
 
     @property
     def event_count(self) -> int:
-        return big(self._read(_EVENT_COUNT, [self._list])[0][0])
+        return big(self._read(ask.EVENT_COUNT, [self._list, number(self.events_max)])[0][0])
 
     def event(self, number_of: int) -> DomainEvent | None:
         found = self._events.pop(number_of, None)
         if found is not None:
             return found
-        rows = self._read(_EVENTS, [self._list, number(number_of), number(_EVENTS_AT_ONCE)])
+        rows = self._read(ask.EVENTS, [self._list, number(number_of), number(_EVENTS_AT_ONCE)])
         events = [_event(row) for row in rows]
         self._events = {one.number: one for one in events}
         return self._events.pop(number_of, None)
 
     def sleep_on_events(self, count: int, timeout: float | None) -> bool:
         listener = self.pool.listener
-        listener.listen()
+        listener.follow(self.events_max)
         return listener.sleep_on_events(count, 0.1 if timeout is None else min(timeout, 0.1))
 
     # --- config directories ---
 
     def remembered(self) -> ConfigDirs | None:
-        rows = self._read(_DIRS, [self._list, self.pool.host.encode()])
-        if not rows or rows[0][0] is None:
+        rows = self._read(ask.DIRS, [self._list, self.pool.host.encode()])
+        if not rows:
             return None
         config_dir, autostart_dir = rows[0]
+        assert config_dir is not None
         return ConfigDirs(
             Path(os.fsdecode(config_dir)),
             None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
@@ -803,14 +716,14 @@ class PostgresStore:
     def remember(self, dirs: ConfigDirs | None) -> None:
         host = self.pool.host.encode()
         if dirs is None:
-            self._held(_NO_DIRS, [self._list, host])
+            self._held(ask.NO_DIRS, [self._list, host])
             return
         autostart = dirs.autostart_dir
         paths = [
             os.fsencode(dirs.config_dir),
             None if autostart is None else os.fsencode(autostart),
         ]
-        self._held(_SET_DIRS, [self._list, host, *paths])
+        self._held(ask.SET_DIRS, [self._list, host, *paths])
 
 
 def _news(news: Sequence[News]) -> bytes | None:

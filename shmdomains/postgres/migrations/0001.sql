@@ -128,17 +128,21 @@ CREATE TABLE mutexes (
     UNIQUE (list, name)
 ) WITH (fillfactor = 40);
 
+-- A commit enters its events without a number: if it counted them itself, all commits of a list
+-- would wait for each other's disk. Whoever reads numbers those that are there (`publish`).
 CREATE TABLE events (
-    list bigint REFERENCES lists ON DELETE CASCADE,
+    place bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
     number bigint,
     at timestamptz NOT NULL,
     type smallint NOT NULL,
     detail integer NOT NULL,
     uuid uuid NOT NULL,
     name text NOT NULL,
-    id integer NOT NULL,
-    PRIMARY KEY (list, number)
-);
+    id integer NOT NULL
+) WITH (fillfactor = 70);
+CREATE UNIQUE INDEX events_number ON events (list, number) WHERE number IS NOT NULL;
+CREATE INDEX events_new ON events (list, place) WHERE number IS NULL;
 
 -- --- keys of advisory locks ---
 
@@ -185,27 +189,54 @@ BEGIN
     END IF;
 END $$;
 
--- Enter events, and tell of the commit. _news: [[type, detail, id, name], ...] or null. Last in a
--- transaction: the row of the counters makes others with events wait until it ends, so that numbers
--- have no gaps and are in the order of commits.
+-- Number the events that are there and have no number; returns that of the last one. Numbers have
+-- no gaps. What happened after another commit had ended has a higher place, and it is not there
+-- without the other: so the order is that of commits wherever they can be told apart.
+CREATE FUNCTION publish(_list bigint, _max integer) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    _last bigint;
+    _count bigint;
+BEGIN
+    IF NOT EXISTS (SELECT FROM events WHERE list = _list AND number IS NULL) THEN
+        RETURN (SELECT events FROM counters WHERE list = _list);
+    END IF;
+    SELECT events INTO _last FROM counters WHERE list = _list FOR UPDATE;
+    UPDATE events SET number = new.number
+        FROM (
+            SELECT place, _last + row_number() OVER (ORDER BY place) AS number
+            FROM events WHERE list = _list AND number IS NULL
+        ) AS new
+        WHERE events.place = new.place;
+    GET DIAGNOSTICS _count = ROW_COUNT;
+    UPDATE counters SET events = events + _count WHERE list = _list;
+    IF (_last + _count) / 256 <> _last / 256 THEN
+        DELETE FROM events WHERE list = _list AND number <= _last + _count - _max;
+    END IF;
+    RETURN _last + _count;
+END $$;
+
+-- Enter events, and tell of the commit. _news: [[type, detail, id, name], ...] or null.
 CREATE FUNCTION happened(_list bigint, _max integer, _record bigint, _uuid uuid, _news jsonb)
 RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    _count integer := jsonb_array_length(_news);
-    _last bigint;
+    _place bigint;
 BEGIN
-    IF _count > 0 AND _max > 0 THEN
-        UPDATE counters SET events = events + _count WHERE list = _list RETURNING events INTO _last;
-        INSERT INTO events
-            SELECT _list, _last - _count + place, clock_timestamp(), (one->>0)::smallint,
-                   (one->>1)::integer, _uuid, one->>3, (one->>2)::integer
-            FROM jsonb_array_elements(_news) WITH ORDINALITY AS news (one, place);
-        IF _last / 256 <> (_last - _count) / 256 THEN
-            DELETE FROM events WHERE list = _list AND number <= _last - _max;
-        END IF;
+    IF _news IS NULL OR _max = 0 THEN
+        PERFORM tell(_list, _record::text);
+        RETURN;
     END IF;
-    PERFORM tell(_list, _record || ' ' || coalesce(_last::text, ''));
+    FOR at IN 0 .. jsonb_array_length(_news) - 1 LOOP
+        INSERT INTO events (list, at, type, detail, uuid, name, id)
+            VALUES (_list, clock_timestamp(), (_news->at->>0)::smallint, (_news->at->>1)::integer,
+                    _uuid, _news->at->>3, (_news->at->>2)::integer)
+            RETURNING place INTO _place;
+    END LOOP;
+    IF _place % 1024 = 0 THEN  -- perhaps nobody reads
+        PERFORM publish(_list, _max);
+    END IF;
+    PERFORM tell(_list, _record || ' +');
 END $$;
 
 -- --- the list lock ---

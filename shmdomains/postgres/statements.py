@@ -1,0 +1,98 @@
+"""What the store asks the server: the statements, by what they are for.
+
+Values stand for ``$1`` to ``$n`` and never become part of a text. What the functions do stands in
+``migrations/0001.sql``.
+"""
+
+from __future__ import annotations
+
+from .records import COLUMNS
+from .session import Statement
+
+LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
+UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
+LOCK = Statement(
+    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
+    *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
+)
+UNLOCK = Statement("SELECT unlock_domain($1, $2)", "bigint", "bool")
+COMMIT = Statement(
+    f"SELECT commit_domain({', '.join(f'${place}' for place in range(1, 28))})",
+    *("bigint", "bigint", "bigint", "bigint", "bigint"),
+    *("text", "int", "smallint", "int", "bool", "bool", "int", "bigint", "text"),
+    *("bool", "bytea", "bool", "bytea", "bool", "bytea", "text", "bool", "bytea", "text"),
+    *("int", "jsonb", "bool"),
+)
+INSERT = Statement(
+    f"SELECT * FROM insert_domain({', '.join(f'${place}' for place in range(1, 13))})",
+    *("bigint", "bigint", "bigint", "uuid", "text", "smallint", "bool", "bytea", "text", "bytea"),
+    *("int", "jsonb"),
+)
+REMOVE = Statement(
+    "SELECT remove_domain($1, $2, $3, $4, $5, $6, $7)",
+    *("bigint", "bigint", "bigint", "bigint", "bigint", "int", "jsonb"),
+)
+NEXT_ID = Statement("SELECT next_id($1)", "bigint")
+HELD = Statement(
+    "SELECT ((classid::bigint & 65535) << 32) | objid::bigint, (classid::bigint >> 16) - 23808 "
+    "FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
+    "AND pid = pg_backend_pid() AND (classid::bigint >> 16) - 23808 BETWEEN 1 AND 3"
+)
+
+NAME_MUTEX = Statement(
+    "INSERT INTO mutexes (list, name) SELECT $1, $2 "
+    "WHERE (SELECT count(*) FROM mutexes WHERE list = $1) < $3 "
+    "ON CONFLICT (list, name) DO NOTHING",
+    *("bigint", "text", "int"),
+)
+MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bigint", "text")
+LOCK_MUTEX = Statement(
+    "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
+)
+UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2)", "bigint", "bool")
+
+ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
+BARE = f"SELECT {COLUMNS} FROM domains d"
+BY = {
+    "record": Statement(f"{ROWS} WHERE d.list = $1 AND record = $2", "bigint", "bigint"),
+    "uuid": Statement(f"{ROWS} WHERE d.list = $1 AND d.uuid = $2", "bigint", "uuid"),
+    "name": Statement(f"{ROWS} WHERE d.list = $1 AND d.name = $2", "bigint", "text"),
+    "id": Statement(f"{ROWS} WHERE d.list = $1 AND d.id = $2 AND d.id <> -1", "bigint", "int"),
+}
+IDENTITY = Statement(
+    f"{BARE} WHERE d.list = $1 AND (d.uuid = $2 OR d.name = $3) "
+    "ORDER BY d.uuid = $2 DESC NULLS LAST LIMIT 1",
+    *("bigint", "uuid", "text"),
+)
+WANTED = (
+    " WHERE d.list = $1 AND ($2 IS NULL OR (d.id <> -1) = $2) "
+    "AND ($3 IS NULL OR d.persistent = $3) AND ($4 IS NULL OR d.autostart = $4) "
+    "AND ($5 IS NULL OR d.state = ANY ($5)) AND ($6 IS NULL OR d.host = $6)"
+)
+WANTED_TYPES = ("bigint", "bool", "bool", "bool", "smallint[]", "text")
+SCAN = Statement(BARE + WANTED + " ORDER BY d.record", *WANTED_TYPES)
+SCAN_ALL = Statement(ROWS + WANTED + " ORDER BY d.record", *WANTED_TYPES)
+COUNT = Statement("SELECT count(*) FROM domains d" + WANTED, *WANTED_TYPES)
+SOME = Statement(f"{ROWS} WHERE d.list = $1 AND record = ANY ($2)", "bigint", "bigint[]")
+VERSIONS = Statement("SELECT record, version FROM domains WHERE list = $1", "bigint")
+VERSION = Statement("SELECT version FROM domains WHERE list = $1 AND record = $2", *("bigint",) * 2)
+RECORDS = Statement("SELECT record, uuid FROM domains WHERE list = $1 ORDER BY record", "bigint")
+WITH_WORK = Statement(f"{BARE} WHERE d.list = $1 AND d.work IS NOT NULL", "bigint")
+TYPED = Statement("SELECT typed, next_typed FROM definitions WHERE record = $1", "bigint")
+
+EVENT_COUNT = Statement("SELECT publish($1, $2)", "bigint", "int")
+EVENTS = Statement(
+    "SELECT number, extract(epoch FROM at)::float8, type, detail, uuid, name, id FROM events "
+    "WHERE list = $1 AND number >= $2 ORDER BY number LIMIT $3",
+    *("bigint", "bigint", "int"),
+)
+DIRS = Statement(
+    "SELECT config_dir, autostart_dir FROM directories WHERE list = $1 AND host = $2",
+    *("bigint", "text"),
+)
+SET_DIRS = Statement(
+    "INSERT INTO directories (list, host, config_dir, autostart_dir) VALUES ($1, $2, $3, $4) "
+    "ON CONFLICT (list, host) DO UPDATE SET config_dir = $3, autostart_dir = $4",
+    *("bigint", "text", "bytea", "bytea"),
+)
+NO_DIRS = Statement("DELETE FROM directories WHERE list = $1 AND host = $2", "bigint", "text")
