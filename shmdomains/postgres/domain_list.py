@@ -32,7 +32,7 @@ from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
 from ..rules.events import news_of_change
-from ..rules.info import DomainInfo
+from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.plain_mutex import PlainMutex
 from ..rules.steps import settle_all
@@ -535,7 +535,7 @@ class PostgresDomainList(PlainDomainList[int]):
         self._usable()
         found = self._store.holders.locks()
         for info in self._store.with_work():
-            for job in info.jobs:
+            for job in jobs_of(info._work, info._describe):
                 found.append(LockInfo("job", info.name, info.uuid, job.holder))
         return found
 
