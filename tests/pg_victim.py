@@ -99,31 +99,28 @@ def cut(session: Session) -> None:
     ours.close()
 
 
-def be_a_victim(
-    pipe: Pipe, url: str, operation: str, only: tuple[int, str] | None, prepared: bool
-) -> None:
-    """Do one operation; say how it ended, and after it whether a domain can be changed. With
-    `prepared`, one was done before it, so that sessions and their statements are there."""
+def be_a_victim(pipe: Pipe, url: str, operation: str, prepared: bool) -> None:
+    """Do the operation whenever the test says where to stop in it, and say how it ended; then show
+    that a domain can be changed. With `prepared`, its statements are known to a session before."""
     doms = PostgresDomainList.attach(url, host=HOST)
-    do = OPERATIONS[operation].do
     if prepared:
         with doms.get(name="spare", timeout=DEADLINE) as dom:
-            dom.data = 1
+            dom.data = 0
     pipe.say("here")
-    stops = Stops(pipe, only)
-    outcome = ("done", "")
-    with stops.here():
-        try:
-            do(doms)
-        except Exception as exc:
-            outcome = (type(exc).__name__, str(exc))
-    pipe.say(("ended", stops.count, *outcome))
-    pipe.listen()
-    with doms.get(name="spare", timeout=DEADLINE) as dom:
-        died, dom.data = dom.previous_owner_died, 2
-    assert doms.peek(name="spare").data == 2
-    pipe.say(died)
-    pipe.rest()
+    while True:
+        stops = Stops(pipe, pipe.listen())
+        outcome = ("done", "")
+        with stops.here():
+            try:
+                OPERATIONS[operation].do(doms)
+            except Exception as exc:
+                outcome = (type(exc).__name__, str(exc))
+        pipe.say(("ended", stops.count, *outcome))
+        pipe.listen()
+        with doms.get(name="spare", timeout=DEADLINE) as dom:
+            died, data = dom.previous_owner_died, (dom.data or 0) + 1
+            dom.data = data
+        pipe.say((died, doms.peek(name="spare").data == data))
 
 
 # --- what victims do ------------------------------------------------------------------------------
