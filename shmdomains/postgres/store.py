@@ -37,12 +37,12 @@ from ..holder import LockHolder
 from ..memory import holder as local
 from ..memory._core import core
 from ..rules.store import Changes, Filter, Key, NewDomain, News
-from ..rules.work import Caller, Work
+from ..rules.work import Caller
 from ..xml.definition import DomainDef
 from . import statements as ask
 from .holders import DOMAIN, LIST, MUTEX, Holders
 from .pool import Pool, State
-from .records import WIDTH, Definitions, PostgresInfo, Typed
+from .records import PostgresInfo, Source, new_row
 from .session import (
     Gone,
     Refused,
@@ -71,7 +71,7 @@ class PostgresStore:
         self.pool = pool
         self.holders = Holders(pool)
         self.events_max = events_max
-        self._definitions = Definitions()
+        self._source = Source(self.holders.describe, self._load)
         self.most_mutexes = MOST_MUTEXES
         self._mutexes: dict[str, int] = {}
         self._deaths: dict[str, int | None] = {}  # of a mutex that somebody here holds
@@ -209,15 +209,7 @@ class PostgresStore:
         return self._info(rows[0]) if rows else None
 
     def _info(self, row: Row) -> PostgresInfo:
-        """From a row with definitions."""
-        live, successor = row[WIDTH : WIDTH + 2]
-        assert live is not None
-        typed = live, successor
-
-        def load(record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
-            return self._definitions.decoded(record, version, typed)
-
-        return PostgresInfo.of(row[:WIDTH], load, self.holders.describe)
+        return PostgresInfo.of(row, self._source)
 
     def read(self, record: int) -> PostgresInfo | None:
         return self._one(ask.BY["record"], [self._list, number(record)])
@@ -239,7 +231,7 @@ class PostgresStore:
         """Who has this uuid or, if nobody has, this name; without definitions."""
         key = None if uuid is None else str(uuid).encode()
         rows = self._read(ask.IDENTITY, [self._list, key, name.encode()])
-        return PostgresInfo.of(rows[0], None, self.holders.describe) if rows else None
+        return PostgresInfo.of(rows[0], None) if rows else None
 
     def _filter(self, wanted: Filter) -> list[bytes | None]:
         flags = (wanted.active, wanted.persistent, wanted.autostart)
@@ -255,10 +247,8 @@ class PostgresStore:
     def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
         """The committed states of the domains that match, all of one moment."""
         rows = self._read(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
-        if definitions:
-            return [self._info(row) for row in rows]
-        describe = self.holders.describe
-        return [PostgresInfo.of(row, None, describe) for row in rows]
+        source = self._source if definitions else None
+        return [PostgresInfo.of(row, source) for row in rows]
 
     def count(self, wanted: Filter) -> int:
         return big(self._read(ask.COUNT, self._filter(wanted))[0][0])
@@ -266,7 +256,7 @@ class PostgresStore:
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
         rows = self._read(ask.WITH_WORK, [self._list])
-        return [PostgresInfo.of(row, None, self.holders.describe) for row in rows]
+        return [PostgresInfo.of(row, self._source) for row in rows]
 
     def versions(self) -> dict[int, int]:
         """The version of each record."""
@@ -274,14 +264,13 @@ class PostgresStore:
 
     def _load(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
         """The definitions of a domain that the caller has locked."""
-        found = self._definitions.get(record, version)
+        found = self._source.definitions.get(record, version)
         if found is not None:
             return found
         rows = self._read(ask.TYPED, [number(record)])
         if not rows or rows[0][0] is None:
             raise self.lost(f"record {record} is gone")
-        typed: Typed = rows[0][0], rows[0][1]
-        return self._definitions.decoded(record, version, typed)
+        return self._source.definitions.decoded(record, version, (rows[0][0], rows[0][1]))
 
     # --- a domain's lock ---
 
@@ -299,7 +288,7 @@ class PostgresStore:
         if outcome == 1:
             row = rows[0]
             died = None if row[17] is None else big(row[17])
-            return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]), died)
+            return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
         self.pool.rest(state)
         if outcome == 0:
             return None
@@ -367,28 +356,15 @@ class PostgresStore:
             raise self.lost(f"{exc}; domain {new.name!r} is defined all the same") from None
         except Refused as exc:
             raise self._refused_insert(exc, new) from None
-        info = self.read_new(rows[0], new)
+        info = self._inserted(rows[0], new)
         return info._record, info
 
-    def read_new(self, row: Row, new: NewDomain) -> PostgresInfo:
-        record, token = big(row[0]), big(row[1])
-        made = PostgresInfo(
-            id=-1,
-            name=new.name,
-            uuid=new.uuid,
-            state=new.state,
-            reason=0,
-            persistent=new.persistent,
-            autostart=False,
-            pid=None,
-            blobs=(new.definition, None, None),
-            work=new.work,
-            describe=self.holders.describe,
-        )
-        values = {"host": None, "_record": record, "_version": 1, "_defined": 1, "_data": None}
-        for field, value in {**values, "_load": self._load, "_token": token, "_died": None}.items():
-            object.__setattr__(made, field, value)
-        return made
+    def _inserted(self, row: Row, new: NewDomain) -> PostgresInfo:
+        work = None if new.work is None else new.work.encode()
+        assert row[0] is not None
+        values = new_row(row[0], new.uuid, new.name, new.state, new.persistent, work)
+        self._source.definitions.put(big(row[0]), 1, (new.definition, None))
+        return PostgresInfo.of(values, self._source, big(row[1]))
 
     def _refused_insert(self, exc: Refused, new: NewDomain) -> Exception:
         if exc.constraint == "domains_uuid":
@@ -463,27 +439,11 @@ class PostgresStore:
         ]
 
     def _after(self, info: PostgresInfo, changes: Changes) -> PostgresInfo:
-        values: dict[str, Any] = dict(changes)
-        version = info._version + 1
-        redefined = "definition" in values or "next_definition" in values
-        if "work" in values:
-            packed = values["work"]
-            values["work"] = None if packed is None else Work.decode(packed)
-        after = info.changed(version, version if redefined else info._defined, **values)
-        known = None if not redefined else self._known(info, changes)
-        if known is not None:
-            data = values.get("data", info._data)
-            if data is None:
-                object.__setattr__(after, "_blobs", (*known, None))
-        return after
-
-    def _known(
-        self, info: PostgresInfo, changes: Changes
-    ) -> tuple[DomainDef, DomainDef | None] | None:
-        """The definitions after a commit, if they need not be read for it."""
+        after = info.changed(dict(changes))
         if "definition" in changes and "next_definition" in changes:
-            return changes["definition"], changes["next_definition"]
-        return None
+            known = changes["definition"], changes["next_definition"]
+            self._source.definitions.put(after._record, after._defined, known)
+        return after
 
     def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:
         state = self._state()
@@ -586,7 +546,7 @@ class PostgresStore:
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}; somebody else had the domain meanwhile{applied}")
-        object.__setattr__(info, "_token", again._token)
+        info = info.locked_as(again._token)
         if happened:
             return info
         try:
@@ -611,7 +571,7 @@ class PostgresStore:
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
             return None
-        return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]))
+        return PostgresInfo.of(row[1:16], self._source, big(row[16]))
 
     # --- waiting: see `domain_list`, which sleeps by the listener ---
 
