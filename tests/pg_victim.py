@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,13 +110,13 @@ def be_a_victim(pipe: Pipe, url: str, operation: str, prepared: bool) -> None:
     pipe.say("here")
     while True:
         stops = Stops(pipe, pipe.listen())
-        outcome = ("done", "")
+        outcome, acknowledged[:] = ("done", ""), []
         with stops.here():
             try:
                 OPERATIONS[operation].do(doms)
             except Exception as exc:
-                outcome = (type(exc).__name__, str(exc))
-        pipe.say(("ended", stops.count, *outcome))
+                outcome = (type(exc).__name__, traceback.format_exc())
+        pipe.say(("ended", stops.count, *outcome, bool(acknowledged)))
         pipe.listen()
         with doms.get(name="spare", timeout=DEADLINE) as dom:
             died, data = dom.previous_owner_died, (dom.data or 0) + 1
@@ -124,6 +125,13 @@ def be_a_victim(pipe: Pipe, url: str, operation: str, prepared: bool) -> None:
 
 
 # --- what victims do ------------------------------------------------------------------------------
+
+acknowledged: list[bool] = []
+"""Whether the call that made the change has returned; what is left is to unlock."""
+
+
+def acknowledge() -> None:
+    acknowledged.append(True)
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ def _rename(doms: PostgresDomainList) -> None:
         assert dom is not None
         with dom:
             doms.rename(dom, "renamed", DEADLINE)
+            acknowledge()
 
 
 def _commit(doms: PostgresDomainList) -> None:
@@ -166,6 +175,7 @@ def _commit_and_unlock(doms: PostgresDomainList) -> None:
     dom = doms.get(name="one", timeout=DEADLINE)
     dom.data = dom.data + 1
     dom.commit(DEADLINE)
+    acknowledge()
     dom.unlock()
 
 
@@ -211,6 +221,8 @@ def _assign_old(doms: PostgresDomainList) -> None:
     definition = DomainDef.from_xml(xml("one", ONE, 2048))
     with doms.locked(DEADLINE), doms.assign_def(definition, None, DEADLINE) as dom:
         dom.data = dom.data + 1
+        dom.commit(DEADLINE)
+        acknowledge()
 
 
 def _remove(doms: PostgresDomainList) -> None:
@@ -219,11 +231,14 @@ def _remove(doms: PostgresDomainList) -> None:
         assert dom is not None
         dom.unlock()
         doms.remove_inactive(dom, DEADLINE)
+        acknowledge()
 
 
 def _mutex(doms: PostgresDomainList) -> None:
     with doms.mutex("m", DEADLINE), doms.get(name="one", timeout=DEADLINE) as dom:
         dom.data = dom.data + 1
+        dom.commit(DEADLINE)
+        acknowledge()
 
 
 def _job(doms: PostgresDomainList) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
@@ -335,6 +336,25 @@ class PostgresDomainList(PlainDomainList[int]):
             if state is not _EMPTY:
                 state.list_held = False
                 self._pool.rest(state)
+
+    @contextmanager
+    def _list_held(self, timeout: float | None) -> Iterator[None]:
+        """Hold the list lock for a rule, unless the caller does. What the rule did under it went
+        through the session that held it, so the end of that session takes none of it back. What
+        else was held through it is found lost at its next use."""
+        if self.is_locked:
+            yield
+            return
+        self.lock(timeout)
+        state = self._mine
+        try:
+            yield
+        finally:
+            if self.is_locked:
+                with suppress(LockLost):
+                    self.unlock()
+                if not state.is_empty:
+                    self._pool.keep(state)
 
     def mutex(
         self, name: str, timeout: float | None = None, *, why: str | None = None

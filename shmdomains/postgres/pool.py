@@ -261,6 +261,10 @@ class Pool:
         if state.session is not None:
             self.bury(state.session)
 
+    def keep(self, state: State) -> None:
+        """The caller finds out by the next use of what he holds whether its session is lost."""
+        self.states[core.owner()] = state
+
     def bury(self, one: Session) -> None:
         """A session that is over."""
         one.end("a lock was lost")
