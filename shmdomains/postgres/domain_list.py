@@ -444,7 +444,7 @@ class PostgresDomainList(PlainDomainList[int]):
         """The committed state of one domain, or None. Takes no lock."""
         Deadline(timeout)
         self._usable()
-        return self._store.peek(self._key(key, uuid, name, id))
+        return self._store.glance(self._key(key, uuid, name, id))
 
     def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
         self._usable()
@@ -548,6 +548,14 @@ class PostgresDomainList(PlainDomainList[int]):
         """Counts, and who is attached, on all hosts. Takes no lock."""
         self._usable()
         return invariants.list_info(self._pool, self._store, self._remembered())
+
+    @property
+    def behind(self) -> float:
+        """Seconds by which what is read now (`peek`, `list`, iteration) may be old; 0 unless reads
+        go to a standby (``read="standby"``). It is the age of the last commit that the standby has,
+        by the clocks of the two servers, so it also grows while nobody commits."""
+        self._usable()
+        return self._store.behind()
 
     def locks(self) -> list[LockInfo]:
         """Every lock of the list that is held or waited for, and by whom, on all hosts. Takes no

@@ -90,6 +90,7 @@ class Pool:
         self._conninfo = conninfo
         self._lock = threading.Lock()
         self._idle: list[Session] = []
+        self._readers: list[Session] = []  # to a standby, idle
         self._all: set[Session] = set()
         self.states: dict[int, State] = {}
         self._listener: Listener | None = None
@@ -220,6 +221,45 @@ class Pool:
             self.give(one)
             return rows
 
+    def read(self, statement: Statement, values: list[bytes | None]) -> list[session.Row]:
+        """`ask`, of a standby if that is wanted and the caller holds nothing: whoever does must
+        not read what is old. Raises `Unavailable`."""
+        if self.address.read == "primary" or self.mine() is not None:
+            return self.ask(statement, values)
+        end = time.monotonic() + self.patience
+        while True:
+            one = self._readers.pop() if self._readers else self._reader()
+            try:
+                rows = one.call(statement, values)
+            except session.Gone as exc:
+                self._all.discard(one)
+                if time.monotonic() > end:
+                    raise Unavailable(f"{self.address.shown} went away: {exc}") from None
+                continue
+            except BaseException:
+                one.end("a read failed")
+                self._all.discard(one)
+                raise
+            if self.closed or len(self._readers) >= _IDLE:
+                one.end("it was closed")
+                self._all.discard(one)
+            else:
+                self._readers.append(one)
+            return rows
+
+    def _reader(self) -> Session:
+        """A session with a standby, or with the primary where there is none. It has no row."""
+        name, lease = (
+            f"shmdomains {self.address.list} reads on {self.host}"[:63],
+            self.address.lease,
+        )
+        shown = self.address.shown
+        conn = session.connect(self._conninfo, lease, shown, name, "prefer-standby")
+        made = Session(conn, lease)
+        with self._lock:
+            self._all.add(made)
+        return made
+
     # --- owners ---
 
     def mine(self) -> State | None:
@@ -321,8 +361,8 @@ class Pool:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.stop()
-        while self._idle:
-            one = self._idle.pop()
+        while self._idle or self._readers:
+            one = (self._idle or self._readers).pop()
             one.end("the list was closed")
             self._all.discard(one)
 
@@ -336,7 +376,8 @@ class Pool:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.forget()
-        self._idle, self._all, self.states, self.process = [], set(), {}, 0
+        self._idle, self._readers, self._all = [], [], set()
+        self.states, self.process = {}, 0
 
 
 def _after_fork() -> None:

@@ -292,9 +292,12 @@ def _never(_seconds: float) -> bool:
     return False
 
 
-def connect(conninfo: str, lease: float, shown: str, application: str) -> psycopg.Connection[Any]:
+def connect(
+    conninfo: str, lease: float, shown: str, application: str, attributes: str = "read-write"
+) -> psycopg.Connection[Any]:
     """A new connection, set up so that both sides notice the other's end within `lease` seconds.
-    Raises `Unavailable`."""
+    `attributes`: of several servers, which one (libpq's target_session_attrs). Raises
+    `Unavailable`."""
     milliseconds = int(lease * 1000)
     try:
         conn = psycopg.connect(
@@ -306,6 +309,7 @@ def connect(conninfo: str, lease: float, shown: str, application: str) -> psycop
             keepalives_idle=max(1, int(lease / 3)),
             keepalives_interval=max(1, int(lease / 6)),
             keepalives_count=3,
+            target_session_attrs=attributes,
         )
     except psycopg.Error as exc:
         raise Unavailable(f"{shown} cannot be reached: {without_password(str(exc))}") from None

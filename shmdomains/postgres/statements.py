@@ -96,3 +96,9 @@ SET_DIRS = Statement(
     *("bigint", "text", "bytea", "bytea"),
 )
 NO_DIRS = Statement("DELETE FROM directories WHERE list = $1 AND host = $2", "bigint", "text")
+
+BEHIND = Statement(
+    "SELECT CASE WHEN pg_is_in_recovery() THEN coalesce("
+    "extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()), 0) "
+    "ELSE 0 END::float8"
+)

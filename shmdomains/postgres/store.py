@@ -172,6 +172,13 @@ class PostgresStore:
     def _shown(self) -> str:
         return self.pool.address.shown
 
+    def _look_at(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
+        """`_read`, perhaps of a standby."""
+        try:
+            return self.pool.read(statement, values)
+        except Refused as exc:
+            raise self._refusal(exc) from None
+
     def _read(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         try:
             return self.pool.ask(statement, values)
@@ -203,6 +210,13 @@ class PostgresStore:
         if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
             return None
         return self._one(ask.BY[key.kind], [self._list, value])
+
+    def glance(self, key: Key) -> PostgresInfo | None:
+        """`peek`, perhaps at a standby."""
+        if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+            return None
+        rows = self._look_at(ask.BY[key.kind], [self._list, str(key.value).encode()])
+        return self._info(rows[0]) if rows else None
 
     def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
         rows = self._read(statement, values)
@@ -246,12 +260,16 @@ class PostgresStore:
 
     def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
         """The committed states of the domains that match, all of one moment."""
-        rows = self._read(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
+        rows = self._look_at(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
         source = self._source if definitions else None
         return [PostgresInfo.of(row, source) for row in rows]
 
     def count(self, wanted: Filter) -> int:
-        return big(self._read(ask.COUNT, self._filter(wanted))[0][0])
+        return big(self._look_at(ask.COUNT, self._filter(wanted))[0][0])
+
+    def behind(self) -> float:
+        """See `PostgresDomainList.behind`."""
+        return double(self._look_at(ask.BEHIND, [])[0][0])
 
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
