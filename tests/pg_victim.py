@@ -17,7 +17,6 @@ import os
 import select
 import socket
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,13 +99,10 @@ def cut(session: Session) -> None:
     ours.close()
 
 
-def be_a_victim(pipe: Pipe, url: str, operation: str, prepared: bool) -> None:
+def be_a_victim(pipe: Pipe, url: str, operation: str) -> None:
     """Do the operation whenever the test says where to stop in it, and say how it ended; then show
-    that a domain can be changed. With `prepared`, its statements are known to a session before."""
+    that a domain can be changed."""
     doms = PostgresDomainList.attach(url, host=HOST)
-    if prepared:
-        with doms.get(name="spare", timeout=DEADLINE) as dom:
-            dom.data = 0
     pipe.say("here")
     while True:
         stops = Stops(pipe, pipe.listen())
@@ -115,7 +111,7 @@ def be_a_victim(pipe: Pipe, url: str, operation: str, prepared: bool) -> None:
             try:
                 OPERATIONS[operation].do(doms)
             except Exception as exc:
-                outcome = (type(exc).__name__, traceback.format_exc())
+                outcome = (type(exc).__name__, str(exc))
         pipe.say(("ended", stops.count, *outcome, bool(acknowledged)))
         pipe.listen()
         with doms.get(name="spare", timeout=DEADLINE) as dom:

@@ -62,8 +62,26 @@ class Stamp(int):
 class PostgresDomain(PlainDomain[int]):
     """A handle to a domain of a `PostgresDomainList`; see `shmdomains.Domain`."""
 
-    __slots__ = ()
+    __slots__ = ("_lost",)
     _list: PostgresDomainList
+    _lost: bool
+    """Whether the lock that was taken through this handle last was lost."""
+
+    def _held(self) -> _Hold[int]:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None and getattr(self, "_lost", False):
+            raise self._list._store.lost("that was found before")
+        return hold or super()._held()
+
+    def rollback(self) -> None:
+        """Drop all changes since the last commit. If the lock was lost, they are dropped."""
+        if self.is_locked or not getattr(self, "_lost", False):
+            super().rollback()
+
+    def lock(self, timeout: float | None = None) -> None:
+        """Lock the domain; see `DomainBase.lock`."""
+        self._lost = False
+        super().lock(timeout)
 
     @property
     def token(self) -> int:
