@@ -39,7 +39,7 @@ def test_reads_go_to_the_standby(pair: tuple[pg_servers.Server, pg_servers.Stand
 
 def test_a_holder_reads_what_is_true(pair: tuple[pg_servers.Server, pg_servers.Standby]) -> None:
     """Its own commits included, which the standby may not have."""
-    primary, standby = pair
+    _, standby = pair
     url = pg_servers.urls(*pair, list="holder")
     with PostgresDomainList.open(url + "&read=standby") as doms:
         standby.freeze()

@@ -8,8 +8,9 @@ listener hears, and adds what belongs to this store: opening, hosts, tokens, who
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -32,13 +33,15 @@ from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
+from ..rules.elect import Election
 from ..rules.events import news_of_change
 from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
-from ..rules.plain_mutex import PlainMutex
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
 from . import invariants, schema, session
+from .elect import Candidate, leading
+from .mutex import PostgresMutex
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
@@ -90,6 +93,14 @@ class PostgresDomain(PlainDomain[int]):
         Raises `DomainNotLocked`."""
         return _read(self._held())._token
 
+    def lock(self, timeout: float | None = None) -> None:
+        """Lock the domain; see `DomainBase.lock`."""
+        try:
+            super().lock(timeout)
+        except BaseException:
+            self._list._store.put_back()
+            raise
+
     def unlock(self, timeout: float | None = None) -> None:
         """Commit the changes and release the lock, in one round trip; released even if the commit
         fails. Raises `DomainNotLocked`, `NotOwner`, `LockLost`, `InDoubt`."""
@@ -120,28 +131,6 @@ class PostgresDomain(PlainDomain[int]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PostgresDomain, (self._list, self._record, self._uuid)
-
-
-class PostgresMutex(PlainMutex):
-    """A handle to a named lock of a `PostgresDomainList`; see `shmdomains.Mutex`."""
-
-    def lock(self, timeout: float | None = None) -> None:
-        """Take it; see `MutexBase.lock`."""
-        self._list._need_living()
-        super().lock(timeout)
-
-    def _give_back(self, seen: bool) -> None:
-        doms: PostgresDomainList = self._list
-        state = doms._mine
-        doms._mutex_held_by.pop(self.name, None)
-        try:
-            doms._store.unlock_mutex(self.name, seen)
-        finally:
-            state.mutexes.pop(self.name, None)
-            doms._pool.rest(state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PostgresMutex, (self._list, self.name, self._timeout)
 
 
 class PostgresDomainList(PlainDomainList[int]):
@@ -343,7 +332,12 @@ class PostgresDomainList(PlainDomainList[int]):
     def lock(self, timeout: float | None = None) -> None:
         """Take the list lock; see `ListBase.locked`."""
         self._need_living()
-        super().lock(timeout)
+        try:
+            super().lock(timeout)
+            self._mine.asks = False
+        except BaseException:
+            self._store.put_back()
+            raise
 
     def unlock(self) -> None:
         """Release the list lock. Raises `ListNotLocked`, `NotOwner`, or `LockLost`."""
@@ -380,6 +374,21 @@ class PostgresDomainList(PlainDomainList[int]):
         """A named lock, not yet locked; see `ListBase.mutex`."""
         return PostgresMutex(self, name, timeout)
 
+    def elect(
+        self,
+        name: str,
+        run: Callable[[threading.Event], object],
+        *,
+        retry_after: float = 1.0,
+    ) -> Election:
+        """Have ``run(stop)`` run in one worker of all hosts; see `shmdomains.DomainList.elect`.
+
+        `stop` is also set when the lock is lost: the server went away, or this host was cut off
+        for a lease. Then another worker may lead already; when `run` has returned, this one takes
+        part again. `Election.stop` and the end of the election are noticed within 0.1 s.
+        """
+        return Election(self, Candidate(self, name, None), leading(self, run), retry_after)
+
     # --- domains: fewer round trips than `plain` makes ---
 
     def _find(self, key: Key, deadline: Deadline) -> PlainDomain[int] | None:
@@ -389,10 +398,14 @@ class PostgresDomainList(PlainDomainList[int]):
         if self._has_locked(state, key) or (state.holds and not state.list_held and timeout != 0):
             # `plain` says what is wrong, or finds that another domain has the key now.
             return super()._find(key, deadline)
-        info = self._store.lock_by(key, timeout)
-        if info is None:
-            return None
-        dom = self._handle(info._record, self._hold(info._record, info))
+        try:
+            info = self._store.lock_by(key, timeout)
+            if info is None:
+                return None
+            dom = self._handle(info._record, self._hold(info._record, info))
+        except BaseException:
+            self._store.put_back()
+            raise
         self._settle(dom, deadline)
         return dom
 
@@ -406,16 +419,28 @@ class PostgresDomainList(PlainDomainList[int]):
         hold.handle = ref(dom)
         return dom
 
+    def _hold(self, record: int, info: DomainInfo) -> _Hold[int]:
+        hold = super()._hold(record, info)
+        self._mine.asks = False
+        return hold
+
     def _take(self, record: int, timeout: float | None) -> _Hold[int] | None:
         self._need_living()
-        return super()._take(record, timeout)
+        try:
+            return super()._take(record, timeout)
+        except BaseException:
+            self._store.put_back()
+            raise
 
     def _give_back(self, hold: _Hold[int], seen: bool) -> None:
         state = self._mine
         session = state.session
+        if session is not None and session.asks:  # a handle is dropped in the midst of a call
+            session.later.append(lambda: self._give_back(hold, seen))
+            return
         self._held_by.pop(hold.record, None)
         try:
-            if session is not None and not session.is_there():
+            if session is not None and not session.is_there() and seen:
                 why = session.gone
                 self._lose(state)
                 raise self._store.lost(why)

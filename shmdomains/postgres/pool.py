@@ -33,18 +33,14 @@ if TYPE_CHECKING:
 _IDLE = 8
 """Idle sessions that are kept."""
 
-_ENTER = Statement(
-    "INSERT INTO sessions (process, backend, tid, start) VALUES ($1, pg_backend_pid(), $2, $3) "
-    "RETURNING session, pg_advisory_lock(lock_key(6, session)), "
-    "pg_advisory_lock_shared(lock_key(7, process))",
-    *("bigint", "int", "bigint"),
-)
+_ENTER = Statement("SELECT enter_session($1, $2, $3)", *("bigint", "int", "bigint"))
 _USE = Statement(
     "UPDATE sessions SET tid = $2, start = $3 WHERE session = $1", "bigint", "int", "bigint"
 )
 _OTHER = Statement(
     "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
     "WHERE l.locktype = 'advisory' AND l.granted AND a.state = 'idle' AND l.objsubid = 1 "
+    "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "AND l.classid = (lock_key(6, $1) >> 32)::int::oid "
     "AND l.objid = (lock_key(6, $1) & 4294967295)::bigint::oid",
     "bigint",
@@ -59,9 +55,10 @@ _DONE = Statement(
 class State:
     """What one owner holds of the list, and through which session."""
 
-    __slots__ = ("holds", "list_held", "mutexes", "session", "start", "tid")
+    __slots__ = ("asks", "holds", "list_held", "mutexes", "session", "start", "tid")
 
     def __init__(self) -> None:
+        self.asks = False  # for a lock; what it gets is not in here yet
         self.list_held = False
         self.holds: dict[Any, _Hold[Any]] = {}
         self.mutexes: dict[str, int] = {}
@@ -71,6 +68,10 @@ class State:
     @property
     def is_empty(self) -> bool:
         return not (self.list_held or self.holds or self.mutexes)
+
+    @property
+    def count(self) -> int:
+        return self.list_held + len(self.holds) + len(self.mutexes)
 
 
 _all: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -94,6 +95,8 @@ class Pool:
         self._all: set[Session] = set()
         self.states: dict[int, State] = {}
         self._listener: Listener | None = None
+        self.leaderships: set[Any] = set()
+        """Of elections (`elect`): told when their lock is lost."""
         self.closed = False
         _all.add(self)
 
@@ -151,10 +154,12 @@ class Pool:
             made = Session(conn, self.address.lease)
             made.silent = self._is_silent
             made.user = core.caller()[1:]
-            [[row, *_]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
+            [[row]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
             made.number = big(row)
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
+            if getattr(exc, "state", None) == "23503":  # a server that lost the process's row
+                self.process = 0
             raise Unavailable(
                 f"{self.address.shown} cannot be used: {without_password(str(exc))}"
             ) from None
@@ -192,8 +197,9 @@ class Pool:
         self.give(self._make(conn))
 
     def give(self, one: Session) -> None:
-        """Give back a session that holds nothing."""
-        if one.gone is not None or self.closed or len(self._idle) >= _IDLE:
+        """Give back a session that holds nothing. If it may hold something, for freeing that
+        failed or was interrupted, it ends: its next owner would lock it once more."""
+        if one.gone is not None or one.locks or self.closed or len(self._idle) >= _IDLE:
             one.end("it was closed")
             self._all.discard(one)
         else:
@@ -267,12 +273,15 @@ class Pool:
         return self.states.get(core.owner())
 
     def begin(self, patience: float | None = None) -> State:
-        """The caller's state, with a session. Raises `Unavailable`."""
+        """The caller's state, with a session, to ask for a lock. Raises `Unavailable`."""
         owner = core.owner()
         state = self.states.get(owner)
         if state is not None:
-            return state
+            state.asks = True
+            if self.states.get(owner) is state:  # else a handle was dropped just now, the last one
+                return state
         state = State()
+        state.asks = True
         _, state.tid, state.start = core.caller()
         state.session = taken = self.take(patience)
         if taken.user != (state.tid, state.start):
@@ -288,11 +297,12 @@ class Pool:
 
     def rest(self, state: State) -> None:
         """The caller may hold nothing any more: then its session is given back."""
-        if not state.is_empty or self.states.get(core.owner()) is not state:
+        if state.asks or not state.is_empty or self.states.get(core.owner()) is not state:
             return
         del self.states[core.owner()]
         if state.session is not None:
             self.give(state.session)
+        self._end_listener()
 
     def drop(self, state: State) -> None:
         """The caller's session is lost, and all that it held."""
@@ -304,6 +314,7 @@ class Pool:
                 handle._lost = True
         if state.session is not None:
             self.bury(state.session)
+        self._end_listener()
 
     def keep(self, state: State) -> None:
         """The caller finds out by the next use of what he holds whether its session is lost."""
@@ -316,6 +327,8 @@ class Pool:
 
     def tend(self) -> None:
         """What the listener does for the sessions, about once a second."""
+        for leadership in list(self.leaderships):
+            leadership.look()
         now, third = time.monotonic(), self.address.lease / 3
         for owner, state in list(self.states.items()):
             if state.session is None:
@@ -362,13 +375,18 @@ class Pool:
     def close(self) -> None:
         """End what holds nothing. Sessions with locks go on until they are unlocked."""
         self.closed = True
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.stop()
+        self._end_listener()
         while self._idle or self._readers:
             one = (self._idle or self._readers).pop()
             one.end("the list was closed")
             self._all.discard(one)
+
+    def _end_listener(self) -> None:
+        """After `close`, unless it still lets the server hear of sessions with locks."""
+        if self.closed and not self.states:
+            listener, self._listener = self._listener, None
+            if listener is not None:
+                listener.stop()
 
     def forget_connection(self, conn: psycopg.Connection[Any]) -> None:
         session.forget(conn)

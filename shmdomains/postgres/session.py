@@ -88,6 +88,9 @@ class Session:
         self.pid = os.getpid()
         self.lease = lease
         self.commits = 0
+        self.locks = 0
+        """How many locks it holds at most: counted before they are asked for, and no more after
+        they are free."""
         self.used = time.monotonic()
         self.gone: str | None = None
         self.silent: Callable[[float], bool] = _never
@@ -100,6 +103,8 @@ class Session:
         self._lock = threading.Lock()
         self._busy_in = 0
         self._owed = False  # the server owes an answer
+        self.later: list[Callable[[], None]] = []
+        """What is done after the call that is under way."""
         self._result: pq.abc.PGresult | None = None
         self._poll = select.poll()
         self._poll.register(self._pg.socket, select.POLLIN)
@@ -115,20 +120,29 @@ class Session:
         Raises `Refused`; `Gone` when the session ended. What interrupts a statement that waits (a
         signal handler that raises) cancels it first; any other statement is waited for.
         """
-        if self._lock.locked() and self._busy_in == threading.get_ident():
+        if self.asks:
             raise ContractError(
                 "a signal handler asks the server while this thread waits for its answer; let "
                 "another thread do it"
             )
-        with self._lock:
-            try:
-                self._busy_in = threading.get_ident()
-                if self.gone is not None:
-                    raise Gone(self.gone, False)
-                return self._ask(statement, values, waits)
-            finally:
-                self._busy_in = 0
-                self.used = time.monotonic()
+        try:
+            with self._lock:
+                try:
+                    self._busy_in = threading.get_ident()
+                    if self.gone is not None:
+                        raise Gone(self.gone, False)
+                    return self._ask(statement, values, waits)
+                finally:
+                    self._busy_in = 0
+                    self.used = time.monotonic()
+        finally:
+            while self.later:
+                self.later.pop()()
+
+    @property
+    def asks(self) -> bool:
+        """Whether the caller is in the midst of a call."""
+        return self._lock.locked() and self._busy_in == threading.get_ident()
 
     def _ask(self, statement: Statement, values: Sequence[bytes | None], waits: bool) -> list[Row]:
         pg, name = self._pg, statement.name
@@ -157,8 +171,11 @@ class Session:
             try:
                 result = self._read(waits)
                 break
-            except (psycopg.Error, Gone):
-                raise
+            except (psycopg.Error, Gone) as exc:
+                if interrupted is None:
+                    raise
+                self._end(str(exc), True)
+                raise interrupted from None
             except BaseException as exc:  # a signal handler raised
                 if waits:
                     self._cancel()
@@ -210,7 +227,7 @@ class Session:
 
     def _cancel(self) -> None:
         with suppress(psycopg.Error):  # then it ends by itself, or the session does
-            self._pg.get_cancel().cancel()
+            self.conn.cancel_safe(timeout=self.lease)  # a frozen server takes it and says nothing
 
     def _error(self, result: pq.abc.PGresult) -> ShmDomainsError:
         state = (result.error_field(_SQLSTATE) or b"").decode()
@@ -282,10 +299,12 @@ _kept: list[Any] = []
 
 def forget(conn: psycopg.Connection[Any]) -> None:
     """Put nothing in place of a parent's connection, in its child."""
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(nothing, conn.pgconn.socket, inheritable=False)
-    os.close(nothing)
     _kept.append(conn)
+    with suppress(psycopg.Error):  # it has no socket any more
+        socket = conn.pgconn.socket
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(nothing, socket, inheritable=False)
+        os.close(nothing)
 
 
 def _never(_seconds: float) -> bool:

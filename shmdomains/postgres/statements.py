@@ -15,7 +15,7 @@ LOCK = Statement(
     "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
     *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
 )
-UNLOCK = Statement("SELECT unlock_domain($1, $2)", "bigint", "bool")
+UNLOCK = Statement("SELECT unlock_domain($1, $2, $3)", "bigint", "bigint", "bool")
 COMMIT = Statement(
     f"SELECT commit_domain({', '.join(f'${place}' for place in range(1, 28))})",
     *("bigint", "bigint", "bigint", "bigint", "bigint"),
@@ -49,7 +49,7 @@ MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bi
 LOCK_MUTEX = Statement(
     "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
 )
-UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2)", "bigint", "bool")
+UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2, $3)", "bigint", "bigint", "bool")
 
 ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
 BARE = f"SELECT {COLUMNS} FROM domains d"

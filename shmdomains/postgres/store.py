@@ -23,6 +23,7 @@ from uuid import UUID
 
 from ..config.change import ConfigDirs
 from ..errors import (
+    ContractError,
     DomainExists,
     InDoubt,
     LockLost,
@@ -62,6 +63,8 @@ MOST_MUTEXES = 65_536
 _LONGEST = 30.0
 """Seconds of one statement that waits: while it does, the server cleans up nothing newer."""
 _EVENTS_AT_ONCE = 256
+_LIFE = 1 << 40
+"""The tokens of one life of the server."""
 
 
 class PostgresStore:
@@ -99,16 +102,20 @@ class PostgresStore:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            session.locks += 1
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
             except Refused as exc:
-                if exc.state == "55P03":
-                    if left is None or left > slice:
-                        continue
-                    self.pool.rest(state)
+                if exc.state == "55P03" and left is not None and left <= slice:
                     return state, []
-                self.pool.rest(state)
+                if exc.state == "55P03" or (exc.state == "40P01" and left is not None):
+                    session.locks -= 1  # a cycle of waits that end by themselves is none
+                    continue
+                self._put_back(state)  # an error does not undo the locking of an advisory lock
                 raise self._refusal(exc) from None
+            except ContractError:
+                session.locks -= 1
+                raise
             except Gone as exc:
                 held = not state.is_empty
                 self.pool.drop(state)
@@ -120,25 +127,48 @@ class PostgresStore:
                 self._put_back(state)
                 raise
 
-    def _put_back(self, state: State) -> None:
-        """After a wait that was interrupted: whatever it got all the same."""
-        session = state.session
-        if state.is_empty or session is None:
-            self.pool.drop(state)
+    def put_back(self) -> None:
+        """After a call that was interrupted: what it locked, and no handle knows of."""
+        state = self.pool.mine()
+        if state is None or state.session is None:
             return
+        for record, hold in list(state.holds.items()):
+            if hold.handle is None:
+                del state.holds[record]
+        if state.session.locks != state.count:
+            self._put_back(state)
+        elif state.asks:
+            state.asks = False
+            self.pool.rest(state)
+
+    def _put_back(self, state: State) -> None:
+        session = state.session
+        assert session is not None
         try:
             for which, kind in session.call(ask.HELD):
                 self._put_back_one(state, session, big(kind), big(which))
+            session.locks, state.asks = state.count, False
+            self.pool.rest(state)
         except (Gone, Refused):
             self.pool.drop(state)
+        except BaseException:
+            self.pool.drop(state)
+            raise
+
+    def _not_got(self, state: State) -> None:
+        """A lock was asked for and is not held."""
+        assert state.session is not None
+        state.session.locks -= 1
+        state.asks = False
+        self.pool.rest(state)
 
     def _put_back_one(self, state: State, session: Session, kind: int, which: int) -> None:
         if kind == DOMAIN and which not in state.holds:
-            session.call(ask.UNLOCK, [number(which), truth(False)])
+            session.call(ask.UNLOCK, [number(which), number(session.number), truth(False)])
         elif kind == LIST and which == self.pool.list and not state.list_held:
             session.call(ask.UNLOCK_LIST, [number(which)])
         elif kind == MUTEX and which not in {self._mutexes.get(name) for name in state.mutexes}:
-            session.call(ask.UNLOCK_MUTEX, [number(which), truth(False)])
+            session.call(ask.UNLOCK_MUTEX, [number(which), number(session.number), truth(False)])
 
     def _held(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         """A statement of a holder, through the session that holds the lock."""
@@ -152,6 +182,13 @@ class PostgresStore:
             raise self.lost(str(exc)) from None
         except Refused as exc:
             raise self._refusal(exc) from None
+
+    def _free(self, statement: Statement, values: list[bytes | None]) -> None:
+        """Free a lock of the list's."""
+        state = self._state()
+        self._held(statement, values)
+        assert state.session is not None
+        state.session.locks -= 1
 
     def lost(self, why: str) -> LockLost:
         return LockLost(
@@ -190,13 +227,13 @@ class PostgresStore:
     def lock_list(self, timeout: float | None) -> None:
         state, rows = self._wait(ask.LOCK_LIST, [], timeout)
         if not rows or rows[0][0] != b"\1":
-            self.pool.rest(state)
+            self._not_got(state)
             raise local.timed_out(
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
             )
 
     def unlock_list(self) -> None:
-        self._held(ask.UNLOCK_LIST, [self._list])
+        self._free(ask.UNLOCK_LIST, [self._list])
 
     # --- finding and reading ---
 
@@ -307,7 +344,7 @@ class PostgresStore:
             row = rows[0]
             died = None if row[17] is None else big(row[17])
             return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
-        self.pool.rest(state)
+        self._not_got(state)
         if outcome == 0:
             return None
         raise self._too_late(key, timeout, rows)
@@ -327,7 +364,18 @@ class PostgresStore:
         return self.peek(key)
 
     def unlock(self, record: int, seen: bool) -> None:
-        self._held(ask.UNLOCK, [number(record), truth(seen)])
+        state = self._state()
+        assert state.session is not None
+        values = [number(record), number(state.session.number), truth(seen)]
+        try:
+            state.session.call(ask.UNLOCK, values)
+        except Gone as exc:
+            if seen:
+                self.pool.drop(state)  # else the next who uses what is left of it is told
+            raise self.lost(str(exc)) from None
+        except Refused as exc:
+            raise self._refusal(exc) from None
+        state.session.locks -= 1
 
     def died(self, record: int) -> LockHolder | None:
         state = self.pool.mine()
@@ -367,12 +415,15 @@ class PostgresStore:
             _news(news),
         ]
         state = self._state()
+        assert state.session is not None
+        state.session.locks += 1
         try:
             rows = self._commits(state, ask.INSERT, values)
         except Gone as exc:
             self._fell_through(state, exc, timeout, f"define domain {new.name!r}")
             raise self.lost(f"{exc}; domain {new.name!r} is defined all the same") from None
         except Refused as exc:
+            state.session.locks -= 1  # the lock comes last in it
             raise self._refused_insert(exc, new) from None
         info = self._inserted(rows[0], new)
         return info._record, info
@@ -419,10 +470,27 @@ class PostgresStore:
                 name = changes.get("name", info.name)
                 raise DomainExists(f"domain with name '{name}' already exists") from None
             raise self._refusal(exc) from None
+        except BaseException:
+            self._interrupted(state, info, changes)
+            raise
         else:
             if rows[0][0] is None:
                 raise self.lost(f"domain {info.name!r} was changed by somebody else")
+        if unlock and state.session is not None:
+            state.session.locks -= 1
         return self._after(info, changes)
+
+    def _interrupted(self, state: State, info: PostgresInfo, changes: Changes) -> None:
+        """A signal handler raised in a commit: what its holder reads is what came of it."""
+        session = state.session
+        assert session is not None
+        try:
+            rows = session.call(ask.VERSION, [self._list, number(info._record)])
+        except BaseException:
+            self.pool.drop(state)
+            return
+        if rows and big(rows[0][0]) != info._version:
+            state.holds[info._record].info = self._after(info, changes)
 
     def _changed(
         self, info: PostgresInfo, changes: Changes, news: Sequence[News], unlock: bool
@@ -476,6 +544,8 @@ class PostgresStore:
             raise self._refusal(exc) from None
         if rows[0][0] != b"\1":
             raise self.lost(f"domain {info.name!r} was changed by somebody else")
+        assert state.session is not None
+        state.session.locks -= 1
 
     def _commits(self, state: State, statement: Statement, values: list[bytes | None]) -> list[Row]:
         session = state.session
@@ -542,7 +612,7 @@ class PostgresStore:
         session, happened = self._done_by(state, exc, timeout, what)
         alone = list(state.holds) == [info._record] and not (state.list_held or state.mutexes)
         if happened and unlock:
-            self._adopt(state, session)
+            self.pool.give(session)  # it has nothing of what else the lost one held
             return info
         if not alone:
             self.pool.give(session)
@@ -557,10 +627,11 @@ class PostgresStore:
             raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
         expected = info._version + happened
         mine = again is not None and again._version == expected
-        if again is None or not mine or not 0 < again._token - info._token < 1 << 20 | 2:
+        if again is None or not mine or not _next_token(info._token, again._token):
             with_lock = again is not None
             if with_lock:
-                session.call(ask.UNLOCK, [number(info._record), truth(False)])
+                place = [number(info._record), number(session.number)]
+                session.call(ask.UNLOCK, [*place, truth(False)])
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}; somebody else had the domain meanwhile{applied}")
@@ -586,8 +657,10 @@ class PostgresStore:
     def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
         wait = number(int(self._patience(None) * 1000))
         values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        session.locks += 1
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
+            session.locks -= 1
             return None
         return PostgresInfo.of(row[1:16], self._source, big(row[16]))
 
@@ -629,13 +702,16 @@ class PostgresStore:
         mutex = self._mutexes[name]
         state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
         if not rows or small(rows[0][0]) != 1:
-            self.pool.rest(state)
+            self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
             raise local.timed_out(f"mutex {name!r}", timeout, holder)
         self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
 
     def unlock_mutex(self, name: str, seen: bool) -> None:
-        self._held(ask.UNLOCK_MUTEX, [number(self._mutexes[name]), truth(seen)])
+        session = self._state().session
+        assert session is not None
+        values = [number(self._mutexes[name]), number(session.number), truth(seen)]
+        self._free(ask.UNLOCK_MUTEX, values)
 
     def mutex_died(self, name: str) -> LockHolder | None:
         died = self._deaths.get(name)
@@ -702,6 +778,12 @@ class PostgresStore:
             None if autostart is None else os.fsencode(autostart),
         ]
         self._held(ask.SET_DIRS, [self._list, host, *paths])
+
+
+def _next_token(one: int, two: int) -> bool:
+    """Whether nobody locked a domain between these two locks of it, or only in a life of the
+    server that ended meanwhile."""
+    return two == one + 1 or two % _LIFE == 0
 
 
 def _news(news: Sequence[News]) -> bytes | None:
