@@ -81,11 +81,6 @@ class PostgresDomain(PlainDomain[int]):
         if self.is_locked or not getattr(self, "_lost", False):
             super().rollback()
 
-    def lock(self, timeout: float | None = None) -> None:
-        """Lock the domain; see `DomainBase.lock`."""
-        self._lost = False
-        super().lock(timeout)
-
     @property
     def token(self) -> int:
         """A number that rises with each lock of this domain, on all hosts. Give it to a system
@@ -95,6 +90,7 @@ class PostgresDomain(PlainDomain[int]):
 
     def lock(self, timeout: float | None = None) -> None:
         """Lock the domain; see `DomainBase.lock`."""
+        self._lost = False
         try:
             super().lock(timeout)
         except BaseException:
