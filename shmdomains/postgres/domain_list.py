@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
@@ -35,7 +35,7 @@ from ..names import Uuid
 from ..rules.compare import compare
 from ..rules.elect import Election
 from ..rules.events import news_of_change
-from ..rules.info import DomainInfo
+from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
@@ -65,8 +65,21 @@ class Stamp(int):
 class PostgresDomain(PlainDomain[int]):
     """A handle to a domain of a `PostgresDomainList`; see `shmdomains.Domain`."""
 
-    __slots__ = ()
+    __slots__ = ("_lost",)
     _list: PostgresDomainList
+    _lost: bool
+    """Whether the lock that was taken through this handle last was lost."""
+
+    def _held(self) -> _Hold[int]:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None and getattr(self, "_lost", False):
+            raise self._list._store.lost("that was found before")
+        return hold or super()._held()
+
+    def rollback(self) -> None:
+        """Drop all changes since the last commit. If the lock was lost, they are dropped."""
+        if self.is_locked or not getattr(self, "_lost", False):
+            super().rollback()
 
     @property
     def token(self) -> int:
@@ -77,6 +90,7 @@ class PostgresDomain(PlainDomain[int]):
 
     def lock(self, timeout: float | None = None) -> None:
         """Lock the domain; see `DomainBase.lock`."""
+        self._lost = False
         try:
             super().lock(timeout)
         except BaseException:
@@ -331,6 +345,25 @@ class PostgresDomainList(PlainDomainList[int]):
                 state.list_held = False
                 self._pool.rest(state)
 
+    @contextmanager
+    def _list_held(self, timeout: float | None) -> Iterator[None]:
+        """Hold the list lock for a rule, unless the caller does. What the rule did under it went
+        through the session that held it, so the end of that session takes none of it back. What
+        else was held through it is found lost at its next use."""
+        if self.is_locked:
+            yield
+            return
+        self.lock(timeout)
+        state = self._mine
+        try:
+            yield
+        finally:
+            if self.is_locked:
+                with suppress(LockLost):
+                    self.unlock()
+                if not state.is_empty:
+                    self._pool.keep(state)
+
     def mutex(
         self, name: str, timeout: float | None = None, *, why: str | None = None
     ) -> PostgresMutex:
@@ -569,7 +602,7 @@ class PostgresDomainList(PlainDomainList[int]):
         self._usable()
         found = self._store.holders.locks()
         for info in self._store.with_work():
-            for job in info.jobs:
+            for job in jobs_of(info._work, info._describe):
                 found.append(LockInfo("job", info.name, info.uuid, job.holder))
         return found
 

@@ -308,9 +308,17 @@ class Pool:
         """The caller's session is lost, and all that it held."""
         if self.states.get(core.owner()) is state:
             del self.states[core.owner()]
+        for hold in state.holds.values():
+            handle: Any = None if hold.handle is None else hold.handle()
+            if handle is not None:
+                handle._lost = True
         if state.session is not None:
             self.bury(state.session)
         self._end_listener()
+
+    def keep(self, state: State) -> None:
+        """The caller finds out by the next use of what he holds whether its session is lost."""
+        self.states[core.owner()] = state
 
     def bury(self, one: Session) -> None:
         """A session that is over."""

@@ -175,7 +175,15 @@ BEGIN
         RETURN false;
     END IF;
     PERFORM set_config('lock_timeout', greatest(_wait, 0)::text, true);
-    PERFORM pg_advisory_lock(_key);
+    BEGIN
+        PERFORM pg_advisory_lock(_key);
+    EXCEPTION WHEN lock_not_available OR deadlock_detected OR query_canceled THEN
+        -- It may have been granted in that instant, and an error does not undo that.
+        PERFORM pg_advisory_unlock(_key) FROM pg_locks
+            WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted AND objsubid = 1
+                AND (classid::bigint << 32 | objid::bigint) = _key;
+        RAISE;
+    END;
     PERFORM set_config('lock_timeout', '0', true);
     RETURN true;
 END $$;
