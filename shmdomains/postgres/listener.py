@@ -250,7 +250,8 @@ class Listener:
             told, self._told = self._told, []
             with self._news:
                 for record in told:
-                    self.changes += 1
-                    self._recent.append((self.changes, int(record)))
+                    if record.isdecimal():  # anybody in the database may tell anything
+                        self.changes += 1
+                        self._recent.append((self.changes, int(record)))
                 self._news.notify_all()
             self._number(conn)
