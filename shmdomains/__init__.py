@@ -1,7 +1,8 @@
 """shmdomains: one list of domains for all worker processes of a VM manager.
 
 The list lives in shared memory and follows libvirt's `virDomainObjList`; each domain has its own
-lock. It survives the death of any worker at any instruction. Start with `DomainList`.
+lock. It survives the death of any worker at any instruction. Start with `DomainList`, or with
+`open`, which takes a URL (and stands in no ``import *``: it would hide Python's own).
 """
 
 import sys as _sys
@@ -86,6 +87,8 @@ from .memory.domain_list import (
 from .memory.held import LockInfo, Statistics
 from .memory.invariants import INVARIANTS, CheckReport, HeldLock, RecoverReport, Repair
 from .memory.segment_file import SegmentFile, segments
+from .opening import AnyDomainList
+from .opening import open as open
 from .rules.elect import Election
 from .rules.info import DomainInfo
 from .rules.jobs import DomainJob
@@ -117,6 +120,7 @@ __version__ = "0.1.0"
 __all__ = [
     "INVARIANTS",
     "AlreadyLocked",
+    "AnyDomainList",
     "AttachedProcess",
     "AutostartDetail",
     "BlockedReason",

@@ -1,4 +1,5 @@
-"""Who holds a lock, as a value: process, thread, command line, since when, alive or not.
+"""Who holds a lock, as a value: process, thread, command line, since when, alive or not; and what
+this host is called.
 
 Every store describes a holder with it, and `LockTimeout` carries it. Finding the holder is the
 store's business.
@@ -6,7 +7,22 @@ store's business.
 
 from __future__ import annotations
 
+import os
+from functools import cache
+
 import msgspec
+
+HOST_VARIABLE = "SHMDOMAINS_HOST"
+
+
+@cache
+def this_host() -> str:
+    """This machine's name (``gethostname``), or what ``$SHMDOMAINS_HOST`` says that it is; looked
+    up once in a process."""
+    return os.environ.get(HOST_VARIABLE) or os.uname().nodename
+
+
+os.register_at_fork(after_in_child=this_host.cache_clear)
 
 
 class LockHolder(msgspec.Struct, frozen=True):

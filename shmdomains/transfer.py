@@ -4,8 +4,9 @@ its definitions as XML files.
 A stream is a sequence of MessagePack objects: a header, one map per domain, and the number of
 domains, so that truncation is noticed. Definitions are XML, so that any version of this library,
 and any other program, can read them. Exporting takes no lock, and saves from a poisoned or damaged
-segment whatever is readable. Importing goes through `assign_def`, so its rules hold: a domain that
-exists under another UUID is reported as a failure, and the rest is imported.
+segment whatever is readable; of other stores it takes what they hand out. Importing goes through
+`assign_def`, so its rules hold: a domain that exists under another UUID is reported as a failure,
+and the rest is imported.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from .errors import (
     SegmentError,
     SegmentFull,
     ShmDomainsError,
+    Unavailable,
 )
 from .files import discard, sync_directory, temporary_name
+from .memory.domain_list import DomainList
 from .names import check_name
 from .packing import pack
-from .rules.values import decode_data
+from .rules.values import decode_data, encode_data
 from .states import DomainState
 from .text import shortened, shown
 from .xml.definition import DomainDef
 
 if TYPE_CHECKING:
-    from .memory.domain import Domain
-    from .memory.domain_list import DomainList
+    from .opening import AnyDomainList
     from .rules.info import DomainInfo
 
 FORMAT = "shmdomains-export"
@@ -68,6 +70,8 @@ class _Entry(msgspec.Struct):
     state: DomainState
     reason: Annotated[int, Meta(ge=0, lt=1 << 16)]
     pid: Annotated[int, Meta(gt=0, lt=1 << 31)] | None
+    host: str | None = None
+    """Of an active domain, unless the list was of one host: then it is the importing one's."""
 
 
 Value = TypeVar("Value")
@@ -120,7 +124,27 @@ class _Salvaged(NamedTuple):
             raise SegmentCorrupt(f"the {what} is damaged: {exc}") from None
 
 
-def _salvage(doms: DomainList, failed: Failed) -> Iterator[_Salvaged]:
+class _Whole(NamedTuple):
+    """One record as its store hands it out."""
+
+    label: str
+    info: DomainInfo
+
+    def definition(self) -> DomainDef:
+        return self.info.definition
+
+    def next_definition(self) -> DomainDef | None:
+        return self.info.next_definition
+
+    def data(self) -> bytes | None:
+        data = self.info.data
+        return None if data is None else encode_data(data)
+
+
+def _salvage(doms: AnyDomainList, failed: Failed) -> Iterator[_Salvaged | _Whole]:
+    if not isinstance(doms, DomainList):
+        yield from (_Whole(info.name, info) for info in doms.snapshot())
+        return
     for slot in range(doms._slots()):
         try:
             found = doms._salvage(slot)
@@ -141,7 +165,7 @@ def _name_of(info: DomainInfo) -> str | None:
 # --- export -----------------------------------------------------------------------------------
 
 
-def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise) -> int:
+def export_domains(doms: AnyDomainList, stream: IO[bytes], failed: Failed = _raise) -> int:
     """Write all domains to a binary stream; returns how many. Takes no lock; works on a poisoned
     segment too.
 
@@ -156,20 +180,23 @@ def export_domains(doms: DomainList, stream: IO[bytes], failed: Failed = _raise)
     0
     """
     stream.write(msgpack.packb({"format": FORMAT, "version": VERSION}))
-    count = 0
+    spans_hosts, count = not isinstance(doms, DomainList), 0
     for one in _salvage(doms, failed):
         try:
             definition = one.definition()
         except SegmentCorrupt as exc:
             failed(one.label, exc)
             continue
-        stream.write(pack(_entry(one, definition, failed)))
+        entry = _entry(one, definition, failed)
+        if spans_hosts:
+            entry.host = one.info.host
+        stream.write(pack(entry))
         count += 1
     stream.write(msgpack.packb(count))
     return count
 
 
-def _entry(one: _Salvaged, definition: DomainDef, failed: Failed) -> _Entry:
+def _entry(one: _Salvaged | _Whole, definition: DomainDef, failed: Failed) -> _Entry:
     """Report and leave out damaged parts other than the definition."""
 
     def unless_damaged(read: Callable[[], Value], instead: Value) -> Value:
@@ -216,7 +243,7 @@ _FIELDS_LOST: dict[str, Any] = {
 
 
 def export_xml(
-    doms: DomainList,
+    doms: AnyDomainList,
     directory: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -255,7 +282,7 @@ class _XmlFiles:
         self._folder, self._overwrite, self._failed = folder, overwrite, failed
         self._names: set[str] = set()
 
-    def write(self, one: _Salvaged, read: Callable[[], DomainDef | None]) -> None:
+    def write(self, one: _Salvaged | _Whole, read: Callable[[], DomainDef | None]) -> None:
         try:
             definition = read()
             if definition is None:
@@ -274,7 +301,7 @@ class _XmlFiles:
         else:
             self._names.add(path.stem)
 
-    def _name(self, one: _Salvaged, definition: DomainDef) -> str:
+    def _name(self, one: _Salvaged | _Whole, definition: DomainDef) -> str:
         """The definition's own name: the record's may be damaged."""
         name = definition.name
         try:
@@ -332,15 +359,16 @@ def _name_anew(temporary: Path, path: Path) -> None:
 
 
 def import_domains(
-    doms: DomainList, stream: IO[bytes], timeout: float | None = None
+    doms: AnyDomainList, stream: IO[bytes], timeout: float | None = None
 ) -> ImportReport:
     """Assign every domain of an exported stream. No lock may be held; the list lock is taken.
 
     State, data, flags and the next definition are imported too; an active domain stays active and
-    gets a new id. A domain that is active in the list already is left alone and reported; one that
-    cannot be imported whole is not imported at all. `timeout` in seconds is for each wait. Raises
-    `DefinitionError` for a stream that is no export, `ContractError`, and any `SegmentError` but
-    `SegmentFull`, which is that domain's failure.
+    gets a new id. It stays on its host, if the export was of a list that spans hosts; shared memory
+    takes its own host's only. A domain that is active in the list already is left alone and
+    reported; one that cannot be imported whole is not imported at all. `timeout` in seconds is for
+    each wait. Raises `DefinitionError` for a stream that is no export, `ContractError`,
+    `Unavailable`, and any `SegmentError` but `SegmentFull`, which is that domain's failure.
     """
     report = ImportReport([], [])
     for entry in _entries(stream):
@@ -349,7 +377,7 @@ def import_domains(
         except ContractError:
             raise
         except ShmDomainsError as exc:
-            if isinstance(exc, SegmentError) and not isinstance(exc, SegmentFull):
+            if isinstance(exc, (SegmentError, Unavailable)) and not isinstance(exc, SegmentFull):
                 raise
             report.failures.append((entry.name, str(exc)))
         else:
@@ -357,7 +385,7 @@ def import_domains(
     return report
 
 
-def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
+def _import_one(doms: AnyDomainList, entry: _Entry, timeout: float | None) -> None:
     # Decode everything before assigning anything.
     definition = _definition(entry, entry.definition)
     successor = entry.next_definition
@@ -373,7 +401,7 @@ def _import_one(doms: DomainList, entry: _Entry, timeout: float | None) -> None:
             if dom.is_active:
                 raise DefinitionError(f"domain '{entry.name}' is active; it was left as it is")
             if entry.active:
-                dom.activate(entry.pid, timeout=timeout)
+                _activate(dom, entry, timeout)
             _fill(dom, entry, next_definition, data)
             dom.unlock(timeout)  # the end of a `with` block would wait for ever
         finally:
@@ -399,7 +427,14 @@ def _data(entry: _Entry) -> Any:
         raise DefinitionError(f"the data of domain '{entry.name}' is damaged: {reason}") from None
 
 
-def _fill(dom: Domain, entry: _Entry, next_definition: DomainDef | None, data: Any) -> None:
+def _activate(dom: Any, entry: _Entry, timeout: float | None) -> None:
+    try:
+        dom.activate(entry.pid, host=entry.host, timeout=timeout)
+    except ValueError as exc:  # another host's, or no name of a host
+        raise DefinitionError(str(exc)) from None
+
+
+def _fill(dom: Any, entry: _Entry, next_definition: DomainDef | None, data: Any) -> None:
     dom.set_state(entry.state, entry.reason)
     dom.autostart = entry.autostart
     dom.next_definition = next_definition

@@ -352,6 +352,23 @@ def planted(doms: DomainList, path: str) -> Iterator[Planted]:
         yield planted
 
 
+# --- PostgreSQL: pg_servers.py -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def pg_server() -> Iterator[pg_servers.Server]:
+    """One server for the whole session; whoever kills or freezes one makes one of its own."""
+    pg_servers.need()
+    with pg_servers.Server(max_connections="300") as server:
+        yield server
+
+
+@pytest.fixture
+def pg_url(pg_server: pg_servers.Server, segment_name: str) -> str:
+    """The URL of a list that no other test uses."""
+    return pg_server.url(segment_name)
+
+
 # --- the command line --------------------------------------------------------------------------
 
 

@@ -144,6 +144,7 @@ class DictStore:
             {
                 "id": -1,
                 "pid": None,
+                "host": None,
                 "name": new.name,
                 "uuid": new.uuid,
                 "state": new.state,

@@ -36,7 +36,7 @@ RANKS = [
     ["rules"],
     ["memory"],
     ["postgres"],
-    ["transfer", "aio", "green"],
+    ["transfer", "aio", "green", "opening"],
     ["shmdomains"],  # the public names
     ["stress"],
     ["cli"],

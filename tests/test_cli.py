@@ -41,6 +41,7 @@ from shell import (
 import shmdomains
 from shmdomains import DomainList, DomainState, PausedReason
 from shmdomains.cli import cli, domains, tables, types
+from shmdomains.holder import this_host
 
 SAMPLES = Path(__file__).parent / "data" / "domains"
 
@@ -245,6 +246,7 @@ def test_list_as_json(mixed: DomainList) -> None:
         "persistent": True,
         "autostart": False,
         "pid": 4711,
+        "host": this_host(),
         "title": "Front end",
     }
     assert (last["id"], last["pid"], last["name"]) == (None, None, "café ☕")
@@ -295,6 +297,7 @@ def test_dominfo_as_json(loaded: DomainList) -> None:
         "persistent": True,
         "autostart": False,
         "pid": None,
+        "host": this_host(),
         "title": "Front end",
         "type": "kvm",
         "os_type": "hvm",
@@ -1057,7 +1060,7 @@ def test_stress_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     invoke("stress", SAMPLES, status=1)
     assert seen == {
         "config_dir": SAMPLES, "workers": 4, "seconds": 5.0, "kill": False, "start": "fork",
-        "lock": "robust", "domains": None,
+        "lock": "robust", "domains": None, "url": None,
     }  # fmt: skip
     invoke(
         "stress", SAMPLES, "--workers", 2, "--seconds", "0.5", "--kill", "--start", "spawn",
@@ -1065,7 +1068,7 @@ def test_stress_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert seen == {
         "config_dir": SAMPLES, "workers": 2, "seconds": 0.5, "kill": True, "start": "spawn",
-        "lock": "multiprocessing", "domains": 99,
+        "lock": "multiprocessing", "domains": 99, "url": None,
     }  # fmt: skip
     for wrong in (["--workers", "0"], ["--seconds", "nan"], ["--seconds", "0"], ["--lock", "x"]):
         invoke("stress", SAMPLES, *wrong, status=2)

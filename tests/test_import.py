@@ -21,10 +21,13 @@ from shmdomains.lazy import LazyModule
 from shmdomains.memory import holder
 
 ROOT = Path(shmdomains.__file__).parents[1]
-HEAVY = {"lxml", "psutil", "filelock", "rich", "multiprocessing", "subprocess", "tempfile"}
-"""What only XML, config files, error messages, other kinds of locks and colours need."""
+HEAVY = {
+    *("lxml", "psutil", "filelock", "rich", "multiprocessing", "subprocess", "tempfile"),
+    *("psycopg", "psycopg_binary", "socket"),
+}
+"""What only XML, config files, error messages, other locks and stores, and colours need."""
 
-LIBRARY, PROGRAM = 110, 150
+LIBRARY, PROGRAM = 111, 150
 """So many modules at most, Python's own among them: 82 and 122 with CPython 3.11."""
 
 _AFTER = """
@@ -59,6 +62,7 @@ def test_the_library_imports_what_every_worker_needs() -> None:
     modules = imported("import shmdomains")
     assert "shmdomains.memory._core.core" in modules
     assert heavy(modules) == set()
+    assert not {module for module in modules if module.startswith("shmdomains.postgres")}
     assert "click" not in modules
     assert len(modules) <= LIBRARY, sorted(modules)
 

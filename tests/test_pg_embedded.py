@@ -16,7 +16,6 @@ from pathlib import Path
 import pg_servers
 import psutil
 import pytest
-from helpers import Party
 from killing import Child, Pipe, until
 
 from shmdomains.errors import SegmentRefused, Unavailable
@@ -168,6 +167,22 @@ def test_a_killed_server_is_started_again(made: Path, whole: bool) -> None:
     assert execute(uri, "SELECT one FROM kept") == [(1,)]
 
 
+def test_a_backend_that_outlives_its_server_is_waited_for(made: Path) -> None:
+    uri = embedded.server(made, PATIENCE)
+    with psycopg.connect(uri) as connection:
+        backend = psutil.Process(connection.info.backend_pid)
+        backend.suspend()
+        postmaster(made).kill()
+        try:
+            with pytest.raises(Unavailable, match="does not answer"):
+                embedded.server(made, 1)
+            assert not ended(made)
+        finally:
+            backend.kill()
+        assert began(embedded.server(made, PATIENCE))
+        connection.close()
+
+
 def test_a_killed_keeper_takes_the_server_along(made: Path) -> None:
     uri = embedded.server(made, PATIENCE)
     first = began(uri)
@@ -292,17 +307,30 @@ def elsewhere(segment_dir: Path) -> Iterator[Path]:
     embedded.stop(folder, PATIENCE)
 
 
-def test_no_other_user_gets_in(elsewhere: Path, as_user: Callable[..., Party]) -> None:
+def visit(pipe: Pipe, user: int) -> None:
+    """Another user, who says why each URI does not let it in."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    while True:
+        try:
+            psycopg.connect(pipe.listen()).close()
+            pipe.say("in")
+        except psycopg.OperationalError as exc:
+            pipe.say(str(exc))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_no_other_user_gets_in(elsewhere: Path, start: Callable[..., Child]) -> None:
     """The folder is closed; and where somebody opens it, the server asks who comes."""
+    elsewhere.parent.chmod(0o755)
     for user in (1, 65534):
-        party = as_user(user)
-        party.tell("import psycopg")
+        visitor = start(visit, user)
         for role in ("shmdomains", "postgres"):
             uri = f"postgresql://{role}@/postgres?host={elsewhere}"
             for mode, why in ((0o755, "Peer authentication failed"), (0o700, "Permission denied")):
                 elsewhere.chmod(mode)
-                with pytest.raises(psycopg.OperationalError, match=why):
-                    party.tell(f"psycopg.connect({uri!r})")
+                assert why in visitor.ask(uri)
 
 
 def test_the_administrator_is_the_owner(made: Path) -> None:

@@ -27,6 +27,7 @@ from . import domains as domain_commands
 from . import events as event_commands
 from . import jobs as job_commands
 from . import locks as lock_commands
+from . import postgres as postgres_commands
 from . import segments as segment_commands
 from .group import EXIT_STATUS, Commands
 from .tables import is_terminal, print_warning
@@ -66,22 +67,23 @@ def _logging() -> Iterator[None]:
 @click.option(
     "--segment",
     "-s",
-    metavar="NAME",
+    metavar="NAME|URL",
     envvar=SEGMENT_VARIABLE,
     default=segment_file.DEFAULT_NAME,
     show_default=True,
     show_envvar=True,
     shell_complete=complete_segment,
-    help="The segment: its name, or its file if there is a / in it.",
+    help="The list: a segment's name, its file if there is a / in it, or a URL, as of a list on "
+    "PostgreSQL: postgresql://HOST/DATABASE?list=NAME.",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, segment: str) -> None:
-    """The list of domains that a VM manager's processes share, in shared memory.
+    """The list of domains that a VM manager's processes share, in shared memory or on PostgreSQL.
 
     A DOMAIN is an id, a UUID or a name.
     """
-    ctx.obj = Target(segment)
+    ctx.obj = Target.of(segment)
     ctx.with_resource(_logging())
 
 
@@ -110,6 +112,7 @@ for _command in (
     segment_commands.export_command,
     segment_commands.import_command,
     segment_commands.unlink_segment,
+    postgres_commands.postgres,
 ):
     cli.add_command(_command)
 
@@ -164,9 +167,13 @@ def stress(
 ) -> None:
     """Prove that nothing is lost under load.
 
-    Workers find, lock, change, define and remove the domains of a directory, in a segment of its
-    own: nothing in CONFIG_DIR and no other segment is changed.
+    Workers find, lock, change, define and remove the domains of a directory, in a list of its own:
+    nothing in CONFIG_DIR and no other list is changed. If the list that is named is on PostgreSQL,
+    so is this one, under a name of its own, and it is removed at the end.
     """
+    target: Target = ctx.obj
+    if lock != "robust" and not target.in_shared_memory:
+        raise click.UsageError(f"--lock is for shared memory, not for {target.what}.")
     if not math.isfinite(seconds):
         raise click.UsageError(f"--seconds is {seconds}; it has to end.")
     from rich.console import Console
@@ -181,6 +188,7 @@ def stress(
         start=start,
         lock=lock,
         domains=domains,
+        url=None if target.in_shared_memory else target.url,
         # Piped output should not be wrapped to an invented width.
         console=Console(width=None if is_terminal() else _PIPE_WIDTH),
     )

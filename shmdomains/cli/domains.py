@@ -10,15 +10,14 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..config import MAX_FILE_BYTES
 from ..deadline import Deadline
-from ..errors import DomainNotFound, SegmentError, ShmDomainsError
+from ..errors import DomainNotFound, SegmentError, ShmDomainsError, Unavailable
 from ..job import JobInfo
-from ..memory.domain_list import DomainList
 from ..rules.info import DomainInfo, job_to_dict
 from ..states import DomainState
 from ..xml import document
@@ -49,6 +48,9 @@ from .types import (
     timeout_option,
     to_read,
 )
+
+if TYPE_CHECKING:
+    from ..opening import AnyDomainList
 
 # --- list -----------------------------------------------------------------------------------
 
@@ -85,9 +87,10 @@ _STATE_COLOURS = {
 @flag("id", "Print ids only.")
 @flag("title", "Print titles as well.")
 @flag("with-job", "Domains with a job, and what it does.")
+@click.option("--host", metavar="HOST", help="Domains that run there.")
 @format_option
 @click.pass_obj
-def list_domains(target: Target, /, form: str, **flags: bool) -> None:
+def list_domains(target: Target, /, form: str, host: str | None, **flags: bool) -> None:
     """List domains; without options the active ones.
 
     Active domains come first, by id, then the inactive ones, by name. Options of one kind add up
@@ -100,6 +103,7 @@ def list_domains(target: Target, /, form: str, **flags: bool) -> None:
             autostart=_either(flags["autostart"], flags["no_autostart"]),
             state=_state_filter(flags),
             definitions=flags["title"] or flags["with_job"],
+            host=host,
         )
         if flags["with_job"]:
             infos = [info for info in infos if info.jobs]
@@ -109,7 +113,7 @@ def list_domains(target: Target, /, form: str, **flags: bool) -> None:
         elif flags["name"] or flags["uuid"] or flags["id"]:
             print_names(_bare_lines(infos, flags))
         else:
-            _print_domains(infos, flags)
+            _print_domains(infos, flags, not target.in_shared_memory)
 
 
 def _active_filter(flags: dict[str, bool]) -> bool | None:
@@ -151,9 +155,12 @@ def _bare_lines(infos: list[DomainInfo], flags: dict[str, bool]) -> Iterator[str
         yield " ".join(word for word in words if word is not None)
 
 
-def _print_domains(infos: list[DomainInfo], flags: dict[str, bool]) -> None:
+def _print_domains(infos: list[DomainInfo], flags: dict[str, bool], hosts: bool) -> None:
     columns = [Column("Id"), Column("Name"), Column("State", colour=_STATE_COLOURS.get)]
     rows = [[_id_text(info), info.name, info.state.words] for info in infos]
+    if hosts:
+        columns.append(Column("Host"))
+        rows = [[*row, info.host or "-"] for row, info in zip(rows, infos, strict=True)]
     if flags["title"]:
         columns.append(Column("Title"))
         rows = [[*row, info.definition.title or ""] for row, info in zip(rows, infos, strict=True)]
@@ -203,6 +210,7 @@ def _info_record(info: DomainInfo) -> dict[str, Any]:
         "persistent": info.persistent,
         "autostart": info.autostart,
         "pid": info.pid,
+        "host": info.host,
     }
 
 
@@ -215,7 +223,7 @@ def _reason_words(info: DomainInfo) -> str:
 
 
 @contextmanager
-def found_domain(target: Target, key: str) -> Iterator[tuple[DomainList, DomainInfo]]:
+def found_domain(target: Target, key: str) -> Iterator[tuple[AnyDomainList, DomainInfo]]:
     """The domain that `key` names. If it is removed during the block, the error names `key` too."""
     with target.attach() as doms:
         info = find_domain(doms, key)
@@ -235,7 +243,7 @@ def dominfo(target: Target, domain: str, form: str) -> None:
         if form == "json":
             print_record(_dominfo_record(info))
         else:
-            print_pairs(_dominfo_pairs(info))
+            print_pairs(_dominfo_pairs(info, not target.in_shared_memory))
 
 
 @click.command()
@@ -330,7 +338,7 @@ def _dominfo_record(info: DomainInfo) -> dict[str, Any]:
     }
 
 
-def _dominfo_pairs(info: DomainInfo) -> Iterator[tuple[str, str]]:
+def _dominfo_pairs(info: DomainInfo, hosts: bool) -> Iterator[tuple[str, str]]:
     definition = info.definition
     yield "Id", _id_text(info)
     yield "Name", info.name
@@ -345,6 +353,8 @@ def _dominfo_pairs(info: DomainInfo) -> Iterator[tuple[str, str]]:
     yield "Reason", _reason_words(info)
     if info.pid is not None:
         yield "PID", str(info.pid)
+    if hosts and info.host is not None:
+        yield "Host", info.host
     if definition.title is not None:
         yield "Title", definition.title
     if _is_updated(info):
@@ -390,7 +400,7 @@ def _with_id(definition: DomainDef, id: int | None) -> str:
 def define(target: Target, files: tuple[str, ...], new: bool, timeout: float | None) -> None:
     """Define persistent domains from XML, or redefine them.
 
-    Makes the segment if need be. FILE may be - for standard input, which is also read if there is
+    Makes the list if need be. FILE may be - for standard input, which is also read if there is
     no FILE and it is not a terminal. An active domain changes at its next start. The rest is
     defined if one FILE is wrong; the exit status is then 1.
     """
@@ -401,13 +411,13 @@ def define(target: Target, files: tuple[str, ...], new: bool, timeout: float | N
     end_with_failure(not all(outcomes))
 
 
-def _define_one(doms: DomainList, file: str, new: bool, timeout: float | None) -> bool:
+def _define_one(doms: AnyDomainList, file: str, new: bool, timeout: float | None) -> bool:
     source = source_text(file)
     try:
         info = doms.define(_read_definition(file), timeout, new=new)
     except (ShmDomainsError, OSError) as exc:
         print_error(f"Failed to define domain from {source}")
-        if isinstance(exc, SegmentError):
+        if isinstance(exc, (SegmentError, Unavailable)):
             raise  # the other files would fail in the same way
         print_error(describe(exc))
         return False

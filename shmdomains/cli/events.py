@@ -7,15 +7,18 @@ time is the event's own.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from ..deadline import Deadline
 from ..errors import INTERRUPTED
 from ..events import EVENT_NAMES, DomainEvent, EventsMissed, EventType
-from ..memory.domain_list import DomainList
 from .tables import Failure, count_text, end_with_failure, print_line, print_warning, printable
 from .types import Target, complete_domain, find_domain, flag, format_option, seconds
+
+if TYPE_CHECKING:
+    from ..opening import AnyDomainList
 
 
 @click.command()
@@ -75,7 +78,12 @@ class _Shown:
     """The events that a user asked for, printed."""
 
     def __init__(
-        self, doms: DomainList, domain: str | None, event: str | None, timestamp: bool, form: str
+        self,
+        doms: AnyDomainList,
+        domain: str | None,
+        event: str | None,
+        timestamp: bool,
+        form: str,
     ) -> None:
         self._doms = doms
         self._uuid = None if domain is None else find_domain(doms, domain).uuid

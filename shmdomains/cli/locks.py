@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from msgspec.structs import asdict
 
-from ..memory.domain_list import DomainList
 from ..memory.held import LockInfo
 from ..memory.invariants import lock_text
 from .tables import (
@@ -23,6 +22,9 @@ from .tables import (
     print_table,
 )
 from .types import Target, format_option, seconds
+
+if TYPE_CHECKING:
+    from ..opening import AnyDomainList
 
 _EVERY = "2"
 _SHORTEST = 0.05
@@ -72,7 +74,7 @@ def _print(found: list[LockInfo], form: str) -> None:
         print_table(_COLUMNS, _rows(found))
 
 
-def _print_again(doms: DomainList, form: str) -> None:
+def _print_again(doms: AnyDomainList, form: str) -> None:
     if form == "json":
         print_line({"time": time.time(), "locks": [_record(lock) for lock in doms.locks()]})
         return

@@ -1,6 +1,6 @@
-"""The commands about segments: ``load``, ``export``, ``import``, ``segments``, ``check`` and so on.
+"""The commands about a whole list: ``load``, ``export``, ``segments``, ``check`` and so on.
 
-`create`, `load` and `import` make the segment; the latter two enter what they can and report the
+`create`, `load` and `import` make the list; the latter two enter what they can and report the
 rest. The others block nobody. Of these `unlink` removes the name and `recover` repairs; the rest
 change nothing.
 """
@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,7 +24,6 @@ from ..holder import LockHolder
 from ..memory import segment_file
 from ..memory.domain_list import AttachedProcess, DomainList, ListInfo
 from ..memory.invariants import (
-    INVARIANTS,
     CheckReport,
     HeldLock,
     RecoverReport,
@@ -70,39 +69,35 @@ if TYPE_CHECKING:
 @segment_argument
 @limit_options
 @click.option(
-    "--mode", type=file_mode, default="600", show_default=True, help="600, or 660 for a group."
+    "--mode", type=file_mode, help="Of a segment: 600, or 660 for a group.  [default: 600]"
 )
-@click.option("--group", help="The group that may use it, too: name or number.")
+@click.option("--group", help="The group that may use a segment, too: name or number.")
 @click.pass_obj
 def create(
-    target: Target, max_domains: int | None, max_bytes: int | None, mode: int, group: str | None
+    target: Target,
+    max_domains: int | None,
+    max_bytes: int | None,
+    mode: int | None,
+    group: str | None,
 ) -> None:
-    """Make an empty segment.
+    """Make an empty list.
 
-    NAME is `default` if it is left out. `load`, `define` and `import` make a segment, too, if there
-    is none. Its locks are robust ones: those of multiprocessing are for the children of the program
-    that made them.
+    NAME is a segment's, `default` if it is left out, or the URL of a list on PostgreSQL. `load`,
+    `define` and `import` make a list, too, if there is none. A segment's locks are robust ones:
+    those of multiprocessing are for the children of the program that made them.
     """
-    if target.text.endswith(".xml"):
+    if target.shown.endswith(".xml"):
         raise click.UsageError("This makes a segment, not a domain; for that there is `define`.")
     number = int(group) if group and group.isdecimal() else group
-    with (
-        _usage_errors(),
-        target.create(
-            max_domains=max_domains, max_bytes=max_bytes, mode=mode, group=number
-        ) as doms,
-    ):
-        click.echo(printable(f"Segment '{target.text}' created, with {_room(doms.info)}"))
+    with target.create(
+        max_domains=max_domains, max_bytes=max_bytes, mode=mode, group=number
+    ) as doms:
+        room = f", with {_room(doms.info)}" if target.in_shared_memory else ""
+        click.echo(printable(f"{_capital(target.what)} created{room}"))
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as exc:
-        if isinstance(exc, ShmDomainsError):
-            raise
-        raise click.UsageError(str(exc)) from None
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _room(info: ListInfo) -> str:
@@ -141,20 +136,18 @@ def load(
     timeout: float | None,
     form: str,
 ) -> None:
-    """Load a config directory; makes the segment if need be.
+    """Load a config directory; makes the list if need be.
 
     Every *.xml in DIR becomes a persistent domain. A file that is wrong is reported and skipped;
     the exit status is then 1. What is defined, renamed or undefined later is saved in DIR.
     """
-    with _open(target, max_domains, max_bytes) as doms, _progress() as progress:
+    with (
+        target.open(max_domains=max_domains, max_bytes=max_bytes) as doms,
+        _progress() as progress,
+    ):
         report = doms.load_all_configs(directory, autostart_dir, progress, workers, timeout)
     _print_load_report(target, report, form)
     end_with_failure(report.failures)
-
-
-def _open(target: Target, max_domains: int | None, max_bytes: int | None) -> DomainList:
-    with _usage_errors():
-        return target.open(max_domains=max_domains, max_bytes=max_bytes)
 
 
 @contextmanager
@@ -187,7 +180,7 @@ def _print_load_report(target: Target, report: LoadReport, form: str) -> None:
     if form == "json":
         print_record(
             {
-                "segment": target.text,
+                "segment": target.shown,
                 "loaded": report.loaded,
                 "failures": [_failure_record(failure) for failure in report.failures],
             }
@@ -195,7 +188,7 @@ def _print_load_report(target: Target, report: LoadReport, form: str) -> None:
         return
     for failure in report.failures:
         print_error(str(failure))
-    text = f"{count_text(len(report.loaded), 'domain')} loaded into segment '{target.text}'"
+    text = f"{count_text(len(report.loaded), 'domain')} loaded into {target.what}"
     if report.failures:
         text += f", {count_text(len(report.failures), 'file')} failed"
     click.echo(printable(text))
@@ -284,10 +277,13 @@ def import_command(
 ) -> None:
     """Enter the domains of an export.
 
-    Makes the segment if need be. Active domains stay active and get new ids. A domain that cannot
+    Makes the list if need be. Active domains stay active and get new ids. A domain that cannot
     be entered is reported; the exit status is then 1. FILE may be - for standard input.
     """
-    with to_read(file) as stream, _open(target, max_domains, max_bytes) as doms:
+    with (
+        to_read(file) as stream,
+        target.open(max_domains=max_domains, max_bytes=max_bytes) as doms,
+    ):
         try:
             report = import_domains(doms, stream, timeout)
         except DefinitionError as exc:
@@ -295,7 +291,7 @@ def import_command(
     for name, reason in report.failures:
         print_error(f"domain '{name}': {reason}")
     imported = count_text(len(report.imported), "domain")
-    click.echo(printable(f"{imported} imported into segment '{target.text}'"))
+    click.echo(printable(f"{imported} imported into {target.what}"))
     end_with_failure(report.failures)
 
 
@@ -386,11 +382,11 @@ def _segment_record(
 @flag("force", "Even if processes are attached; they keep it, others will not find it.")
 @click.pass_obj
 def unlink_segment(target: Target, force: bool) -> None:
-    """Remove a segment.
+    """Remove a list.
 
-    Its memory is freed when the last process that is attached detaches."""
+    A segment's memory is freed when the last process that is attached detaches."""
     target.unlink(force)
-    click.echo(printable(f"Segment '{target.text}' removed"))
+    click.echo(printable(f"{_capital(target.what)} removed"))
 
 
 # --- check, recover ---------------------------------------------------------------------------
@@ -403,23 +399,23 @@ _NOT_SETTLED = 3
 @format_option
 @click.pass_obj
 def check(target: Target, timeout: float | None, form: str) -> None:
-    """Check every invariant of a segment.
+    """Check every invariant of a list.
 
     Nobody is stopped for longer than a moment. The exit status is 0 if every invariant holds, 1 if
     something is wrong, and 3 if nothing is, as far as could be told: processes were at work, or a
     lock was not free in time.
     """
     with target.attach() as doms:
-        report = doms.check(timeout)
+        report, names = doms.check(timeout), doms._invariants
     if form == "json":
-        print_record(_check_record(target, report))
+        print_record(_check_record(target, report, names))
     else:
         columns = [Column("Invariant"), Column("Result", colour=_result_colour), Column("Reason")]
-        print_table(columns, _check_rows(report))
+        print_table(columns, _check_rows(report, names))
         looked_at = ", ".join(f"{number} {what}" for what, number in report.counts.items())
         count = len(report.problems)
         found = count_text(count, "problem") if count else "no problem"
-        click.echo(printable(f"Segment '{target.text}': {found} ({looked_at})"))
+        click.echo(printable(f"{_capital(target.what)}: {found} ({looked_at})"))
     end_with_failure(report.problems)
     if report.unsettled:
         click.get_current_context().exit(_NOT_SETTLED)
@@ -429,19 +425,19 @@ def _result_colour(cell: str) -> str | None:
     return {"ok": "green", "problem": "red", "not settled": "yellow"}.get(cell)
 
 
-def _check_rows(report: CheckReport) -> Iterator[tuple[str, str, str]]:
-    for name in INVARIANTS:
+def _check_rows(report: CheckReport, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    for name in names:
         wrong = [(name, "problem", text) for known, text in report.problems if known == name]
         open = [(name, "not settled", why) for known, why in report.unsettled if known == name]
         yield from wrong + open or [(name, "ok", "")]
 
 
-def _check_record(target: Target, report: CheckReport) -> dict[str, Any]:
+def _check_record(target: Target, report: CheckReport, names: Sequence[str]) -> dict[str, Any]:
     return {
-        "segment": target.text,
+        "segment": target.shown,
         "problems": [{"invariant": name, "problem": text} for name, text in report.problems],
         "not_settled": [{"invariant": name, "reason": why} for name, why in report.unsettled],
-        "invariants": {name: _result(report, name) for name in INVARIANTS},
+        "invariants": {name: _result(report, name) for name in names},
         "counts": report.counts,
         "longest_hold": report.longest_hold,
     }
@@ -474,7 +470,7 @@ def recover(target: Target, timeout: float | None, form: str) -> None:
     repaired = count_text(len(report.repairs), "repair")
     freed = f", {size_text(report.freed)} of garbage freed" if report.freed else ""
     held = f", {count_text(len(report.held), 'lock')} held by others" if report.held else ""
-    click.echo(printable(f"Segment '{target.text}': {repaired}{freed}{held}"))
+    click.echo(printable(f"{_capital(target.what)}: {repaired}{freed}{held}"))
 
 
 def _recover_rows(report: RecoverReport) -> Iterator[tuple[str, str, str]]:
@@ -489,7 +485,7 @@ def _recover_rows(report: RecoverReport) -> Iterator[tuple[str, str, str]]:
 
 def _recover_record(target: Target, report: RecoverReport) -> dict[str, Any]:
     return {
-        "segment": target.text,
+        "segment": target.shown,
         "repairs": [
             {**_lock_record(one, one.died), "repaired": one.what} for one in report.repairs
         ],

@@ -1,4 +1,4 @@
-"""The arguments of the commands: a segment, a domain, seconds, bytes; and their shell completion.
+"""The arguments of the commands: a list, a domain, seconds, bytes; and their shell completion.
 
 A domain is named as in virsh (virshLookupDomainInternal): a number is tried as an id, 36 characters
 as a UUID, then anything as a name. Completion is click's. It takes no lock and never waits long; on
@@ -14,52 +14,99 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import click
 from click.core import ParameterSource
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
-from ..errors import DefinitionError, DomainNotFound
+from .. import opening
+from ..errors import DefinitionError, DomainNotFound, ShmDomainsError
 from ..memory import segment_file
-from ..memory.domain_list import DomainList, unlink
 from ..names import parse_number, parse_uuid
 from ..rules.info import DomainInfo
 from ..states import DomainState
+from .tables import Failure, UsageFailure
+
+if TYPE_CHECKING:
+    from ..opening import AnyDomainList
 
 SEGMENT_VARIABLE = "SHMDOMAINS_SEGMENT"
 COMPLETE_VARIABLE = "_SHMDOMAINS_COMPLETE"
 
 _MAX_ID = 2**31 - 1
 _UUID_LENGTH = 36
+_COMPLETION_TIMEOUT = 2.0
 
 
-# --- segment and domain ---------------------------------------------------------------------
+# --- list and domain ------------------------------------------------------------------------
+
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://|(shm|postgres(ql)?([+]embedded)?):")
 
 
 class Target(NamedTuple):
-    """A command's segment: a name, or a file if there is a ``/`` in it."""
+    """A command's list, by its URL."""
 
-    text: str
+    url: str
+    shown: str
+    """As it was given, without a password."""
+    in_shared_memory: bool
+
+    @classmethod
+    def of(cls, text: str) -> Target:
+        """Of a URL, or of a segment: its name, or its file if there is a ``/`` in it.
+
+        >>> Target.of("default").url, Target.of("shm:default").url
+        ('shm:default', 'shm:default')
+        """
+        url = text if _URL.match(text) else f"{opening.SHARED_MEMORY}:{text}"
+        with plainly():
+            in_shared_memory = opening.is_shared_memory(url)
+        return cls(url, text if in_shared_memory else opening.shown(url), in_shared_memory)
 
     @property
-    def _where(self) -> dict[str, Any]:
-        return {"path": self.text} if "/" in self.text else {"name": self.text}
+    def what(self) -> str:
+        """What messages call it."""
+        return f"{'segment' if self.in_shared_memory else 'list'} '{self.shown}'"
 
-    def attach(self) -> DomainList:
-        return DomainList.attach(**self._where)
+    def attach(self, **options: Any) -> AnyDomainList:
+        with plainly():
+            return opening.attach(self.url, **options)
 
-    def open(self, **create: Any) -> DomainList:
-        return DomainList.open(**self._where, **create)
+    def open(self, **options: Any) -> AnyDomainList:
+        with plainly():
+            return opening.open(self.url, **self._given(options))
 
-    def create(self, **options: Any) -> DomainList:
-        return DomainList.create(**self._where, **options)
+    def create(self, **options: Any) -> AnyDomainList:
+        with plainly():
+            return opening.create(self.url, **self._given(options))
 
     def unlink(self, force: bool) -> None:
-        unlink(**self._where, force=force)
+        with plainly():
+            opening.unlink(self.url, force)
+
+    def _given(self, options: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in options.items() if value is not None}
+        if given and not self.in_shared_memory:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageFailure(f"{flags}: only for a segment in shared memory, not for {self.what}")
+        return given
 
 
-def find_domain(doms: DomainList, key: str) -> DomainInfo:
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What a user can cause with a URL, and an extra that is not installed: a line each."""
+    try:
+        yield
+    except ImportError as exc:
+        raise Failure(str(exc), exc) from None
+    except ValueError as exc:
+        if isinstance(exc, ShmDomainsError):
+            raise
+        raise click.UsageError(str(exc)) from None
+
+
+def find_domain(doms: AnyDomainList, key: str) -> DomainInfo:
     """Return the domain that `key` names; takes no lock. Raises `DomainNotFound`, `Busy`."""
     info = _by_id(doms, key) or _by_uuid(doms, key) or doms.peek(name=key)
     if info is None:
@@ -67,12 +114,12 @@ def find_domain(doms: DomainList, key: str) -> DomainInfo:
     return info
 
 
-def _by_id(doms: DomainList, key: str) -> DomainInfo | None:
+def _by_id(doms: AnyDomainList, key: str) -> DomainInfo | None:
     id = parse_number(key, _MAX_ID)
     return None if id is None else doms.peek(id=id)
 
 
-def _by_uuid(doms: DomainList, key: str) -> DomainInfo | None:
+def _by_uuid(doms: AnyDomainList, key: str) -> DomainInfo | None:
     if len(os.fsencode(key)) != _UUID_LENGTH:
         return None
     try:
@@ -157,8 +204,10 @@ def complete_domain(
     ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
     try:
-        target = Target(ctx.find_root().params.get("segment") or segment_file.DEFAULT_NAME)
-        with target.attach() as doms:
+        target = Target.of(ctx.find_root().params.get("segment") or segment_file.DEFAULT_NAME)
+        if opening.scheme_of(target.url).endswith("+embedded"):
+            return []  # it might start a server
+        with target.attach(timeout=_COMPLETION_TIMEOUT) as doms:
             names = {info.name for info in doms.list(definitions=False)}
     except Exception:  # as above
         return []
@@ -218,14 +267,14 @@ timeout_option = click.option(
 
 
 def segment_argument(command: Command) -> Command:
-    """The segment's name, which may stand behind the command, too."""
+    """The segment's name, or a list's URL, which may stand behind the command, too."""
 
     def take(ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
         if name is None:
             return
         if ctx.find_root().get_parameter_source("segment") is ParameterSource.COMMANDLINE:
             raise click.UsageError("The segment is named twice.")
-        ctx.obj = Target(name)
+        ctx.obj = Target.of(name)
 
     return click.argument(
         "name", required=False, expose_value=False, callback=take, shell_complete=complete_segment

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..holder import LockHolder
+from ..holder import LockHolder, this_host
 from ..lazy import LazyModule
 from ..rules.jobs import end_jobs, jobs_of_owner
 from ..rules.work import Caller
@@ -42,6 +42,7 @@ __all__ = [
     "restore_part",
     "slow_wait",
     "stops_loop",
+    "this_host",
 ]
 
 

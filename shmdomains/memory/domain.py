@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from ..holder import LockHolder
+from ..holder import LockHolder, this_host
 from ..names import parse_uuid
 from ..rules import info
 from ..rules.domain import DomainRules
@@ -34,6 +34,20 @@ class Domain(core.Record, DomainRules):
     """
 
     __slots__ = ()
+
+    @property
+    def host(self) -> str:
+        """This host: a segment is one machine's. Raises `DomainNotLocked`."""
+        _ = self.is_active  # the error
+        return this_host()
+
+    def _take_id(self, timeout: float | None = None, host: str | None = None) -> int:
+        if host not in (None, this_host()):
+            raise ValueError(
+                f"domain '{self.name}' cannot run on host {host!r}: a list in shared memory is of "
+                f"one host, and this is {this_host()!r}"
+            )
+        return super()._take_id(timeout)
 
     def _caller(self) -> Caller:
         return Caller(*core.caller())

@@ -29,6 +29,7 @@ from ..errors import (
     ShmDomainsError,
 )
 from ..events import DomainEvent, EventType, detail_of
+from ..holder import this_host
 from ..packing import pack
 from ..rules.compare import compare
 from ..rules.domain_list import DomainListRules
@@ -41,6 +42,7 @@ from ._core import core
 from .domain import Domain
 from .held import LockInfo, Statistics, as_locks, job_locks
 from .invariants import (
+    INVARIANTS,
     CheckReport,
     HeldLock,
     RecoverReport,
@@ -112,6 +114,11 @@ def _as_numbers(wanted: Filter) -> tuple[int, int, int, int]:
     return active, persistent, autostart, sum(1 << state for state in wanted.states)
 
 
+def _is_here(wanted: Filter) -> bool:
+    """Whether the filter's host is this one, the host of every domain in shared memory."""
+    return wanted.host in (None, this_host())
+
+
 def _encode_dirs(dirs: ConfigDirs) -> bytes:
     paths = (dirs.config_dir, dirs.autostart_dir)
     blob = pack([None if path is None else os.fsencode(path) for path in paths])
@@ -160,6 +167,7 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     _handle_type = Domain
     _deadline = core.Deadline
     _empty = LockedDomains
+    _invariants = tuple(INVARIANTS)
 
     def __init__(
         self,
@@ -552,10 +560,10 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
     # --- for the rules: thin wrappers of the core's methods ---
 
     def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
-        return self._list(*_as_numbers(wanted), definitions)
+        return self._list(*_as_numbers(wanted), definitions) if _is_here(wanted) else []
 
     def _count(self, wanted: Filter) -> int:
-        return self._count_all(*_as_numbers(wanted))
+        return self._count_all(*_as_numbers(wanted)) if _is_here(wanted) else 0
 
     def _event(self, number: int) -> DomainEvent | None:
         found = self._read_event(number)

@@ -71,26 +71,6 @@ class PostgresDomain(PlainDomain[int]):
         Raises `DomainNotLocked`."""
         return _read(self._held())._token
 
-    @property
-    def host(self) -> str | None:
-        """The host on which it runs, or None if it is inactive. Raises `DomainNotLocked`."""
-        hold = self._held()
-        host: str | None = cast("dict[str, Any]", hold.changes).get("host", _read(hold).host)
-        return host
-
-    def _run_on(self, host: str | None) -> None:
-        """As part of the transaction."""
-        cast("dict[str, Any]", self._held().changes)["host"] = host
-
-    def _take_id(self, timeout: float | None = None) -> int:
-        id = super()._take_id(timeout)
-        self._run_on(self._list.host)
-        return id
-
-    def _drop_id(self) -> None:
-        super()._drop_id()
-        self._run_on(None)
-
     def unlock(self, timeout: float | None = None) -> None:
         """Commit the changes and release the lock, in one round trip; released even if the commit
         fails. Raises `DomainNotLocked`, `NotOwner`, `LockLost`, `InDoubt`."""
@@ -161,6 +141,7 @@ class PostgresDomainList(PlainDomainList[int]):
     """
 
     _handle_type: Any = PostgresDomain
+    _invariants = ("I1 identity", "I3 fields", "locks", "config")
     _store: PostgresStore
 
     def __init__(self, address: Address, conninfo: str, host: str, list_number: int, events: int):
@@ -323,6 +304,9 @@ class PostgresDomainList(PlainDomainList[int]):
     @property
     def _this(self) -> str:
         return core.owner_words()
+
+    def _this_host(self) -> str:
+        return self.host
 
     def _need_living(self) -> None:
         """Raise `LockLost` if the session of the caller's locks has ended."""

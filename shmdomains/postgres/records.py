@@ -64,10 +64,8 @@ Load = Callable[[int, int], tuple[DomainDef, DomainDef | None]]
 class PostgresInfo(DomainInfo):
     """The committed state of one domain, from one row. See `DomainInfo`."""
 
-    __slots__ = ("_data", "_defined", "_died", "_load", "_record", "_token", "_version", "host")
+    __slots__ = ("_data", "_defined", "_died", "_load", "_record", "_token", "_version")
 
-    host: str | None
-    """The host on which it runs; ``None`` while it is inactive."""
     _record: int
     _version: int
     _defined: int
@@ -101,9 +99,9 @@ class PostgresInfo(DomainInfo):
             work=None if work is None else Work.decode(work),
             started=big(row[9]),
             describe=describe,
+            host=None if row[10] is None else text(row[10]),
         )
         put = object.__setattr__
-        put(made, "host", None if row[10] is None else row[10].decode())
         put(made, "_record", big(row[0]))
         put(made, "_version", big(row[11]))
         put(made, "_defined", big(row[12]))
@@ -123,9 +121,9 @@ class PostgresInfo(DomainInfo):
             work=work,
             started=values.get("started", self._started),
             describe=self._describe,
+            host=values.get("host", self.host),
         )
         put = object.__setattr__
-        put(made, "host", values.get("host", self.host))
         put(made, "_data", values.get("data", self._data))
         put(made, "_version", version)
         put(made, "_defined", defined)

@@ -244,7 +244,7 @@ class PostgresStore:
     def _filter(self, wanted: Filter) -> list[bytes | None]:
         flags = (wanted.active, wanted.persistent, wanted.autostart)
         states = wanted.states
-        host = getattr(wanted, "host", None)
+        host = wanted.host
         return [
             self._list,
             *(None if flag is None else truth(flag) for flag in flags),

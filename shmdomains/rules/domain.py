@@ -16,7 +16,14 @@ from ..job import Job, JobInfo
 from ..states import DomainState, RunningReason, ShutoffReason
 from . import jobs
 from .tasks import ask
-from .values import checked_pid, checked_reason, checked_state, decode_data, encode_data
+from .values import (
+    checked_host,
+    checked_pid,
+    checked_reason,
+    checked_state,
+    decode_data,
+    encode_data,
+)
 from .wait import DomainWaitRules
 from .work import Intended, Unfinished, replaced
 
@@ -60,16 +67,19 @@ class DomainRules(DomainWaitRules):
         *,
         state: DomainState = DomainState.RUNNING,
         reason: int = RunningReason.BOOTED,
+        host: str | None = None,
         timeout: float | None = None,
     ) -> int:
         """Make the domain active; returns its id, which is never used for another domain.
 
-        `pid` is the hypervisor's process, if there is one. Commit `activate` first, then start the
-        process, then set `pid`: otherwise a worker that is killed in between leaves a process that
-        no record mentions. `intend` tells the next holder what was under way. Part of the
+        `pid` is the hypervisor's process, if there is one; `host` is where it runs, this machine if
+        it is left out: a list in shared memory has no other. Commit `activate` first, then start
+        the process, then set `pid`: otherwise a worker that is killed in between leaves a process
+        that no record mentions. `intend` tells the next holder what was under way. Part of the
         transaction: others see it after `commit()` or `unlock()`; a rollback wastes the id. Raises
-        `DomainActive`, `DomainNotLocked`, `SegmentFull` when the ids are used up, and `LockTimeout`
-        when the id lock was not free within `timeout` seconds.
+        `DomainActive`, `DomainNotLocked`, `ValueError` for a value that the list cannot have,
+        `SegmentFull` when the ids are used up, and `LockTimeout` when the id lock was not free
+        within `timeout` seconds.
 
         >>> from shmdomains import DomainList
         >>> doms = DomainList()
@@ -84,13 +94,14 @@ class DomainRules(DomainWaitRules):
             raise DomainActive(f"domain '{self.name}' is already running with id {self.id}")
         # Check everything before changing anything.
         state, reason, pid = checked_state(state), checked_reason(reason), checked_pid(pid)
-        id = self._take_id(timeout)
+        id = self._take_id(timeout, checked_host(host))
         self.pid = pid
         self.set_state(state, reason)
         return id
 
     def deactivate(self, reason: int = ShutoffReason.UNKNOWN) -> None:
-        """Make the domain inactive: id -1, no pid, state SHUTOFF; `next_definition` becomes live.
+        """Make the domain inactive: id -1, no pid or host, state SHUTOFF; `next_definition` becomes
+        live.
 
         Part of the transaction. A transient domain stays until the driver removes it
         (`DomainList.remove_inactive`), as in the patch. Raises `DomainInactive`, `DomainNotLocked`.

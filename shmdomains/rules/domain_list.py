@@ -686,17 +686,19 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         autostart: bool | None = None,
         state: int | str | Iterable[int | str] | None = None,
         definitions: bool = True,
+        host: str | None = None,
     ) -> list[DomainInfo]:
         """The domains that match, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
 
         Filters are combined with AND. `state` is one `DomainState`, or several combined with OR;
-        each may also be in words (`DomainState.parse`).
+        each may also be in words (`DomainState.parse`). `host`: those that run there; in shared
+        memory all are of this host.
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)
         []
         """
-        return self._scan(Filter.of(active, persistent, autostart, state), definitions)
+        return self._scan(Filter.of(active, persistent, autostart, state, host), definitions)
 
     def count(
         self,
@@ -704,6 +706,7 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         persistent: bool | None = None,
         autostart: bool | None = None,
         state: int | str | Iterable[int | str] | None = None,
+        host: str | None = None,
     ) -> int:
         """How many domains match; filters as in `list` (virDomainObjListNumOfDomains)."""
-        return self._count(Filter.of(active, persistent, autostart, state))
+        return self._count(Filter.of(active, persistent, autostart, state, host))

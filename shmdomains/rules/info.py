@@ -36,7 +36,7 @@ class DomainInfo(metaclass=ABCMeta):
     those of one listing may be of different moments. Compared by content, and picklable.
     """
 
-    __slots__ = ("_blobs", "_describe", "_started", "_work", *_FIELDS)
+    __slots__ = ("_blobs", "_describe", "_started", "_work", "host", *_FIELDS)
 
     id: int
     """The id of the running domain, -1 when it is inactive."""
@@ -51,6 +51,9 @@ class DomainInfo(metaclass=ABCMeta):
     """Whether the domain starts with the host."""
     pid: int | None
     """The hypervisor's process id."""
+    host: str | None
+    """The host where the domain runs, None if it is inactive; in shared memory always this host.
+    Not compared: it changes with the id only."""
     _blobs: tuple[DomainDef, DomainDef | None, Any] | None
     _work: Work | None
     _describe: Describe | None
@@ -71,6 +74,7 @@ class DomainInfo(metaclass=ABCMeta):
         work: Work | None = None,
         started: int = 0,
         describe: Describe | None = None,
+        host: str | None = None,
     ) -> None:
         """`blobs`: definition, next definition and data, or ``None`` if taken without them. Of
         `work` only the jobs are part of the value, and `describe` says who holds them; the rest and
@@ -82,6 +86,7 @@ class DomainInfo(metaclass=ABCMeta):
         object.__setattr__(self, "_work", work)
         object.__setattr__(self, "_started", started)
         object.__setattr__(self, "_describe", describe)
+        object.__setattr__(self, "host", host)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a DomainInfo cannot be changed: it is what was committed then")
@@ -122,7 +127,7 @@ class DomainInfo(metaclass=ABCMeta):
 
     def _without_blobs(self) -> DomainInfo:
         values = {field: getattr(self, field) for field in _FIELDS}
-        return DomainInfo(**values, blobs=None)
+        return DomainInfo(**values, host=self.host, blobs=None)
 
     def __eq__(self, other: object) -> Any:
         return equal(self, other)
@@ -223,6 +228,7 @@ def to_dict(info: DomainInfo) -> dict[str, Any]:
         "persistent": info.persistent,
         "autostart": info.autostart,
         "pid": info.pid,
+        "host": info.host,
     }
     blobs = _blobs(info)
     if blobs is not None:
@@ -278,13 +284,14 @@ def reduced(info: DomainInfo) -> tuple[Callable[..., DomainInfo], tuple[Any, ...
     plain = (id, name, uuid.bytes, int(state), int(reason), *rest)
     begun = _begun(info)
     jobs = (Work(jobs=begun).encode(), pack([job.holder for job in info.jobs])) if begun else None
-    return _restored, (plain, None if blobs is None else packed, jobs)
+    return _restored, (plain, None if blobs is None else packed, jobs, info.host)
 
 
 def _restored(
     plain: tuple[Any, ...],
     blobs: tuple[Any, ...] | None,
     jobs: tuple[bytes, bytes] | None = None,
+    host: str | None = None,
 ) -> DomainInfo:
     try:
         id, name, uuid, state, reason, persistent, autostart, pid = plain
@@ -314,6 +321,7 @@ def _restored(
             blobs=taken,
             work=work,
             describe=describe,
+            host=None if host is None else str(host),
         )
     except (TypeError, ValueError, msgspec.MsgspecError) as exc:
         raise DefinitionError(f"this is no pickled DomainInfo: {exc}") from None

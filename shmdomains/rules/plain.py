@@ -35,7 +35,7 @@ from ..errors import (
     WrongList,
 )
 from ..events import DomainEvent, EventType
-from ..holder import LockHolder
+from ..holder import LockHolder, this_host
 from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef
@@ -299,6 +299,12 @@ class PlainDomain(DomainRules, Generic[R]):
         return pid is not None and started != 0 and self._list._store.runs(pid, started)
 
     @property
+    def host(self) -> str | None:
+        """The host where the domain runs; None if it is inactive."""
+        host: str | None = self._value("host")
+        return host
+
+    @property
     def persistent(self) -> bool:
         return bool(self._value("persistent"))
 
@@ -353,13 +359,14 @@ class PlainDomain(DomainRules, Generic[R]):
     def _receipt(self) -> object:
         return self._list._store.receipt(self._record)
 
-    def _take_id(self, timeout: float | None = None) -> int:
+    def _take_id(self, timeout: float | None = None, host: str | None = None) -> int:
         hold = self._held()
         hold.changes["id"] = self._list._store.next_id(timeout)
+        hold.changes["host"] = self._list._this_host() if host is None else host
         return hold.changes["id"]
 
     def _drop_id(self) -> None:
-        self._held().changes["id"] = -1
+        self._held().changes.update({"id": -1, "host": None})
 
     @property
     def _work(self) -> Work | None:
@@ -780,6 +787,10 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
 
     def _deadline(self, timeout: float | None) -> Deadline:
         return Deadline(timeout)
+
+    def _this_host(self) -> str:
+        """What `activate` enters as the host unless it is told another one."""
+        return this_host()
 
     def _who_has(self, uuid: Uuid | None, name: str) -> Identity | None:
         found = None if uuid is None else self.peek(uuid=uuid)

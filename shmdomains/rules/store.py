@@ -87,6 +87,7 @@ class Filter(NamedTuple):
     persistent: bool | None = None
     autostart: bool | None = None
     states: frozenset[DomainState] | None = None
+    host: str | None = None
 
     @classmethod
     def of(
@@ -95,6 +96,7 @@ class Filter(NamedTuple):
         persistent: bool | None = None,
         autostart: bool | None = None,
         state: int | str | Iterable[int | str] | None = None,
+        host: str | None = None,
     ) -> Filter:
         """The filter for the arguments of `list`: one state or several, as numbers or in words.
 
@@ -102,10 +104,10 @@ class Filter(NamedTuple):
         frozenset({<DomainState.SHUTOFF: 5>})
         """
         if state is None:
-            return cls(active, persistent, autostart)
+            return cls(active, persistent, autostart, host=host)
         states = [state] if isinstance(state, (int, str)) else state
         wanted = (DomainState.parse(s) if isinstance(s, str) else DomainState(s) for s in states)
-        return cls(active, persistent, autostart, frozenset(wanted))
+        return cls(active, persistent, autostart, frozenset(wanted), host)
 
     def fits(self, info: DomainInfo) -> bool:
         """Whether the filter matches the domain."""
@@ -114,6 +116,7 @@ class Filter(NamedTuple):
             and self.persistent in (None, info.persistent)
             and self.autostart in (None, info.autostart)
             and (self.states is None or info.state in self.states)
+            and self.host in (None, info.host)
         )
 
 
@@ -161,6 +164,11 @@ class DomainBase(Protocol):
     def process_alive(self) -> bool:
         """Whether the process that was assigned to `pid` runs, and not a later one of its number.
         False for ``None``, and for a process that did not run when it was assigned."""
+
+    @property
+    def host(self) -> str | None:
+        """Where it runs; ``None`` if it does not. A store of one host's domains has that host's
+        name, whether they run or not."""
 
     @property
     def persistent(self) -> bool: ...
@@ -223,12 +231,13 @@ class DomainBase(Protocol):
         """Differs from an earlier one if and only if a commit or the removal of this record took
         effect in between. Needs no lock, but is stable only under it."""
 
-    def _take_id(self, timeout: float | None = None) -> int:
-        """Give the domain an id, as part of the transaction. Unique while the list lives; gaps are
-        allowed."""
+    def _take_id(self, timeout: float | None = None, host: str | None = None) -> int:
+        """Give the domain an id, and this host or else this machine, as part of the transaction.
+        Ids are unique while the list lives; gaps are allowed. `ValueError` for a host that the
+        store cannot have."""
 
     def _drop_id(self) -> None:
-        """Take the domain's id away, as part of the transaction."""
+        """Take the domain's id and host away, as part of the transaction."""
 
     @property
     def _work(self) -> Work | None:
@@ -582,6 +591,8 @@ class Changes(TypedDict, total=False):
     """What a commit changes: the keys that are present."""
 
     id: int
+    host: str | None
+    """Changes with `id`, never alone."""
     pid: int | None
     state: DomainState
     reason: int

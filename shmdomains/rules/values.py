@@ -21,6 +21,7 @@ from ..xml.definition import DomainDef
 
 MAX_PID = (1 << 31) - 1
 MAX_REASON = 0xFFFF
+MAX_HOST = 253  # bytes
 
 
 def checked_state(state: int) -> DomainState:
@@ -57,6 +58,24 @@ def checked_pid(pid: int | None) -> int | None:
     if pid is not None and not 0 < operator.index(pid) <= MAX_PID:
         raise ValueError(f"{pid!r} is no process id")
     return pid
+
+
+def checked_host(host: str | None) -> str | None:
+    """Return a host's name, or ``None``. Raises `TypeError`, or `ValueError` for what cannot be
+    one.
+
+    >>> checked_host("")
+    Traceback (most recent call last):
+    ...
+    ValueError: '' is no name of a host
+    """
+    if host is None:
+        return None
+    if not isinstance(host, str):
+        raise TypeError(f"a host is named by a str, not {type(host).__name__}")
+    if not (host.isprintable() and 1 <= len(host.encode()) <= MAX_HOST):
+        raise ValueError(f"{host!r} is no name of a host")
+    return host
 
 
 def checked_definition(definition: DomainDef, uuid: UUID, name: str) -> DomainDef:

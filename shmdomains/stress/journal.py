@@ -35,7 +35,7 @@ from ..errors import Busy, LockTimeout
 
 if TYPE_CHECKING:
     from ..memory.domain import Domain
-    from ..memory.domain_list import DomainList
+    from ..opening import AnyDomainList
     from ..rules.info import DomainInfo
     from ..xml.definition import DomainDef
 
@@ -425,7 +425,7 @@ def _what_stands(record: Domain | DomainInfo, definition: DomainDef) -> tuple[ob
 # --- after a death --------------------------------------------------------------------------
 
 
-def settle(doms: DomainList, journal: Journal, plan: Plan, worker: int, timeout: float) -> None:
+def settle(doms: AnyDomainList, journal: Journal, plan: Plan, worker: int, timeout: float) -> None:
     """Decide what a dead worker was about to do, from what is committed.
 
     Raises `Wrong` if it is neither the old nor the new state, `Busy` or `LockTimeout` if it cannot
@@ -457,7 +457,9 @@ def settle(doms: DomainList, journal: Journal, plan: Plan, worker: int, timeout:
     page.forget_intent()
 
 
-def _settle_change(doms: DomainList, page: Page, plan: Plan, worker: int, timeout: float) -> None:
+def _settle_change(
+    doms: AnyDomainList, page: Page, plan: Plan, worker: int, timeout: float
+) -> None:
     target, value = page.words[Word.TARGET], page.words[Word.VALUE]
     if target < plan.domains:
         uuid = plan.uuid_of(target)
@@ -481,7 +483,7 @@ def _settle_change(doms: DomainList, page: Page, plan: Plan, worker: int, timeou
     page.add(Word.KEPT, counted - (value - 1))
 
 
-def patient_peek(doms: DomainList, uuid: bytes, timeout: float) -> DomainInfo | None:
+def patient_peek(doms: AnyDomainList, uuid: bytes, timeout: float) -> DomainInfo | None:
     """`peek`, with help for an index whose dead holder left it for the next one to repair."""
     end = time.monotonic() + timeout
     while True:

@@ -1,4 +1,4 @@
-"""The proof at the end of a stress run: what the journal says against what the segment holds.
+"""The proof at the end of a stress run: what the journal says against what the list holds.
 
 Each `Finding` is one promise of the package. Everything is looked at through the public interface,
 first without locks, as committed, then again under each domain's lock: taking it over from a dead
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
 
 from ..errors import Busy, LockTimeout, ShmDomainsError
-from ..memory.domain_list import DomainList
 from .journal import (
     OWN,
     Intent,
@@ -31,6 +30,9 @@ from .journal import (
     settle,
     verify,
 )
+
+if TYPE_CHECKING:
+    from ..opening import AnyDomainList
 
 EXAMPLES = 10  # problems that are shown of one finding
 BATCH = 1000  # domains between two reports of progress
@@ -66,7 +68,7 @@ class _Expected(msgspec.Struct, frozen=True):
 class Proof:
     """All findings about one run; `prove` fills them in, and may be interrupted."""
 
-    def __init__(self, doms: DomainList, journal: Journal, plan: Plan, timeout: float) -> None:
+    def __init__(self, doms: AnyDomainList, journal: Journal, plan: Plan, timeout: float) -> None:
         self._doms = doms
         self._journal = journal
         self._plan = plan
@@ -80,7 +82,7 @@ class Proof:
         self.indexes = Finding("names, uuids and ids lead to the same domains")
         self.ids = Finding("no id was given out twice")
         self.locks = Finding("nothing stays locked")
-        self.invariants = Finding("every invariant of the segment holds")
+        self.invariants = Finding("every invariant of the list holds")
         self.findings = [
             self.lost,
             self.exist,
@@ -250,7 +252,7 @@ class Proof:
     def _prove_ids(self) -> None:
         logs = [page.ids[: page.words[Word.IDS]] for page in self._journal.pages]
         total = sum(len(log) for log in logs)
-        # Ids count up from the segment's creation; killed workers took a few that nobody noted.
+        # Ids count up from the list's creation; killed workers took a few that nobody noted.
         seen = bytearray(4 * total + 1_000_000)
         for id in (id for log in logs for id in log):
             if id >= len(seen):
@@ -300,7 +302,7 @@ class Proof:
 
 
 def prove(
-    doms: DomainList,
+    doms: AnyDomainList,
     journal: Journal,
     plan: Plan,
     timeout: float,

@@ -1,10 +1,11 @@
 """`shmdomains stress`: a list of real domains, worker processes that use it hard, and the proof.
 
-`run` loads a directory of libvirt domain XML into a list in a memfd, adds clones if asked for,
+`run` loads a directory of libvirt domain XML into a list of its own, adds clones if asked for,
 starts workers (worker.py), kills and replaces them at random moments if asked for, shows
 how it goes (view.py), and at the end prints what was done and proven (proof.py). The
 directory is only read: the list forgets it once it is loaded, so nothing that a worker defines or
-removes reaches it. Nothing is left behind, neither files nor processes.
+removes reaches it. The list is in a memfd or, given a URL, beside the list that this names. Nothing
+is left behind, neither files nor lists nor processes.
 
 With kills the storm ends quietly: all workers but one are killed and not replaced, and the one must
 get on. A storm that stays busy never shows a lost wake-up.
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rich.console import Console
 
-from .. import config
+from .. import config, opening
 from ..errors import INTERRUPTED, LockTimeout, ShmDomainsError
 from ..memory.domain_list import DomainList
 from . import proof, worker
@@ -39,6 +40,8 @@ from .view import View
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
+
+    from ..opening import AnyDomainList
 
 LOCK_TIMEOUT = 20.0  # seconds; recovering the indexes of a million domains is part of a wait
 PROOF_TIMEOUT = 5.0
@@ -60,6 +63,7 @@ def run(
     start: str = "fork",
     lock: str = "robust",
     domains: int | None = None,
+    url: str | None = None,
     console: Console,
 ) -> int:
     """Stress a list of the domains in `config_dir`; return the exit status.
@@ -68,7 +72,8 @@ def run(
     or nothing could be loaded. 130: interrupted by Ctrl-C, and nothing was wrong as far as it went.
 
     `seconds` is the length of the storm; `start` is ``"fork"``, ``"spawn"`` or ``"forkserver"``,
-    `lock` ``"robust"`` or ``"multiprocessing"``; `domains` clones the loaded domains up to so many.
+    `lock` ``"robust"`` or ``"multiprocessing"``; `domains` clones the loaded domains up to so many;
+    `url` is of a list on another store, beside which the list of the storm is made.
     """
     if workers < 1 or not 0 < seconds < math.inf or (domains is not None and domains < 0):
         raise ValueError("workers and seconds are more than 0, domains is not negative")
@@ -76,24 +81,27 @@ def run(
     context = multiprocessing.get_context(start)
     try:
         try:
-            doms, plan = _load(config_dir, workers, kill, lock, domains, context, view)
+            doms, plan = _load(config_dir, workers, lock, domains, url, context, view)
         except (ShmDomainsError, OSError) as exc:
             view.say(f"stress: {exc}", "red")
             return 1
+        locks = f"{lock} locks" if url is None else opening.shown(url)
         view.say(
             f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} ({start}, "
-            f"{lock} locks), {seconds:g} s" + (", killed at random moments" if kill else ""),
+            f"{locks}), {seconds:g} s" + (", killed at random moments" if kill else ""),
             "bold",
         )
-        with doms:
+        try:
             return _storm_and_prove(doms, plan, context, seconds, kill, view)
+        finally:
+            _discard(doms)
     except KeyboardInterrupt:  # while loading or printing; the rest sees to it itself
         view.say("stress: interrupted", "yellow")
         return INTERRUPTED
 
 
 def _storm_and_prove(
-    doms: DomainList, plan: Plan, context: BaseContext, seconds: float, kill: bool, view: View
+    doms: AnyDomainList, plan: Plan, context: BaseContext, seconds: float, kill: bool, view: View
 ) -> int:
     journal = Journal(plan.workers, plan.domains, seconds)
     try:
@@ -122,22 +130,26 @@ def _storm_and_prove(
 def _load(
     config_dir: Path,
     workers: int,
-    kill: bool,
     lock: str,
     domains: int | None,
+    url: str | None,
     context: BaseContext,
     view: View,
-) -> tuple[DomainList, Plan]:
+) -> tuple[AnyDomainList, Plan]:
     files = config.scan(config_dir)
     if not files:
         raise FileNotFoundError(f"{config_dir} holds no *.xml file")
     need = max(len(files), domains or 0) + workers * OWN + 8
-    doms = DomainList(
-        max_domains=need,
-        max_bytes=_room_for(files, need),
-        lock=cast(Literal["robust", "multiprocessing"], lock),
-        context=context,
-    )
+    doms: AnyDomainList
+    if url is None:
+        doms = DomainList(
+            max_domains=need,
+            max_bytes=_room_for(files, need),
+            lock=cast(Literal["robust", "multiprocessing"], lock),
+            context=context,
+        )
+    else:
+        doms = opening.create(opening.beside(url, f"stress-{os.urandom(6).hex()}"))
     try:
         loaded = _load_files(doms, config_dir, view)
         plan = Plan(
@@ -150,9 +162,14 @@ def _load(
         )
         _clone(doms, plan, view)
     except BaseException:
-        doms.close()
+        _discard(doms)
         raise
     return doms, plan
+
+
+def _discard(doms: AnyDomainList) -> None:
+    with doms:
+        doms.unlink(force=True)  # a memfd has no name
 
 
 def _room_for(files: list[Path], count: int) -> int | None:
@@ -161,7 +178,7 @@ def _room_for(files: list[Path], count: int) -> int | None:
     return None if average <= 4096 else max(count * int(16_384 + 4 * average), 256 << 20)
 
 
-def _load_files(doms: DomainList, config_dir: Path, view: View) -> list[tuple[bytes, str]]:
+def _load_files(doms: AnyDomainList, config_dir: Path, view: View) -> list[tuple[bytes, str]]:
     with view.progress(f"loading {config_dir}") as show:
         report = doms.load_all_configs(config_dir, progress=show)
     # The directory is the user's: what the workers define and remove must not reach it.
@@ -173,7 +190,7 @@ def _load_files(doms: DomainList, config_dir: Path, view: View) -> list[tuple[by
     return [(info.uuid.bytes, info.name) for info in doms.snapshot(definitions=False)]
 
 
-def _clone(doms: DomainList, plan: Plan, view: View) -> None:
+def _clone(doms: AnyDomainList, plan: Plan, view: View) -> None:
     first = len(plan.loaded)
     if first == plan.domains:
         return
@@ -257,7 +274,7 @@ class _Storm:
 
     def __init__(
         self,
-        doms: DomainList,
+        doms: AnyDomainList,
         journal: Journal,
         plan: Plan,
         context: BaseContext,

@@ -22,13 +22,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..errors import Busy, DomainRemoved, LockTimeout
 from ..memory.domain import Domain
-from ..memory.domain_list import DomainList
 from ..rules.info import DomainInfo
 from ..states import DomainState, PausedReason, RunningReason, ShutoffReason
 from .journal import (
@@ -46,6 +45,9 @@ from .journal import (
     verify,
 )
 
+if TYPE_CHECKING:
+    from ..opening import AnyDomainList
+
 HOT = 8  # domains that everybody wants
 SMALL = 2000  # a list of up to so many is looked at with all its definitions
 RUNNING = (DomainState.RUNNING, RunningReason.BOOTED)
@@ -62,7 +64,7 @@ class _Undo(Exception):
     """Raised to leave a ``with`` block on purpose."""
 
 
-def work(doms: DomainList, journal: Journal, plan: Plan, number: int, seed: int) -> None:
+def work(doms: AnyDomainList, journal: Journal, plan: Plan, number: int, seed: int) -> None:
     """The target of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us in order
     page = journal.pages[number]
@@ -98,7 +100,7 @@ class Worker:
     """One incarnation of worker `number`."""
 
     def __init__(
-        self, doms: DomainList, journal: Journal, plan: Plan, number: int, seed: int
+        self, doms: AnyDomainList, journal: Journal, plan: Plan, number: int, seed: int
     ) -> None:
         self._doms = doms
         self._journal = journal
@@ -260,7 +262,8 @@ class Worker:
 
     def _got(self, target: int, began: int) -> Domain:
         """The domain, locked; it has to be there."""
-        dom = self._doms.lookup(uuid=self._uuid_of(target), timeout=self._timeout)
+        key = self._uuid_of(target)
+        dom: Domain | None = self._doms.lookup(uuid=key, timeout=self._timeout)
         self._waited = _clock() - began
         if dom is None:
             raise Wrong(f"lost: domain {self._name_of(target)!r}")
@@ -513,10 +516,11 @@ class Worker:
         if not serial:
             return None
         if self._random.random() < 0.5:
-            uuid = self._plan.own_uuid(other, serial)
-            return self._doms.lookup(uuid=uuid, timeout=self._timeout)
-        name = self._plan.own_name(other, serial, renames)
-        return self._doms.lookup(name=name, timeout=self._timeout)
+            key: dict[str, Any] = {"uuid": self._plan.own_uuid(other, serial)}
+        else:
+            key = {"name": self._plan.own_name(other, serial, renames)}
+        dom: Domain | None = self._doms.lookup(**key, timeout=self._timeout)
+        return dom
 
     def _peek(self) -> None:
         way = self._random.randrange(3)

@@ -229,6 +229,11 @@ cdef class DomainInfo:
         return None if self.process == -1 else self.process
 
     @property
+    def host(self):
+        """This host: a segment is one machine's."""
+        return HOLDERS.this_host()
+
+    @property
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for."""
         return live_definition(blobs_of(self))
