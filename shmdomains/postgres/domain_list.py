@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
@@ -25,6 +27,8 @@ from ..errors import (
     ShmDomainsError,
 )
 from ..events import DomainEvent
+from ..job import Job
+from ..lazy import LazyModule
 from ..memory._core import core
 from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
 from ..memory.held import LockInfo
@@ -37,7 +41,9 @@ from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.plain_mutex import PlainMutex
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
+from ..rules.tasks import ask
 from . import invariants, schema, session
+from .jobs import PostgresJob
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
@@ -45,6 +51,10 @@ from .url import Address, parse, this_host
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ..memory import asking
+else:
+    asking = LazyModule("shmdomains.memory.asking")
 
 _EMPTY = State()
 _checked: set[tuple[str, int]] = set()
@@ -91,6 +101,43 @@ class PostgresDomain(PlainDomain[int]):
                 self._list._give_back(hold, seen=True)
             raise
         self._list._let_go(hold)
+
+    def job(
+        self,
+        operation: str,
+        kind: Job = Job.MODIFY,
+        timeout: float | None = None,
+        *,
+        allow: Iterable[Job] | None = None,
+        why: str | None = None,
+    ) -> PostgresJob:
+        """A job, for a ``with`` block; see `shmdomains.Domain.job`."""
+        return PostgresJob(self, operation, kind, timeout, allow, why)
+
+    async def __aenter__(self) -> Self:
+        """As ``with``, in a task: locks in another thread (`shmdomains.aio`)."""
+        ask()
+        if not self.is_locked:
+            await asking.work_or_undo(self._lock_and_read, PostgresDomain._release_unseen)
+        return self.__enter__()
+
+    def _lock_and_read(self) -> Self:
+        self.lock()
+        _ = self.definition  # so that asking for it takes no round trip
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None or hold.depth > 1 or kind is GeneratorExit:
+            self.__exit__(kind, value, traceback)
+        else:
+            await asking.finish(self.__exit__, kind, value, traceback)
 
     @property
     def _receipt(self) -> object:
@@ -342,6 +389,21 @@ class PostgresDomainList(PlainDomainList[int]):
         """A named lock, not yet locked; see `ListBase.mutex`."""
         return PostgresMutex(self, name, timeout)
 
+    def job(
+        self,
+        key: Any,
+        operation: str,
+        kind: Job = Job.MODIFY,
+        timeout: float | None = None,
+        *,
+        allow: Iterable[Job] | None = None,
+        why: str | None = None,
+    ) -> PostgresJob:
+        """A job, for a ``with`` block; see `shmdomains.DomainList.job`."""
+        allow = None if allow is None else list(allow)
+        found = super().job(key, operation, kind, timeout, allow=allow, why=why)
+        return PostgresJob(found._dom, operation, kind, timeout, allow, why)
+
     # --- domains: fewer round trips than `plain` makes ---
 
     def _find(self, key: Key, deadline: Deadline) -> PlainDomain[int] | None:
@@ -478,8 +540,14 @@ class PostgresDomainList(PlainDomainList[int]):
             if (self._store.receipt(dom._record) or 0) != stamp:
                 return True
         told = listener.sleep(stamp.changes, dom._record, _slice(timeout))
-        self._usable()
+        self._still_wanted()
         return told
+
+    def _still_wanted(self) -> None:
+        """After each slice of a sleep."""
+        self._usable()
+        if core.is_given_up():
+            raise core.WorkGivenUp
 
     def _list_stamp(self) -> object:
         self._usable()
@@ -487,7 +555,7 @@ class PostgresDomainList(PlainDomainList[int]):
 
     def _sleep_on_list(self, stamp: Any, timeout: float | None = None) -> bool:
         told = self._pool.listener.sleep(stamp, None, _slice(timeout))
-        self._usable()
+        self._still_wanted()
         return told
 
     def _marks(self) -> Any:
@@ -514,7 +582,7 @@ class PostgresDomainList(PlainDomainList[int]):
     def _sleep_on_events(self, count: int, timeout: float | None = None) -> bool:
         self._usable()
         told = self._store.sleep_on_events(count, timeout)
-        self._usable()
+        self._still_wanted()
         return told
 
     def _event(self, number: int) -> DomainEvent | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ import psycopg
 from ..errors import SegmentRefused, Unavailable
 from ..memory import holder
 from ..memory._core import core
-from . import schema, session
+from ..memory.callbacks import when_over
+from . import schema, session, statements
 from .listener import Listener
 from .session import Session, Statement, big, number
 from .url import Address, without_password
@@ -178,6 +180,8 @@ class Pool:
         end = time.monotonic() + (self.patience if patience is None else patience)
         pause = 0.02
         while True:
+            if core.is_given_up():
+                raise core.WorkGivenUp
             try:
                 return self._make()
             except Unavailable:
@@ -261,6 +265,33 @@ class Pool:
         if state.session is not None:
             self.bury(state.session)
 
+    def leave(self, owner: int) -> None:
+        """A task is over: roll back and free what it held. Takes a thread, for the task's must not
+        wait."""
+        state = self.states.pop(owner, None)
+        if state is None or state.session is None:
+            return
+        warnings.warn(
+            f"a task ended while it held locks of {self.address.shown}; its changes are rolled "
+            "back and they are freed: use 'async with'",
+            ResourceWarning,
+            stacklevel=1,
+        )
+        free = threading.Thread(target=self._free_all, args=(state.session,), daemon=True)
+        try:
+            free.start()
+        except RuntimeError:  # no thread to be had
+            self.bury(state.session)
+
+    def _free_all(self, one: Session) -> None:
+        try:
+            for which, kind in one.call(statements.HELD):
+                one.call(*statements.unlock(big(kind), big(which)))
+        except (session.Gone, session.Refused):
+            self.bury(one)
+        else:
+            self.give(one)
+
     def bury(self, one: Session) -> None:
         """A session that is over."""
         one.end("a lock was lost")
@@ -340,7 +371,19 @@ def _after_fork() -> None:
         pool._after_fork()
 
 
+def _task_over(owner: int) -> None:
+    for pool in list(_all):
+        pool.leave(owner)
+
+
+def holds() -> bool:
+    """Whether the caller holds a lock of any list."""
+    owner = core.owner()
+    return any(owner in pool.states for pool in list(_all))
+
+
 os.register_at_fork(after_in_child=_after_fork)
+when_over.append(_task_over)
 
 
 def place_of(host: str) -> str:
