@@ -485,7 +485,9 @@ async def wait_until(
 async def wait_until(
     dom: PostgresDomain, until: Callable[[PostgresDomain], object], timeout: float | None = None
 ) -> None: ...
-async def wait_until(dom: Any, until: Callable[[Any], object], timeout: float | None = None) -> None:
+async def wait_until(
+    dom: Any, until: Callable[[Any], object], timeout: float | None = None
+) -> None:
     """`Domain.wait` for a task: wait, with the domain locked, until ``until(dom)`` is true.
 
     Raises what `shmdomains.Domain.wait` raises.

@@ -158,6 +158,10 @@ class Listener:
                 return None
             return {record for at, record in self._recent if at > changes}
 
+    def knows_more(self, count: int) -> bool:
+        """Whether there are more than `count` events."""
+        return self.events > count
+
     def sleep_on_events(self, count: int, timeout: float) -> bool:
         """Sleep until there are more than `count` events."""
         end = time.monotonic() + timeout

@@ -6,11 +6,9 @@ Values stand for ``$1`` to ``$n`` and never become part of a text. What the func
 
 from __future__ import annotations
 
+from .holders import DOMAIN, LIST
 from .records import COLUMNS
 from .session import Statement, number, truth
-
-DOMAIN, LIST, MUTEX = 1, 2, 3
-"""Kinds of locks, as in their keys."""
 
 LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
 UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
@@ -61,7 +59,6 @@ def unlock(kind: int, which: int) -> tuple[Statement, list[bytes | None]]:
         return UNLOCK_LIST, [number(which)]
     statement = UNLOCK if kind == DOMAIN else UNLOCK_MUTEX
     return statement, [number(which), truth(False)]
-
 
 
 ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"

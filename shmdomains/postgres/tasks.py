@@ -257,21 +257,24 @@ class AsyncPostgresWatch(AsyncIterator[DomainEvent | EventsMissed]):
         assert watch is not None
         deadline = doms._deadline(self.timeout)
         while True:
-            before = watch._since, watch._next
-            found = await asking.work_or_undo(watch._take, lambda _: _go_back(watch, before))
+            found = await asking.work_or_undo(watch._take, _GoBack(watch))
             if found is not None:
                 return found
             left = deadline.left()
             if not await asking.work(doms._sleep_on_events, watch.since, 0):
                 if left == 0:
                     raise StopAsyncIteration
-                events, listener = watch.since, doms._pool.listener
-                await _told(doms, lambda: listener.events > events, left)
+                await _told(doms, partial(doms._pool.listener.knows_more, watch.since), left)
 
 
-def _go_back(watch: Watch, before: Any) -> None:
-    """Nobody got what it gave out last."""
-    watch._since, watch._next = before
+class _GoBack:
+    """Nobody got what a watch gave out last: it gives it out again."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch, self._before = watch, (watch._since, watch._next)
+
+    def __call__(self, _event: object) -> None:
+        self._watch._since, self._watch._next = self._before
 
 
 # --- sleeping ---------------------------------------------------------------------------------
