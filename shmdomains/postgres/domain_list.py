@@ -81,6 +81,14 @@ class PostgresDomain(PlainDomain[int]):
         Raises `DomainNotLocked`."""
         return _read(self._held())._token
 
+    def lock(self, timeout: float | None = None) -> None:
+        """Lock the domain; see `DomainBase.lock`."""
+        try:
+            super().lock(timeout)
+        except BaseException:
+            self._list._store.put_back()
+            raise
+
     def unlock(self, timeout: float | None = None) -> None:
         """Commit the changes and release the lock, in one round trip; released even if the commit
         fails. Raises `DomainNotLocked`, `NotOwner`, `LockLost`, `InDoubt`."""
@@ -156,7 +164,12 @@ class PostgresMutex(PlainMutex):
     def lock(self, timeout: float | None = None) -> None:
         """Take it; see `MutexBase.lock`."""
         self._list._need_living()
-        super().lock(timeout)
+        try:
+            super().lock(timeout)
+            self._list._mine.asks = False
+        except BaseException:
+            self._list._store.put_back()
+            raise
 
     def _give_back(self, seen: bool) -> None:
         doms: PostgresDomainList = self._list
@@ -371,7 +384,12 @@ class PostgresDomainList(PlainDomainList[int]):
     def lock(self, timeout: float | None = None) -> None:
         """Take the list lock; see `ListBase.locked`."""
         self._need_living()
-        super().lock(timeout)
+        try:
+            super().lock(timeout)
+            self._mine.asks = False
+        except BaseException:
+            self._store.put_back()
+            raise
 
     def unlock(self) -> None:
         """Release the list lock. Raises `ListNotLocked`, `NotOwner`, or `LockLost`."""
@@ -413,10 +431,14 @@ class PostgresDomainList(PlainDomainList[int]):
         if self._has_locked(state, key) or (state.holds and not state.list_held and timeout != 0):
             # `plain` says what is wrong, or finds that another domain has the key now.
             return super()._find(key, deadline)
-        info = self._store.lock_by(key, timeout)
-        if info is None:
-            return None
-        dom = self._handle(info._record, self._hold(info._record, info))
+        try:
+            info = self._store.lock_by(key, timeout)
+            if info is None:
+                return None
+            dom = self._handle(info._record, self._hold(info._record, info))
+        except BaseException:
+            self._store.put_back()
+            raise
         self._settle(dom, deadline)
         return dom
 
@@ -430,16 +452,28 @@ class PostgresDomainList(PlainDomainList[int]):
         hold.handle = ref(dom)
         return dom
 
+    def _hold(self, record: int, info: DomainInfo) -> _Hold[int]:
+        hold = super()._hold(record, info)
+        self._mine.asks = False
+        return hold
+
     def _take(self, record: int, timeout: float | None) -> _Hold[int] | None:
         self._need_living()
-        return super()._take(record, timeout)
+        try:
+            return super()._take(record, timeout)
+        except BaseException:
+            self._store.put_back()
+            raise
 
     def _give_back(self, hold: _Hold[int], seen: bool) -> None:
         state = self._mine
         session = state.session
+        if session is not None and session.asks:  # a handle is dropped in the midst of a call
+            session.later.append(lambda: self._give_back(hold, seen))
+            return
         self._held_by.pop(hold.record, None)
         try:
-            if session is not None and not session.is_there():
+            if session is not None and not session.is_there() and seen:
                 why = session.gone
                 self._lose(state)
                 raise self._store.lost(why)
@@ -486,7 +520,7 @@ class PostgresDomainList(PlainDomainList[int]):
         """The committed state of one domain, or None. Takes no lock."""
         Deadline(timeout)
         self._usable()
-        return self._store.peek(self._key(key, uuid, name, id))
+        return self._store.glance(self._key(key, uuid, name, id))
 
     def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
         self._usable()
@@ -596,6 +630,14 @@ class PostgresDomainList(PlainDomainList[int]):
         """Counts, and who is attached, on all hosts. Takes no lock."""
         self._usable()
         return invariants.list_info(self._pool, self._store, self._remembered())
+
+    @property
+    def behind(self) -> float:
+        """Seconds by which what is read now (`peek`, `list`, iteration) may be old; 0 unless reads
+        go to a standby (``read="standby"``). It is the age of the last commit that the standby has,
+        by the clocks of the two servers, so it also grows while nobody commits."""
+        self._usable()
+        return self._store.behind()
 
     def locks(self) -> list[LockInfo]:
         """Every lock of the list that is held or waited for, and by whom, on all hosts. Takes no

@@ -33,8 +33,12 @@ _SESSION = Statement(
     "bigint",
 )
 _PROCESS = Statement(
-    "SELECT p.host, p.place, p.command, p.seen > clock_timestamp() - make_interval(secs => $2) "
+    "SELECT p.host, p.place, p.command, "
+    # While the server was away nobody could be heard of.
+    "greatest(p.seen, pg_postmaster_start_time(), (SELECT since FROM lives JOIN life USING (life)))"
+    " > clock_timestamp() - make_interval(secs => $2) "
     "OR EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.objsubid = 1 "
+    "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "AND l.classid = (lock_key(7, $1) >> 32)::int::oid "
     "AND l.objid = (lock_key(7, $1) & 4294967295)::bigint::oid) "
     "FROM processes p WHERE p.process = $1",

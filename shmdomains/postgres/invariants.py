@@ -26,6 +26,7 @@ _INFO = Statement(
 _ATTACHED = Statement(
     "SELECT p.pid, p.start, p.place, p.host, p.command FROM processes p WHERE p.list = $1 "
     "AND EXISTS (SELECT FROM pg_locks k WHERE k.locktype = 'advisory' AND k.objsubid = 1 "
+    "AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "AND k.classid = (lock_key(7, p.process) >> 32)::int::oid "
     "AND k.objid = (lock_key(7, p.process) & 4294967295)::bigint::oid) ORDER BY p.process",
     "bigint",

@@ -274,9 +274,8 @@ class Listener:
         while self._told:
             told, self._told = self._told, []
             with self._news:
-                for text in told:
+                for record in told:
                     self.changes += 1
-                    self._recent.append((self.changes, int(text.partition(" ")[0])))
+                    self._recent.append((self.changes, int(record)))
                 self._tell()
-            if any(text.endswith("+") for text in told):
-                self._number(conn)
+            self._number(conn)

@@ -35,18 +35,14 @@ if TYPE_CHECKING:
 _IDLE = 8
 """Idle sessions that are kept."""
 
-_ENTER = Statement(
-    "INSERT INTO sessions (process, backend, tid, start) VALUES ($1, pg_backend_pid(), $2, $3) "
-    "RETURNING session, pg_advisory_lock(lock_key(6, session)), "
-    "pg_advisory_lock_shared(lock_key(7, process))",
-    *("bigint", "int", "bigint"),
-)
+_ENTER = Statement("SELECT enter_session($1, $2, $3)", *("bigint", "int", "bigint"))
 _USE = Statement(
     "UPDATE sessions SET tid = $2, start = $3 WHERE session = $1", "bigint", "int", "bigint"
 )
 _OTHER = Statement(
     "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
     "WHERE l.locktype = 'advisory' AND l.granted AND a.state = 'idle' AND l.objsubid = 1 "
+    "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "AND l.classid = (lock_key(6, $1) >> 32)::int::oid "
     "AND l.objid = (lock_key(6, $1) & 4294967295)::bigint::oid",
     "bigint",
@@ -61,9 +57,10 @@ _DONE = Statement(
 class State:
     """What one owner holds of the list, and through which session."""
 
-    __slots__ = ("holds", "list_held", "mutexes", "session", "start", "tid")
+    __slots__ = ("asks", "holds", "list_held", "mutexes", "session", "start", "tid")
 
     def __init__(self) -> None:
+        self.asks = False  # for a lock; what it gets is not in here yet
         self.list_held = False
         self.holds: dict[Any, _Hold[Any]] = {}
         self.mutexes: dict[str, int] = {}
@@ -73,6 +70,10 @@ class State:
     @property
     def is_empty(self) -> bool:
         return not (self.list_held or self.holds or self.mutexes)
+
+    @property
+    def count(self) -> int:
+        return self.list_held + len(self.holds) + len(self.mutexes)
 
 
 _all: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -92,6 +93,7 @@ class Pool:
         self._conninfo = conninfo
         self._lock = threading.Lock()
         self._idle: list[Session] = []
+        self._readers: list[Session] = []  # to a standby, idle
         self._all: set[Session] = set()
         self.states: dict[int, State] = {}
         self._listener: Listener | None = None
@@ -152,7 +154,7 @@ class Pool:
             made = Session(conn, self.address.lease)
             made.silent = self._is_silent
             made.user = core.caller()[1:]
-            [[row, *_]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
+            [[row]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
             made.number = big(row)
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
@@ -195,8 +197,9 @@ class Pool:
         self.give(self._make(conn))
 
     def give(self, one: Session) -> None:
-        """Give back a session that holds nothing."""
-        if one.gone is not None or self.closed or len(self._idle) >= _IDLE:
+        """Give back a session that holds nothing. If it may hold something, for freeing that
+        failed or was interrupted, it ends: its next owner would lock it once more."""
+        if one.gone is not None or one.locks or self.closed or len(self._idle) >= _IDLE:
             one.end("it was closed")
             self._all.discard(one)
         else:
@@ -224,6 +227,45 @@ class Pool:
             self.give(one)
             return rows
 
+    def read(self, statement: Statement, values: list[bytes | None]) -> list[session.Row]:
+        """`ask`, of a standby if that is wanted and the caller holds nothing: whoever does must
+        not read what is old. Raises `Unavailable`."""
+        if self.address.read == "primary" or self.mine() is not None:
+            return self.ask(statement, values)
+        end = time.monotonic() + self.patience
+        while True:
+            one = self._readers.pop() if self._readers else self._reader()
+            try:
+                rows = one.call(statement, values)
+            except session.Gone as exc:
+                self._all.discard(one)
+                if time.monotonic() > end:
+                    raise Unavailable(f"{self.address.shown} went away: {exc}") from None
+                continue
+            except BaseException:
+                one.end("a read failed")
+                self._all.discard(one)
+                raise
+            if self.closed or len(self._readers) >= _IDLE:
+                one.end("it was closed")
+                self._all.discard(one)
+            else:
+                self._readers.append(one)
+            return rows
+
+    def _reader(self) -> Session:
+        """A session with a standby, or with the primary where there is none. It has no row."""
+        name, lease = (
+            f"shmdomains {self.address.list} reads on {self.host}"[:63],
+            self.address.lease,
+        )
+        shown = self.address.shown
+        conn = session.connect(self._conninfo, lease, shown, name, "prefer-standby")
+        made = Session(conn, lease)
+        with self._lock:
+            self._all.add(made)
+        return made
+
     # --- owners ---
 
     def mine(self) -> State | None:
@@ -231,12 +273,15 @@ class Pool:
         return self.states.get(core.owner())
 
     def begin(self, patience: float | None = None) -> State:
-        """The caller's state, with a session. Raises `Unavailable`."""
+        """The caller's state, with a session, to ask for a lock. Raises `Unavailable`."""
         owner = core.owner()
         state = self.states.get(owner)
         if state is not None:
-            return state
+            state.asks = True
+            if self.states.get(owner) is state:  # else a handle was dropped just now, the last one
+                return state
         state = State()
+        state.asks = True
         _, state.tid, state.start = core.caller()
         state.session = taken = self.take(patience)
         if taken.user != (state.tid, state.start):
@@ -252,7 +297,7 @@ class Pool:
 
     def rest(self, state: State) -> None:
         """The caller may hold nothing any more: then its session is given back."""
-        if not state.is_empty or self.states.get(core.owner()) is not state:
+        if state.asks or not state.is_empty or self.states.get(core.owner()) is not state:
             return
         del self.states[core.owner()]
         if state.session is not None:
@@ -286,10 +331,11 @@ class Pool:
     def _free_all(self, one: Session) -> None:
         try:
             for which, kind in one.call(statements.HELD):
-                one.call(*statements.unlock(big(kind), big(which)))
+                one.call(*statements.unlock(big(kind), big(which), one.number))
         except (session.Gone, session.Refused):
             self.bury(one)
         else:
+            one.locks = 0
             self.give(one)
 
     def bury(self, one: Session) -> None:
@@ -348,8 +394,8 @@ class Pool:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.stop()
-        while self._idle:
-            one = self._idle.pop()
+        while self._idle or self._readers:
+            one = (self._idle or self._readers).pop()
             one.end("the list was closed")
             self._all.discard(one)
 
@@ -363,7 +409,8 @@ class Pool:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.forget()
-        self._idle, self._all, self.states, self.process = [], set(), {}, 0
+        self._idle, self._readers, self._all = [], [], set()
+        self.states, self.process = {}, 0
 
 
 def _after_fork() -> None:

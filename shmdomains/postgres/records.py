@@ -1,18 +1,20 @@
 """A row of ``domains`` as a `DomainInfo`.
 
-Definitions are decoded when they are asked for, and each version once: they are immutable, and
-their version stands in the row.
+A list of ten thousand is a row each and nothing more: a value is decoded when it is asked for.
+Definitions are decoded once for each version of a record: they are immutable, and the version
+stands in the row.
 """
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
-from ..rules.info import _FIELDS, TAKEN_WITHOUT, Describe, DomainInfo
+from ..rules.info import TAKEN_WITHOUT, Describe, DomainInfo, reason_of
 from ..rules.values import decode_data
 from ..rules.work import Work
 from ..states import DomainState
@@ -24,9 +26,13 @@ COLUMNS = (
     "d.started, d.host, d.version, d.defined, d.data, d.work"
 )
 WIDTH = 15
+"""How many these are. A row with definitions has two more: ``typed`` and ``next_typed``."""
+_VERSION, _DEFINED, _DATA, _WORK, _TYPED, _NEXT = range(11, 17)
 
 Typed = tuple[bytes, bytes | None]
 """Definition and next definition, in MessagePack."""
+
+Load = Callable[[int, int], tuple[DomainDef, DomainDef | None]]
 
 
 class Definitions:
@@ -51,100 +57,198 @@ class Definitions:
             DomainDef.decode(live),
             None if successor is None else DomainDef.decode(successor),
         )
+        self.put(record, version, found)
+        return found
+
+    def put(self, record: int, version: int, found: tuple[DomainDef, DomainDef | None]) -> None:
+        """Remember what a version of a record has."""
         with self._lock:
             self._kept[record, version] = found
             if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
-        return found
 
 
-Load = Callable[[int, int], tuple[DomainDef, DomainDef | None]]
+class Source:
+    """Where infos come from: how to say who holds a job, and how to get at definitions."""
+
+    def __init__(self, describe: Describe, load: Load) -> None:
+        """`load` gives the definitions of a record and version that the caller has locked."""
+        self.describe, self.load = describe, load
+        self.definitions = Definitions()
 
 
 class PostgresInfo(DomainInfo):
     """The committed state of one domain, from one row. See `DomainInfo`."""
 
-    __slots__ = ("_data", "_defined", "_died", "_load", "_record", "_token", "_version")
+    __slots__ = ("_died", "_row", "_source", "_token")
 
-    _record: int
-    _version: int
-    _defined: int
+    _row: Row
+    _source: Source | None
     _token: int
     _died: int | None
-    _data: bytes | None
-    _load: Load | None
 
     @classmethod
     def of(
-        cls,
-        row: Row,
-        load: Load | None,
-        describe: Describe,
-        token: int = 0,
-        died: int | None = None,
+        cls, row: Row, source: Source | None, token: int = 0, died: int | None = None
     ) -> PostgresInfo:
-        """From the `COLUMNS`; `load` gives the definitions of a record and version, ``None`` if
-        they were not asked for."""
-        state, work, pid = DomainState(small(row[4])), row[14], row[8]
-        made = cls(
-            id=integer(row[3]),
-            name=text(row[2]),
-            uuid=UUID(bytes=row[1]),
-            state=state,
-            reason=integer(row[5]),
-            persistent=row[6] == b"\1",
-            autostart=row[7] == b"\1",
-            pid=None if pid is None else integer(pid),
-            blobs=None,
-            work=None if work is None else Work.decode(work),
-            started=big(row[9]),
-            describe=describe,
-            host=None if row[10] is None else text(row[10]),
-        )
-        put = object.__setattr__
-        put(made, "_record", big(row[0]))
-        put(made, "_version", big(row[11]))
-        put(made, "_defined", big(row[12]))
-        put(made, "_data", row[13])
-        put(made, "_load", load)
-        put(made, "_token", token)
-        put(made, "_died", died)
+        """From the `COLUMNS`, perhaps with definitions. Without a `source` they cannot be asked
+        for, nor can `data` and `jobs`."""
+        made = object.__new__(cls)
+        _put_row(made, row)
+        _put_source(made, source)
+        _put_token(made, token)
+        _put_died(made, died)
+        _put_blobs(made, None)
         return made
 
-    def changed(self, version: int, defined: int, **values: Any) -> PostgresInfo:
-        """The state after a commit of its holder."""
-        fields = {field: values.get(field, getattr(self, field)) for field in _FIELDS}
-        work = values.get("work", self._work)
-        made = PostgresInfo(
-            **fields,
-            blobs=None,
-            work=work,
-            started=values.get("started", self._started),
-            describe=self._describe,
-            host=values.get("host", self.host),
-        )
-        put = object.__setattr__
-        put(made, "_data", values.get("data", self._data))
-        put(made, "_version", version)
-        put(made, "_defined", defined)
-        for same in ("_record", "_load", "_token", "_died"):
-            put(made, same, getattr(self, same))
-        return made
+    # --- the columns ---
 
-    def _taken(self) -> tuple[DomainDef, DomainDef | None, Any]:
-        if self._blobs is None:
-            if self._load is None:
-                raise AttributeError(TAKEN_WITHOUT)
-            data = None if self._data is None else decode_data(self._data)
-            blobs = (*self._load(self._record, self._defined), data)
-            object.__setattr__(self, "_blobs", blobs)
-            return blobs
-        return self._blobs
+    @property
+    def _record(self) -> int:
+        return big(self._row[0])
+
+    @property
+    def uuid(self) -> UUID:  # type: ignore[override]
+        return UUID(bytes=self._row[1])
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return text(self._row[2])
+
+    @property
+    def id(self) -> int:  # type: ignore[override]
+        return integer(self._row[3])
+
+    @property
+    def state(self) -> DomainState:  # type: ignore[override]
+        return DomainState(small(self._row[4]))
+
+    @property
+    def reason(self) -> int:  # type: ignore[override]
+        return reason_of(self.state, integer(self._row[5]))
+
+    @property
+    def persistent(self) -> bool:  # type: ignore[override]
+        return self._row[6] == b"\1"
+
+    @property
+    def autostart(self) -> bool:  # type: ignore[override]
+        return self._row[7] == b"\1"
+
+    @property
+    def pid(self) -> int | None:  # type: ignore[override]
+        pid = self._row[8]
+        return None if pid is None else integer(pid)
+
+    @property
+    def _started(self) -> int:  # type: ignore[override]
+        return big(self._row[9])
+
+    @property
+    def host(self) -> str | None:  # type: ignore[override]
+        host = self._row[10]
+        return None if host is None else host.decode()
+
+    @property
+    def _version(self) -> int:
+        return big(self._row[_VERSION])
+
+    @property
+    def _defined(self) -> int:
+        """The version in which a definition last changed."""
+        return big(self._row[_DEFINED])
+
+    @property
+    def _work(self) -> Work | None:  # type: ignore[override]
+        work = self._row[_WORK]
+        return None if work is None else Work.decode(work)
+
+    @property
+    def _describe(self) -> Describe | None:  # type: ignore[override]
+        return None if self._source is None else self._source.describe
+
+    # --- the blobs ---
 
     @property
     def data(self) -> Any:
-        if self._load is None:
+        """The driver's own data, or None."""
+        if self._source is None:
             raise AttributeError(TAKEN_WITHOUT)
-        if self._blobs is None and self._data is None:
-            return None
-        return self._taken()[2] if self._blobs is not None else decode_data(self._data or b"\xc0")
+        packed = self._row[_DATA]
+        return None if packed is None else decode_data(packed)
+
+    def _taken(self) -> tuple[DomainDef, DomainDef | None, Any]:
+        found = self._blobs
+        if found is None:
+            found = (*self._definitions(), self.data)
+            _put_blobs(self, found)
+        return found
+
+    def _definitions(self) -> tuple[DomainDef, DomainDef | None]:
+        source, row = self._source, self._row
+        if source is None:
+            raise AttributeError(TAKEN_WITHOUT)
+        if len(row) == WIDTH:
+            return source.load(self._record, self._defined)
+        live = row[_TYPED]
+        assert live is not None
+        return source.definitions.decoded(self._record, self._defined, (live, row[_NEXT]))
+
+    # --- for its holder ---
+
+    def changed(self, changes: dict[str, Any]) -> PostgresInfo:
+        """The state after its holder committed these changes, with no definitions in the row."""
+        row = list(self._row[:WIDTH])
+        for field, value in changes.items():
+            if field in _ENCODED:
+                place, encode = _ENCODED[field]
+                row[place] = None if value is None else encode(value)
+        row[_VERSION] = _big(self._version + 1)
+        if "definition" in changes or "next_definition" in changes:
+            row[_DEFINED] = row[_VERSION]
+        return PostgresInfo.of(tuple(row), self._source, self._token, self._died)
+
+    def locked_as(self, token: int) -> PostgresInfo:
+        """The same, locked again."""
+        return PostgresInfo.of(self._row, self._source, token, self._died)
+
+
+# `DomainInfo` refuses assignment; a slot's descriptor does not ask it.
+_put_row = PostgresInfo.__dict__["_row"].__set__
+_put_source = PostgresInfo.__dict__["_source"].__set__
+_put_token = PostgresInfo.__dict__["_token"].__set__
+_put_died = PostgresInfo.__dict__["_died"].__set__
+_put_blobs = DomainInfo.__dict__["_blobs"].__set__
+
+_big = struct.Struct(">q").pack
+_integer = struct.Struct(">i").pack
+_small = struct.Struct(">h").pack
+
+
+def _truth(value: bool) -> bytes:
+    return b"\1" if value else b"\0"
+
+
+_ENCODED: dict[str, tuple[int, Callable[[Any], bytes]]] = {
+    "name": (2, str.encode),
+    "id": (3, _integer),
+    "state": (4, _small),
+    "reason": (5, _integer),
+    "persistent": (6, _truth),
+    "autostart": (7, _truth),
+    "pid": (8, _integer),
+    "started": (9, _big),
+    "host": (10, str.encode),
+    "data": (_DATA, bytes),
+    "work": (_WORK, bytes),
+}
+
+
+def new_row(
+    record: bytes, uuid: UUID, name: str, state: int, persistent: bool, work: bytes | None
+) -> Row:
+    """The row of a domain that was just inserted."""
+    one, zero, inactive = _big(1), _big(0), _integer(-1)
+    first = (record, uuid.bytes, name.encode(), inactive, _small(state), _integer(0))
+    flags = (_truth(persistent), _truth(False))
+    return (*first, *flags, None, zero, None, one, one, None, work)

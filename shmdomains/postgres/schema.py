@@ -106,6 +106,7 @@ def install(conninfo: str, role: str | None = None) -> None:
             "GRANT USAGE ON SCHEMA shmdomains TO {}",
             "GRANT SELECT ON ALL TABLES IN SCHEMA shmdomains TO {}",
             "GRANT INSERT, UPDATE, DELETE ON shmdomains.lists, shmdomains.counters, "
+            "shmdomains.lives, shmdomains.life, "
             "shmdomains.directories, shmdomains.processes, shmdomains.sessions, "
             "shmdomains.domains, shmdomains.definitions, shmdomains.holds, shmdomains.mutexes, "
             "shmdomains.events TO {}",

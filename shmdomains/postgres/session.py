@@ -89,6 +89,9 @@ class Session:
         self.pid = os.getpid()
         self.lease = lease
         self.commits = 0
+        self.locks = 0
+        """How many locks it holds at most: counted before they are asked for, and no more after
+        they are free."""
         self.used = time.monotonic()
         self.gone: str | None = None
         self.silent: Callable[[float], bool] = _never
@@ -101,6 +104,8 @@ class Session:
         self._lock = threading.Lock()
         self._busy_in = 0
         self._owed = False  # the server owes an answer
+        self.later: list[Callable[[], None]] = []
+        """What is done after the call that is under way."""
         self._result: pq.abc.PGresult | None = None
         self._poll = select.poll()
         self._poll.register(self._pg.socket, select.POLLIN)
@@ -117,20 +122,29 @@ class Session:
         signal handler that raises; the cancellation of a task, seen after a slice) cancels it
         first; any other statement is waited for.
         """
-        if self._lock.locked() and self._busy_in == threading.get_ident():
+        if self.asks:
             raise ContractError(
                 "a signal handler asks the server while this thread waits for its answer; let "
                 "another thread do it"
             )
-        with self._lock:
-            try:
-                self._busy_in = threading.get_ident()
-                if self.gone is not None:
-                    raise Gone(self.gone, False)
-                return self._ask(statement, values, waits)
-            finally:
-                self._busy_in = 0
-                self.used = time.monotonic()
+        try:
+            with self._lock:
+                try:
+                    self._busy_in = threading.get_ident()
+                    if self.gone is not None:
+                        raise Gone(self.gone, False)
+                    return self._ask(statement, values, waits)
+                finally:
+                    self._busy_in = 0
+                    self.used = time.monotonic()
+        finally:
+            while self.later:
+                self.later.pop()()
+
+    @property
+    def asks(self) -> bool:
+        """Whether the caller is in the midst of a call."""
+        return self._lock.locked() and self._busy_in == threading.get_ident()
 
     def _ask(self, statement: Statement, values: Sequence[bytes | None], waits: bool) -> list[Row]:
         pg, name = self._pg, statement.name
@@ -296,9 +310,12 @@ def _never(_seconds: float) -> bool:
     return False
 
 
-def connect(conninfo: str, lease: float, shown: str, application: str) -> psycopg.Connection[Any]:
+def connect(
+    conninfo: str, lease: float, shown: str, application: str, attributes: str = "read-write"
+) -> psycopg.Connection[Any]:
     """A new connection, set up so that both sides notice the other's end within `lease` seconds.
-    Raises `Unavailable`."""
+    `attributes`: of several servers, which one (libpq's target_session_attrs). Raises
+    `Unavailable`."""
     milliseconds = int(lease * 1000)
     try:
         conn = psycopg.connect(
@@ -310,6 +327,7 @@ def connect(conninfo: str, lease: float, shown: str, application: str) -> psycop
             keepalives_idle=max(1, int(lease / 3)),
             keepalives_interval=max(1, int(lease / 6)),
             keepalives_count=3,
+            target_session_attrs=attributes,
         )
     except psycopg.Error as exc:
         raise Unavailable(f"{shown} cannot be reached: {without_password(str(exc))}") from None

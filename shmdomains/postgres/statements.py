@@ -16,7 +16,7 @@ LOCK = Statement(
     "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
     *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
 )
-UNLOCK = Statement("SELECT unlock_domain($1, $2)", "bigint", "bool")
+UNLOCK = Statement("SELECT unlock_domain($1, $2, $3)", "bigint", "bigint", "bool")
 COMMIT = Statement(
     f"SELECT commit_domain({', '.join(f'${place}' for place in range(1, 28))})",
     *("bigint", "bigint", "bigint", "bigint", "bigint"),
@@ -50,15 +50,15 @@ MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bi
 LOCK_MUTEX = Statement(
     "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
 )
-UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2)", "bigint", "bool")
+UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2, $3)", "bigint", "bigint", "bool")
 
 
-def unlock(kind: int, which: int) -> tuple[Statement, list[bytes | None]]:
-    """What frees a lock that `HELD` names; nobody was told of a death."""
+def unlock(kind: int, which: int, session: int) -> tuple[Statement, list[bytes | None]]:
+    """What frees a lock of this session that `HELD` names; nobody was told of a death."""
     if kind == LIST:
         return UNLOCK_LIST, [number(which)]
     statement = UNLOCK if kind == DOMAIN else UNLOCK_MUTEX
-    return statement, [number(which), truth(False)]
+    return statement, [number(which), number(session), truth(False)]
 
 
 ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
@@ -106,3 +106,9 @@ SET_DIRS = Statement(
     *("bigint", "text", "bytea", "bytea"),
 )
 NO_DIRS = Statement("DELETE FROM directories WHERE list = $1 AND host = $2", "bigint", "text")
+
+BEHIND = Statement(
+    "SELECT CASE WHEN pg_is_in_recovery() THEN coalesce("
+    "extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()), 0) "
+    "ELSE 0 END::float8"
+)

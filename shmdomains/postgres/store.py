@@ -23,6 +23,7 @@ from uuid import UUID
 
 from ..config.change import ConfigDirs
 from ..errors import (
+    ContractError,
     DomainExists,
     InDoubt,
     LockLost,
@@ -37,12 +38,12 @@ from ..holder import LockHolder
 from ..memory import holder as local
 from ..memory._core import core
 from ..rules.store import Changes, Filter, Key, NewDomain, News
-from ..rules.work import Caller, Work
+from ..rules.work import Caller
 from ..xml.definition import DomainDef
 from . import statements as ask
 from .holders import DOMAIN, LIST, MUTEX, Holders
 from .pool import Pool, State
-from .records import WIDTH, Definitions, PostgresInfo, Typed
+from .records import PostgresInfo, Source, new_row
 from .session import (
     Gone,
     Refused,
@@ -62,6 +63,8 @@ MOST_MUTEXES = 65_536
 _LONGEST = 30.0
 """Seconds of one statement that waits: while it does, the server cleans up nothing newer."""
 _EVENTS_AT_ONCE = 256
+_LIFE = 1 << 40
+"""The tokens of one life of the server."""
 
 
 class PostgresStore:
@@ -71,7 +74,7 @@ class PostgresStore:
         self.pool = pool
         self.holders = Holders(pool)
         self.events_max = events_max
-        self._definitions = Definitions()
+        self._source = Source(self.holders.describe, self._load)
         self.most_mutexes = MOST_MUTEXES
         self._mutexes: dict[str, int] = {}
         self._deaths: dict[str, int | None] = {}  # of a mutex that somebody here holds
@@ -99,16 +102,20 @@ class PostgresStore:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            session.locks += 1
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
             except Refused as exc:
                 if exc.state == "55P03":
-                    if left is None or left > slice:
-                        continue
-                    self.pool.rest(state)
-                    return state, []
-                self.pool.rest(state)
+                    if left is not None and left <= slice:
+                        return state, []
+                    session.locks -= 1
+                    continue
+                self._put_back(state)  # an error does not undo the locking of an advisory lock
                 raise self._refusal(exc) from None
+            except ContractError:
+                session.locks -= 1
+                raise
             except Gone as exc:
                 held = not state.is_empty
                 self.pool.drop(state)
@@ -120,18 +127,41 @@ class PostgresStore:
                 self._put_back(state)
                 raise
 
-    def _put_back(self, state: State) -> None:
-        """After a wait that was interrupted: whatever it got all the same."""
-        session = state.session
-        if state.is_empty or session is None:
-            self.pool.drop(state)
+    def put_back(self) -> None:
+        """After a call that was interrupted: what it locked, and no handle knows of."""
+        state = self.pool.mine()
+        if state is None or state.session is None:
             return
+        for record, hold in list(state.holds.items()):
+            if hold.handle is None:
+                del state.holds[record]
+        if state.session.locks != state.count:
+            self._put_back(state)
+        elif state.asks:
+            state.asks = False
+            self.pool.rest(state)
+
+    def _put_back(self, state: State) -> None:
+        session = state.session
+        assert session is not None
         try:
             for which, kind in session.call(ask.HELD):
                 if not self._is_mine(state, big(kind), big(which)):
-                    session.call(*ask.unlock(big(kind), big(which)))
+                    session.call(*ask.unlock(big(kind), big(which), session.number))
+            session.locks, state.asks = state.count, False
+            self.pool.rest(state)
         except (Gone, Refused):
             self.pool.drop(state)
+        except BaseException:
+            self.pool.drop(state)
+            raise
+
+    def _not_got(self, state: State) -> None:
+        """A lock was asked for and is not held."""
+        assert state.session is not None
+        state.session.locks -= 1
+        state.asks = False
+        self.pool.rest(state)
 
     def _is_mine(self, state: State, kind: int, which: int) -> bool:
         if kind == LIST:
@@ -153,6 +183,13 @@ class PostgresStore:
         except Refused as exc:
             raise self._refusal(exc) from None
 
+    def _free(self, statement: Statement, values: list[bytes | None]) -> None:
+        """Free a lock of the list's."""
+        state = self._state()
+        self._held(statement, values)
+        assert state.session is not None
+        state.session.locks -= 1
+
     def lost(self, why: str) -> LockLost:
         return LockLost(
             f"the locks that {core.owner_words()} held on {self._shown} are lost, and with them "
@@ -172,6 +209,13 @@ class PostgresStore:
     def _shown(self) -> str:
         return self.pool.address.shown
 
+    def _look_at(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
+        """`_read`, perhaps of a standby."""
+        try:
+            return self.pool.read(statement, values)
+        except Refused as exc:
+            raise self._refusal(exc) from None
+
     def _read(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         try:
             return self.pool.ask(statement, values)
@@ -183,13 +227,13 @@ class PostgresStore:
     def lock_list(self, timeout: float | None) -> None:
         state, rows = self._wait(ask.LOCK_LIST, [], timeout)
         if not rows or rows[0][0] != b"\1":
-            self.pool.rest(state)
+            self._not_got(state)
             raise local.timed_out(
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
             )
 
     def unlock_list(self) -> None:
-        self._held(ask.UNLOCK_LIST, [self._list])
+        self._free(ask.UNLOCK_LIST, [self._list])
 
     # --- finding and reading ---
 
@@ -204,20 +248,19 @@ class PostgresStore:
             return None
         return self._one(ask.BY[key.kind], [self._list, value])
 
+    def glance(self, key: Key) -> PostgresInfo | None:
+        """`peek`, perhaps at a standby."""
+        if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+            return None
+        rows = self._look_at(ask.BY[key.kind], [self._list, str(key.value).encode()])
+        return self._info(rows[0]) if rows else None
+
     def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
         rows = self._read(statement, values)
         return self._info(rows[0]) if rows else None
 
     def _info(self, row: Row) -> PostgresInfo:
-        """From a row with definitions."""
-        live, successor = row[WIDTH : WIDTH + 2]
-        assert live is not None
-        typed = live, successor
-
-        def load(record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
-            return self._definitions.decoded(record, version, typed)
-
-        return PostgresInfo.of(row[:WIDTH], load, self.holders.describe)
+        return PostgresInfo.of(row, self._source)
 
     def read(self, record: int) -> PostgresInfo | None:
         return self._one(ask.BY["record"], [self._list, number(record)])
@@ -239,7 +282,7 @@ class PostgresStore:
         """Who has this uuid or, if nobody has, this name; without definitions."""
         key = None if uuid is None else str(uuid).encode()
         rows = self._read(ask.IDENTITY, [self._list, key, name.encode()])
-        return PostgresInfo.of(rows[0], None, self.holders.describe) if rows else None
+        return PostgresInfo.of(rows[0], None) if rows else None
 
     def _filter(self, wanted: Filter) -> list[bytes | None]:
         flags = (wanted.active, wanted.persistent, wanted.autostart)
@@ -254,19 +297,21 @@ class PostgresStore:
 
     def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
         """The committed states of the domains that match, all of one moment."""
-        rows = self._read(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
-        if definitions:
-            return [self._info(row) for row in rows]
-        describe = self.holders.describe
-        return [PostgresInfo.of(row, None, describe) for row in rows]
+        rows = self._look_at(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
+        source = self._source if definitions else None
+        return [PostgresInfo.of(row, source) for row in rows]
 
     def count(self, wanted: Filter) -> int:
-        return big(self._read(ask.COUNT, self._filter(wanted))[0][0])
+        return big(self._look_at(ask.COUNT, self._filter(wanted))[0][0])
+
+    def behind(self) -> float:
+        """See `PostgresDomainList.behind`."""
+        return double(self._look_at(ask.BEHIND, [])[0][0])
 
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
         rows = self._read(ask.WITH_WORK, [self._list])
-        return [PostgresInfo.of(row, None, self.holders.describe) for row in rows]
+        return [PostgresInfo.of(row, self._source) for row in rows]
 
     def versions(self) -> dict[int, int]:
         """The version of each record."""
@@ -274,14 +319,13 @@ class PostgresStore:
 
     def _load(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
         """The definitions of a domain that the caller has locked."""
-        found = self._definitions.get(record, version)
+        found = self._source.definitions.get(record, version)
         if found is not None:
             return found
         rows = self._read(ask.TYPED, [number(record)])
         if not rows or rows[0][0] is None:
             raise self.lost(f"record {record} is gone")
-        typed: Typed = rows[0][0], rows[0][1]
-        return self._definitions.decoded(record, version, typed)
+        return self._source.definitions.decoded(record, version, (rows[0][0], rows[0][1]))
 
     # --- a domain's lock ---
 
@@ -299,8 +343,8 @@ class PostgresStore:
         if outcome == 1:
             row = rows[0]
             died = None if row[17] is None else big(row[17])
-            return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]), died)
-        self.pool.rest(state)
+            return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
+        self._not_got(state)
         if outcome == 0:
             return None
         raise self._too_late(key, timeout, rows)
@@ -320,7 +364,18 @@ class PostgresStore:
         return self.peek(key)
 
     def unlock(self, record: int, seen: bool) -> None:
-        self._held(ask.UNLOCK, [number(record), truth(seen)])
+        state = self._state()
+        assert state.session is not None
+        values = [number(record), number(state.session.number), truth(seen)]
+        try:
+            state.session.call(ask.UNLOCK, values)
+        except Gone as exc:
+            if seen:
+                self.pool.drop(state)  # else the next who uses what is left of it is told
+            raise self.lost(str(exc)) from None
+        except Refused as exc:
+            raise self._refusal(exc) from None
+        state.session.locks -= 1
 
     def died(self, record: int) -> LockHolder | None:
         state = self.pool.mine()
@@ -360,35 +415,25 @@ class PostgresStore:
             _news(news),
         ]
         state = self._state()
+        assert state.session is not None
+        state.session.locks += 1
         try:
             rows = self._commits(state, ask.INSERT, values)
         except Gone as exc:
             self._fell_through(state, exc, timeout, f"define domain {new.name!r}")
             raise self.lost(f"{exc}; domain {new.name!r} is defined all the same") from None
         except Refused as exc:
+            state.session.locks -= 1  # the lock comes last in it
             raise self._refused_insert(exc, new) from None
-        info = self.read_new(rows[0], new)
+        info = self._inserted(rows[0], new)
         return info._record, info
 
-    def read_new(self, row: Row, new: NewDomain) -> PostgresInfo:
-        record, token = big(row[0]), big(row[1])
-        made = PostgresInfo(
-            id=-1,
-            name=new.name,
-            uuid=new.uuid,
-            state=new.state,
-            reason=0,
-            persistent=new.persistent,
-            autostart=False,
-            pid=None,
-            blobs=(new.definition, None, None),
-            work=new.work,
-            describe=self.holders.describe,
-        )
-        values = {"host": None, "_record": record, "_version": 1, "_defined": 1, "_data": None}
-        for field, value in {**values, "_load": self._load, "_token": token, "_died": None}.items():
-            object.__setattr__(made, field, value)
-        return made
+    def _inserted(self, row: Row, new: NewDomain) -> PostgresInfo:
+        work = None if new.work is None else new.work.encode()
+        assert row[0] is not None
+        values = new_row(row[0], new.uuid, new.name, new.state, new.persistent, work)
+        self._source.definitions.put(big(row[0]), 1, (new.definition, None))
+        return PostgresInfo.of(values, self._source, big(row[1]))
 
     def _refused_insert(self, exc: Refused, new: NewDomain) -> Exception:
         if exc.constraint == "domains_uuid":
@@ -425,10 +470,27 @@ class PostgresStore:
                 name = changes.get("name", info.name)
                 raise DomainExists(f"domain with name '{name}' already exists") from None
             raise self._refusal(exc) from None
+        except BaseException:
+            self._interrupted(state, info, changes)
+            raise
         else:
             if rows[0][0] is None:
                 raise self.lost(f"domain {info.name!r} was changed by somebody else")
+        if unlock and state.session is not None:
+            state.session.locks -= 1
         return self._after(info, changes)
+
+    def _interrupted(self, state: State, info: PostgresInfo, changes: Changes) -> None:
+        """A signal handler raised in a commit: what its holder reads is what came of it."""
+        session = state.session
+        assert session is not None
+        try:
+            rows = session.call(ask.VERSION, [self._list, number(info._record)])
+        except BaseException:
+            self.pool.drop(state)
+            return
+        if rows and big(rows[0][0]) != info._version:
+            state.holds[info._record].info = self._after(info, changes)
 
     def _changed(
         self, info: PostgresInfo, changes: Changes, news: Sequence[News], unlock: bool
@@ -463,27 +525,11 @@ class PostgresStore:
         ]
 
     def _after(self, info: PostgresInfo, changes: Changes) -> PostgresInfo:
-        values: dict[str, Any] = dict(changes)
-        version = info._version + 1
-        redefined = "definition" in values or "next_definition" in values
-        if "work" in values:
-            packed = values["work"]
-            values["work"] = None if packed is None else Work.decode(packed)
-        after = info.changed(version, version if redefined else info._defined, **values)
-        known = None if not redefined else self._known(info, changes)
-        if known is not None:
-            data = values.get("data", info._data)
-            if data is None:
-                object.__setattr__(after, "_blobs", (*known, None))
-        return after
-
-    def _known(
-        self, info: PostgresInfo, changes: Changes
-    ) -> tuple[DomainDef, DomainDef | None] | None:
-        """The definitions after a commit, if they need not be read for it."""
+        after = info.changed(dict(changes))
         if "definition" in changes and "next_definition" in changes:
-            return changes["definition"], changes["next_definition"]
-        return None
+            known = changes["definition"], changes["next_definition"]
+            self._source.definitions.put(after._record, after._defined, known)
+        return after
 
     def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:
         state = self._state()
@@ -498,6 +544,8 @@ class PostgresStore:
             raise self._refusal(exc) from None
         if rows[0][0] != b"\1":
             raise self.lost(f"domain {info.name!r} was changed by somebody else")
+        assert state.session is not None
+        state.session.locks -= 1
 
     def _commits(self, state: State, statement: Statement, values: list[bytes | None]) -> list[Row]:
         session = state.session
@@ -564,7 +612,7 @@ class PostgresStore:
         session, happened = self._done_by(state, exc, timeout, what)
         alone = list(state.holds) == [info._record] and not (state.list_held or state.mutexes)
         if happened and unlock:
-            self._adopt(state, session)
+            self.pool.give(session)  # it has nothing of what else the lost one held
             return info
         if not alone:
             self.pool.give(session)
@@ -579,14 +627,15 @@ class PostgresStore:
             raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
         expected = info._version + happened
         mine = again is not None and again._version == expected
-        if again is None or not mine or not 0 < again._token - info._token < 1 << 20 | 2:
+        if again is None or not mine or not _next_token(info._token, again._token):
             with_lock = again is not None
             if with_lock:
-                session.call(ask.UNLOCK, [number(info._record), truth(False)])
+                place = [number(info._record), number(session.number)]
+                session.call(ask.UNLOCK, [*place, truth(False)])
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}; somebody else had the domain meanwhile{applied}")
-        object.__setattr__(info, "_token", again._token)
+        info = info.locked_as(again._token)
         if happened:
             return info
         try:
@@ -608,10 +657,12 @@ class PostgresStore:
     def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
         wait = number(int(self._patience(None) * 1000))
         values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        session.locks += 1
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
+            session.locks -= 1
             return None
-        return PostgresInfo.of(row[1:16], self._load, self.holders.describe, big(row[16]))
+        return PostgresInfo.of(row[1:16], self._source, big(row[16]))
 
     # --- waiting: see `domain_list`, which sleeps by the listener ---
 
@@ -651,13 +702,16 @@ class PostgresStore:
         mutex = self._mutexes[name]
         state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
         if not rows or small(rows[0][0]) != 1:
-            self.pool.rest(state)
+            self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
             raise local.timed_out(f"mutex {name!r}", timeout, holder)
         self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
 
     def unlock_mutex(self, name: str, seen: bool) -> None:
-        self._held(ask.UNLOCK_MUTEX, [number(self._mutexes[name]), truth(seen)])
+        session = self._state().session
+        assert session is not None
+        values = [number(self._mutexes[name]), number(session.number), truth(seen)]
+        self._free(ask.UNLOCK_MUTEX, values)
 
     def mutex_died(self, name: str) -> LockHolder | None:
         died = self._deaths.get(name)
@@ -724,6 +778,12 @@ class PostgresStore:
             None if autostart is None else os.fsencode(autostart),
         ]
         self._held(ask.SET_DIRS, [self._list, host, *paths])
+
+
+def _next_token(one: int, two: int) -> bool:
+    """Whether nobody locked a domain between these two locks of it, or only in a life of the
+    server that ended meanwhile."""
+    return two == one + 1 or two % _LIFE == 0
 
 
 def _news(news: Sequence[News]) -> bytes | None:

@@ -16,8 +16,9 @@
 --
 -- Marks of who holds what need not outlive a crash of the server by themselves, so locking alone
 -- never waits for the disk or for a standby (synchronous_commit off). A mark is lost at most for
--- the last moments before a crash. A token must never be given twice, so it takes a leap whenever
--- the server was started anew.
+-- the last moments before a crash. A token must never be given twice, so each life of the server has
+-- its own: after a crash, that of a single backend included, and on a standby that was promoted, the
+-- unlogged table `life` is empty. The first session writes the next number, and that to the disk.
 
 CREATE TABLE lists (
     list bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -28,6 +29,15 @@ CREATE TABLE lists (
     place text NOT NULL,
     pid integer NOT NULL,
     start bigint NOT NULL
+);
+
+CREATE TABLE lives (
+    life bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    since timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE UNLOGGED TABLE life (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    life bigint NOT NULL
 );
 
 -- What many commits of one list change: apart from `lists`, whose row they only read.
@@ -114,8 +124,8 @@ CREATE TABLE holds (
     owner bigint,
     died bigint,
     since timestamptz,
-    token bigint NOT NULL DEFAULT 0,
-    server timestamptz
+    token bigint NOT NULL DEFAULT 0,  -- from life * 2^40
+    life bigint
 ) WITH (fillfactor = 40);
 
 CREATE TABLE mutexes (
@@ -131,7 +141,7 @@ CREATE TABLE mutexes (
 -- A commit enters its events without a number: if it counted them itself, all commits of a list
 -- would wait for each other's disk. Whoever reads numbers those that are there (`publish`).
 CREATE TABLE events (
-    place bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    place bigint GENERATED ALWAYS AS IDENTITY,
     list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
     number bigint,
     at timestamptz NOT NULL,
@@ -204,10 +214,10 @@ BEGIN
     SELECT events INTO _last FROM counters WHERE list = _list FOR UPDATE;
     UPDATE events SET number = new.number
         FROM (
-            SELECT place, _last + row_number() OVER (ORDER BY place) AS number
+            SELECT ctid AS at, _last + row_number() OVER (ORDER BY place) AS number
             FROM events WHERE list = _list AND number IS NULL
         ) AS new
-        WHERE events.place = new.place;
+        WHERE events.ctid = new.at;
     GET DIAGNOSTICS _count = ROW_COUNT;
     UPDATE counters SET events = events + _count WHERE list = _list;
     IF (_last + _count) / 256 <> _last / 256 THEN
@@ -216,17 +226,12 @@ BEGIN
     RETURN _last + _count;
 END $$;
 
--- Enter events, and tell of the commit. _news: [[type, detail, id, name], ...] or null.
-CREATE FUNCTION happened(_list bigint, _max integer, _record bigint, _uuid uuid, _news jsonb)
-RETURNS void
+-- Enter events: [[type, detail, id, name], ...].
+CREATE FUNCTION happened(_list bigint, _max integer, _uuid uuid, _news jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     _place bigint;
 BEGIN
-    IF _news IS NULL OR _max = 0 THEN
-        PERFORM tell(_list, _record::text);
-        RETURN;
-    END IF;
     FOR at IN 0 .. jsonb_array_length(_news) - 1 LOOP
         INSERT INTO events (list, at, type, detail, uuid, name, id)
             VALUES (_list, clock_timestamp(), (_news->at->>0)::smallint, (_news->at->>1)::integer,
@@ -236,7 +241,26 @@ BEGIN
     IF _place % 1024 = 0 THEN  -- perhaps nobody reads
         PERFORM publish(_list, _max);
     END IF;
-    PERFORM tell(_list, _record || ' +');
+END $$;
+
+-- --- sessions ---
+
+CREATE FUNCTION enter_session(
+    _process bigint, _tid integer, _start bigint, OUT _session bigint
+)
+LANGUAGE plpgsql AS $$
+DECLARE
+    _life bigint;
+BEGIN
+    IF NOT EXISTS (SELECT FROM life) THEN
+        INSERT INTO lives DEFAULT VALUES RETURNING life INTO _life;
+        INSERT INTO life (life) VALUES (_life) ON CONFLICT DO NOTHING;
+    END IF;
+    INSERT INTO sessions (process, backend, tid, start)
+        VALUES (_process, pg_backend_pid(), _tid, _start)
+        RETURNING session INTO _session;
+    PERFORM pg_advisory_lock(lock_key(6, _session));
+    PERFORM pg_advisory_lock_shared(lock_key(7, _process));
 END $$;
 
 -- --- the list lock ---
@@ -305,7 +329,7 @@ BEGIN
             RETURN _found;
         END IF;
         _key := lock_key(1, _at);
-        IF NOT take(_key, _wait) THEN
+        IF NOT pg_try_advisory_lock(_key) AND NOT take(_key, _wait) THEN
             _found.outcome := 2;
             _found.record := _at;
             RETURN _found;
@@ -313,8 +337,10 @@ BEGIN
         -- Waits for the last holder's transaction. `owner` is still there if he did not let go.
         UPDATE holds
             SET died = coalesce(owner, died), owner = _me, since = clock_timestamp(),
-                token = token + CASE WHEN server = pg_postmaster_start_time() THEN 1 ELSE 1048576 END,
-                server = pg_postmaster_start_time()
+                token = greatest(token + 1, CASE WHEN holds.life = now.life THEN 0
+                                                 ELSE now.life << 40 END),
+                life = now.life
+            FROM life AS now
             WHERE record = _at
             RETURNING token, died INTO _found.token, _found.died;
         IF FOUND THEN
@@ -341,20 +367,15 @@ BEGIN
     END LOOP;
 END $$;
 
--- _seen: the holder was told of a death, so the next one is not.
-CREATE FUNCTION let_go(_record bigint, _seen boolean) RETURNS boolean
-LANGUAGE plpgsql AS $$
-BEGIN
-    UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
-        WHERE record = _record;
-    RETURN pg_advisory_unlock(lock_key(1, _record));
-END $$;
-
-CREATE FUNCTION unlock_domain(_record bigint, _seen boolean) RETURNS boolean
+-- _seen: the holder was told of a death, so the next one is not. Whoever does not hold it changes
+-- nothing: the mark is another one's.
+CREATE FUNCTION unlock_domain(_record bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    RETURN let_go(_record, _seen);
+    UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
+        WHERE record = _record AND owner = _me;
+    RETURN pg_advisory_unlock(lock_key(1, _record));
 END $$;
 
 -- --- commits ---
@@ -395,9 +416,13 @@ BEGIN
             WHERE record = _record;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
-    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _news IS NOT NULL AND _max > 0 THEN
+        PERFORM happened(_list, _max, _uuid, _news);
+    END IF;
+    PERFORM tell(_list, _record::text);
     IF _unlock THEN
-        PERFORM let_go(_record, true);
+        UPDATE holds SET owner = NULL, died = NULL WHERE record = _record AND owner = _me;
+        PERFORM pg_advisory_unlock(lock_key(1, _record));
     END IF;
     RETURN _version + 1;
 END $$;
@@ -414,11 +439,14 @@ BEGIN
         VALUES (_list, _uuid, _name, _state, _persistent, _work)
         RETURNING record INTO _record;
     INSERT INTO definitions (record, typed, xml) VALUES (_record, _typed, _xml);
-    INSERT INTO holds (record, owner, since, token, server)
-        VALUES (_record, _me, clock_timestamp(), 1, pg_postmaster_start_time())
+    INSERT INTO holds (record, owner, since, token, life)
+        SELECT _record, _me, clock_timestamp(), 1, life FROM life
         RETURNING token INTO _token;
     UPDATE sessions SET done = _number WHERE session = _me;
-    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _news IS NOT NULL AND _max > 0 THEN
+        PERFORM happened(_list, _max, _uuid, _news);
+    END IF;
+    PERFORM tell(_list, _record::text);
     PERFORM pg_advisory_lock(lock_key(1, _record));  -- nobody else can know it
 END $$;
 
@@ -436,7 +464,10 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
-    PERFORM happened(_list, _max, _record, _uuid, _news);
+    IF _news IS NOT NULL AND _max > 0 THEN
+        PERFORM happened(_list, _max, _uuid, _news);
+    END IF;
+    PERFORM tell(_list, _record::text);
     PERFORM pg_advisory_unlock(lock_key(1, _record));
     RETURN true;
 END $$;
@@ -479,11 +510,11 @@ BEGIN
     RETURN _found;
 END $$;
 
-CREATE FUNCTION unlock_mutex(_mutex bigint, _seen boolean) RETURNS boolean
+CREATE FUNCTION unlock_mutex(_mutex bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE mutexes SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
-        WHERE mutex = _mutex;
+        WHERE mutex = _mutex AND owner = _me;
     RETURN pg_advisory_unlock(lock_key(3, _mutex));
 END $$;

@@ -1,0 +1,409 @@
+"""What an adversary does to a list on PostgreSQL: schedules that must not break its promises.
+
+A schedule is held where it hurts by what stands in for `Session.call`; nobody sleeps.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pg_servers
+import pytest
+from killing import until
+
+pg_servers.need()
+
+import psycopg  # noqa: E402
+
+from shmdomains.errors import LockLost, LockTimeout, Unavailable  # noqa: E402
+from shmdomains.postgres import PostgresDomainList  # noqa: E402
+from shmdomains.postgres import session as sessions  # noqa: E402
+from shmdomains.postgres import statements as ask  # noqa: E402
+
+XML = "<domain type='kvm'><name>{}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[pg_servers.Server]:
+    with pg_servers.Server(max_connections="100") as one:
+        yield one
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name)
+
+
+@pytest.fixture
+def doms(server: pg_servers.Server, name: str) -> Iterator[PostgresDomainList]:
+    with PostgresDomainList.create(server.url(name, by="socket", lease=2)) as one:
+        for domain in "abc":
+            one.define(XML.format(domain))
+        yield one
+
+
+@pytest.fixture
+def other(server: pg_servers.Server, name: str, doms: Any) -> Iterator[PostgresDomainList]:
+    """The same list through other connections, as another host has it."""
+    with PostgresDomainList.attach(server.url(name, by="socket", lease=2), host="other") as one:
+        yield one
+
+
+@pytest.fixture
+def sql(server: pg_servers.Server) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(server.url(by="socket"), autocommit=True) as one:
+        one.execute("SET search_path = shmdomains, pg_catalog")
+        yield one
+
+
+def on(
+    monkeypatch: pytest.MonkeyPatch,
+    doms: PostgresDomainList,
+    statement: sessions.Statement,
+    before: Callable[[sessions.Session], None] | None = None,
+    after: Callable[[sessions.Session], None] | None = None,
+) -> None:
+    """Once, before or after this statement of this list is asked."""
+    call = sessions.Session.call
+
+    def hooked(self: sessions.Session, what: Any, values: Any = (), waits: bool = False) -> Any:
+        if what is not statement or self not in doms._pool._all:
+            return call(self, what, values, waits)
+        monkeypatch.setattr(sessions.Session, "call", call)
+        if before is not None:
+            before(self)
+        rows = call(self, what, values, waits)
+        if after is not None:
+            after(self)
+        return rows
+
+    monkeypatch.setattr(sessions.Session, "call", hooked)
+
+
+def lose_answer(session: sessions.Session) -> None:
+    """The server did it, and its answer never came."""
+    raise session._end("the connection was cut", True)
+
+
+def interrupt(_session: sessions.Session) -> None:
+    raise KeyboardInterrupt
+
+
+def holds(sql: psycopg.Connection[Any], doms: PostgresDomainList, name: str) -> Any:
+    """owner and died of a domain's mark."""
+    return sql.execute(
+        "SELECT h.owner, h.died FROM holds h JOIN domains d USING (record) "
+        "WHERE d.list = %s AND d.name = %s",
+        [doms._pool.list, name],
+    ).fetchone()
+
+
+def lockers(sql: psycopg.Connection[Any]) -> list[int]:
+    """The backend of each lock of a domain, list or mutex that is held in this database."""
+    rows = sql.execute(
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
+        "AND (classid::bigint >> 16) - 23808 BETWEEN 1 AND 3"
+    )
+    return [int(row[0]) for row in rows]
+
+
+def unlocked(sql: psycopg.Connection[Any], doms: PostgresDomainList) -> None:
+    """No lock is held, and no session with one was given back."""
+    assert not {one.conn.info.backend_pid for one in doms._pool._idle} & {*lockers(sql)}
+    until(lambda: not lockers(sql), "no lock is held")
+
+
+# --- lost answers -----------------------------------------------------------------------------
+
+
+def test_the_answer_to_a_commit_that_unlocks_one_of_two_is_lost(
+    doms: PostgresDomainList, other: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit is applied; the other domain was lost with the session."""
+    with doms.locked():
+        a, b = doms.find_by_name("a"), doms.find_by_name("b")
+    assert a is not None and b is not None
+    a.autostart = True
+    on(monkeypatch, doms, ask.COMMIT, after=lose_answer)
+    a.unlock()
+    assert other.get("a").autostart
+    with other.get("b", timeout=5):
+        b.autostart = True
+        with pytest.raises(LockLost):
+            b.commit()
+    assert not other.peek("b").autostart
+
+
+def test_somebody_had_the_domain_between_a_lost_answer_and_locking_it_again(
+    doms: PostgresDomainList, other: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if he changed nothing in it: outside he may have."""
+    dom = doms.get("a")
+    dom.autostart = True
+
+    def another(_session: sessions.Session) -> None:
+        other.get("a", timeout=5).unlock()
+
+    def cut(session: sessions.Session) -> None:
+        on(monkeypatch, doms, ask.LOCK, before=another)
+        lose_answer(session)
+
+    on(monkeypatch, doms, ask.COMMIT, before=cut)
+    with pytest.raises(LockLost):
+        dom.commit()
+    assert not other.peek("a").autostart
+
+
+# --- what was not freed -----------------------------------------------------------------------
+
+
+def test_freeing_that_was_cancelled_leaves_no_lock(
+    doms: PostgresDomainList, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dom = doms.get("a")
+
+    def refused(_session: sessions.Session) -> None:
+        raise sessions.Refused("57014", "canceling statement due to user request", None)
+
+    on(monkeypatch, doms, ask.UNLOCK, before=refused)
+    with pytest.raises(Unavailable):
+        dom.unlock()
+    unlocked(sql, doms)
+
+
+def test_interrupted_before_freeing_leaves_no_lock(
+    doms: PostgresDomainList, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for statement, lock in [
+        (ask.UNLOCK, lambda: doms.get("a")),
+        (ask.UNLOCK_MUTEX, lambda: doms.mutex("m")),
+        (ask.UNLOCK_LIST, lambda: doms),
+    ]:
+        one = lock()
+        if statement is not ask.UNLOCK:
+            one.lock()
+        on(monkeypatch, doms, statement, before=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one.unlock()
+        unlocked(sql, doms)
+
+
+def test_locking_that_the_server_refuses_late_leaves_no_lock(
+    doms: PostgresDomainList, sql: psycopg.Connection[Any]
+) -> None:
+    """An error does not undo the locking of an advisory lock."""
+    sql.execute("BEGIN")
+    sql.execute("SELECT FROM holds FOR UPDATE")
+    failed: list[BaseException] = []
+
+    def get() -> None:
+        try:
+            doms.get("a")
+        except BaseException as exc:
+            failed.append(exc)
+
+    thread = threading.Thread(target=get)
+    thread.start()
+    waits = (
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND wait_event <> 'advisory' AND query LIKE '%lock_domain%'"
+    )
+
+    def cancelled() -> object:
+        sql.execute("SELECT pg_stat_clear_snapshot()")  # a transaction looks only once
+        return sql.execute(waits).fetchone()
+
+    until(cancelled, "a session that waits for the mark")
+    thread.join()
+    sql.execute("ROLLBACK")
+    assert isinstance(failed[0], Unavailable)
+    unlocked(sql, doms)
+
+
+@pytest.mark.parametrize("what", ["domain", "list", "mutex"])
+def test_interrupted_after_locking_leaves_no_lock(
+    doms: PostgresDomainList,
+    other: PostgresDomainList,
+    sql: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """Between the answer and the line that notes it. Nobody died of it, either."""
+    lock: dict[str, tuple[Any, Callable[[PostgresDomainList], Any]]] = {
+        "domain": (ask.LOCK, lambda doms: doms.get("a", timeout=5)),
+        "list": (ask.LOCK_LIST, lambda doms: doms.lock(5)),
+        "mutex": (ask.LOCK_MUTEX, lambda doms: doms.mutex("m").lock(5)),
+    }
+    statement, take = lock[what]
+    on(monkeypatch, doms, statement, after=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        take(doms)
+    unlocked(sql, doms)
+    if what == "domain":
+        with other.get("a", timeout=5) as dom:
+            assert dom.previous_owner_died is None
+
+
+# --- interrupted commits ----------------------------------------------------------------------
+
+
+def test_interrupted_in_a_commit_its_holder_reads_what_came_of_it(
+    doms: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with doms.get("a") as dom:
+        dom.autostart = True
+        on(monkeypatch, doms, ask.COMMIT, after=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            dom.commit()
+        assert dom.autostart
+        dom.persistent = True
+        dom.data = 1
+        dom.commit()
+        assert dom.data == 1
+
+
+def test_interrupted_in_a_commit_that_unlocks_the_next_holders_mark_stays(
+    doms: PostgresDomainList,
+    other: PostgresDomainList,
+    sql: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dom = doms.get("a")
+    dom.autostart = True
+    taken = []
+
+    def next_holder(_session: sessions.Session) -> None:
+        taken.append(other.get("a", timeout=5))
+        raise KeyboardInterrupt
+
+    on(monkeypatch, doms, ask.COMMIT, after=next_holder)
+    with pytest.raises(KeyboardInterrupt):
+        dom.unlock()
+    owner, _ = holds(sql, doms, "a")
+    assert owner == other._pool.mine().session.number
+    other._pool.mine().session.end("it is killed")
+    assert taken[0].is_locked
+    with doms.get("a", timeout=5) as dom:
+        assert dom.previous_owner_died is not None
+
+
+# --- handles that are dropped -----------------------------------------------------------------
+
+
+def test_a_handle_dropped_after_the_session_was_lost_hides_nothing(
+    doms: PostgresDomainList, other: PostgresDomainList
+) -> None:
+    """Changes to another domain must not vanish without an error."""
+    with doms.locked():
+        a, b = doms.find_by_name("a"), doms.find_by_name("b")
+    assert a is not None and b is not None
+    with pytest.raises(LockLost), b:
+        b.autostart = True
+        session = doms._pool.mine().session
+        with psycopg.connect(doms._pool._conninfo, autocommit=True) as sql:
+            backend = session.conn.info.backend_pid
+            sql.execute("SELECT pg_terminate_backend(%s)", [backend])
+        until(lambda: not session.is_there(), "the session's end")
+        with pytest.warns(ResourceWarning):
+            del a
+    assert not other.peek("b").autostart
+
+
+def test_a_handle_is_collected_in_the_midst_of_a_call(
+    doms: PostgresDomainList, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector may run anywhere."""
+    knot: list[Any] = [doms.get("a")]
+    knot.append(knot)
+    read = sessions.Session._read
+    gc.disable()
+    del knot
+
+    def collecting(self: sessions.Session, waits: bool) -> Any:
+        monkeypatch.setattr(sessions.Session, "_read", read)
+        with pytest.warns(ResourceWarning):
+            gc.collect()
+        return read(self, waits)
+
+    monkeypatch.setattr(sessions.Session, "_read", collecting)
+    try:
+        with doms.get("b", timeout=0) as dom:
+            assert dom.is_locked
+            assert len(lockers(sql)) == 1
+            assert list(doms._mine.holds) == [dom._record]
+    finally:
+        gc.enable()
+    unlocked(sql, doms)
+    doms.get("a", timeout=5).unlock()
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def test_no_token_is_given_twice_when_the_server_crashes(server: pg_servers.Server) -> None:
+    """One backend is killed, and the server starts anew without being started: what was not flushed
+    is gone, the tokens too. Twice, with nothing flushed between."""
+    with pg_servers.Server(wal_writer_delay="10s", wal_writer_flush_after="100GB") as one:
+        one.psql("ALTER ROLE shmdomains SET lock_timeout = '1min'")
+        with PostgresDomainList.create(one.url("tokens", by="socket")) as doms:
+            doms.define(XML.format("a"))
+            tokens = []
+            for _ in range(3):
+                for _ in range(3):
+                    with doms.get("a", timeout=30) as dom:
+                        tokens.append(dom.token)
+                session = doms._pool._idle[-1]
+                os.kill(session.conn.info.backend_pid, signal.SIGKILL)
+                until(lambda: not session.is_there(), "the session's end")  # noqa: B023
+            assert tokens == sorted(set(tokens))
+
+
+def test_a_process_of_another_host_is_alive_after_the_server_was_away(
+    server: pg_servers.Server, doms: PostgresDomainList, other: PostgresDomainList, sql: Any
+) -> None:
+    """Nobody could be heard of: all have a lease to come back."""
+    caller = other._store.caller()
+    other._pool.place = "another machine"
+    sql.execute("UPDATE processes SET place = host, seen = seen - interval '1 hour'")
+    with suppress(LockTimeout):
+        other.close()
+    until(lambda: not attached(sql, caller.start >> 40), "its locks are gone")
+    assert not doms._store.lives(caller)
+    sql.execute("UPDATE lives SET since = clock_timestamp() + interval '1 minute'")
+    assert doms._store.lives(caller)
+
+
+def attached(sql: psycopg.Connection[Any], process: int) -> bool:
+    row = sql.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted "
+        "AND objid::bigint = %s AND (classid::bigint >> 16) - 23808 = 7",
+        [process],
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
+def test_a_session_of_another_database_with_the_same_number_is_left_alone(
+    server: pg_servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.psql("CREATE DATABASE twin OWNER shmdomains")
+    url = server.url("one", by="socket")
+    with PostgresDomainList.create(url.replace("/shmdomains?", "/twin?", 1)) as twin:
+        twin.define(XML.format("a"))
+        with twin.get("a"):
+            theirs = twin._pool.mine().session
+            with PostgresDomainList.create(url) as doms:
+                doms.define(XML.format("a"))
+                dom = doms.get("a")
+                dom.autostart = True
+                doms._pool.mine().session.number = theirs.number
+                on(monkeypatch, doms, ask.COMMIT, after=lose_answer)
+                with suppress(LockLost):
+                    dom.unlock()
+            assert theirs.is_there()
