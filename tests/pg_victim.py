@@ -61,9 +61,7 @@ class Stops:
         """While the block runs."""
         ask, answer = Session._ask, Session._answer
 
-        def asks(
-            session: Session, statement: Statement, values: Any, waits: bool
-        ) -> list[Row]:
+        def asks(session: Session, statement: Statement, values: Any, waits: bool) -> list[Row]:
             if threading.get_ident() != self._thread:
                 return ask(session, statement, values, waits)
             self.count += 1

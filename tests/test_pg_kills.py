@@ -213,7 +213,9 @@ def done_by_then(request: int, moment: str) -> list[int]:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("warm", [False, True] if SOAK else [False], ids=["cold", "warm"][: 1 + SOAK])
+@pytest.mark.parametrize(
+    "warm", [False, True] if SOAK else [False], ids=["cold", "warm"][: 1 + SOAK]
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_each_request_of_postgres(stage: Stage, tried: Tried) -> None:
     # Before a request nothing differs from after the one before it, but for files.

@@ -7,7 +7,7 @@ of another host lives as long as its session does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 from uuid import UUID
 
 from ..holder import LockHolder
@@ -16,9 +16,6 @@ from ..memory._core import core
 from ..memory.held import LockInfo
 from ..rules.work import Caller
 from .session import Row, Statement, big, double, integer, number, text
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 DOMAIN, LIST, MUTEX = 1, 2, 3
 _KINDS = {DOMAIN: "domain", LIST: "list", MUTEX: "mutex"}
@@ -78,9 +75,9 @@ _ONE = Statement(
 
 
 class Holders:
-    """Looks up who holds what of the list of `pool`."""
+    """Looks up who holds what of the list of a `Pool`, whose module imports this one."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._processes: dict[int, tuple[str, str, str | None]] = {}
 
@@ -199,4 +196,5 @@ class Holders:
         )
 
     def _ask(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
-        return self._pool.ask(statement, values)
+        rows: list[Row] = self._pool.ask(statement, values)
+        return rows

@@ -19,6 +19,7 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -47,6 +48,7 @@ class Listener:
         """The number of the last event that is known of."""
         self._told: list[str] = []
         self._wanted = self._listens = False
+        self._sleepers: dict[Callable[[], object], Callable[[], bool]] = {}
         self._events_max = -1  # how many events are kept, once anybody waits for them
         self._failure: str | None = None
         self.answered = time.monotonic()
@@ -66,7 +68,7 @@ class Listener:
         with self._news:
             self._over = True
             self.changes += 1
-            self._news.notify_all()
+            self._tell()
             if not self._ended:
                 os.eventfd_write(self._wake, 1)
         if self._thread is not threading.current_thread():
@@ -114,14 +116,36 @@ class Listener:
         """Sleep until something was told since `changes`, of this record or (``None``) of any."""
         end = time.monotonic() + timeout
         with self._news:
-            while not self._has_changed(changes, record):
+            while not self.has_changed(changes, record):
                 left = end - time.monotonic()
                 if left <= 0 or self._over:
                     return False
                 self._news.wait(left)
         return True
 
-    def _has_changed(self, changes: int, record: int | None) -> bool:
+    def wake(self, due: Callable[[], bool], wake: Callable[[], object]) -> None:
+        """Have `wake` called once, in another thread, when ``due()`` is true or the listener is
+        stopped. `due` is asked now, and whenever something was told."""
+        with self._news:
+            self._sleepers[wake] = due
+            self._wake_sleepers()
+
+    def wake_no_more(self, wake: Callable[[], object]) -> None:
+        with self._news:
+            self._sleepers.pop(wake, None)
+
+    def _tell(self) -> None:
+        self._news.notify_all()
+        self._wake_sleepers()
+
+    def _wake_sleepers(self) -> None:
+        for wake, due in list(self._sleepers.items()):
+            if self._over or due():
+                del self._sleepers[wake]
+                wake()
+
+    def has_changed(self, changes: int, record: int | None) -> bool:
+        """Whether something was told since `changes`, of this record or (``None``) of any."""
         if self.changes == changes:
             return False
         told = None if record is None else self.since(changes)
@@ -135,6 +159,10 @@ class Listener:
             ):
                 return None
             return {record for at, record in self._recent if at > changes}
+
+    def knows_more(self, count: int) -> bool:
+        """Whether there are more than `count` events."""
+        return self.events > count
 
     def sleep_on_events(self, count: int, timeout: float) -> bool:
         """Sleep until there are more than `count` events."""
@@ -159,6 +187,8 @@ class Listener:
                 self._serve(self._conn)
             except (psycopg.Error, Unavailable, Refused, Gone) as exc:
                 self._failure = self._pool.without_password(str(exc))
+                if "FATAL:" in self._failure:  # it answers, if only that it has no connection left
+                    self.answered = time.monotonic()
                 logger.debug("listener: %s", self._failure)
             except Exception:
                 logger.exception("the listener of %s failed, and goes on", self._pool.address.shown)
@@ -206,7 +236,7 @@ class Listener:
         row = conn.execute("SELECT publish(%s, %s)", values).fetchone()
         with self._news:
             self.events = max(self.events, 0 if row is None or row[0] is None else int(row[0]))
-            self._news.notify_all()
+            self._tell()
 
     def _everything_changed(self, listens: bool) -> None:
         with self._news:
@@ -214,7 +244,7 @@ class Listener:
             self.changes += 1
             self._all_changed = self.changes
             self._recent.clear()
-            self._news.notify_all()
+            self._tell()
 
     def _serve(self, conn: psycopg.Connection[Any]) -> None:
         pg, third = conn.pgconn, self._pool.address.lease / 3
@@ -252,5 +282,5 @@ class Listener:
                 for record in told:
                     self.changes += 1
                     self._recent.append((self.changes, int(record)))
-                self._news.notify_all()
+                self._tell()
             self._number(conn)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ import psycopg
 from ..errors import SegmentRefused, Unavailable
 from ..memory import holder
 from ..memory._core import core
-from . import schema, session
+from ..memory.callbacks import when_over
+from . import schema, session, statements
 from .listener import Listener
 from .session import Session, Statement, big, number
 from .url import Address, without_password
@@ -89,7 +91,7 @@ class Pool:
         """Seconds for which a server that is away is waited for, where a call says nothing."""
         self.process = 0
         self._conninfo = conninfo
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may use the list
         self._idle: list[Session] = []
         self._readers: list[Session] = []  # to a standby, idle
         self._all: set[Session] = set()
@@ -184,6 +186,8 @@ class Pool:
         end = time.monotonic() + (self.patience if patience is None else patience)
         pause = 0.02
         while True:
+            if core.is_given_up():
+                raise core.WorkGivenUp
             try:
                 return self._make()
             except Unavailable:
@@ -320,6 +324,34 @@ class Pool:
         """The caller finds out by the next use of what he holds whether its session is lost."""
         self.states[core.owner()] = state
 
+    def leave(self, owner: int) -> None:
+        """A task is over: roll back and free what it held. Takes a thread, for the task's must not
+        wait."""
+        state = self.states.pop(owner, None)
+        if state is None or state.session is None:
+            return
+        warnings.warn(
+            f"a task ended while it held locks of {self.address.shown}; its changes are rolled "
+            "back and they are freed: use 'async with'",
+            ResourceWarning,
+            stacklevel=1,
+        )
+        free = threading.Thread(target=self._free_all, args=(state.session,), daemon=True)
+        try:
+            free.start()
+        except RuntimeError:  # no thread to be had
+            self.bury(state.session)
+
+    def _free_all(self, one: Session) -> None:
+        try:
+            for which, kind in one.call(statements.HELD):
+                one.call(*statements.unlock(big(kind), big(which), one.number))
+        except (session.Gone, session.Refused):
+            self.bury(one)
+        else:
+            one.locks = 0
+            self.give(one)
+
     def bury(self, one: Session) -> None:
         """A session that is over."""
         one.end("a lock was lost")
@@ -392,7 +424,7 @@ class Pool:
         session.forget(conn)
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for one in [*self._all]:
             one.forget()
         listener, self._listener = self._listener, None
@@ -407,7 +439,19 @@ def _after_fork() -> None:
         pool._after_fork()
 
 
+def _task_over(owner: int) -> None:
+    for pool in list(_all):
+        pool.leave(owner)
+
+
+def holds() -> bool:
+    """Whether the caller holds a lock of any list."""
+    owner = core.owner()
+    return any(owner in pool.states for pool in list(_all))
+
+
 os.register_at_fork(after_in_child=_after_fork)
+when_over.append(_task_over)
 
 
 def place_of(host: str) -> str:

@@ -27,6 +27,7 @@ import psycopg
 from psycopg import pq
 
 from ..errors import ContractError, ShmDomainsError, Unavailable
+from ..memory._core import core
 from .url import without_password
 
 SLICE = 0.1
@@ -118,7 +119,8 @@ class Session:
         may take any time as long as the server answers others.
 
         Raises `Refused`; `Gone` when the session ended. What interrupts a statement that waits (a
-        signal handler that raises) cancels it first; any other statement is waited for.
+        signal handler that raises; the cancellation of a task, seen after a slice) cancels it
+        first; any other statement is waited for.
         """
         if self.asks:
             raise ContractError(
@@ -219,6 +221,8 @@ class Session:
         """After a slice without an answer."""
         if self.gone is not None:
             raise Gone(self.gone, True)
+        if waits and core.is_given_up():
+            raise core.WorkGivenUp
         waited = time.monotonic() - since
         if waited > self.lease and not waits:
             raise self._end(f"the server has not answered for {waited:.1f} s", True)

@@ -146,7 +146,8 @@ class PostgresStore:
         assert session is not None
         try:
             for which, kind in session.call(ask.HELD):
-                self._put_back_one(state, session, big(kind), big(which))
+                if not self._is_mine(state, big(kind), big(which)):
+                    session.call(*ask.unlock(big(kind), big(which), session.number))
             session.locks, state.asks = state.count, False
             self.pool.rest(state)
         except (Gone, Refused):
@@ -162,13 +163,12 @@ class PostgresStore:
         state.asks = False
         self.pool.rest(state)
 
-    def _put_back_one(self, state: State, session: Session, kind: int, which: int) -> None:
-        if kind == DOMAIN and which not in state.holds:
-            session.call(ask.UNLOCK, [number(which), number(session.number), truth(False)])
-        elif kind == LIST and which == self.pool.list and not state.list_held:
-            session.call(ask.UNLOCK_LIST, [number(which)])
-        elif kind == MUTEX and which not in {self._mutexes.get(name) for name in state.mutexes}:
-            session.call(ask.UNLOCK_MUTEX, [number(which), number(session.number), truth(False)])
+    def _is_mine(self, state: State, kind: int, which: int) -> bool:
+        if kind == LIST:
+            return which == self.pool.list and state.list_held
+        if kind == DOMAIN:
+            return which in state.holds
+        return which in {self._mutexes.get(name) for name in state.mutexes}
 
     def _held(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         """A statement of a holder, through the session that holds the lock."""
