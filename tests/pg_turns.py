@@ -8,6 +8,7 @@ row for each lock.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -104,7 +105,7 @@ def storm_of_turns(pipe: Pipe, plan: Plan) -> None:
     pipe.say(killed)
 
 
-# --- what is to be read in their files --------------------------------------------------------------
+# --- what is to be read in their files ------------------------------------------------------------
 
 
 @dataclass
@@ -145,14 +146,12 @@ def judge(folder: Path, lock: str, killed: list[int], last_told: int) -> tuple[i
     row = sorted((turn for turn in every if turn.got is not None), key=lambda turn: turn.got or 0)
     row.append(Turn(lock, 0, 1 << 62, 1 << 62, last_told, 1 << 62, "left"))
     told = 0
-    for before, turn in zip(row, row[1:], strict=False):
+    for before, turn in itertools.pairwise(row):
         assert turn.got is not None and before.last != turn.last
         left_at = before.last if before.end == "got" else before.got
         assert left_at is not None and turn.got > left_at, f"{before} and {turn} had it at once"
-        allowed = {0} if before.end == "left" else {before.pid, 0} if before.end == "leave" else set()
-        if before.end == "got":
-            assert before.pid in killed
-            allowed = {before.pid}
+        allowed = {"left": {0}, "leave": {0, before.pid}, "got": {before.pid}}[before.end]
+        assert before.end == "left" or before.pid in killed
         wanted = unseen.get(turn.told)
         if wanted is not None and wanted < turn.got:
             del unseen[turn.told]  # each death is told once

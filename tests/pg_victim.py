@@ -61,9 +61,7 @@ class Stops:
         """While the block runs."""
         ask, answer = Session._ask, Session._answer
 
-        def asks(
-            session: Session, statement: Statement, values: Any, waits: bool
-        ) -> list[Row]:
+        def asks(session: Session, statement: Statement, values: Any, waits: bool) -> list[Row]:
             if threading.get_ident() != self._thread:
                 return ask(session, statement, values, waits)
             self.count += 1
@@ -296,8 +294,8 @@ def begin(url: str, folder: Path | None) -> PostgresDomainList:
 def lay_out(doms: PostgresDomainList, operation: str) -> None:
     """What a victim finds, whatever the one before it left."""
     for info in doms.snapshot():
-        untouched = (info.name, info.data, info.next_definition, info._work) == ("two", 0, None, None)
-        if info.uuid.int == 4 or untouched:
+        found = info.name, info.data, info.next_definition, info._work
+        if info.uuid.int == 4 or found == ("two", 0, None, None):
             continue
         if info.is_active:
             with doms.get(uuid=info.uuid, timeout=DEADLINE) as dom:

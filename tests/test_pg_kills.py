@@ -220,7 +220,7 @@ def done_by_then(request: int, moment: str) -> list[int]:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("warm", [False, True] if SOAK else [False], ids=["cold", "warm"][: 1 + SOAK])
+@pytest.mark.parametrize("warm", [False, True] if SOAK else [False])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_each_request_of_postgres(stage: Stage, tried: Tried) -> None:
     # Before a request nothing differs from after the one before it, but for files.
@@ -265,7 +265,7 @@ def terminate(doms: PostgresDomainList, backend: int, wait: bool) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("how", ["ended", "cut"])
-@pytest.mark.parametrize("warm", [True], ids=["warm"])
+@pytest.mark.parametrize("warm", [True])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_session_is_lost_at_each_request_of_postgres(
     stage: Stage, tried: Tried, how: str
