@@ -18,8 +18,6 @@ from killing import DEADLINE, until, xml
 
 pg_servers.need()
 
-import psycopg  # noqa: E402
-
 from shmdomains import AlreadyLocked, LockLost, LockOrder, LockTimeout, NotOwner, aio  # noqa: E402
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402

@@ -30,6 +30,7 @@ from ..events import DomainEvent
 from ..job import Job
 from ..lazy import LazyModule
 from ..memory._core import core
+from ..memory.callbacks import look_for_gevent
 from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
 from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
@@ -277,6 +278,7 @@ class PostgresDomainList(PlainDomainList[int]):
         may_make: bool,
     ) -> Self:
         deadline = Deadline(timeout)
+        look_for_gevent()
         address, name = parse(url, lease, read), this_host(host)
         conninfo = address.conninfo
         if address.embedded is not None:
@@ -345,6 +347,7 @@ class PostgresDomainList(PlainDomainList[int]):
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._held_by, self._mutex_held_by, self._list_held_by = {}, {}, None
+            look_for_gevent()
         super()._usable()
 
     # --- owners ---

@@ -10,6 +10,7 @@ makes its own.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from ..errors import SegmentRefused, Unavailable
-from ..memory import holder
+from ..memory import greenlets, holder
 from ..memory._core import core
 from ..memory.callbacks import when_over
 from . import schema, session, statements
@@ -189,7 +190,7 @@ class Pool:
             except Unavailable:
                 if time.monotonic() + pause > end:
                     raise
-            time.sleep(pause)
+            greenlets.sleep(pause)
             pause = min(pause * 2, 0.5)
 
     def begin_with(self, conn: psycopg.Connection[Any]) -> None:
@@ -322,9 +323,8 @@ class Pool:
             ResourceWarning,
             stacklevel=1,
         )
-        free = threading.Thread(target=self._free_all, args=(state.session,), daemon=True)
         try:
-            free.start()
+            _thread.start_new_thread(self._free_all, (state.session,))
         except RuntimeError:  # no thread to be had
             self.bury(state.session)
 
