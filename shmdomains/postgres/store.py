@@ -106,10 +106,10 @@ class PostgresStore:
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
             except Refused as exc:
-                if exc.state == "55P03":
-                    if left is not None and left <= slice:
-                        return state, []
-                    session.locks -= 1
+                if exc.state == "55P03" and left is not None and left <= slice:
+                    return state, []
+                if exc.state == "55P03" or (exc.state == "40P01" and left is not None):
+                    session.locks -= 1  # a cycle of waits that end by themselves is none
                     continue
                 self._put_back(state)  # an error does not undo the locking of an advisory lock
                 raise self._refusal(exc) from None
