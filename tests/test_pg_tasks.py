@@ -174,6 +174,32 @@ def test_the_rules_hold_per_task(doms: Any) -> None:
     run(main())
 
 
+def test_a_plain_wait_for_another_task_is_refused(doms: Any) -> None:
+    """It would stop the thread for ever."""
+
+    async def main() -> None:
+        async with doms.mutex("m"), doms.locked():
+            a = await doms.find_by_name("a")
+
+            async def stranger() -> None:
+                for wait in (
+                    lambda: doms.plain.get("a"),
+                    lambda: doms.plain.get("a", timeout=DEADLINE),
+                    doms.plain.lock,
+                    doms.plain.mutex("m").lock,
+                ):
+                    with pytest.raises(AlreadyLocked, match="wait with shmdomains"):
+                        wait()
+                with pytest.raises(LockTimeout):
+                    doms.plain.get("a", timeout=0)
+                doms.plain.get("b", timeout=DEADLINE).unlock()
+
+            await asyncio.create_task(stranger())
+            await aio.call(a.unlock)
+
+    run(main())
+
+
 def test_a_hundred_tasks_with_a_hundred_sessions(doms: Any, server: pg_servers.Server) -> None:
     """Each holds a domain of its own, all at once; then all of them want the same one."""
     for number in range(MANY):

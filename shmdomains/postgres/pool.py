@@ -300,6 +300,15 @@ class Pool:
         _ = self.listener
         return state
 
+    def beside(self, timeout: float | None) -> list[State]:
+        """What others of this very thread hold, who cannot go on while the caller waits."""
+        if timeout == 0 or len(self.states) == (core.owner() in self.states):
+            return []
+        tid, me = core.caller()[1], core.owner()
+        if threading.get_native_id() != tid or greenlets.can_switch():
+            return []  # a thread that works for a task; a greenlet, which lets others run
+        return [one for owner, one in list(self.states.items()) if owner != me and one.tid == tid]
+
     def rest(self, state: State) -> None:
         """The caller may hold nothing any more: then its session is given back."""
         if state.asks or not state.is_empty or self.states.get(core.owner()) is not state:
