@@ -18,7 +18,6 @@ from killing import DEADLINE, until, xml
 
 pg_servers.need()
 
-
 from shmdomains import AlreadyLocked, LockLost, LockOrder, LockTimeout, NotOwner, aio  # noqa: E402
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402
@@ -171,6 +170,32 @@ def test_the_rules_hold_per_task(doms: Any) -> None:
             assert not (await doms.peek("a")).autostart
             await aio.call(dom.commit)
             assert (await doms.peek("a")).autostart
+
+    run(main())
+
+
+def test_a_plain_wait_for_another_task_is_refused(doms: Any) -> None:
+    """It would stop the thread for ever."""
+
+    async def main() -> None:
+        async with doms.mutex("m"), doms.locked():
+            a = await doms.find_by_name("a")
+
+            async def stranger() -> None:
+                for wait in (
+                    lambda: doms.plain.get("a"),
+                    lambda: doms.plain.get("a", timeout=DEADLINE),
+                    doms.plain.lock,
+                    doms.plain.mutex("m").lock,
+                ):
+                    with pytest.raises(AlreadyLocked, match="wait with shmdomains"):
+                        wait()
+                with pytest.raises(LockTimeout):
+                    doms.plain.get("a", timeout=0)
+                doms.plain.get("b", timeout=DEADLINE).unlock()
+
+            await asyncio.create_task(stranger())
+            await aio.call(a.unlock)
 
     run(main())
 

@@ -31,6 +31,7 @@ from ..events import DomainEvent
 from ..job import Job
 from ..lazy import LazyModule
 from ..memory._core import core
+from ..memory.callbacks import look_for_gevent
 from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
 from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
@@ -219,6 +220,7 @@ class PostgresDomainList(PlainDomainList[int]):
         self._mutex_held_by: Any = Held(self._pool, "mutexes")
         self.host = host
         finalize(self, self._pool.close).atexit = False  # a list that is dropped, too
+        self._pid = os.getpid()
         self._maker: int | None = None
 
     # --- opening ---
@@ -286,6 +288,7 @@ class PostgresDomainList(PlainDomainList[int]):
         may_make: bool,
     ) -> Self:
         deadline = Deadline(timeout)
+        look_for_gevent()
         address, name = parse(url, lease, read), this_host(host)
         conninfo = address.conninfo
         if address.embedded is not None:
@@ -349,6 +352,12 @@ class PostgresDomainList(PlainDomainList[int]):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _usable(self) -> None:
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            look_for_gevent()
+        super()._usable()
 
     # --- owners ---
 
@@ -436,21 +445,6 @@ class PostgresDomainList(PlainDomainList[int]):
         """A named lock, not yet locked; see `ListBase.mutex`."""
         return PostgresMutex(self, name, timeout)
 
-    def elect(
-        self,
-        name: str,
-        run: Callable[[threading.Event], object],
-        *,
-        retry_after: float = 1.0,
-    ) -> Election:
-        """Have ``run(stop)`` run in one worker of all hosts; see `shmdomains.DomainList.elect`.
-
-        `stop` is also set when the lock is lost: the server went away, or this host was cut off
-        for a lease. Then another worker may lead already; when `run` has returned, this one takes
-        part again. `Election.stop` and the end of the election are noticed within 0.1 s.
-        """
-        return Election(self, Candidate(self, name, None), leading(self, run), retry_after)
-
     def job(
         self,
         key: Any,
@@ -465,6 +459,21 @@ class PostgresDomainList(PlainDomainList[int]):
         allow = None if allow is None else list(allow)
         found = super().job(key, operation, kind, timeout, allow=allow, why=why)
         return PostgresJob(found._dom, operation, kind, timeout, allow, why)
+
+    def elect(
+        self,
+        name: str,
+        run: Callable[[threading.Event], object],
+        *,
+        retry_after: float = 1.0,
+    ) -> Election:
+        """Have ``run(stop)`` run in one worker of all hosts; see `shmdomains.DomainList.elect`.
+
+        `stop` is also set when the lock is lost: the server went away, or this host was cut off
+        for a lease. Then another worker may lead already; when `run` has returned, this one takes
+        part again. `Election.stop` and the end of the election are noticed within 0.1 s.
+        """
+        return Election(self, Candidate(self, name, None), leading(self, run), retry_after)
 
     # --- domains: fewer round trips than `plain` makes ---
 

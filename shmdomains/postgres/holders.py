@@ -19,8 +19,9 @@ from ..memory._core import core
 from ..memory.held import LockInfo
 from ..rules.work import Caller
 from .session import Row, Statement, big, double, integer, number, text
+from .statements import DOMAIN, LIST
 
-DOMAIN, LIST, MUTEX = 1, 2, 3
+MUTEX = 3
 _KINDS = {DOMAIN: "domain", LIST: "list", MUTEX: "mutex"}
 
 _START_BITS = 40

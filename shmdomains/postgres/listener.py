@@ -21,11 +21,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psycopg
 
 from ..errors import ListClosed, Unavailable
+from ..memory import greenlets
 from .session import Gone, Refused
 
 logger = logging.getLogger(__name__)
@@ -95,15 +97,18 @@ class Listener:
             self._wanted = True
             if not self._ended:
                 os.eventfd_write(self._wake, 1)
-            while not self._listens:
-                if self._over:
-                    raise ListClosed("this DomainList is closed")
-                if not self._news.wait(min(0.1, self._pool.patience)) and time.monotonic() > end:
-                    raise Unavailable(
-                        f"{self._pool.address.shown} could not be listened to: "
-                        f"{self._failure or 'it does not answer'}"
-                    )
-            return self.changes
+        while not self._sleep(self._does_listen, min(0.1, self._pool.patience)):
+            if self._over:
+                raise ListClosed("this DomainList is closed")
+            if time.monotonic() > end:
+                raise Unavailable(
+                    f"{self._pool.address.shown} could not be listened to: "
+                    f"{self._failure or 'it does not answer'}"
+                )
+        return self.changes
+
+    def _does_listen(self) -> bool:
+        return self._listens
 
     def follow(self, events_max: int) -> None:
         """Number new events, too, from now on: somebody waits for them."""
@@ -114,14 +119,36 @@ class Listener:
 
     def sleep(self, changes: int, record: int | None, timeout: float) -> bool:
         """Sleep until something was told since `changes`, of this record or (``None``) of any."""
+        return self._sleep(partial(self.has_changed, changes, record), timeout)
+
+    def _sleep(self, due: Callable[[], bool], timeout: float) -> bool:
+        """Sleep until ``due()``, or the listener is stopped. A greenlet lets others run."""
         end = time.monotonic() + timeout
         with self._news:
-            while not self.has_changed(changes, record):
+            if due() or self._over:
+                return due()
+        if greenlets.can_switch():
+            self._sleep_in_hub(due, timeout)
+        with self._news:
+            while not due() and not self._over:
                 left = end - time.monotonic()
-                if left <= 0 or self._over:
+                if left <= 0:
                     return False
                 self._news.wait(left)
-        return True
+            return due()
+
+    def _sleep_in_hub(self, due: Callable[[], bool], timeout: float) -> None:
+        wakes: list[Callable[[], object]] = []
+
+        def begin(wake: Callable[[], object]) -> None:
+            wakes.append(wake)
+            self.wake(due, wake)
+
+        try:
+            greenlets.wait_told(begin, timeout)
+        finally:
+            for wake in wakes:
+                self.wake_no_more(wake)
 
     def wake(self, due: Callable[[], bool], wake: Callable[[], object]) -> None:
         """Have `wake` called once, in another thread, when ``due()`` is true or the listener is
@@ -166,14 +193,7 @@ class Listener:
 
     def sleep_on_events(self, count: int, timeout: float) -> bool:
         """Sleep until there are more than `count` events."""
-        end = time.monotonic() + timeout
-        with self._news:
-            while self.events <= count and not self._over:
-                left = end - time.monotonic()
-                if left <= 0:
-                    break
-                self._news.wait(left)
-            return self.events > count
+        return self._sleep(partial(self.knows_more, count), timeout)
 
     # --- the thread ---
 

@@ -10,6 +10,7 @@ makes its own.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from ..errors import SegmentRefused, Unavailable
-from ..memory import holder
+from ..memory import greenlets, holder
 from ..memory._core import core
 from ..memory.callbacks import when_over
 from . import schema, session, statements
@@ -193,7 +194,7 @@ class Pool:
             except Unavailable:
                 if time.monotonic() + pause > end:
                     raise
-            time.sleep(pause)
+            greenlets.sleep(pause)
             pause = min(pause * 2, 0.5)
 
     def begin_with(self, conn: psycopg.Connection[Any]) -> None:
@@ -299,6 +300,15 @@ class Pool:
         _ = self.listener
         return state
 
+    def beside(self, timeout: float | None) -> list[State]:
+        """What others of this very thread hold, who cannot go on while the caller waits."""
+        if timeout == 0 or len(self.states) == (core.owner() in self.states):
+            return []
+        tid, me = core.caller()[1], core.owner()
+        if threading.get_native_id() != tid or greenlets.can_switch():
+            return []  # a thread that works for a task; a greenlet, which lets others run
+        return [one for owner, one in list(self.states.items()) if owner != me and one.tid == tid]
+
     def rest(self, state: State) -> None:
         """The caller may hold nothing any more: then its session is given back."""
         if state.asks or not state.is_empty or self.states.get(core.owner()) is not state:
@@ -336,9 +346,8 @@ class Pool:
             ResourceWarning,
             stacklevel=1,
         )
-        free = threading.Thread(target=self._free_all, args=(state.session,), daemon=True)
         try:
-            free.start()
+            _thread.start_new_thread(self._free_all, (state.session,))
         except RuntimeError:  # no thread to be had
             self.bury(state.session)
 
@@ -351,6 +360,7 @@ class Pool:
         else:
             one.locks = 0
             self.give(one)
+        self._end_listener()
 
     def bury(self, one: Session) -> None:
         """A session that is over."""

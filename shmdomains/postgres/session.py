@@ -27,6 +27,7 @@ import psycopg
 from psycopg import pq
 
 from ..errors import ContractError, ShmDomainsError, Unavailable
+from ..memory import greenlets
 from ..memory._core import core
 from .url import without_password
 
@@ -107,7 +108,7 @@ class Session:
         self.later: list[Callable[[], None]] = []
         """What is done after the call that is under way."""
         self._result: pq.abc.PGresult | None = None
-        self._poll = select.poll()
+        self._poll = greenlets.real_poll()
         self._poll.register(self._pg.socket, select.POLLIN)
 
     # --- asking ---
@@ -198,7 +199,7 @@ class Session:
             self._wait_to_write(since)
         while True:
             while pg.is_busy():
-                if self._poll.poll(SLICE * 1000):
+                if self._ready(select.POLLIN):
                     pg.consume_input()
                 else:
                     self._look(waits, since)
@@ -211,11 +212,18 @@ class Session:
                 raise self._end("the server sent no answer", True)
 
     def _wait_to_write(self, since: float) -> None:
-        writable = select.poll()
-        writable.register(self._pg.socket, select.POLLOUT | select.POLLIN)
-        if not writable.poll(SLICE * 1000):
+        if not self._ready(select.POLLOUT | select.POLLIN):
             self._look(False, since)
         self._pg.consume_input()
+
+    def _ready(self, events: int) -> bool:
+        """Wait a slice for the socket. A greenlet lets others run."""
+        pause = SLICE * 1000
+        if greenlets.can_switch():
+            greenlets.wait_ready(self._pg.socket, 3 if events & select.POLLOUT else 1, SLICE)
+            pause = 0
+        self._poll.modify(self._pg.socket, events)
+        return bool(self._poll.poll(pause))
 
     def _look(self, waits: bool, since: float) -> None:
         """After a slice without an answer."""
@@ -321,6 +329,16 @@ def connect(
     """A new connection, set up so that both sides notice the other's end within `lease` seconds.
     `attributes`: of several servers, which one (libpq's target_session_attrs). Raises
     `Unavailable`."""
+    if greenlets.can_switch() and not greenlets.is_wanted():  # psycopg would block the hub
+        return greenlets.elsewhere(
+            lambda: _connect(conninfo, lease, shown, application, attributes)
+        )
+    return _connect(conninfo, lease, shown, application, attributes)
+
+
+def _connect(
+    conninfo: str, lease: float, shown: str, application: str, attributes: str
+) -> psycopg.Connection[Any]:
     milliseconds = int(lease * 1000)
     try:
         conn = psycopg.connect(

@@ -6,9 +6,11 @@ Values stand for ``$1`` to ``$n`` and never become part of a text. What the func
 
 from __future__ import annotations
 
-from .holders import DOMAIN, LIST
 from .records import COLUMNS
 from .session import Statement, number, truth
+
+DOMAIN, LIST = 1, 2
+"""Kinds of locks, in their keys; the third one are mutexes."""
 
 LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
 UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")

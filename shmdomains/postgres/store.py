@@ -23,6 +23,7 @@ from uuid import UUID
 
 from ..config.change import ConfigDirs
 from ..errors import (
+    AlreadyLocked,
     ContractError,
     DomainExists,
     InDoubt,
@@ -41,7 +42,7 @@ from ..rules.store import Changes, Filter, Key, NewDomain, News
 from ..rules.work import Caller
 from ..xml.definition import DomainDef
 from . import statements as ask
-from .holders import DOMAIN, LIST, MUTEX, Holders
+from .holders import MUTEX, Holders
 from .pool import Pool, State
 from .records import PostgresInfo, Source, new_row
 from .session import (
@@ -58,6 +59,7 @@ from .session import (
     text,
     truth,
 )
+from .statements import DOMAIN, LIST
 
 MOST_MUTEXES = 65_536
 _LONGEST = 30.0
@@ -225,6 +227,9 @@ class PostgresStore:
     # --- the list lock ---
 
     def lock_list(self, timeout: float | None) -> None:
+        for neighbour in self.pool.beside(timeout):
+            if neighbour.list_held:
+                raise _stops(f"the list lock of {self._shown}")
         state, rows = self._wait(ask.LOCK_LIST, [], timeout)
         if not rows or rows[0][0] != b"\1":
             self._not_got(state)
@@ -337,6 +342,11 @@ class PostgresStore:
         kind, value = key.kind, str(key.value).encode()
         if kind == "id" and not 0 <= int(str(key.value)) < 2**31:
             return None
+        for neighbour in self.pool.beside(timeout):
+            for hold in neighbour.holds.values():
+                held: Any = hold.record if kind == "record" else getattr(hold.info, kind)
+                if held == key.value:
+                    raise _stops(f"domain {hold.info.name!r}")
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
         state, rows = self._wait(ask.LOCK, keys, timeout)
         outcome = small(rows[0][0]) if rows else 2
@@ -700,6 +710,9 @@ class PostgresStore:
 
     def lock_mutex(self, name: str, timeout: float | None) -> None:
         mutex = self._mutexes[name]
+        for neighbour in self.pool.beside(timeout):
+            if name in neighbour.mutexes:
+                raise _stops(f"mutex {name!r}")
         state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
         if not rows or small(rows[0][0]) != 1:
             self._not_got(state)
@@ -778,6 +791,13 @@ class PostgresStore:
             None if autostart is None else os.fsencode(autostart),
         ]
         self._held(ask.SET_DIRS, [self._list, host, *paths])
+
+
+def _stops(what: str) -> AlreadyLocked:
+    return AlreadyLocked(
+        f"{what} is held by another task of this thread, or by the thread itself outside of its "
+        "tasks; a wait that blocks the thread would never end: wait with shmdomains.aio"
+    )
 
 
 def _next_token(one: int, two: int) -> bool:
