@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
@@ -343,6 +344,27 @@ class PostgresDomainList(PlainDomainList[int]):
         except BaseException:
             self._store.put_back()
             raise
+
+    def _list_held(self, timeout: float | None) -> AbstractContextManager[object]:
+        return nullcontext() if self.is_locked else self._locked_within(timeout)
+
+    @contextmanager
+    def _locked_within(self, timeout: float | None) -> Iterator[None]:
+        """Hold the list lock for a part of a call. Whatever it committed went through the session
+        that held this lock, so the loss of it afterwards is no failure of the call."""
+        self.lock(timeout)
+        state = self._mine
+        try:
+            yield
+        finally:
+            if self.is_locked:
+                self._list_held_by = None
+                try:
+                    with suppress(LockLost):
+                        self._store.unlock_list(seen=False)
+                finally:
+                    state.list_held = False
+                    self._pool.rest(state)
 
     def unlock(self) -> None:
         """Release the list lock. Raises `ListNotLocked`, `NotOwner`, or `LockLost`."""

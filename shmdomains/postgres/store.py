@@ -94,6 +94,7 @@ class PostgresStore:
         end = None if timeout is None else time.monotonic() + timeout
         patience = self.pool.patience
         give_up = time.monotonic() + patience
+        lost: list[int] = []
         while True:
             state = self.pool.begin(patience if timeout is None else max(timeout, patience))
             session = state.session
@@ -102,6 +103,8 @@ class PostgresStore:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            if lost and statement is not ask.LOCK_LIST:
+                given[-2] = _numbers(lost)
             session.locks += 1
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
@@ -121,6 +124,7 @@ class PostgresStore:
                 self.pool.drop(state)
                 if held:
                     raise self.lost(str(exc)) from None
+                lost.append(session.number)
                 if time.monotonic() > give_up:
                     raise Unavailable(f"{self._shown} went away: {exc}") from None
             except BaseException:
@@ -232,8 +236,20 @@ class PostgresStore:
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
             )
 
-    def unlock_list(self) -> None:
-        self._free(ask.UNLOCK_LIST, [self._list])
+    def unlock_list(self, seen: bool = True) -> None:
+        """`seen`: if the session is gone, its owner learns it now; else when it uses what is left
+        of it."""
+        state = self._state()
+        assert state.session is not None
+        try:
+            state.session.call(ask.UNLOCK_LIST, [self._list])
+        except Gone as exc:
+            if seen:
+                self.pool.drop(state)
+            raise self.lost(str(exc)) from None
+        except Refused as exc:
+            raise self._refusal(exc) from None
+        state.session.locks -= 1
 
     # --- finding and reading ---
 
@@ -267,8 +283,8 @@ class PostgresStore:
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
-        array = "{" + ",".join(map(str, records)) + "}"
-        return [self._info(row) for row in self._read(ask.SOME, [self._list, array.encode()])]
+        rows = self._read(ask.SOME, [self._list, _numbers(records)])
+        return [self._info(row) for row in rows]
 
     def records(self) -> Iterable[int]:
         return [record for record, _ in self.handles()]
@@ -338,6 +354,7 @@ class PostgresStore:
         if kind == "id" and not 0 <= int(str(key.value)) < 2**31:
             return None
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
+        keys.append(None)
         state, rows = self._wait(ask.LOCK, keys, timeout)
         outcome = small(rows[0][0]) if rows else 2
         if outcome == 1:
@@ -619,9 +636,10 @@ class PostgresStore:
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}{applied}")
+        lost = state.session
         self._adopt(state, session)
         try:
-            again = self._lock_again(session, info)
+            again = self._lock_again(session, info, lost)
         except (Gone, Refused) as second:
             self.pool.drop(state)
             raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
@@ -654,9 +672,13 @@ class PostgresStore:
         if lost is not None:
             self.pool.bury(lost)
 
-    def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
+    def _lock_again(
+        self, session: Session, info: PostgresInfo, lost: Session | None
+    ) -> PostgresInfo | None:
+        keys = [number(info._record), None, None, None]
         wait = number(int(self._patience(None) * 1000))
-        values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        given = None if lost is None else _numbers([lost.number])
+        values = [self._list, number(session.number), *keys, given, wait]
         session.locks += 1
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
@@ -700,7 +722,7 @@ class PostgresStore:
 
     def lock_mutex(self, name: str, timeout: float | None) -> None:
         mutex = self._mutexes[name]
-        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
+        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
         if not rows or small(rows[0][0]) != 1:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
@@ -778,6 +800,11 @@ class PostgresStore:
             None if autostart is None else os.fsencode(autostart),
         ]
         self._held(ask.SET_DIRS, [self._list, host, *paths])
+
+
+def _numbers(some: Iterable[int]) -> bytes:
+    """A bigint[] as a parameter."""
+    return ("{" + ",".join(map(str, some)) + "}").encode()
 
 
 def _next_token(one: int, two: int) -> bool:
