@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,17 @@ def other(doms: DomainList) -> Iterator[Party]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _server_of_lists(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The server of the store ``postgres``, if any test wants it; the parties know it, too."""
-    if not any("postgres" in getattr(item, "name", "") for item in request.session.items):
-        yield
-        return
-    with pg_servers.Server(max_connections="300") as server:
-        os.environ["SHMDOMAINS_TEST_SERVER"] = server.url(by="socket")
+    """The server of the store ``postgres``. Begun first if a test's name has that, since its
+    parties must know it, too; else when a list is asked for."""
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            server = stack.enter_context(pg_servers.Server(max_connections="300"))
+            os.environ["SHMDOMAINS_TEST_SERVER"] = server.url(by="socket")
+
+        helpers.begin_server = begin
+        if any("postgres" in getattr(item, "name", "") for item in request.session.items):
+            begin()
         yield
 
 

@@ -53,7 +53,8 @@ class Plan:
     domains: int
     calls: int
     deaths: int = 0
-    lock: Literal["robust", "multiprocessing"] = "robust"
+    lock: Literal["robust", "multiprocessing", "postgres"] = "robust"
+    url: str = ""  # of a list on PostgreSQL
     bug: str | None = None
 
 
@@ -335,12 +336,29 @@ def direct(pipe: Pipe, plan: Plan) -> None:
     """Says when whom died, and what is wrong with the list in the end."""
     if plan.bug is not None:
         plant(plan.bug)
-    doms = DomainList(max_domains=16, lock=plan.lock)
+    doms: Any
+    if plan.lock == "postgres":
+        from shmdomains.postgres import PostgresDomainList
+
+        doms = PostgresDomainList.create(plan.url)
+    else:
+        doms = DomainList(max_domains=16, lock=plan.lock)
     company = _Company(doms, plan)
     deaths = dict(company.kill_one() for _ in range(plan.deaths))
     company.finish()
+    await_end(doms)
     _look_at_the_end(doms, plan)
     pipe.say((deaths, doms.check().problems))
+
+
+def await_end(doms: Any, pid: int | None = None) -> None:
+    """A server may still do what somebody who is dead has sent: until it has seen the end."""
+    if isinstance(doms, DomainList):
+        return
+    until(
+        lambda: not [one for one in doms._others() if pid in (None, one.pid)],
+        "the server sees the end",
+    )
 
 
 class _Company:
@@ -370,6 +388,7 @@ class _Company:
                 _part(worker)
                 continue
             worker.kill()
+            await_end(self._doms, worker.pid)
             died = time.monotonic_ns()
             worker.close()
             return who, died

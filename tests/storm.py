@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import product
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from killing import DEADLINE, Child, Pipe, asleep, fork, until, xml
@@ -48,6 +49,7 @@ from storm_worker import (
 )
 
 from shmdomains import Domain, DomainInfo, DomainList, LockTimeout
+from shmdomains.events import DefinedDetail, EventType, UndefinedDetail
 
 CPUS = os.sched_getaffinity(0)
 SILENCE = 0.5  # seconds; many times the slice of a wait
@@ -63,6 +65,7 @@ class Tally:
     kills: int = 0
     stops: int = 0
     changes: int = 0  # of shared domains, acknowledged
+    events: int = 0  # on PostgreSQL
 
     def __iadd__(self, other: Tally) -> Tally:
         for what, number in vars(other).items():
@@ -100,6 +103,7 @@ class Round:
         self.tally = Tally()
         self.begun: list[Child] = []
         self.living: list[Child] = []
+        self.doms: Any = None
         crowd(self.chance.choice(sorted(CPUS))) if shape.crowded else spread()
 
     def begin(self) -> None:
@@ -108,9 +112,14 @@ class Round:
         self.doms = self.make()
         self.join(early or self.start(self.shape.workers))
 
-    def make(self) -> DomainList:
+    def make(self) -> Any:
         shape = self.shape
-        if shape.strangers:
+        doms: Any
+        if shape.lock == "postgres":
+            from shmdomains.postgres import PostgresDomainList
+
+            doms = PostgresDomainList.create(self.path, events=1 << 20)
+        elif shape.strangers:
             doms = DomainList.create(path=self.path, max_domains=shape.room)
         else:
             doms = DomainList(max_domains=shape.room, lock=shape.lock)
@@ -124,7 +133,11 @@ class Round:
     def close(self) -> None:
         for child in self.begun:
             child.close()
-        Path(self.path).unlink(missing_ok=True)
+        if self.shape.lock != "postgres":
+            Path(self.path).unlink(missing_ok=True)
+        elif self.doms is not None:
+            self.doms.unlink(force=True)
+            self.doms.close()
 
     def start(self, count: int) -> list[Child]:
         numbers = range(len(self.begun), len(self.begun) + count)
@@ -238,6 +251,8 @@ class Round:
 
     def take_every_lock(self) -> None:
         """Nobody is alive, so each can be had at once; what the dead left goes with it."""
+        if self.shape.lock == "postgres":
+            until(lambda: not self.doms._others(), "the server has seen the ends of all")
         with self.doms.locked(timeout=0):
             pass
         for info in self.doms.snapshot():
@@ -270,6 +285,9 @@ class Round:
     def sound(self) -> None:
         report = self.doms.check()
         assert report, report.problems
+        if self.shape.lock == "postgres":
+            self.sound_on_postgres()
+            return
         assert self.doms.info.heap_used == report.counts["cells"] * 64
         # What is left of who died while it inserted goes with the next insert there.
         for number in range(self.shape.room - len(self.doms)):
@@ -278,6 +296,37 @@ class Round:
         assert report, report.problems
         assert report.counts["domains"] == self.shape.room
         assert report.counts["garbage"] == 0
+
+    def sound_on_postgres(self) -> None:
+        """No lock is left, and events are in one row, each of one domain at a time: none that runs
+        is started, none that is undefined is renamed, and at the end they tell what is there."""
+        assert self.doms.locks() == []
+        events = list(self.doms.watch(since=0, timeout=0))
+        assert [event.number for event in events] == list(range(1, len(events) + 1))
+        names: dict[UUID, str] = {}
+        ids: dict[UUID, int] = {}
+        given: set[int] = set()
+        for event in events:
+            known = names.get(event.uuid)
+            if event.type == EventType.STARTED:
+                assert known is not None and ids.get(event.uuid, -1) == -1, event
+                assert event.id not in given, f"id {event.id} was given twice"
+                given.add(event.id)
+                ids[event.uuid] = event.id
+            elif event.type == EventType.STOPPED:
+                assert ids.pop(event.uuid) != -1, event
+            elif event.type == EventType.UNDEFINED and event.detail == UndefinedDetail.REMOVED:
+                assert names.pop(event.uuid) == event.name, event
+            elif event.type == EventType.DEFINED and event.detail == DefinedDetail.ADDED:
+                assert known is None, event
+                names[event.uuid] = event.name
+            elif event.type == EventType.DEFINED:
+                assert known is not None, event
+                names[event.uuid] = event.name
+        infos = self.doms.snapshot()
+        assert names == {info.uuid: info.name for info in infos}
+        assert ids == {info.uuid: info.id for info in infos if info.is_active}
+        self.tally.events = len(events)
 
     def the_same_everywhere(self, found: dict[UUID, DomainInfo], which: UUID) -> DomainInfo | None:
         """By UUID, by name, by id and in the list of all."""

@@ -55,7 +55,7 @@ class Shape:
     @classmethod
     def many(cls, seed: int, lock: str = "robust") -> Shape:
         """Most are in the middle of something."""
-        least, most = (150, 400) if lock == "robust" else (60, 100)
+        least, most = {"robust": (150, 400), "postgres": (30, 60)}.get(lock, (60, 100))
         return cls._of(seed, lock, least, most, crowded=0.3, aimed=0.2)
 
     @classmethod
@@ -73,7 +73,7 @@ class Shape:
             lock=lock,
             crowded=chance.random() < crowded,
             aimed=chance.random() < aimed,
-            strangers=lock == "robust" and chance.random() < 0.4,
+            strangers=lock != "multiprocessing" and chance.random() < 0.4,
         )
 
     @property
@@ -395,4 +395,13 @@ def inherit_and_work(pipe: Pipe, work: Work, doms: DomainList, *rest: Any) -> No
 def attach_and_work(pipe: Pipe, work: Work, path: str, *rest: Any) -> None:
     die_with_the_parent()
     pipe.listen()
-    work(pipe, DomainList.attach(path=path), *rest)
+    work(pipe, attach(path), *rest)
+
+
+def attach(path: str) -> Any:
+    """The list that a storm has there: at a path, or at a URL."""
+    if not path.startswith("postgresql:"):
+        return DomainList.attach(path=path)
+    from shmdomains.postgres import PostgresDomainList
+
+    return PostgresDomainList.attach(path)

@@ -166,5 +166,7 @@ def test_init_of_an_embedded_server(tmp_path: Path) -> None:
 
 def test_an_embedded_server_serves_commands(tmp_path: Path) -> None:
     url = f"postgresql+embedded://{tmp_path}/pg?list=blue"
-    assert out("create", url) == [f"List '{url}' created"]
-    assert out("-s", url, "list", "--all", "--name") == []
+    assert program("create", url).stdout == f"List '{url}' created\n"
+    assert program("-s", url, "define", "-", input=xml("web1")).returncode == 0
+    done = program("-s", url, "list", "--all", "--name")  # the server ended, and is started again
+    assert (done.stdout, done.stderr) == ("web1\n", "")

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pg_servers
 import planted_bugs
 import pytest
-from helpers import SOAK
+from helpers import SOAK, list_url
 from history import Entry, History, Record, Recorder, objects, read
 from history_driver import Plan, direct
 from killing import DEADLINE, Child, Nursery, Pipe
@@ -69,6 +70,7 @@ def together(operations: list[Operation]) -> int:
 CASES = [
     *((seed, "robust") for seed in range(50 if SOAK else 5)),
     *((seed, "multiprocessing") for seed in range(20 if SOAK else 3)),
+    *((seed, "postgres") for seed in range(30 if SOAK else 2) if pg_servers.missing() is None),
 ]
 
 
@@ -85,7 +87,7 @@ def test_there_is_an_order(
     tmp_path: Path,
     done: Counter[str],
     seed: int,
-    lock: Literal["robust", "multiprocessing"],
+    lock: Literal["robust", "multiprocessing", "postgres"],
 ) -> None:
     """Nobody is killed where locks are multiprocessing's: there that is best effort."""
     plan = Plan(
@@ -94,8 +96,9 @@ def test_there_is_an_order(
         workers=3 + seed % 4,
         domains=1 + seed % 6,
         calls=CALLS,
-        deaths=DEATHS if lock == "robust" else 0,
+        deaths=0 if lock == "multiprocessing" else DEATHS,
         lock=lock,
+        url=list_url() if lock == "postgres" else "",
     )
     entries, problems = run(start, plan)
     assert problems == []

@@ -211,8 +211,7 @@ def test_locking_that_the_server_refuses_late_leaves_no_lock(
     thread = threading.Thread(target=get)
     thread.start()
     waits = (
-        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity "
-        "WHERE wait_event_type = 'Lock' AND wait_event <> 'advisory' AND query LIKE '%lock_domain%'"
+        "SELECT pg_cancel_backend(pid) FROM pg_locks WHERE NOT granted AND locktype <> 'advisory'"
     )
 
     def cancelled() -> object:
@@ -407,3 +406,105 @@ def test_a_session_of_another_database_with_the_same_number_is_left_alone(
                 with suppress(LockLost):
                     dom.unlock()
             assert theirs.is_there()
+
+
+# --- processes and servers ------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_a_wait_for_a_server_that_is_frozen(sql: psycopg.Connection[Any]) -> None:
+    with (
+        pg_servers.Server() as one,
+        PostgresDomainList.create(one.url("frozen", by="socket", lease=2)) as doms,
+        PostgresDomainList.attach(one.url("frozen", by="socket", lease=2)) as other,
+    ):
+        doms.define(XML.format("a"))
+        dom = other.get("a")
+        interrupted = threading.Event()
+        frozen = []
+
+        def freeze() -> None:
+            waits = "SELECT FROM pg_locks WHERE NOT granted"
+            with psycopg.connect(one.url(by="socket"), autocommit=True) as watcher:
+                until(lambda: watcher.execute(waits).rowcount, "a wait")
+            one.freeze()
+            os.kill(os.getpid(), signal.SIGINT)
+            frozen.append(interrupted.wait(30))
+            one.thaw()
+
+        thread = threading.Thread(target=freeze)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            doms.get("a")
+        interrupted.set()
+        thread.join()
+        assert frozen == [True]
+        with suppress(LockLost):
+            dom.unlock()
+
+
+def test_a_fork_forgets_all_sessions_even_if_one_has_no_socket_any_more(
+    doms: PostgresDomainList,
+) -> None:
+    with doms.locked(), doms.get("a"):
+        pool = doms._pool
+        pool._idle.append(pool._make())
+        for one in pool._idle:
+            one._pg.finish()
+        pid = os.fork()
+        if pid == 0:
+            forgotten = not pool.states and not pool._idle and not pool._all
+            os._exit(0 if forgotten else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        pool._idle.clear()
+
+
+def test_a_domain_that_is_held_when_its_list_is_closed_stays_held(server: Any, name: str) -> None:
+    doms = PostgresDomainList.create(server.url(name, by="socket", lease=1))
+    doms.define(XML.format("a"))
+    dom = doms.get("a")
+    session = doms._pool.mine().session
+    doms.close()
+    begin = session.used
+    until(lambda: session.used > begin + 2, "it is heard of for two leases more")
+    dom.unlock()
+    assert doms._pool._listener is None
+
+
+def test_a_process_whose_row_is_gone_makes_a_new_one(
+    doms: PostgresDomainList, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a standby took over that was behind. A commit is not made without its receipt."""
+    dom = doms.get("a")
+    dom.autostart = True
+    sql.execute("DELETE FROM processes WHERE process = %s", [doms._pool.process])
+    on(monkeypatch, doms, ask.COMMIT, after=lose_answer)
+    dom.unlock()
+    info = doms.peek("a")
+    assert info is not None and info.autostart
+
+
+def test_two_named_locks_crossed_with_time_outs(
+    doms: PostgresDomainList, other: PostgresDomainList
+) -> None:
+    """The server calls it a deadlock after a second; here both waits end by themselves."""
+    held = threading.Barrier(2)
+    errors: list[BaseException] = []
+
+    def cross(doms: PostgresDomainList, first: str, second: str) -> None:
+        with doms.mutex(first):
+            held.wait(10)
+            try:
+                doms.mutex(second).lock(1.6)
+            except BaseException as exc:
+                errors.append(exc)
+            held.wait(10)
+
+    threads = [
+        threading.Thread(target=cross, args=(doms, "one", "two")),
+        threading.Thread(target=cross, args=(other, "two", "one")),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [type(one) for one in errors] == [LockTimeout, LockTimeout]

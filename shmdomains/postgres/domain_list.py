@@ -8,9 +8,10 @@ listener hears, and adds what belongs to this store: opening, hosts, tokens, who
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
@@ -32,13 +33,15 @@ from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
+from ..rules.elect import Election
 from ..rules.events import news_of_change
-from ..rules.info import DomainInfo
+from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
-from ..rules.plain_mutex import PlainMutex
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
 from . import invariants, schema, session
+from .elect import Candidate, leading
+from .mutex import PostgresMutex
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
@@ -62,8 +65,21 @@ class Stamp(int):
 class PostgresDomain(PlainDomain[int]):
     """A handle to a domain of a `PostgresDomainList`; see `shmdomains.Domain`."""
 
-    __slots__ = ()
+    __slots__ = ("_lost",)
     _list: PostgresDomainList
+    _lost: bool
+    """Whether the lock that was taken through this handle last was lost."""
+
+    def _held(self) -> _Hold[int]:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None and getattr(self, "_lost", False):
+            raise self._list._store.lost("that was found before")
+        return hold or super()._held()
+
+    def rollback(self) -> None:
+        """Drop all changes since the last commit. If the lock was lost, they are dropped."""
+        if self.is_locked or not getattr(self, "_lost", False):
+            super().rollback()
 
     @property
     def token(self) -> int:
@@ -74,6 +90,7 @@ class PostgresDomain(PlainDomain[int]):
 
     def lock(self, timeout: float | None = None) -> None:
         """Lock the domain; see `DomainBase.lock`."""
+        self._lost = False
         try:
             super().lock(timeout)
         except BaseException:
@@ -110,33 +127,6 @@ class PostgresDomain(PlainDomain[int]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PostgresDomain, (self._list, self._record, self._uuid)
-
-
-class PostgresMutex(PlainMutex):
-    """A handle to a named lock of a `PostgresDomainList`; see `shmdomains.Mutex`."""
-
-    def lock(self, timeout: float | None = None) -> None:
-        """Take it; see `MutexBase.lock`."""
-        self._list._need_living()
-        try:
-            super().lock(timeout)
-            self._list._mine.asks = False
-        except BaseException:
-            self._list._store.put_back()
-            raise
-
-    def _give_back(self, seen: bool) -> None:
-        doms: PostgresDomainList = self._list
-        state = doms._mine
-        doms._mutex_held_by.pop(self.name, None)
-        try:
-            doms._store.unlock_mutex(self.name, seen)
-        finally:
-            state.mutexes.pop(self.name, None)
-            doms._pool.rest(state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PostgresMutex, (self._list, self.name, self._timeout)
 
 
 class PostgresDomainList(PlainDomainList[int]):
@@ -345,27 +335,6 @@ class PostgresDomainList(PlainDomainList[int]):
             self._store.put_back()
             raise
 
-    def _list_held(self, timeout: float | None) -> AbstractContextManager[object]:
-        return nullcontext() if self.is_locked else self._locked_within(timeout)
-
-    @contextmanager
-    def _locked_within(self, timeout: float | None) -> Iterator[None]:
-        """Hold the list lock for a part of a call. Whatever it committed went through the session
-        that held this lock, so the loss of it afterwards is no failure of the call."""
-        self.lock(timeout)
-        state = self._mine
-        try:
-            yield
-        finally:
-            if self.is_locked:
-                self._list_held_by = None
-                try:
-                    with suppress(LockLost):
-                        self._store.unlock_list(seen=False)
-                finally:
-                    state.list_held = False
-                    self._pool.rest(state)
-
     def unlock(self) -> None:
         """Release the list lock. Raises `ListNotLocked`, `NotOwner`, or `LockLost`."""
         state = self._mine
@@ -376,11 +345,45 @@ class PostgresDomainList(PlainDomainList[int]):
                 state.list_held = False
                 self._pool.rest(state)
 
+    @contextmanager
+    def _list_held(self, timeout: float | None) -> Iterator[None]:
+        """Hold the list lock for a rule, unless the caller does. What the rule did under it went
+        through the session that held it, so the end of that session takes none of it back. What
+        else was held through it is found lost at its next use."""
+        if self.is_locked:
+            yield
+            return
+        self.lock(timeout)
+        state = self._mine
+        try:
+            yield
+        finally:
+            if self.is_locked:
+                with suppress(LockLost):
+                    self.unlock()
+                if not state.is_empty:
+                    self._pool.keep(state)
+
     def mutex(
         self, name: str, timeout: float | None = None, *, why: str | None = None
     ) -> PostgresMutex:
         """A named lock, not yet locked; see `ListBase.mutex`."""
         return PostgresMutex(self, name, timeout)
+
+    def elect(
+        self,
+        name: str,
+        run: Callable[[threading.Event], object],
+        *,
+        retry_after: float = 1.0,
+    ) -> Election:
+        """Have ``run(stop)`` run in one worker of all hosts; see `shmdomains.DomainList.elect`.
+
+        `stop` is also set when the lock is lost: the server went away, or this host was cut off
+        for a lease. Then another worker may lead already; when `run` has returned, this one takes
+        part again. `Election.stop` and the end of the election are noticed within 0.1 s.
+        """
+        return Election(self, Candidate(self, name, None), leading(self, run), retry_after)
 
     # --- domains: fewer round trips than `plain` makes ---
 
@@ -599,7 +602,7 @@ class PostgresDomainList(PlainDomainList[int]):
         self._usable()
         found = self._store.holders.locks()
         for info in self._store.with_work():
-            for job in info.jobs:
+            for job in jobs_of(info._work, info._describe):
                 found.append(LockInfo("job", info.name, info.uuid, job.holder))
         return found
 

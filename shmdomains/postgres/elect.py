@@ -1,8 +1,8 @@
 """Elections where the lock can be lost: the leader is told, and takes part again.
 
-A leader whose session ended - the server was started anew, this host was cut off for a lease - leads
-no longer, while its `run` still runs. So the event that `run` looks at is set then, too. And a server
-that is away ends no election: whoever takes part tries again.
+A leader whose session ended leads no longer, while its `run` still runs: the server was started
+anew, or this host was cut off for a lease. So the event that `run` looks at is set then, too. And a
+server that is away ends no election: whoever takes part tries again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..errors import LockLost, Unavailable
-from .domain_mutex import PostgresMutex
+from .mutex import PostgresMutex
 from .session import Session
 
 
@@ -60,10 +61,8 @@ class Candidate(PostgresMutex):
 
     def unlock(self) -> None:
         """Release it, unless it was lost."""
-        try:
+        with suppress(LockLost):
             super().unlock()
-        except LockLost:
-            pass
 
 
 def leading(doms: Any, run: Callable[[threading.Event], object]) -> Callable[[Any], object]:

@@ -52,6 +52,7 @@ class Listener:
         self.answered = time.monotonic()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._over = False
+        self._ended = False  # `_wake` is closed: its number may be another file's
         self._conn: psycopg.Connection[Any] | None = None
         self._thread = threading.Thread(target=self._run, name="shmdomains-listener", daemon=True)
         self._thread.start()
@@ -66,8 +67,8 @@ class Listener:
             self._over = True
             self.changes += 1
             self._news.notify_all()
-        with suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+            if not self._ended:
+                os.eventfd_write(self._wake, 1)
         if self._thread is not threading.current_thread():
             self._thread.join(1.0)
 
@@ -90,7 +91,8 @@ class Listener:
         end = time.monotonic() + self._pool.patience
         with self._news:
             self._wanted = True
-            os.eventfd_write(self._wake, 1)
+            if not self._ended:
+                os.eventfd_write(self._wake, 1)
             while not self._listens:
                 if self._over:
                     raise ListClosed("this DomainList is closed")
@@ -168,7 +170,8 @@ class Listener:
                     self._conn = None
             self._pause(wait)
             wait = min(wait * 2, self._pool.address.lease / 3)
-        with suppress(OSError):
+        with self._news:
+            self._ended = True
             os.close(self._wake)
 
     def _pause(self, seconds: float) -> None:

@@ -95,6 +95,8 @@ class Pool:
         self._all: set[Session] = set()
         self.states: dict[int, State] = {}
         self._listener: Listener | None = None
+        self.leaderships: set[Any] = set()
+        """Of elections (`elect`): told when their lock is lost."""
         self.closed = False
         _all.add(self)
 
@@ -156,6 +158,8 @@ class Pool:
             made.number = big(row)
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
+            if getattr(exc, "state", None) == "23503":  # a server that lost the process's row
+                self.process = 0
             raise Unavailable(
                 f"{self.address.shown} cannot be used: {without_password(str(exc))}"
             ) from None
@@ -298,13 +302,23 @@ class Pool:
         del self.states[core.owner()]
         if state.session is not None:
             self.give(state.session)
+        self._end_listener()
 
     def drop(self, state: State) -> None:
         """The caller's session is lost, and all that it held."""
         if self.states.get(core.owner()) is state:
             del self.states[core.owner()]
+        for hold in state.holds.values():
+            handle: Any = None if hold.handle is None else hold.handle()
+            if handle is not None:
+                handle._lost = True
         if state.session is not None:
             self.bury(state.session)
+        self._end_listener()
+
+    def keep(self, state: State) -> None:
+        """The caller finds out by the next use of what he holds whether its session is lost."""
+        self.states[core.owner()] = state
 
     def bury(self, one: Session) -> None:
         """A session that is over."""
@@ -313,6 +327,8 @@ class Pool:
 
     def tend(self) -> None:
         """What the listener does for the sessions, about once a second."""
+        for leadership in list(self.leaderships):
+            leadership.look()
         now, third = time.monotonic(), self.address.lease / 3
         for owner, state in list(self.states.items()):
             if state.session is None:
@@ -359,13 +375,18 @@ class Pool:
     def close(self) -> None:
         """End what holds nothing. Sessions with locks go on until they are unlocked."""
         self.closed = True
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.stop()
+        self._end_listener()
         while self._idle or self._readers:
             one = (self._idle or self._readers).pop()
             one.end("the list was closed")
             self._all.discard(one)
+
+    def _end_listener(self) -> None:
+        """After `close`, unless it still lets the server hear of sessions with locks."""
+        if self.closed and not self.states:
+            listener, self._listener = self._listener, None
+            if listener is not None:
+                listener.stop()
 
     def forget_connection(self, conn: psycopg.Connection[Any]) -> None:
         session.forget(conn)

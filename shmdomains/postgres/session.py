@@ -171,8 +171,11 @@ class Session:
             try:
                 result = self._read(waits)
                 break
-            except (psycopg.Error, Gone):
-                raise
+            except (psycopg.Error, Gone) as exc:
+                if interrupted is None:
+                    raise
+                self._end(str(exc), True)
+                raise interrupted from None
             except BaseException as exc:  # a signal handler raised
                 if waits:
                     self._cancel()
@@ -224,7 +227,7 @@ class Session:
 
     def _cancel(self) -> None:
         with suppress(psycopg.Error):  # then it ends by itself, or the session does
-            self._pg.get_cancel().cancel()
+            self.conn.cancel_safe(timeout=self.lease)  # a frozen server takes it and says nothing
 
     def _error(self, result: pq.abc.PGresult) -> ShmDomainsError:
         state = (result.error_field(_SQLSTATE) or b"").decode()
@@ -296,10 +299,12 @@ _kept: list[Any] = []
 
 def forget(conn: psycopg.Connection[Any]) -> None:
     """Put nothing in place of a parent's connection, in its child."""
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(nothing, conn.pgconn.socket, inheritable=False)
-    os.close(nothing)
     _kept.append(conn)
+    with suppress(psycopg.Error):  # it has no socket any more
+        socket = conn.pgconn.socket
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(nothing, socket, inheritable=False)
+        os.close(nothing)
 
 
 def _never(_seconds: float) -> bool:

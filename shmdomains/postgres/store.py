@@ -109,10 +109,10 @@ class PostgresStore:
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
             except Refused as exc:
-                if exc.state == "55P03":
-                    if left is not None and left <= slice:
-                        return state, []
-                    session.locks -= 1
+                if exc.state == "55P03" and left is not None and left <= slice:
+                    return state, []
+                if exc.state == "55P03" or (exc.state == "40P01" and left is not None):
+                    session.locks -= 1  # a cycle of waits that end by themselves is none
                     continue
                 self._put_back(state)  # an error does not undo the locking of an advisory lock
                 raise self._refusal(exc) from None
@@ -236,20 +236,8 @@ class PostgresStore:
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
             )
 
-    def unlock_list(self, seen: bool = True) -> None:
-        """`seen`: if the session is gone, its owner learns it now; else when it uses what is left
-        of it."""
-        state = self._state()
-        assert state.session is not None
-        try:
-            state.session.call(ask.UNLOCK_LIST, [self._list])
-        except Gone as exc:
-            if seen:
-                self.pool.drop(state)
-            raise self.lost(str(exc)) from None
-        except Refused as exc:
-            raise self._refusal(exc) from None
-        state.session.locks -= 1
+    def unlock_list(self) -> None:
+        self._free(ask.UNLOCK_LIST, [self._list])
 
     # --- finding and reading ---
 

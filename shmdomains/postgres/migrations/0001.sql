@@ -175,7 +175,15 @@ BEGIN
         RETURN false;
     END IF;
     PERFORM set_config('lock_timeout', greatest(_wait, 0)::text, true);
-    PERFORM pg_advisory_lock(_key);
+    BEGIN
+        PERFORM pg_advisory_lock(_key);
+    EXCEPTION WHEN lock_not_available OR deadlock_detected OR query_canceled THEN
+        -- It may have been granted in that instant, and an error does not undo that.
+        PERFORM pg_advisory_unlock(_key) FROM pg_locks
+            WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted AND objsubid = 1
+                AND (classid::bigint << 32 | objid::bigint) = _key;
+        RAISE;
+    END;
     PERFORM set_config('lock_timeout', '0', true);
     RETURN true;
 END $$;
@@ -419,6 +427,9 @@ BEGIN
             WHERE record = _record;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     IF _news IS NOT NULL AND _max > 0 THEN
         PERFORM happened(_list, _max, _uuid, _news);
     END IF;
@@ -446,6 +457,9 @@ BEGIN
         SELECT _record, _me, clock_timestamp(), 1, life FROM life
         RETURNING token INTO _token;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     IF _news IS NOT NULL AND _max > 0 THEN
         PERFORM happened(_list, _max, _uuid, _news);
     END IF;
@@ -467,6 +481,9 @@ BEGIN
         RETURN false;
     END IF;
     UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
     IF _news IS NOT NULL AND _max > 0 THEN
         PERFORM happened(_list, _max, _uuid, _news);
     END IF;
