@@ -26,6 +26,7 @@ from ..errors import (
     SegmentInUse,
     SegmentNotFound,
     ShmDomainsError,
+    Unavailable,
 )
 from ..events import DomainEvent
 from ..job import Job
@@ -51,7 +52,7 @@ from .mutex import PostgresMutex
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
-from .url import Address, parse, this_host
+from .url import Address, parse, this_host, without_password
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -306,6 +307,10 @@ class PostgresDomainList(PlainDomainList[int]):
             number, kept, made = _enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)
             doms._pool.begin_with(conn)
+        except psycopg.OperationalError as exc:
+            conn.close()
+            why = without_password(str(exc))
+            raise Unavailable(f"{address.shown} went away: {why}") from None
         except BaseException:
             conn.close()
             raise
