@@ -24,6 +24,7 @@ from uuid import UUID
 
 from ..config.change import ConfigDirs
 from ..errors import (
+    AlreadyLocked,
     ContractError,
     DomainExists,
     InDoubt,
@@ -42,7 +43,7 @@ from ..rules.store import Changes, Filter, Key, NewDomain, News
 from ..rules.work import Caller
 from ..xml.definition import DomainDef
 from . import statements as ask
-from .holders import DOMAIN, LIST, MUTEX, Holders
+from .holders import MUTEX, Holders
 from .pool import Pool, State
 from .records import PostgresInfo, Source, new_row
 from .session import (
@@ -59,6 +60,7 @@ from .session import (
     text,
     truth,
 )
+from .statements import DOMAIN, LIST
 
 MOST_MUTEXES = 65_536
 _LONGEST = 30.0
@@ -95,6 +97,7 @@ class PostgresStore:
         end = None if timeout is None else time.monotonic() + timeout
         patience = self.pool.patience
         give_up = time.monotonic() + patience
+        lost: list[int] = []
         while True:
             state = self.pool.begin(patience if timeout is None else max(timeout, patience))
             session = state.session
@@ -103,6 +106,8 @@ class PostgresStore:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            if lost and statement is not ask.LOCK_LIST:
+                given[-2] = _numbers(lost)
             session.locks += 1
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
@@ -122,6 +127,7 @@ class PostgresStore:
                 self.pool.drop(state)
                 if held:
                     raise self.lost(str(exc)) from None
+                lost.append(session.number)
                 if time.monotonic() > give_up:
                     raise Unavailable(f"{self._shown} went away: {exc}") from None
             except BaseException:
@@ -147,7 +153,8 @@ class PostgresStore:
         assert session is not None
         try:
             for which, kind in session.call(ask.HELD):
-                self._put_back_one(state, session, big(kind), big(which))
+                if not self._is_mine(state, big(kind), big(which)):
+                    session.call(*ask.unlock(big(kind), big(which), session.number))
             session.locks, state.asks = state.count, False
             self.pool.rest(state)
         except (Gone, Refused):
@@ -163,13 +170,12 @@ class PostgresStore:
         state.asks = False
         self.pool.rest(state)
 
-    def _put_back_one(self, state: State, session: Session, kind: int, which: int) -> None:
-        if kind == DOMAIN and which not in state.holds:
-            session.call(ask.UNLOCK, [number(which), number(session.number), truth(False)])
-        elif kind == LIST and which == self.pool.list and not state.list_held:
-            session.call(ask.UNLOCK_LIST, [number(which)])
-        elif kind == MUTEX and which not in {self._mutexes.get(name) for name in state.mutexes}:
-            session.call(ask.UNLOCK_MUTEX, [number(which), number(session.number), truth(False)])
+    def _is_mine(self, state: State, kind: int, which: int) -> bool:
+        if kind == LIST:
+            return which == self.pool.list and state.list_held
+        if kind == DOMAIN:
+            return which in state.holds
+        return which in {self._mutexes.get(name) for name in state.mutexes}
 
     def _held(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         """A statement of a holder, through the session that holds the lock."""
@@ -226,6 +232,9 @@ class PostgresStore:
     # --- the list lock ---
 
     def lock_list(self, timeout: float | None) -> None:
+        for neighbour in self.pool.beside(timeout):
+            if neighbour.list_held:
+                raise _stops(f"the list lock of {self._shown}")
         state, rows = self._wait(ask.LOCK_LIST, [], timeout)
         if not rows or rows[0][0] != b"\1":
             self._not_got(state)
@@ -244,9 +253,9 @@ class PostgresStore:
 
     def peek(self, key: Key) -> PostgresInfo | None:
         """The committed state of the domain with this key."""
-        value = str(key.value).encode()
         if _nobody_has(key):
             return None
+        value = str(key.value).encode()
         return self._one(ask.BY[key.kind], [self._list, value])
 
     def glance(self, key: Key) -> PostgresInfo | None:
@@ -268,8 +277,8 @@ class PostgresStore:
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
-        array = "{" + ",".join(map(str, records)) + "}"
-        return [self._info(row) for row in self._read(ask.SOME, [self._list, array.encode()])]
+        rows = self._read(ask.SOME, [self._list, _numbers(records)])
+        return [self._info(row) for row in rows]
 
     def records(self) -> Iterable[int]:
         return [record for record, _ in self.handles()]
@@ -289,6 +298,8 @@ class PostgresStore:
         flags = (wanted.active, wanted.persistent, wanted.autostart)
         states = wanted.states
         host = wanted.host
+        if host is not None and _UNKEPT.search(host):
+            host = ""  # nobody's either
         return [
             self._list,
             *(None if flag is None else truth(flag) for flag in flags),
@@ -335,10 +346,16 @@ class PostgresStore:
 
     def lock_by(self, key: Key, timeout: float | None) -> PostgresInfo | None:
         """Find by a key and lock; ``None``: there is no such domain."""
-        kind, value = key.kind, str(key.value).encode()
         if _nobody_has(key):
             return None
+        kind, value = key.kind, str(key.value).encode()
+        for neighbour in self.pool.beside(timeout):
+            for hold in neighbour.holds.values():
+                held: Any = hold.record if kind == "record" else getattr(hold.info, kind)
+                if held == key.value:
+                    raise _stops(f"domain {hold.info.name!r}")
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
+        keys.append(None)
         state, rows = self._wait(ask.LOCK, keys, timeout)
         outcome = small(rows[0][0]) if rows else 2
         if outcome == 1:
@@ -620,9 +637,10 @@ class PostgresStore:
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}{applied}")
+        lost = state.session
         self._adopt(state, session)
         try:
-            again = self._lock_again(session, info)
+            again = self._lock_again(session, info, lost)
         except (Gone, Refused) as second:
             self.pool.drop(state)
             raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
@@ -655,9 +673,13 @@ class PostgresStore:
         if lost is not None:
             self.pool.bury(lost)
 
-    def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
+    def _lock_again(
+        self, session: Session, info: PostgresInfo, lost: Session | None
+    ) -> PostgresInfo | None:
+        keys = [number(info._record), None, None, None]
         wait = number(int(self._patience(None) * 1000))
-        values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        given = None if lost is None else _numbers([lost.number])
+        values = [self._list, number(session.number), *keys, given, wait]
         session.locks += 1
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
@@ -703,7 +725,10 @@ class PostgresStore:
 
     def lock_mutex(self, name: str, timeout: float | None) -> None:
         mutex = self._mutexes[name]
-        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
+        for neighbour in self.pool.beside(timeout):
+            if name in neighbour.mutexes:
+                raise _stops(f"mutex {name!r}")
+        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
         if not rows or small(rows[0][0]) != 1:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
@@ -748,9 +773,16 @@ class PostgresStore:
         if found is not None:
             return found
         rows = self._read(ask.EVENTS, [self._list, number(number_of), number(_EVENTS_AT_ONCE)])
-        events = [_event(row) for row in rows]
+        events = [self._event(row) for row in rows]
         self._events = {one.number: one for one in events}
         return self._events.pop(number_of, None)
+
+    def _event(self, row: Row) -> DomainEvent:
+        type, who = EventType(small(row[2])), row[7]
+        detail = detail_of(type, integer(row[3]))
+        dead = None if who is None else self.holders.of_session(big(who))
+        uuid, name, id = UUID(bytes=row[4]), text(row[5]), integer(row[6])
+        return DomainEvent(big(row[0]), double(row[1]), type, detail, uuid, name, id, dead)
 
     def sleep_on_events(self, count: int, timeout: float | None) -> bool:
         listener = self.pool.listener
@@ -793,6 +825,18 @@ def _nobody_has(key: Key) -> bool:
     return key.kind == "name" and _UNKEPT.search(str(key.value)) is not None
 
 
+def _stops(what: str) -> AlreadyLocked:
+    return AlreadyLocked(
+        f"{what} is held by another task of this thread, or by the thread itself outside of its "
+        "tasks; a wait that blocks the thread would never end: wait with shmdomains.aio"
+    )
+
+
+def _numbers(some: Iterable[int]) -> bytes:
+    """A bigint[] as a parameter."""
+    return ("{" + ",".join(map(str, some)) + "}").encode()
+
+
 def _next_token(one: int, two: int) -> bool:
     """Whether nobody locked a domain between these two locks of it, or only in a life of the
     server that ended meanwhile."""
@@ -803,12 +847,3 @@ def _news(news: Sequence[News]) -> bytes | None:
     if not news:
         return None
     return json.dumps([[int(one.type), one.detail, one.id, one.name] for one in news]).encode()
-
-
-def _event(row: Row) -> DomainEvent:
-    type = EventType(small(row[2]))
-    uuid = UUID(bytes=row[4])
-    detail = detail_of(type, integer(row[3]))
-    return DomainEvent(
-        big(row[0]), double(row[1]), type, detail, uuid, text(row[5]), integer(row[6])
-    )
