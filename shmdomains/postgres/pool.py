@@ -486,8 +486,9 @@ def check_server(conn: psycopg.Connection[Any], other: psycopg.Connection[Any], 
     if version < 140000:
         raise SegmentRefused(f"{shown} is PostgreSQL {version // 10000}; it takes 14 or later")
     pid, key = "SELECT pg_backend_pid()", (23808 + 9) << 48
-    numbers = [one.execute(pid).fetchone() for one in (conn, other)]
-    if numbers[0] == numbers[1]:
+    # Twice in a row, for a pooler may take its sessions in turns.
+    numbers = [one.execute(pid).fetchone() for one in (conn, conn, other, other, conn)]
+    if not (numbers[0] == numbers[1] == numbers[4] != numbers[2] == numbers[3]):
         raise SegmentRefused(
             f"{shown} is behind a pooler (PgBouncer?) in transaction mode, where a lock has no "
             "session that it could belong to: connect to the server itself, or pool sessions"

@@ -8,6 +8,7 @@ that may not create a schema is told the one command that an administrator runs.
 from __future__ import annotations
 
 from importlib import resources
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SegmentMismatch, SegmentRefused
@@ -58,7 +59,7 @@ def ensure(conn: psycopg.Connection[Any], shown: str) -> None:
         what = str(exc.diag.message_primary or exc)
         raise SegmentRefused(
             f"{shown}: {what}. The schema '{SCHEMA}' is made once by an administrator: "
-            f"shmdomains postgres init --role {conn.info.user} URL"
+            f"shmdomains postgres init --role {quote(conn.info.user)} URL"
         ) from None
     if there > wanted:
         raise SegmentMismatch(
