@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from .config import LoadReport
 from .errors import LockTimeout, UncommittedChanges
@@ -46,13 +46,20 @@ from .xml.definition import DomainDef, EncodedDef
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AsyncDomainList", "AsyncWatch", "wait_until", "wrap"]
+    from .postgres import PostgresDomain, PostgresDomainList
+    from .postgres.tasks import AsyncPostgresDomainList
+
+__all__ = ["AsyncDomainList", "AsyncWatch", "call", "wait_until", "wrap"]
 
 T = TypeVar("T")
 Key = Domain | DomainInfo | Uuid | int
 
 
-def wrap(doms: DomainList) -> AsyncDomainList:
+@overload
+def wrap(doms: DomainList) -> AsyncDomainList: ...
+@overload
+def wrap(doms: PostgresDomainList) -> AsyncPostgresDomainList: ...
+def wrap(doms: DomainList | PostgresDomainList) -> AsyncDomainList | AsyncPostgresDomainList:
     """The list, for the tasks of an event loop. It may be wrapped before the loop runs, and several
     times; close it as ever.
 
@@ -69,7 +76,11 @@ def wrap(doms: DomainList) -> AsyncDomainList:
     >>> asyncio.run(main())
     '/dev/pts/3'
     """
-    return AsyncDomainList(doms)
+    if isinstance(doms, DomainList):
+        return AsyncDomainList(doms)
+    from .postgres.tasks import AsyncPostgresDomainList
+
+    return AsyncPostgresDomainList(doms)
 
 
 # --- what is awaited, or entered -------------------------------------------------------------
@@ -459,13 +470,39 @@ class AsyncDomainList(core.AsyncSegment):
         return f"<AsyncDomainList of {self.plain!r}>"
 
 
+async def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a method of a plain list on PostgreSQL, or of one of its domains, in another thread, on
+    behalf of this task: ``await aio.call(dom.commit)``. For what takes a round trip and has no
+    other form for tasks."""
+    return await work(function, *args, **kwargs)
+
+
+@overload
 async def wait_until(
     dom: Domain, until: Callable[[Domain], object], timeout: float | None = None
+) -> None: ...
+@overload
+async def wait_until(
+    dom: PostgresDomain, until: Callable[[PostgresDomain], object], timeout: float | None = None
+) -> None: ...
+async def wait_until(
+    dom: Any, until: Callable[[Any], object], timeout: float | None = None
 ) -> None:
     """`Domain.wait` for a task: wait, with the domain locked, until ``until(dom)`` is true.
 
     Raises what `shmdomains.Domain.wait` raises.
     """
+    if isinstance(dom, Domain):
+        await _wait_until(dom, until, timeout)
+    else:
+        from .postgres import tasks
+
+        await tasks.wait_until(dom, until, timeout)
+
+
+async def _wait_until(
+    dom: Domain, until: Callable[[Domain], object], timeout: float | None
+) -> None:
     doms = dom._doms
     deadline = doms._deadline(timeout)
     while True:

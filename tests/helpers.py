@@ -151,7 +151,6 @@ POSTGRES = Store(
     create="PostgresDomainList.create(list_url())",
     publish="PostgresDomainList.create(list_url(name))",
     attach="PostgresDomainList.attach(list_url(name))",
-    tasks=False,
 )
 EVERY_STORE = [*STORES, *([POSTGRES] if pg_servers.missing() is None else []), DICT]
 """With others, behind the same rules: for the tests of the rules and of their seam."""

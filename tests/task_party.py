@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from types import CodeType
 from typing import Any
 
-from shmdomains import Domain, DomainList, LockTimeout, aio
+from shmdomains import LockTimeout, aio
 from shmdomains.memory import asking
 
 WAITS = {
@@ -38,9 +38,13 @@ def through_aio(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     whose, name = getattr(method, "__self__", None), method.__name__
     if name == "lock_many" and kwargs.get("timeout") == 0:
         return method(*args, **kwargs)  # it waits for nobody, and needs no block
-    if isinstance(whose, DomainList) and hasattr(aio.AsyncDomainList, name):
+    elsewhere = type(whose).__module__.startswith("shmdomains.postgres.")
+    is_list = hasattr(whose, "assign_def")
+    if is_list and hasattr(aio.AsyncDomainList, name):
         return getattr(aio.wrap(whose), name)(*args, **kwargs)
-    if isinstance(whose, Domain) and name == "wait":
+    if elsewhere and name in ("lock", "acquire"):
+        return asking.work(method, *args, **kwargs)
+    if name == "wait" and not is_list:
         return aio.wait_until(whose, *args, **kwargs)
     if name == "acquire":
         return acquire(whose, *args, **kwargs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from helpers import EVERY_STORE, Home, Party, Store, xml
+from helpers import EVERY_STORE, STORES, Home, Party, Store, xml
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -481,7 +481,8 @@ class Machine(RuleBasedStateMachine):
             [one for one in self.live if party in one.known_to and one.holder != party], number
         )
         if model is not None:
-            held_here = model.holder is not None and not self.store.processes
+            in_one = self.start in IN_ONE_PROCESS and self.store not in STORES
+            held_here = model.holder is not None and in_one
             error = NotOwner if held_here else DomainNotLocked
             self.refused(party, f"handles[{model.handle!r}].unlock()", error)
             for use in ("state", "commit()", "activate()", "definition"):

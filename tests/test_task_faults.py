@@ -259,7 +259,7 @@ def test_cancelled_while_a_job_ends(doms: DomainList) -> None:
 def test_whoever_holds_a_job_gets_a_thread(
     doms: DomainList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "_pool", None)
+    monkeypatch.setattr(asking, "_pools", {})
     monkeypatch.setattr(asking, "_WORKERS", 2)
     waiters = aio.wrap(doms)
 

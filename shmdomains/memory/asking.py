@@ -151,14 +151,18 @@ async def _until(woken: asyncio.Future[None], until: int) -> None:
 
 # --- in another thread -----------------------------------------------------------------------
 
-_pool: tuple[int, ThreadPoolExecutor] | None = None
+also_hold: list[Callable[[], bool]] = [core.holds_locks]
+"""Each says whether whoever asks holds a lock."""
+
+_pools: dict[str, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_pools.clear)
 
 
-def _workers() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None or _pool[0] != os.getpid():
-        _pool = (os.getpid(), ThreadPoolExecutor(_WORKERS, "shmdomains-aio"))
-    return _pool[1]
+def _workers(name: str) -> ThreadPoolExecutor:
+    pool = _pools.get(name)
+    if pool is None:
+        pool = _pools.setdefault(name, ThreadPoolExecutor(_WORKERS, name))
+    return pool
 
 
 class _Call:
@@ -197,13 +201,19 @@ change.between_looks = _between_looks
 
 async def work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call it in another thread, for this task."""
+    return await work_or_undo(partial(function, *args, **kwargs), None)
+
+
+async def work_or_undo(function: Callable[[], T], undo: Callable[[T], object] | None) -> T:
+    """`work`. If it came to its end after the task was cancelled, `undo` is called with what it
+    returned."""
     done: Future[T] = Future()
     call, owner = _Call(), core.owner()
-    work = partial(_work_there, done, call, owner, partial(function, *args, **kwargs))
-    if core.holds_locks() or jobs_of_owner(owner):
+    work = partial(_work_there, done, call, owner, function)
+    if jobs_of_owner(owner) or any(held() for held in also_hold):
         _begin_thread(work)
     else:
-        _workers().submit(work)
+        _workers("shmdomains-aio").submit(work)
     waiting = asyncio.wrap_future(done)
     cancelled: asyncio.CancelledError | None = None
     while not waiting.done():
@@ -220,8 +230,27 @@ async def work(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
             if done.cancel():  # it was not begun
                 raise
     if cancelled is not None:
-        waiting.exception()
+        if waiting.exception() is None and undo is not None:
+            await finish(undo, waiting.result())
         raise cancelled
+    return waiting.result()
+
+
+async def finish(function: Callable[..., T], *args: Any) -> T:
+    """Call it in another thread, for this task, and wait for its end, also if the task is
+    cancelled: for what frees a lock. It must not wait for another one."""
+    done: Future[T] = Future()
+    work = partial(_work_there, done, _Call(), core.owner(), partial(function, *args))
+    _workers("shmdomains-aio-end").submit(work)
+    waiting = asyncio.wrap_future(done)
+    cancelled: asyncio.CancelledError | None = None
+    while not waiting.done():
+        try:
+            await asyncio.wait([waiting])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled from waiting.exception()
     return waiting.result()
 
 

@@ -8,6 +8,7 @@ that may be for ever; else never on a path that succeeds.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..holder import LockHolder, this_host
@@ -32,11 +33,11 @@ else:
 __all__ = [
     "dead_holder",
     "describe",
-    "end_jobs",
     "failed_repair",
     "holds_job",
     "lock_timeout",
     "look_for_gevent",
+    "owner_over",
     "pause",
     "restore_part",
     "slow_wait",
@@ -58,6 +59,16 @@ def holds_job(owner: int) -> bool:
 def pause() -> None:
     """Let writers finish before a lock-free read is tried again."""
     time.sleep(0.0002)
+
+
+when_over: list[Callable[[int], object]] = [end_jobs]
+"""Called with the number of a task that is over. What it held elsewhere ends, too."""
+
+
+def owner_over(owner: int) -> None:
+    """A task is over: what it holds beside the locks of shared memory ends."""
+    for end in when_over:
+        end(owner)
 
 
 def look_for_gevent() -> None:

@@ -8,14 +8,18 @@ hub itself, which has nobody to switch to.
 from __future__ import annotations
 
 import os
+import select
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 from ._core import core
 from .rooms import Hub, Timer, Turn, add_hub, forget_hub, freed, hub_of, may_try
+
+T = TypeVar("T")
 
 
 def is_wanted() -> bool:
@@ -173,3 +177,58 @@ def _switch(blocked: core.Blocked, seconds: float | None, turn: Turn | None) -> 
         if turn is not None:
             turn.leave()
         raise
+
+
+# --- waits of other stores --------------------------------------------------------------------
+
+
+def can_switch() -> bool:
+    """Whether the caller is a greenlet that can let others run."""
+    return _begun and _can_switch()
+
+
+def real_poll() -> Any:
+    """`select.poll`, also where gevent has patched it."""
+    monkey = sys.modules.get("gevent.monkey")
+    return (select.poll if monkey is None else monkey.get_original("select", "poll"))()
+
+
+def sleep(seconds: float) -> None:
+    """`time.sleep`; a greenlet lets others run."""
+    if can_switch():
+        _Waiter(_gevent_hub()).sleep(seconds)
+    else:
+        time.sleep(seconds)
+
+
+def wait_ready(descriptor: int, events: int, seconds: float) -> None:
+    """Let others run until a descriptor is readable (1), writable (2), or either (3); at most so
+    long."""
+    waiter = _Waiter(_gevent_hub())
+    watcher = _gevent_hub().loop.io(descriptor, events)
+    try:
+        watcher.start(waiter.wake)
+        waiter.sleep(seconds)
+    finally:
+        watcher.stop()
+        watcher.close()
+
+
+def wait_told(begin: Callable[[Callable[[], object]], object], seconds: float) -> None:
+    """Let others run until what ``begin(wake)`` is given was called, in any thread; at most so
+    long. The caller sees to it that it is not called afterwards."""
+    waiter = _Waiter(_gevent_hub())
+    told = _gevent_hub().loop.async_()
+    try:
+        told.start(waiter.wake)
+        begin(told.send)
+        waiter.sleep(seconds)
+    finally:
+        told.stop()
+        _gevent_hub().loop.run_callback(told.close)
+
+
+def elsewhere(function: Callable[[], T]) -> T:
+    """Call it in a thread of gevent's pool, and let others run meanwhile."""
+    found: T = _gevent_hub().threadpool.apply(function)
+    return found

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
@@ -25,9 +26,13 @@ from ..errors import (
     SegmentInUse,
     SegmentNotFound,
     ShmDomainsError,
+    Unavailable,
 )
 from ..events import DomainEvent
+from ..job import Job
+from ..lazy import LazyModule
 from ..memory._core import core
+from ..memory.callbacks import look_for_gevent
 from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
 from ..memory.held import LockInfo
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
@@ -39,16 +44,22 @@ from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
+from ..rules.tasks import ask
 from . import invariants, schema, session
 from .elect import Candidate, leading
+from .jobs import PostgresJob
 from .mutex import PostgresMutex
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
-from .url import Address, parse, this_host
+from .url import Address, parse, this_host, without_password
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ..memory import asking
+else:
+    asking = LazyModule("shmdomains.memory.asking")
 
 _EMPTY = State()
 _checked: set[tuple[str, int]] = set()
@@ -60,6 +71,24 @@ class Stamp(int):
     listener had heard before."""
 
     changes: int | None = None
+
+
+class Held:
+    """What owners of this process hold, of one kind, in place of what `plain` notes beside the
+    locks: a session that was lost takes its locks along, and the note would stay."""
+
+    def __init__(self, pool: Pool, kind: str) -> None:
+        self._pool, self._kind = pool, kind
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in getattr(state, self._kind) for state in list(self._pool.states.values()))
+
+    def __setitem__(self, key: object, thread: int) -> None:
+        """The owner's state has it."""
+
+    def pop(self, key: object, default: object = None) -> object:
+        """The owner's state has it no more."""
+        return default
 
 
 class PostgresDomain(PlainDomain[int]):
@@ -118,6 +147,43 @@ class PostgresDomain(PlainDomain[int]):
             raise
         self._list._let_go(hold)
 
+    def job(
+        self,
+        operation: str,
+        kind: Job = Job.MODIFY,
+        timeout: float | None = None,
+        *,
+        allow: Iterable[Job] | None = None,
+        why: str | None = None,
+    ) -> PostgresJob:
+        """A job, for a ``with`` block; see `shmdomains.Domain.job`."""
+        return PostgresJob(self, operation, kind, timeout, allow, why)
+
+    async def __aenter__(self) -> Self:
+        """As ``with``, in a task: locks in another thread (`shmdomains.aio`)."""
+        ask()
+        if not self.is_locked:
+            await asking.work_or_undo(self._lock_and_read, PostgresDomain._release_unseen)
+        return self.__enter__()
+
+    def _lock_and_read(self) -> Self:
+        self.lock()
+        _ = self.definition  # so that asking for it takes no round trip
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        hold = self._list._mine.holds.get(self._record)
+        if hold is None or hold.depth > 1 or kind is GeneratorExit:
+            self.__exit__(kind, value, traceback)
+        else:
+            await asking.finish(self.__exit__, kind, value, traceback)
+
     @property
     def _receipt(self) -> object:
         hold = self._list._mine.holds.get(self._record)
@@ -151,6 +217,8 @@ class PostgresDomainList(PlainDomainList[int]):
     def __init__(self, address: Address, conninfo: str, host: str, list_number: int, events: int):
         self._pool = Pool(address, conninfo, host, list_number)
         super().__init__(PostgresStore(self._pool, events))
+        self._held_by: Any = Held(self._pool, "holds")
+        self._mutex_held_by: Any = Held(self._pool, "mutexes")
         self.host = host
         finalize(self, self._pool.close).atexit = False  # a list that is dropped, too
         self._pid = os.getpid()
@@ -221,6 +289,7 @@ class PostgresDomainList(PlainDomainList[int]):
         may_make: bool,
     ) -> Self:
         deadline = Deadline(timeout)
+        look_for_gevent()
         address, name = parse(url, lease, read), this_host(host)
         conninfo = address.conninfo
         if address.embedded is not None:
@@ -238,6 +307,10 @@ class PostgresDomainList(PlainDomainList[int]):
             number, kept, made = _enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)
             doms._pool.begin_with(conn)
+        except psycopg.OperationalError as exc:
+            conn.close()
+            why = without_password(str(exc))
+            raise Unavailable(f"{address.shown} went away: {why}") from None
         except BaseException:
             conn.close()
             raise
@@ -288,7 +361,7 @@ class PostgresDomainList(PlainDomainList[int]):
     def _usable(self) -> None:
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._held_by, self._mutex_held_by, self._list_held_by = {}, {}, None
+            look_for_gevent()
         super()._usable()
 
     # --- owners ---
@@ -300,6 +373,15 @@ class PostgresDomainList(PlainDomainList[int]):
     @_mine.setter
     def _mine(self, value: object) -> None:
         """`plain` keeps what a thread holds; here the owner's state does."""
+
+    @property
+    def _list_held_by(self) -> Any:
+        """Not None if an owner of this process has the list lock; see `Held`."""
+        return True if any(one.list_held for one in list(self._pool.states.values())) else None
+
+    @_list_held_by.setter
+    def _list_held_by(self, value: object) -> None:
+        """The owner's state has it."""
 
     @property
     def _owner(self) -> int:
@@ -321,8 +403,6 @@ class PostgresDomainList(PlainDomainList[int]):
             raise self._store.lost(why)
 
     def _lose(self, state: State) -> None:
-        for record in state.holds:
-            self._held_by.pop(record, None)
         self._pool.drop(state)
 
     def lock(self, timeout: float | None = None) -> None:
@@ -369,6 +449,21 @@ class PostgresDomainList(PlainDomainList[int]):
     ) -> PostgresMutex:
         """A named lock, not yet locked; see `ListBase.mutex`."""
         return PostgresMutex(self, name, timeout)
+
+    def job(
+        self,
+        key: Any,
+        operation: str,
+        kind: Job = Job.MODIFY,
+        timeout: float | None = None,
+        *,
+        allow: Iterable[Job] | None = None,
+        why: str | None = None,
+    ) -> PostgresJob:
+        """A job, for a ``with`` block; see `shmdomains.DomainList.job`."""
+        allow = None if allow is None else list(allow)
+        found = super().job(key, operation, kind, timeout, allow=allow, why=why)
+        return PostgresJob(found._dom, operation, kind, timeout, allow, why)
 
     def elect(
         self,
@@ -434,7 +529,6 @@ class PostgresDomainList(PlainDomainList[int]):
         if session is not None and session.asks:  # a handle is dropped in the midst of a call
             session.later.append(lambda: self._give_back(hold, seen))
             return
-        self._held_by.pop(hold.record, None)
         try:
             if session is not None and not session.is_there() and seen:
                 why = session.gone
@@ -449,7 +543,6 @@ class PostgresDomainList(PlainDomainList[int]):
 
     def _let_go(self, hold: _Hold[int], state: Any = None) -> None:
         state = state or self._mine
-        self._held_by.pop(hold.record, None)
         state.holds.pop(hold.record, None)
         if state is not _EMPTY:
             self._pool.rest(state)
@@ -537,8 +630,14 @@ class PostgresDomainList(PlainDomainList[int]):
             if (self._store.receipt(dom._record) or 0) != stamp:
                 return True
         told = listener.sleep(stamp.changes, dom._record, _slice(timeout))
-        self._usable()
+        self._still_wanted()
         return told
+
+    def _still_wanted(self) -> None:
+        """After each slice of a sleep."""
+        self._usable()
+        if core.is_given_up():
+            raise core.WorkGivenUp
 
     def _list_stamp(self) -> object:
         self._usable()
@@ -546,7 +645,7 @@ class PostgresDomainList(PlainDomainList[int]):
 
     def _sleep_on_list(self, stamp: Any, timeout: float | None = None) -> bool:
         told = self._pool.listener.sleep(stamp, None, _slice(timeout))
-        self._usable()
+        self._still_wanted()
         return told
 
     def _marks(self) -> Any:
@@ -573,7 +672,7 @@ class PostgresDomainList(PlainDomainList[int]):
     def _sleep_on_events(self, count: int, timeout: float | None = None) -> bool:
         self._usable()
         told = self._store.sleep_on_events(count, timeout)
-        self._usable()
+        self._still_wanted()
         return told
 
     def _event(self, number: int) -> DomainEvent | None:

@@ -8,7 +8,7 @@ of another host lives as long as its session does.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from uuid import UUID
 
 from msgspec import structs
@@ -19,11 +19,9 @@ from ..memory._core import core
 from ..memory.held import LockInfo
 from ..rules.work import Caller
 from .session import Row, Statement, big, double, integer, number, text
+from .statements import DOMAIN, LIST
 
-if TYPE_CHECKING:
-    from .pool import Pool
-
-DOMAIN, LIST, MUTEX = 1, 2, 3
+MUTEX = 3
 _KINDS = {DOMAIN: "domain", LIST: "list", MUTEX: "mutex"}
 
 _START_BITS = 40
@@ -81,9 +79,9 @@ _ONE = Statement(
 
 
 class Holders:
-    """Looks up who holds what of the list of `pool`."""
+    """Looks up who holds what of the list of a `Pool`, whose module imports this one."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._processes: dict[int, tuple[str, str, str | None]] = {}
 
@@ -205,7 +203,8 @@ class Holders:
         )
 
     def _ask(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
-        return self._pool.ask(statement, values)
+        rows: list[Row] = self._pool.ask(statement, values)
+        return rows
 
 
 _PF_EXITING = 4

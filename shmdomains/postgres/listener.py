@@ -19,12 +19,15 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psycopg
 
 from ..errors import ListClosed, Unavailable
+from ..memory import greenlets
 from .session import Gone, Refused
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ class Listener:
         """The number of the last event that is known of."""
         self._told: list[str] = []
         self._wanted = self._listens = False
+        self._sleepers: dict[Callable[[], object], Callable[[], bool]] = {}
         self._events_max = -1  # how many events are kept, once anybody waits for them
         self._failure: str | None = None
         self.answered = time.monotonic()
@@ -66,7 +70,7 @@ class Listener:
         with self._news:
             self._over = True
             self.changes += 1
-            self._news.notify_all()
+            self._tell()
             if not self._ended:
                 os.eventfd_write(self._wake, 1)
         if self._thread is not threading.current_thread():
@@ -93,15 +97,18 @@ class Listener:
             self._wanted = True
             if not self._ended:
                 os.eventfd_write(self._wake, 1)
-            while not self._listens:
-                if self._over:
-                    raise ListClosed("this DomainList is closed")
-                if not self._news.wait(min(0.1, self._pool.patience)) and time.monotonic() > end:
-                    raise Unavailable(
-                        f"{self._pool.address.shown} could not be listened to: "
-                        f"{self._failure or 'it does not answer'}"
-                    )
-            return self.changes
+        while not self._sleep(self._does_listen, min(0.1, self._pool.patience)):
+            if self._over:
+                raise ListClosed("this DomainList is closed")
+            if time.monotonic() > end:
+                raise Unavailable(
+                    f"{self._pool.address.shown} could not be listened to: "
+                    f"{self._failure or 'it does not answer'}"
+                )
+        return self.changes
+
+    def _does_listen(self) -> bool:
+        return self._listens
 
     def follow(self, events_max: int) -> None:
         """Number new events, too, from now on: somebody waits for them."""
@@ -112,16 +119,60 @@ class Listener:
 
     def sleep(self, changes: int, record: int | None, timeout: float) -> bool:
         """Sleep until something was told since `changes`, of this record or (``None``) of any."""
+        return self._sleep(partial(self.has_changed, changes, record), timeout)
+
+    def _sleep(self, due: Callable[[], bool], timeout: float) -> bool:
+        """Sleep until ``due()``, or the listener is stopped. A greenlet lets others run."""
         end = time.monotonic() + timeout
         with self._news:
-            while not self._has_changed(changes, record):
+            if due() or self._over:
+                return due()
+        if greenlets.can_switch():
+            self._sleep_in_hub(due, timeout)
+        with self._news:
+            while not due() and not self._over:
                 left = end - time.monotonic()
-                if left <= 0 or self._over:
+                if left <= 0:
                     return False
                 self._news.wait(left)
-        return True
+            return due()
 
-    def _has_changed(self, changes: int, record: int | None) -> bool:
+    def _sleep_in_hub(self, due: Callable[[], bool], timeout: float) -> None:
+        wakes: list[Callable[[], object]] = []
+
+        def begin(wake: Callable[[], object]) -> None:
+            wakes.append(wake)
+            self.wake(due, wake)
+
+        try:
+            greenlets.wait_told(begin, timeout)
+        finally:
+            for wake in wakes:
+                self.wake_no_more(wake)
+
+    def wake(self, due: Callable[[], bool], wake: Callable[[], object]) -> None:
+        """Have `wake` called once, in another thread, when ``due()`` is true or the listener is
+        stopped. `due` is asked now, and whenever something was told."""
+        with self._news:
+            self._sleepers[wake] = due
+            self._wake_sleepers()
+
+    def wake_no_more(self, wake: Callable[[], object]) -> None:
+        with self._news:
+            self._sleepers.pop(wake, None)
+
+    def _tell(self) -> None:
+        self._news.notify_all()
+        self._wake_sleepers()
+
+    def _wake_sleepers(self) -> None:
+        for wake, due in list(self._sleepers.items()):
+            if self._over or due():
+                del self._sleepers[wake]
+                wake()
+
+    def has_changed(self, changes: int, record: int | None) -> bool:
+        """Whether something was told since `changes`, of this record or (``None``) of any."""
         if self.changes == changes:
             return False
         told = None if record is None else self.since(changes)
@@ -136,16 +187,13 @@ class Listener:
                 return None
             return {record for at, record in self._recent if at > changes}
 
+    def knows_more(self, count: int) -> bool:
+        """Whether there are more than `count` events."""
+        return self.events > count
+
     def sleep_on_events(self, count: int, timeout: float) -> bool:
         """Sleep until there are more than `count` events."""
-        end = time.monotonic() + timeout
-        with self._news:
-            while self.events <= count and not self._over:
-                left = end - time.monotonic()
-                if left <= 0:
-                    break
-                self._news.wait(left)
-            return self.events > count
+        return self._sleep(partial(self.knows_more, count), timeout)
 
     # --- the thread ---
 
@@ -159,6 +207,8 @@ class Listener:
                 self._serve(self._conn)
             except (psycopg.Error, Unavailable, Refused, Gone) as exc:
                 self._failure = self._pool.without_password(str(exc))
+                if "FATAL:" in self._failure:  # it answers, if only that it has no connection left
+                    self.answered = time.monotonic()
                 logger.debug("listener: %s", self._failure)
             except Exception:
                 logger.exception("the listener of %s failed, and goes on", self._pool.address.shown)
@@ -206,7 +256,7 @@ class Listener:
         row = conn.execute("SELECT publish(%s, %s)", values).fetchone()
         with self._news:
             self.events = max(self.events, 0 if row is None or row[0] is None else int(row[0]))
-            self._news.notify_all()
+            self._tell()
 
     def _everything_changed(self, listens: bool) -> None:
         with self._news:
@@ -214,7 +264,7 @@ class Listener:
             self.changes += 1
             self._all_changed = self.changes
             self._recent.clear()
-            self._news.notify_all()
+            self._tell()
 
     def _serve(self, conn: psycopg.Connection[Any]) -> None:
         pg, third = conn.pgconn, self._pool.address.lease / 3
@@ -252,5 +302,5 @@ class Listener:
                 for record in told:
                     self.changes += 1
                     self._recent.append((self.changes, int(record)))
-                self._news.notify_all()
+                self._tell()
             self._number(conn)

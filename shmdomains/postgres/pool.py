@@ -10,9 +10,11 @@ makes its own.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
+import warnings
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from ..errors import SegmentRefused, Unavailable
-from ..memory import holder
+from ..memory import greenlets, holder
 from ..memory._core import core
-from . import schema, session
+from ..memory.callbacks import when_over
+from . import schema, session, statements
 from .listener import Listener
 from .session import Session, Statement, big, number
 from .url import Address, without_password
@@ -89,7 +92,7 @@ class Pool:
         """Seconds for which a server that is away is waited for, where a call says nothing."""
         self.process = 0
         self._conninfo = conninfo
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may use the list
         self._idle: list[Session] = []
         self._readers: list[Session] = []  # to a standby, idle
         self._all: set[Session] = set()
@@ -184,12 +187,14 @@ class Pool:
         end = time.monotonic() + (self.patience if patience is None else patience)
         pause = 0.02
         while True:
+            if core.is_given_up():
+                raise core.WorkGivenUp
             try:
                 return self._make()
             except Unavailable:
                 if time.monotonic() + pause > end:
                     raise
-            time.sleep(pause)
+            greenlets.sleep(pause)
             pause = min(pause * 2, 0.5)
 
     def begin_with(self, conn: psycopg.Connection[Any]) -> None:
@@ -295,6 +300,15 @@ class Pool:
         _ = self.listener
         return state
 
+    def beside(self, timeout: float | None) -> list[State]:
+        """What others of this very thread hold, who cannot go on while the caller waits."""
+        if timeout == 0 or len(self.states) == (core.owner() in self.states):
+            return []
+        tid, me = core.caller()[1], core.owner()
+        if threading.get_native_id() != tid or greenlets.can_switch():
+            return []  # a thread that works for a task; a greenlet, which lets others run
+        return [one for owner, one in list(self.states.items()) if owner != me and one.tid == tid]
+
     def rest(self, state: State) -> None:
         """The caller may hold nothing any more: then its session is given back."""
         if state.asks or not state.is_empty or self.states.get(core.owner()) is not state:
@@ -319,6 +333,34 @@ class Pool:
     def keep(self, state: State) -> None:
         """The caller finds out by the next use of what he holds whether its session is lost."""
         self.states[core.owner()] = state
+
+    def leave(self, owner: int) -> None:
+        """A task is over: roll back and free what it held. Takes a thread, for the task's must not
+        wait."""
+        state = self.states.pop(owner, None)
+        if state is None or state.session is None:
+            return
+        warnings.warn(
+            f"a task ended while it held locks of {self.address.shown}; its changes are rolled "
+            "back and they are freed: use 'async with'",
+            ResourceWarning,
+            stacklevel=1,
+        )
+        try:
+            _thread.start_new_thread(self._free_all, (state.session,))
+        except RuntimeError:  # no thread to be had
+            self.bury(state.session)
+
+    def _free_all(self, one: Session) -> None:
+        try:
+            for which, kind in one.call(statements.HELD):
+                one.call(*statements.unlock(big(kind), big(which), one.number))
+        except (session.Gone, session.Refused):
+            self.bury(one)
+        else:
+            one.locks = 0
+            self.give(one)
+        self._end_listener()
 
     def bury(self, one: Session) -> None:
         """A session that is over."""
@@ -392,7 +434,7 @@ class Pool:
         session.forget(conn)
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for one in [*self._all]:
             one.forget()
         listener, self._listener = self._listener, None
@@ -407,7 +449,19 @@ def _after_fork() -> None:
         pool._after_fork()
 
 
+def _task_over(owner: int) -> None:
+    for pool in list(_all):
+        pool.leave(owner)
+
+
+def holds() -> bool:
+    """Whether the caller holds a lock of any list."""
+    owner = core.owner()
+    return any(owner in pool.states for pool in list(_all))
+
+
 os.register_at_fork(after_in_child=_after_fork)
+when_over.append(_task_over)
 
 
 def place_of(host: str) -> str:

@@ -27,6 +27,8 @@ import psycopg
 from psycopg import pq
 
 from ..errors import ContractError, ShmDomainsError, Unavailable
+from ..memory import greenlets
+from ..memory._core import core
 from .url import without_password
 
 SLICE = 0.1
@@ -106,7 +108,7 @@ class Session:
         self.later: list[Callable[[], None]] = []
         """What is done after the call that is under way."""
         self._result: pq.abc.PGresult | None = None
-        self._poll = select.poll()
+        self._poll = greenlets.real_poll()
         self._poll.register(self._pg.socket, select.POLLIN)
 
     # --- asking ---
@@ -118,7 +120,8 @@ class Session:
         may take any time as long as the server answers others.
 
         Raises `Refused`; `Gone` when the session ended. What interrupts a statement that waits (a
-        signal handler that raises) cancels it first; any other statement is waited for.
+        signal handler that raises; the cancellation of a task, seen after a slice) cancels it
+        first; any other statement is waited for.
         """
         if self.asks:
             raise ContractError(
@@ -196,7 +199,7 @@ class Session:
             self._wait_to_write(since)
         while True:
             while pg.is_busy():
-                if self._poll.poll(SLICE * 1000):
+                if self._ready(select.POLLIN):
                     pg.consume_input()
                 else:
                     self._look(waits, since)
@@ -209,16 +212,25 @@ class Session:
                 raise self._end("the server sent no answer", True)
 
     def _wait_to_write(self, since: float) -> None:
-        writable = select.poll()
-        writable.register(self._pg.socket, select.POLLOUT | select.POLLIN)
-        if not writable.poll(SLICE * 1000):
+        if not self._ready(select.POLLOUT | select.POLLIN):
             self._look(False, since)
         self._pg.consume_input()
+
+    def _ready(self, events: int) -> bool:
+        """Wait a slice for the socket. A greenlet lets others run."""
+        pause = SLICE * 1000
+        if greenlets.can_switch():
+            greenlets.wait_ready(self._pg.socket, 3 if events & select.POLLOUT else 1, SLICE)
+            pause = 0
+        self._poll.modify(self._pg.socket, events)
+        return bool(self._poll.poll(pause))
 
     def _look(self, waits: bool, since: float) -> None:
         """After a slice without an answer."""
         if self.gone is not None:
             raise Gone(self.gone, True)
+        if waits and core.is_given_up():
+            raise core.WorkGivenUp
         waited = time.monotonic() - since
         if waited > self.lease and not waits:
             raise self._end(f"the server has not answered for {waited:.1f} s", True)
@@ -317,6 +329,16 @@ def connect(
     """A new connection, set up so that both sides notice the other's end within `lease` seconds.
     `attributes`: of several servers, which one (libpq's target_session_attrs). Raises
     `Unavailable`."""
+    if greenlets.can_switch() and not greenlets.is_wanted():  # psycopg would block the hub
+        return greenlets.elsewhere(
+            lambda: _connect(conninfo, lease, shown, application, attributes)
+        )
+    return _connect(conninfo, lease, shown, application, attributes)
+
+
+def _connect(
+    conninfo: str, lease: float, shown: str, application: str, attributes: str
+) -> psycopg.Connection[Any]:
     milliseconds = int(lease * 1000)
     try:
         conn = psycopg.connect(

@@ -7,13 +7,16 @@ Values stand for ``$1`` to ``$n`` and never become part of a text. What the func
 from __future__ import annotations
 
 from .records import COLUMNS
-from .session import Statement
+from .session import Statement, number, truth
+
+DOMAIN, LIST = 1, 2
+"""Kinds of locks, in their keys; the third one are mutexes."""
 
 LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
 UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
 LOCK = Statement(
-    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
-    *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
+    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7, $8)",
+    *("bigint", "bigint", "bigint", "uuid", "text", "int", "bigint[]", "int"),
 )
 UNLOCK = Statement("SELECT unlock_domain($1, $2, $3)", "bigint", "bigint", "bool")
 COMMIT = Statement(
@@ -47,9 +50,19 @@ NAME_MUTEX = Statement(
 )
 MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bigint", "text")
 LOCK_MUTEX = Statement(
-    "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
+    "SELECT * FROM lock_mutex($1, $2, $3, $4, $5)",
+    *("bigint", "bigint", "bigint", "bigint[]", "int"),
 )
 UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2, $3)", "bigint", "bigint", "bool")
+
+
+def unlock(kind: int, which: int, session: int) -> tuple[Statement, list[bytes | None]]:
+    """What frees a lock of this session that `HELD` names; nobody was told of a death."""
+    if kind == LIST:
+        return UNLOCK_LIST, [number(which)]
+    statement = UNLOCK if kind == DOMAIN else UNLOCK_MUTEX
+    return statement, [number(which), number(session), truth(False)]
+
 
 ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
 BARE = f"SELECT {COLUMNS} FROM domains d"

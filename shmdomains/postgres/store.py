@@ -23,6 +23,7 @@ from uuid import UUID
 
 from ..config.change import ConfigDirs
 from ..errors import (
+    AlreadyLocked,
     ContractError,
     DomainExists,
     InDoubt,
@@ -41,7 +42,7 @@ from ..rules.store import Changes, Filter, Key, NewDomain, News
 from ..rules.work import Caller
 from ..xml.definition import DomainDef
 from . import statements as ask
-from .holders import DOMAIN, LIST, MUTEX, Holders
+from .holders import MUTEX, Holders
 from .pool import Pool, State
 from .records import PostgresInfo, Source, new_row
 from .session import (
@@ -58,6 +59,7 @@ from .session import (
     text,
     truth,
 )
+from .statements import DOMAIN, LIST
 
 MOST_MUTEXES = 65_536
 _LONGEST = 30.0
@@ -94,6 +96,7 @@ class PostgresStore:
         end = None if timeout is None else time.monotonic() + timeout
         patience = self.pool.patience
         give_up = time.monotonic() + patience
+        lost: list[int] = []
         while True:
             state = self.pool.begin(patience if timeout is None else max(timeout, patience))
             session = state.session
@@ -102,6 +105,8 @@ class PostgresStore:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            if lost and statement is not ask.LOCK_LIST:
+                given[-2] = _numbers(lost)
             session.locks += 1
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
@@ -121,6 +126,7 @@ class PostgresStore:
                 self.pool.drop(state)
                 if held:
                     raise self.lost(str(exc)) from None
+                lost.append(session.number)
                 if time.monotonic() > give_up:
                     raise Unavailable(f"{self._shown} went away: {exc}") from None
             except BaseException:
@@ -146,7 +152,8 @@ class PostgresStore:
         assert session is not None
         try:
             for which, kind in session.call(ask.HELD):
-                self._put_back_one(state, session, big(kind), big(which))
+                if not self._is_mine(state, big(kind), big(which)):
+                    session.call(*ask.unlock(big(kind), big(which), session.number))
             session.locks, state.asks = state.count, False
             self.pool.rest(state)
         except (Gone, Refused):
@@ -162,13 +169,12 @@ class PostgresStore:
         state.asks = False
         self.pool.rest(state)
 
-    def _put_back_one(self, state: State, session: Session, kind: int, which: int) -> None:
-        if kind == DOMAIN and which not in state.holds:
-            session.call(ask.UNLOCK, [number(which), number(session.number), truth(False)])
-        elif kind == LIST and which == self.pool.list and not state.list_held:
-            session.call(ask.UNLOCK_LIST, [number(which)])
-        elif kind == MUTEX and which not in {self._mutexes.get(name) for name in state.mutexes}:
-            session.call(ask.UNLOCK_MUTEX, [number(which), number(session.number), truth(False)])
+    def _is_mine(self, state: State, kind: int, which: int) -> bool:
+        if kind == LIST:
+            return which == self.pool.list and state.list_held
+        if kind == DOMAIN:
+            return which in state.holds
+        return which in {self._mutexes.get(name) for name in state.mutexes}
 
     def _held(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
         """A statement of a holder, through the session that holds the lock."""
@@ -225,6 +231,9 @@ class PostgresStore:
     # --- the list lock ---
 
     def lock_list(self, timeout: float | None) -> None:
+        for neighbour in self.pool.beside(timeout):
+            if neighbour.list_held:
+                raise _stops(f"the list lock of {self._shown}")
         state, rows = self._wait(ask.LOCK_LIST, [], timeout)
         if not rows or rows[0][0] != b"\1":
             self._not_got(state)
@@ -267,8 +276,8 @@ class PostgresStore:
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
-        array = "{" + ",".join(map(str, records)) + "}"
-        return [self._info(row) for row in self._read(ask.SOME, [self._list, array.encode()])]
+        rows = self._read(ask.SOME, [self._list, _numbers(records)])
+        return [self._info(row) for row in rows]
 
     def records(self) -> Iterable[int]:
         return [record for record, _ in self.handles()]
@@ -337,7 +346,13 @@ class PostgresStore:
         kind, value = key.kind, str(key.value).encode()
         if kind == "id" and not 0 <= int(str(key.value)) < 2**31:
             return None
+        for neighbour in self.pool.beside(timeout):
+            for hold in neighbour.holds.values():
+                held: Any = hold.record if kind == "record" else getattr(hold.info, kind)
+                if held == key.value:
+                    raise _stops(f"domain {hold.info.name!r}")
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
+        keys.append(None)
         state, rows = self._wait(ask.LOCK, keys, timeout)
         outcome = small(rows[0][0]) if rows else 2
         if outcome == 1:
@@ -619,9 +634,10 @@ class PostgresStore:
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}{applied}")
+        lost = state.session
         self._adopt(state, session)
         try:
-            again = self._lock_again(session, info)
+            again = self._lock_again(session, info, lost)
         except (Gone, Refused) as second:
             self.pool.drop(state)
             raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
@@ -654,9 +670,13 @@ class PostgresStore:
         if lost is not None:
             self.pool.bury(lost)
 
-    def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
+    def _lock_again(
+        self, session: Session, info: PostgresInfo, lost: Session | None
+    ) -> PostgresInfo | None:
+        keys = [number(info._record), None, None, None]
         wait = number(int(self._patience(None) * 1000))
-        values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        given = None if lost is None else _numbers([lost.number])
+        values = [self._list, number(session.number), *keys, given, wait]
         session.locks += 1
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
@@ -700,7 +720,10 @@ class PostgresStore:
 
     def lock_mutex(self, name: str, timeout: float | None) -> None:
         mutex = self._mutexes[name]
-        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
+        for neighbour in self.pool.beside(timeout):
+            if name in neighbour.mutexes:
+                raise _stops(f"mutex {name!r}")
+        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
         if not rows or small(rows[0][0]) != 1:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
@@ -778,6 +801,18 @@ class PostgresStore:
             None if autostart is None else os.fsencode(autostart),
         ]
         self._held(ask.SET_DIRS, [self._list, host, *paths])
+
+
+def _stops(what: str) -> AlreadyLocked:
+    return AlreadyLocked(
+        f"{what} is held by another task of this thread, or by the thread itself outside of its "
+        "tasks; a wait that blocks the thread would never end: wait with shmdomains.aio"
+    )
+
+
+def _numbers(some: Iterable[int]) -> bytes:
+    """A bigint[] as a parameter."""
+    return ("{" + ",".join(map(str, some)) + "}").encode()
 
 
 def _next_token(one: int, two: int) -> bool:

@@ -197,7 +197,7 @@ cdef int end_owner(object key) except -1:
 cdef int leave_owner(TaskOwner owner) except -1:
     if owner.node.epoch == sd_fork_epoch:
         leave_all(owner.node)
-        HOLDERS.end_jobs(owner.node.nonce)
+        HOLDERS.owner_over(owner.node.nonce)
     return 0
 
 

@@ -472,6 +472,12 @@ cdef class Worker:
             self.thread.gives_up = True
 
 
+def is_given_up():
+    """Whether whoever this thread works for does not want it any more. For a wait that is not in
+    here: after each slice it ends with `WorkGivenUp`."""
+    return sd_self().gives_up
+
+
 class WorkGivenUp(BaseException):
     """Whoever a thread worked for does not want it any more. Never leaves `aio`."""
 
