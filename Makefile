@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-check \
+.PHONY: help demo demo-cluster test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-check \
     bench-cluster bench-full instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
     sanitizers sanitize-links FORCE
 
@@ -29,6 +29,10 @@ help: ## list the commands
 demo: $(VENV)/.installed ## set up, then run the main job on the samples while workers are killed
 	$(say) 'demo: workers change the domains of tests/data/domains, some are killed, nothing is lost'
 	@$(VENV)/bin/shmdomains stress tests/data/domains --kill
+
+demo-cluster: $(VENV)/.installed-cluster ## the same on PostgreSQL: two hosts, and the server is killed, too
+	$(say) 'demo-cluster: two hosts use one list; workers, hosts and the server are killed, nothing is lost'
+	@$(VENV)/bin/shmdomains stress tests/data/domains --hosts 2 --kill --kill-server --seconds 10
 
 test: $(VENV)/.installed-test ## set up, then run the tests
 	$(say) 'test: pytest on tests, on the docstrings and on the README'
@@ -156,6 +160,10 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
 
 $(VENV)/.installed-test: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
 	$(call install,[test])
+	@touch $@
+
+$(VENV)/.installed-cluster: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
+	$(call install,[postgres-embedded])
 	@touch $@
 
 # The linters read sources: a changed one is no reason to build the core again.

@@ -485,7 +485,16 @@ def raw_mutex(path: str | os.PathLike[str], at: int) -> Iterator[int]:
 
 def hold(pipe: Pipe, path: str, *steps: str) -> None:
     """`hold_in` a list that the child attaches."""
-    hold_in(pipe, DomainList.attach(path=path), *steps)
+    hold_in(pipe, attach(path), *steps)
+
+
+def attach(path: str) -> Any:
+    """The list at a path, or at a URL."""
+    if not path.startswith("postgresql:"):
+        return DomainList.attach(path=path)
+    from shmdomains.postgres import PostgresDomainList
+
+    return PostgresDomainList.attach(path)
 
 
 def hold_in(pipe: Pipe, doms: DomainList, *steps: str) -> None:

@@ -25,6 +25,7 @@ of the test: whoever waits for the server and keeps the GIL, as psycopg's ``canc
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
@@ -43,14 +44,14 @@ ENDS_A_REQUEST = b"QSF"  # Query, Sync, FunctionCall
 NO_REQUEST = b"pX"  # a password, Terminate
 
 
-@dataclass
+@dataclass(eq=False)
 class Fault:
     """What is to happen at one request."""
 
     where: str
     number: int
     """Of the request, counted since `Proxy.fail`."""
-    words: bytes
+    words: re.Pattern[bytes]
     reached: threading.Event = field(default_factory=threading.Event)
     """The request came, and all that happens before a release has happened."""
     released: bool = False
@@ -220,10 +221,10 @@ class Proxy:
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self._acceptor.start()
 
-    def fail(self, where: str, number: int = 1, words: bytes | str = b"") -> Fault:
+    def fail(self, where: str, number: int = 1, words: str | re.Pattern[bytes] = "") -> Fault:
         """At the `number`-th request from now that has these words in it, on any connection."""
         assert where in WHERE, where
-        wanted = words.encode() if isinstance(words, str) else words
+        wanted = re.compile(re.escape(words.encode())) if isinstance(words, str) else words
         fault = Fault(where, number, wanted, _proxy=self)
         with self._changed:
             self._faults.append(fault)
@@ -239,6 +240,14 @@ class Proxy:
         with self._changed:
             self._refuses = True
         self.cut()
+
+    def forget(self, fault: Fault) -> bool:
+        """It is not to happen any more; False if its request has come."""
+        with self._changed:
+            if fault in self._faults:
+                self._faults.remove(fault)
+                return True
+        return False
 
     def heal(self) -> None:
         """What was held back by `partition` goes on its way, as TCP does it."""
@@ -303,7 +312,7 @@ class Proxy:
     def _count(self, request: bytes) -> Fault | None:
         with self._changed:
             self.requests += 1
-            for fault in [one for one in self._faults if one.words in request]:
+            for fault in [one for one in self._faults if one.words.search(request)]:
                 fault.number -= 1
                 if fault.number == 0:
                     self._faults.remove(fault)

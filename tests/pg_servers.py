@@ -57,6 +57,13 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Server:
     """One server with its data. `options` are settings, as in postgresql.conf.
 
@@ -118,7 +125,8 @@ class Server:
 
     def freeze(self) -> None:
         """SIGSTOP for all its processes. The kernel goes on to acknowledge what is sent to them."""
-        self._freeze()
+        processes = self._freeze()
+        until(lambda: not any(map(_runs, processes)), "a frozen server", PATIENCE)
 
     def thaw(self) -> None:
         for process in reversed(self.processes()):

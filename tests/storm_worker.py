@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Any
 from uuid import UUID
 
-from killing import DEADLINE, Pipe, libc, xml
+from killing import DEADLINE, Pipe, attach, libc, xml
 
 from shmdomains import Domain, DomainInfo, DomainList, LockTimeout
 from shmdomains.memory._core import core
@@ -396,12 +396,3 @@ def attach_and_work(pipe: Pipe, work: Work, path: str, *rest: Any) -> None:
     die_with_the_parent()
     pipe.listen()
     work(pipe, attach(path), *rest)
-
-
-def attach(path: str) -> Any:
-    """The list that a storm has there: at a path, or at a URL."""
-    if not path.startswith("postgresql:"):
-        return DomainList.attach(path=path)
-    from shmdomains.postgres import PostgresDomainList
-
-    return PostgresDomainList.attach(path)

@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pg_servers
 import pytest
+from helpers import list_url
 from killing import (
     DEADLINE,
     Child,
     Pipe,
     Planted,
     asleep,
+    attach,
     counted,
     fork,
     hold,
@@ -80,7 +83,7 @@ def committed_by(steps: list[str]) -> int | None:
 
 def take_all(pipe: Pipe, path: str, names: list[str]) -> None:
     """Take the list lock and each of the domains; say who died and what is there."""
-    doms = DomainList.attach(path=path)
+    doms = attach(path)
     pipe.say("ready")
     found = {}
     with doms.locked():
@@ -92,11 +95,31 @@ def take_all(pipe: Pipe, path: str, names: list[str]) -> None:
     pipe.rest()
 
 
+@pytest.fixture(params=["segment", *(["postgres"] if pg_servers.missing() is None else [])])
+def place(request: pytest.FixtureRequest, path: str) -> Iterator[tuple[Any, str]]:
+    """A list with `NAMES` and where it is: a path, or a URL."""
+    if request.param == "segment":
+        with DomainList.create(path=path, max_domains=100) as doms:
+            for name in NAMES:
+                doms.define(xml(name))
+            yield doms, path
+        return
+    from shmdomains.postgres import PostgresDomainList
+
+    url = list_url()
+    with PostgresDomainList.create(url) as doms:
+        for name in NAMES:
+            doms.define(xml(name))
+        yield doms, url
+        doms.unlink(force=True)
+
+
 @pytest.mark.parametrize("when", ["waiting", "later"])
 @pytest.mark.parametrize("steps", list(HELD.values()), ids=list(HELD))
 def test_the_next_one_has_the_lock_and_a_whole_record(
-    start: Callable[..., Child], doms: DomainList, path: str, steps: list[str], when: str
+    start: Callable[..., Child], place: tuple[Any, str], steps: list[str], when: str
 ) -> None:
+    doms, path = place
     names = held_by(steps)
     holder = start(hold, path, *steps)
     pid = holder.hear()

@@ -21,7 +21,7 @@ pg_servers.need()
 
 import psycopg  # noqa: E402
 
-from shmdomains.errors import LockLost, LockTimeout, Unavailable  # noqa: E402
+from shmdomains.errors import DomainNotLocked, LockLost, LockTimeout, Unavailable  # noqa: E402
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402
 from shmdomains.postgres import statements as ask  # noqa: E402
@@ -508,3 +508,18 @@ def test_two_named_locks_crossed_with_time_outs(
     for thread in threads:
         thread.join()
     assert [type(one) for one in errors] == [LockTimeout, LockTimeout]
+
+
+def test_after_a_loss_nobody_is_said_to_hold_it(doms: PostgresDomainList) -> None:
+    """Neither this thread, nor another one of this process."""
+    dom = doms.get("a")
+    [state] = doms._pool.states.values()
+    assert state.session is not None
+    state.session.end("a test ends it")
+    dom.data = 1
+    with pytest.raises(LockLost):
+        dom.unlock()
+    with pytest.raises(DomainNotLocked):
+        dom.unlock()
+    with doms.get("a") as again:
+        assert again.data is None

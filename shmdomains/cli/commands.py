@@ -154,6 +154,14 @@ for _command in (
 @click.option(
     "--domains", type=click.IntRange(min=1), metavar="N", help="Clone the domains up to N."
 )
+@click.option(
+    "--hosts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Hosts that the workers are on, by their names.",
+)
+@flag("kill-server", "Kill the server, too, and start it again.")
 @click.pass_context
 def stress(
     ctx: click.Context,
@@ -164,16 +172,23 @@ def stress(
     start: str,
     lock: str,
     domains: int | None,
+    hosts: int,
+    kill_server: bool,
 ) -> None:
     """Prove that nothing is lost under load.
 
     Workers find, lock, change, define and remove the domains of a directory, in a list of its own:
     nothing in CONFIG_DIR and no other list is changed. If the list that is named is on PostgreSQL,
-    so is this one, under a name of its own, and it is removed at the end.
+    so is this one, under a name of its own, and it is removed at the end. Several hosts, and a
+    server that is killed, take an embedded PostgreSQL of their own if no list on PostgreSQL is named.
     """
     target: Target = ctx.obj
     if lock != "robust" and not target.in_shared_memory:
         raise click.UsageError(f"--lock is for shared memory, not for {target.what}.")
+    if kill_server and not target.in_shared_memory:
+        raise click.UsageError(f"--kill-server kills a server of its own, not that of {target.what}.")
+    if lock != "robust" and (hosts > 1 or kill_server):
+        raise click.UsageError("--lock is for shared memory, not for several hosts or a server.")
     if not math.isfinite(seconds):
         raise click.UsageError(f"--seconds is {seconds}; it has to end.")
     from rich.console import Console
@@ -189,6 +204,8 @@ def stress(
         lock=lock,
         domains=domains,
         url=None if target.in_shared_memory else target.url,
+        hosts=hosts,
+        kill_server=kill_server,
         # Piped output should not be wrapped to an invented width.
         console=Console(width=None if is_terminal() else _PIPE_WIDTH),
     )

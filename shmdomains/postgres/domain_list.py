@@ -26,6 +26,7 @@ from ..errors import (
     SegmentInUse,
     SegmentNotFound,
     ShmDomainsError,
+    Unavailable,
 )
 from ..events import DomainEvent
 from ..job import Job
@@ -51,7 +52,7 @@ from .mutex import PostgresMutex
 from .pool import Pool, State, check_server, place_of
 from .records import PostgresInfo
 from .store import PostgresStore
-from .url import Address, parse, this_host
+from .url import Address, parse, this_host, without_password
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,6 +71,24 @@ class Stamp(int):
     listener had heard before."""
 
     changes: int | None = None
+
+
+class Held:
+    """What owners of this process hold, of one kind, in place of what `plain` notes beside the
+    locks: a session that was lost takes its locks along, and the note would stay."""
+
+    def __init__(self, pool: Pool, kind: str) -> None:
+        self._pool, self._kind = pool, kind
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in getattr(state, self._kind) for state in list(self._pool.states.values()))
+
+    def __setitem__(self, key: object, thread: int) -> None:
+        """The owner's state has it."""
+
+    def pop(self, key: object, default: object = None) -> object:
+        """The owner's state has it no more."""
+        return default
 
 
 class PostgresDomain(PlainDomain[int]):
@@ -198,6 +217,8 @@ class PostgresDomainList(PlainDomainList[int]):
     def __init__(self, address: Address, conninfo: str, host: str, list_number: int, events: int):
         self._pool = Pool(address, conninfo, host, list_number)
         super().__init__(PostgresStore(self._pool, events))
+        self._held_by: Any = Held(self._pool, "holds")
+        self._mutex_held_by: Any = Held(self._pool, "mutexes")
         self.host = host
         finalize(self, self._pool.close).atexit = False  # a list that is dropped, too
         self._pid = os.getpid()
@@ -286,6 +307,10 @@ class PostgresDomainList(PlainDomainList[int]):
             number, kept, made = _enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)
             doms._pool.begin_with(conn)
+        except psycopg.OperationalError as exc:
+            conn.close()
+            why = without_password(str(exc))
+            raise Unavailable(f"{address.shown} went away: {why}") from None
         except BaseException:
             conn.close()
             raise
@@ -336,7 +361,6 @@ class PostgresDomainList(PlainDomainList[int]):
     def _usable(self) -> None:
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._held_by, self._mutex_held_by, self._list_held_by = {}, {}, None
             look_for_gevent()
         super()._usable()
 
@@ -349,6 +373,15 @@ class PostgresDomainList(PlainDomainList[int]):
     @_mine.setter
     def _mine(self, value: object) -> None:
         """`plain` keeps what a thread holds; here the owner's state does."""
+
+    @property
+    def _list_held_by(self) -> Any:
+        """Not None if an owner of this process has the list lock; see `Held`."""
+        return True if any(one.list_held for one in list(self._pool.states.values())) else None
+
+    @_list_held_by.setter
+    def _list_held_by(self, value: object) -> None:
+        """The owner's state has it."""
 
     @property
     def _owner(self) -> int:
@@ -370,8 +403,6 @@ class PostgresDomainList(PlainDomainList[int]):
             raise self._store.lost(why)
 
     def _lose(self, state: State) -> None:
-        for record in state.holds:
-            self._held_by.pop(record, None)
         self._pool.drop(state)
 
     def lock(self, timeout: float | None = None) -> None:
@@ -498,7 +529,6 @@ class PostgresDomainList(PlainDomainList[int]):
         if session is not None and session.asks:  # a handle is dropped in the midst of a call
             session.later.append(lambda: self._give_back(hold, seen))
             return
-        self._held_by.pop(hold.record, None)
         try:
             if session is not None and not session.is_there() and seen:
                 why = session.gone
@@ -513,7 +543,6 @@ class PostgresDomainList(PlainDomainList[int]):
 
     def _let_go(self, hold: _Hold[int], state: Any = None) -> None:
         state = state or self._mine
-        self._held_by.pop(hold.record, None)
         state.holds.pop(hold.record, None)
         if state is not _EMPTY:
             self._pool.rest(state)

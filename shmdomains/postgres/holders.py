@@ -7,8 +7,11 @@ of another host lives as long as its session does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 from uuid import UUID
+
+from msgspec import structs
 
 from ..holder import LockHolder
 from ..memory import holder as local
@@ -17,9 +20,6 @@ from ..memory.held import LockInfo
 from ..rules.work import Caller
 from .session import Row, Statement, big, double, integer, number, text
 from .statements import DOMAIN, LIST
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 MUTEX = 3
 _KINDS = {DOMAIN: "domain", LIST: "list", MUTEX: "mutex"}
@@ -79,9 +79,9 @@ _ONE = Statement(
 
 
 class Holders:
-    """Looks up who holds what of the list of `pool`."""
+    """Looks up who holds what of the list of a `Pool`, whose module imports this one."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._processes: dict[int, tuple[str, str, str | None]] = {}
 
@@ -149,7 +149,10 @@ class Holders:
         rows = self._ask(_SESSION, [number(session)])
         if not rows:
             return LockHolder(None, None, None, None, False, None)
-        return self._person(rows[0], None, False)
+        person = self._person(rows[0], None, False)
+        if person.alive and person.tid is not None and _is_ending(person.tid):
+            person = structs.replace(person, alive=False, command=None)
+        return person
 
     def of_lock(self, kind: int, which: int) -> LockHolder | None:
         """Who holds a lock now."""
@@ -200,4 +203,18 @@ class Holders:
         )
 
     def _ask(self, statement: Statement, values: list[bytes | None]) -> list[Row]:
-        return self._pool.ask(statement, values)
+        rows: list[Row] = self._pool.ask(statement, values)
+        return rows
+
+
+_PF_EXITING = 4
+
+
+def _is_ending(tid: int) -> bool:
+    """Whether a thread of this host is on its way out: the kernel closes what it had open, and with
+    it the session, before nobody finds it any more."""
+    try:
+        words = Path(f"/proc/{tid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return bool(int(words[6]) & _PF_EXITING)

@@ -207,6 +207,8 @@ class Listener:
                 self._serve(self._conn)
             except (psycopg.Error, Unavailable, Refused, Gone) as exc:
                 self._failure = self._pool.without_password(str(exc))
+                if "FATAL:" in self._failure:  # it answers, if only that it has no connection left
+                    self.answered = time.monotonic()
                 logger.debug("listener: %s", self._failure)
             except Exception:
                 logger.exception("the listener of %s failed, and goes on", self._pool.address.shown)

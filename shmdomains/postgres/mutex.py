@@ -23,7 +23,6 @@ class PostgresMutex(PlainMutex):
     def _give_back(self, seen: bool) -> None:
         doms = self._list
         state = doms._mine
-        doms._mutex_held_by.pop(self.name, None)
         try:
             doms._store.unlock_mutex(self.name, seen)
         finally:

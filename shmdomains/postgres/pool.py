@@ -92,7 +92,7 @@ class Pool:
         """Seconds for which a server that is away is waited for, where a call says nothing."""
         self.process = 0
         self._conninfo = conninfo
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may use the list
         self._idle: list[Session] = []
         self._readers: list[Session] = []  # to a standby, idle
         self._all: set[Session] = set()
@@ -434,7 +434,7 @@ class Pool:
         session.forget(conn)
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for one in [*self._all]:
             one.forget()
         listener, self._listener = self._listener, None

@@ -15,8 +15,8 @@ DOMAIN, LIST = 1, 2
 LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
 UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
 LOCK = Statement(
-    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7)",
-    *("bigint", "bigint", "bigint", "uuid", "text", "int", "int"),
+    "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7, $8)",
+    *("bigint", "bigint", "bigint", "uuid", "text", "int", "bigint[]", "int"),
 )
 UNLOCK = Statement("SELECT unlock_domain($1, $2, $3)", "bigint", "bigint", "bool")
 COMMIT = Statement(
@@ -50,7 +50,8 @@ NAME_MUTEX = Statement(
 )
 MUTEX = Statement("SELECT mutex FROM mutexes WHERE list = $1 AND name = $2", "bigint", "text")
 LOCK_MUTEX = Statement(
-    "SELECT * FROM lock_mutex($1, $2, $3, $4)", "bigint", "bigint", "bigint", "int"
+    "SELECT * FROM lock_mutex($1, $2, $3, $4, $5)",
+    *("bigint", "bigint", "bigint", "bigint[]", "int"),
 )
 UNLOCK_MUTEX = Statement("SELECT unlock_mutex($1, $2, $3)", "bigint", "bigint", "bool")
 

@@ -96,6 +96,7 @@ class PostgresStore:
         end = None if timeout is None else time.monotonic() + timeout
         patience = self.pool.patience
         give_up = time.monotonic() + patience
+        lost: list[int] = []
         while True:
             state = self.pool.begin(patience if timeout is None else max(timeout, patience))
             session = state.session
@@ -104,6 +105,8 @@ class PostgresStore:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            if lost and statement is not ask.LOCK_LIST:
+                given[-2] = _numbers(lost)
             session.locks += 1
             try:
                 return state, session.call(statement, given, waits=timeout != 0)
@@ -123,6 +126,7 @@ class PostgresStore:
                 self.pool.drop(state)
                 if held:
                     raise self.lost(str(exc)) from None
+                lost.append(session.number)
                 if time.monotonic() > give_up:
                     raise Unavailable(f"{self._shown} went away: {exc}") from None
             except BaseException:
@@ -272,8 +276,8 @@ class PostgresStore:
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
-        array = "{" + ",".join(map(str, records)) + "}"
-        return [self._info(row) for row in self._read(ask.SOME, [self._list, array.encode()])]
+        rows = self._read(ask.SOME, [self._list, _numbers(records)])
+        return [self._info(row) for row in rows]
 
     def records(self) -> Iterable[int]:
         return [record for record, _ in self.handles()]
@@ -348,6 +352,7 @@ class PostgresStore:
                 if held == key.value:
                     raise _stops(f"domain {hold.info.name!r}")
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
+        keys.append(None)
         state, rows = self._wait(ask.LOCK, keys, timeout)
         outcome = small(rows[0][0]) if rows else 2
         if outcome == 1:
@@ -629,9 +634,10 @@ class PostgresStore:
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}{applied}")
+        lost = state.session
         self._adopt(state, session)
         try:
-            again = self._lock_again(session, info)
+            again = self._lock_again(session, info, lost)
         except (Gone, Refused) as second:
             self.pool.drop(state)
             raise self.lost(f"{exc}; {second}{' (it is applied)' if happened else ''}") from None
@@ -664,9 +670,13 @@ class PostgresStore:
         if lost is not None:
             self.pool.bury(lost)
 
-    def _lock_again(self, session: Session, info: PostgresInfo) -> PostgresInfo | None:
+    def _lock_again(
+        self, session: Session, info: PostgresInfo, lost: Session | None
+    ) -> PostgresInfo | None:
+        keys = [number(info._record), None, None, None]
         wait = number(int(self._patience(None) * 1000))
-        values = [self._list, number(session.number), number(info._record), None, None, None, wait]
+        given = None if lost is None else _numbers([lost.number])
+        values = [self._list, number(session.number), *keys, given, wait]
         session.locks += 1
         [row] = session.call(ask.LOCK, values, waits=True)
         if small(row[0]) != 1:
@@ -713,7 +723,7 @@ class PostgresStore:
         for neighbour in self.pool.beside(timeout):
             if name in neighbour.mutexes:
                 raise _stops(f"mutex {name!r}")
-        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex)], timeout)
+        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
         if not rows or small(rows[0][0]) != 1:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
@@ -798,6 +808,11 @@ def _stops(what: str) -> AlreadyLocked:
         f"{what} is held by another task of this thread, or by the thread itself outside of its "
         "tasks; a wait that blocks the thread would never end: wait with shmdomains.aio"
     )
+
+
+def _numbers(some: Iterable[int]) -> bytes:
+    """A bigint[] as a parameter."""
+    return ("{" + ",".join(map(str, some)) + "}").encode()
 
 
 def _next_token(one: int, two: int) -> bool:

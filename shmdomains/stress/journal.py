@@ -117,6 +117,9 @@ class Plan(msgspec.Struct, frozen=True):
     workers: int
     separator: str
     lock_timeout: float
+    hosts: int = 1
+    url: str = ""  # of a list on a server
+    server_dies: bool = False
 
     def uuid_of(self, target: int) -> bytes:
         """The UUID of a loaded domain or a clone."""
@@ -181,8 +184,12 @@ class Word(enum.IntEnum):
     READS = 9  # records looked at whole and found whole
     MISSES = 10
     TEXT = 11  # length of the failure's text
-    IN_DOUBT = 12  # changes in flight when a worker was killed: all, and those that were kept
-    KEPT = 13
+    IN_DOUBT = 12  # changes in flight when a worker or the server was killed: all, and
+    KEPT = 13  # those that were kept
+    IDS_BEFORE = 14  # IDS when the intent was noted
+    LOST = 15  # operations that ended with LockLost,
+    DOUBTED = 16  # with InDoubt,
+    AWAY = 17  # with Unavailable
 
 
 def bucket_of(ns: int) -> int:
@@ -222,6 +229,7 @@ class Page:
         words = self.words
         words[Word.TARGET] = target
         words[Word.VALUE] = value
+        words[Word.IDS_BEFORE] = words[Word.IDS]
         words[Word.INTENT] = intent
 
     def forget_intent(self) -> None:
@@ -435,6 +443,8 @@ def settle(doms: AnyDomainList, journal: Journal, plan: Plan, worker: int, timeo
     intent, target, value = page.words[: Word.VALUE + 1]
     if intent == Intent.NOTHING:
         return
+    if plan.url:
+        _wait_for_its_session(doms, page, plan, worker, timeout)
     if intent == Intent.CHANGE:
         _settle_change(doms, page, plan, worker, timeout)
     elif intent == Intent.DEFINE:
@@ -457,14 +467,37 @@ def settle(doms: AnyDomainList, journal: Journal, plan: Plan, worker: int, timeo
     page.forget_intent()
 
 
+def _wait_for_its_session(
+    doms: AnyDomainList, page: Page, plan: Plan, worker: int, timeout: float
+) -> None:
+    """A server may still be at a dead worker's last statement. It has the locks of what it does, so
+    what is read after them is decided."""
+    intent, target, value = page.words[: Word.VALUE + 1]
+    if intent == Intent.CHANGE:
+        uuid = _target_of_change(page, plan, worker)
+    else:
+        serial = value if intent == Intent.DEFINE else page.own(target)[0]
+        uuid = plan.own_uuid(worker, serial)
+    with doms.locked(timeout):
+        dom = doms.find_by_uuid(uuid, timeout)
+    if dom is not None:
+        if dom.previous_owner_died is not None:
+            page.add(Word.RECOVERIES)
+        dom.unlock()
+
+
+def _target_of_change(page: Page, plan: Plan, worker: int) -> bytes:
+    target = page.words[Word.TARGET]
+    if target < plan.domains:
+        return plan.uuid_of(target)
+    return plan.own_uuid(worker, page.own(target - plan.domains)[0])
+
+
 def _settle_change(
     doms: AnyDomainList, page: Page, plan: Plan, worker: int, timeout: float
 ) -> None:
     target, value = page.words[Word.TARGET], page.words[Word.VALUE]
-    if target < plan.domains:
-        uuid = plan.uuid_of(target)
-    else:
-        uuid = plan.own_uuid(worker, page.own(target - plan.domains)[0])
+    uuid = _target_of_change(page, plan, worker)
     info = patient_peek(doms, uuid, timeout)
     if info is None:
         raise Wrong(f"lost: domain {UUID(bytes=uuid)}, which worker {worker} was changing")
@@ -478,6 +511,9 @@ def _settle_change(
         if counted != value:
             raise Wrong(f"lost: an acknowledged change of {info.name!r} by worker {worker}")
         return
+    if counted != value and plan.server_dies:
+        # A server that is killed forgets ids that no commit used, and gives them again.
+        page.words[Word.IDS] = page.words[Word.IDS_BEFORE]
     page.acked[target] = counted
     page.add(Word.IN_DOUBT)
     page.add(Word.KEPT, counted - (value - 1))

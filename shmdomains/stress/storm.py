@@ -4,8 +4,9 @@
 starts workers (worker.py), kills and replaces them at random moments if asked for, shows
 how it goes (view.py), and at the end prints what was done and proven (proof.py). The
 directory is only read: the list forgets it once it is loaded, so nothing that a worker defines or
-removes reaches it. The list is in a memfd or, given a URL, beside the list that this names. Nothing
-is left behind, neither files nor lists nor processes.
+removes reaches it. The list is in a memfd or, given a URL, beside the list that this names; for
+several hosts, or a server that is killed too, on a server of its own (cluster.py). Nothing is left
+behind, neither files nor lists nor processes.
 
 With kills the storm ends quietly: all workers but one are killed and not replaced, and the one must
 get on. A storm that stays busy never shows a lost wake-up.
@@ -28,12 +29,13 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import msgspec
 from rich.console import Console
 
 from .. import config, opening
-from ..errors import INTERRUPTED, LockTimeout, ShmDomainsError
+from ..errors import INTERRUPTED, ShmDomainsError
 from ..memory.domain_list import DomainList
-from . import proof, worker
+from . import cluster, proof, worker
 from .journal import OWN, Journal, Page, Plan, Word, separator_for
 from .view import View
 
@@ -52,6 +54,7 @@ MEAN_LIFE_PER_DOMAIN = 2e-6
 QUIET_STEPS = 200  # what the last worker still has to do once the others are dead
 TICK = 0.05
 BATCH = 1000  # clones per hold of the list lock
+HOST_DEATHS = 0.1  # of the kills of workers on several hosts, those that kill all of one host
 
 
 def run(
@@ -64,6 +67,8 @@ def run(
     lock: str = "robust",
     domains: int | None = None,
     url: str | None = None,
+    hosts: int = 1,
+    kill_server: bool = False,
     console: Console,
 ) -> int:
     """Stress a list of the domains in `config_dir`; return the exit status.
@@ -73,39 +78,63 @@ def run(
 
     `seconds` is the length of the storm; `start` is ``"fork"``, ``"spawn"`` or ``"forkserver"``,
     `lock` ``"robust"`` or ``"multiprocessing"``; `domains` clones the loaded domains up to so many;
-    `url` is of a list on another store, beside which the list of the storm is made.
+    `url` is of a list on another store, beside which the list of the storm is made. The workers are
+    on so many `hosts`; with `kill`, now and then all of one host are killed at once. `kill_server`
+    kills the server, too, and starts it again. Both take a server of their own if there is no `url`.
     """
-    if workers < 1 or not 0 < seconds < math.inf or (domains is not None and domains < 0):
-        raise ValueError("workers and seconds are more than 0, domains is not negative")
+    if min(workers, hosts) < 1 or not 0 < seconds < math.inf or (domains or 0) < 0:
+        raise ValueError("workers, hosts and seconds are more than 0, domains is not negative")
+    if kill_server and url is not None:
+        raise ValueError("a server that others may use is not killed")
     view = View(console)
     context = multiprocessing.get_context(start)
+    server: cluster.Server | None = None
     try:
         try:
+            if url is None and (hosts > 1 or kill_server):
+                server = cluster.Server()
+                url = server.url
             doms, plan = _load(config_dir, workers, lock, domains, url, context, view)
         except (ShmDomainsError, OSError) as exc:
             view.say(f"stress: {exc}", "red")
             return 1
-        locks = f"{lock} locks" if url is None else opening.shown(url)
-        view.say(
-            f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} ({start}, "
-            f"{locks}), {seconds:g} s" + (", killed at random moments" if kill else ""),
-            "bold",
-        )
+        plan = msgspec.structs.replace(plan, hosts=hosts, server_dies=kill_server)
+        view.say(_announcement(plan, start, lock, seconds, kill), "bold")
         try:
-            return _storm_and_prove(doms, plan, context, seconds, kill, view)
+            dying = server if kill_server else None
+            return _storm_and_prove(doms, plan, context, seconds, kill, dying, view)
         finally:
             _discard(doms)
     except KeyboardInterrupt:  # while loading or printing; the rest sees to it itself
         view.say("stress: interrupted", "yellow")
         return INTERRUPTED
+    finally:
+        if server is not None:
+            server.end()
+
+
+def _announcement(plan: Plan, start: str, lock: str, seconds: float, kill: bool) -> str:
+    workers, hosts = plan.workers, plan.hosts
+    locks = opening.shown(plan.url) if plan.url else f"{lock} locks"
+    text = f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} "
+    text += f"on {hosts} hosts " if hosts > 1 else ""
+    text += f"({start}, {locks}), {seconds:g} s"
+    text += ", killed at random moments" if kill else ""
+    return text + (", and so is the server" if plan.server_dies else "")
 
 
 def _storm_and_prove(
-    doms: AnyDomainList, plan: Plan, context: BaseContext, seconds: float, kill: bool, view: View
+    doms: AnyDomainList,
+    plan: Plan,
+    context: BaseContext,
+    seconds: float,
+    kill: bool,
+    server: cluster.Server | None,
+    view: View,
 ) -> int:
     journal = Journal(plan.workers, plan.domains, seconds)
     try:
-        storm = _Storm(doms, journal, plan, context, view, kill)
+        storm = _Storm(doms, journal, plan, context, view, kill, server)
         storm.run(seconds)
         with view.progress("proving") as show:
             timeout = min(PROOF_TIMEOUT, plan.lock_timeout)
@@ -149,7 +178,8 @@ def _load(
             context=context,
         )
     else:
-        doms = opening.create(opening.beside(url, f"stress-{os.urandom(6).hex()}"))
+        url = opening.beside(url, f"stress-{os.urandom(6).hex()}")
+        doms = opening.create(url)
     try:
         loaded = _load_files(doms, config_dir, view)
         plan = Plan(
@@ -159,6 +189,7 @@ def _load(
             workers=workers,
             separator=separator_for([name for _, name in loaded]),
             lock_timeout=LOCK_TIMEOUT,
+            url=url or "",
         )
         _clone(doms, plan, view)
     except BaseException:
@@ -280,6 +311,7 @@ class _Storm:
         context: BaseContext,
         view: View,
         kill: bool,
+        server: cluster.Server | None = None,
     ) -> None:
         self._doms = doms
         self._journal = journal
@@ -287,13 +319,14 @@ class _Storm:
         self._context = context
         self._view = view
         self._kill = kill
+        self._server = server
         self._replacing = True
         self._posts = [_Post(number, page) for number, page in enumerate(journal.pages)]
         self._began = 0.0
         self._ticked = time.monotonic()
         self._ctrl_c = _CtrlC()
         self.elapsed = 0.0
-        self.kills = 0
+        self.kills = self.host_deaths = 0
         self.interrupted = False
         self.failures: list[str] = []
 
@@ -341,6 +374,8 @@ class _Storm:
         if self._kill:
             for post in self._living:
                 self._choose_end_of(post)
+        if self._server is not None:
+            self._server.choose_end()
         while (now := time.monotonic()) < end and self._living and not self.failures:
             next_kill = min(post.kill_at for post in self._living)
             self._tick(max(min(next_kill - now, end - now, TICK), 0))
@@ -351,6 +386,7 @@ class _Storm:
         """Kill all but one; what they held, and whom they should have woken, must not stop it."""
         self._replacing = False
         self.elapsed = time.monotonic() - self._began
+        self._spare_server()
         ready = [post for post in self._living if post.is_ready]
         if not self._kill or len(self._living) < 2 or not ready or self.failures:
             return
@@ -369,6 +405,7 @@ class _Storm:
         """Stop and reap every worker; kill what does not stop."""
         self._replacing = False
         self.elapsed = self.elapsed or time.monotonic() - self._began
+        self._spare_server()
         self._journal.stop()
         for post in self._posts:
             post.kill_at = math.inf
@@ -382,6 +419,10 @@ class _Storm:
         for post in self._living:
             cast("BaseProcess", post.process).join()
             self._reap(post)
+
+    def _spare_server(self) -> None:
+        if self._server is not None:
+            self._server.spare()
 
     # --- one worker ---
 
@@ -416,6 +457,12 @@ class _Storm:
         if post.process is not None and not post.killed:
             post.killed = True
             post.process.kill()
+
+    def _kill_host_of(self, post: _Post) -> None:
+        self.host_deaths += 1
+        for other in self._living:
+            if (other.number - post.number) % self._plan.hosts == 0:
+                self._kill_worker(other)
 
     def _reap(self, post: _Post) -> None:
         """Take note of a process that ended, and put another in its place if it was killed."""
@@ -462,13 +509,19 @@ class _Storm:
         self._ticked = now
         for post in self._living:
             self._reap(post)
+        if self._server is not None:
+            self._server.look(self._context)
         for post in self._living:
             self._look_after(post, now, passed)
         self._view.refresh()
 
     def _look_after(self, post: _Post, now: float, passed: float) -> None:
+        if post.killed:
+            return
         if post.kill_at <= now:
             self._kill_worker(post)
+            if self._plan.hosts > 1 and random.random() < HOST_DEATHS:
+                self._kill_host_of(post)
             return
         steps = post.page.words[Word.STEPS]
         if not post.is_ready:
@@ -501,7 +554,7 @@ class _Storm:
         try:
             with self._doms.locked(0):
                 return "the list lock is free"
-        except LockTimeout as exc:
+        except ShmDomainsError as exc:
             return str(exc)
 
     def _total(self, word: Word) -> int:
@@ -512,15 +565,39 @@ class _Storm:
         text = f"{self._total(Word.STEPS) / elapsed:,.0f} operations/s"
         if self._kill:
             text += f", {self.kills:,} kills, {self._total(Word.RECOVERIES):,} recoveries"
+        if self._server is not None:
+            text += f", server killed {_times(self._server.kills)}"
         return text
 
     @property
     def summary(self) -> str:
         """Kills and what followed from them, in a line."""
-        misses = f"{self._total(Word.MISSES):,} look-ups of what was gone meanwhile"
-        if not self._kill:
-            return misses
-        return (
-            f"{self.kills:,} kills, {self._total(Word.RECOVERIES):,} recoveries (a domain was "
-            f"taken over from a dead worker), {misses}"
-        )
+        text = f"{self._total(Word.MISSES):,} look-ups of what was gone meanwhile"
+        if self._kill:
+            text = (
+                f"{self.kills:,} kills, {self._total(Word.RECOVERIES):,} recoveries (a domain was "
+                f"taken over from a dead worker), {text}"
+            )
+        if self._plan.hosts > 1:
+            text += f"\n{self._by_host}"
+        if self._server is not None:
+            text += (
+                f"\nserver killed {_times(self._server.kills)}: {self._total(Word.LOST):,} operations "
+                f"lost their locks, {self._total(Word.DOUBTED):,} were in doubt, "
+                f"{self._total(Word.AWAY):,} found it away"
+            )
+        return text
+
+    @property
+    def _by_host(self) -> str:
+        hosts = self._plan.hosts
+        steps = [0] * hosts
+        for post in self._posts:
+            steps[post.number % hosts] += post.page.words[Word.STEPS]
+        words = [f"{cluster.host_of(at, hosts)} {count:,}" for at, count in enumerate(steps)]
+        died = f"; all workers of a host died at once {_times(self.host_deaths)}"
+        return f"operations: {', '.join(words)}{died * self._kill}"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number:,} times"

@@ -30,6 +30,7 @@ from ..errors import Busy, DomainRemoved, LockTimeout
 from ..memory.domain import Domain
 from ..rules.info import DomainInfo
 from ..states import DomainState, PausedReason, RunningReason, ShutoffReason
+from .cluster import OUTAGE, judge, on_its_host, patiently
 from .journal import (
     OWN,
     Intent,
@@ -69,7 +70,7 @@ def work(doms: AnyDomainList, journal: Journal, plan: Plan, number: int, seed: i
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us in order
     page = journal.pages[number]
     try:
-        Worker(doms, journal, plan, number, seed).run()
+        Worker(on_its_host(doms, plan, number), journal, plan, number, seed).run()
     except (LockTimeout, Busy) as exc:
         page.text = f"stuck while it was about to {page.doing}: {exc}"
         raise SystemExit(FAILED) from None
@@ -140,14 +141,22 @@ class Worker:
     # --- the loop ---
 
     def run(self) -> None:
+        patiently(self._plan, self._prepare_work)
+        self._page.add(Word.READY)
+        while not self._journal.stopped and os.getppid() == self._parent:
+            try:
+                self.step()
+            except OUTAGE as exc:
+                if not self._plan.server_dies:
+                    raise
+                judge(self._doms, self._journal, self._plan, self._number, exc)
+
+    def _prepare_work(self) -> None:
         settle(self._doms, self._journal, self._plan, self._number, self._timeout)
         self._templates = [
             self._info_of(self._plan.uuid_of(target)).definition
             for target in range(min(HOT, self._plan.domains))
         ]
-        self._page.add(Word.READY)
-        while not self._journal.stopped and os.getppid() == self._parent:
-            self.step()
 
     def step(self) -> None:
         """One operation, chosen at random."""
@@ -407,7 +416,9 @@ class Worker:
         if dom.is_active:
             dom.deactivate()
         elif self._room_for_ids:
-            self._room_for_ids = self._page.log_id(dom.activate())
+            id = dom.activate()
+            # See `_settle_change`: this id is not used.
+            self._room_for_ids = self._plan.server_dies or self._page.log_id(id)
         dom.data = "this was rolled back"
         dom.next_definition = dom.definition
         dom.definition = dom.definition.replace(description="this was rolled back")

@@ -311,9 +311,11 @@ CREATE TYPE locked AS (
     died bigint
 );
 
--- Find a domain by one key and lock it; the others are null.
+-- Find a domain by one key and lock it; the others are null. _lost: sessions of the caller's that
+-- ended when they asked for this lock. What they got nobody used, so they did not die with it.
 CREATE FUNCTION lock_domain(
-    _list bigint, _me bigint, _record bigint, _uuid uuid, _name text, _id integer, _wait integer
+    _list bigint, _me bigint, _record bigint, _uuid uuid, _name text, _id integer, _lost bigint[],
+    _wait integer
 ) RETURNS locked
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -344,7 +346,8 @@ BEGIN
         END IF;
         -- Waits for the last holder's transaction. `owner` is still there if he did not let go.
         UPDATE holds
-            SET died = coalesce(owner, died), owner = _me, since = clock_timestamp(),
+            SET died = CASE WHEN owner = ANY (_lost) THEN died ELSE coalesce(owner, died) END,
+                owner = _me, since = clock_timestamp(),
                 token = greatest(token + 1, CASE WHEN holds.life = now.life THEN 0
                                                  ELSE now.life << 40 END),
                 life = now.life
@@ -505,8 +508,9 @@ END $$;
 
 CREATE TYPE locked_mutex AS (outcome smallint, died bigint);
 
-CREATE FUNCTION lock_mutex(_list bigint, _me bigint, _mutex bigint, _wait integer)
-RETURNS locked_mutex
+CREATE FUNCTION lock_mutex(
+    _list bigint, _me bigint, _mutex bigint, _lost bigint[], _wait integer
+) RETURNS locked_mutex
 LANGUAGE plpgsql AS $$
 DECLARE
     _found locked_mutex;
@@ -516,7 +520,9 @@ BEGIN
         _found.outcome := 2;
         RETURN _found;
     END IF;
-    UPDATE mutexes SET died = coalesce(owner, died), owner = _me, since = clock_timestamp()
+    UPDATE mutexes
+        SET died = CASE WHEN owner = ANY (_lost) THEN died ELSE coalesce(owner, died) END,
+            owner = _me, since = clock_timestamp()
         WHERE mutex = _mutex AND list = _list
         RETURNING died INTO _found.died;
     _found.outcome := 1;
