@@ -186,7 +186,9 @@ def stress(
     if lock != "robust" and not target.in_shared_memory:
         raise click.UsageError(f"--lock is for shared memory, not for {target.what}.")
     if kill_server and not target.in_shared_memory:
-        raise click.UsageError(f"--kill-server kills a server of its own, not that of {target.what}.")
+        raise click.UsageError(
+            f"--kill-server kills a server of its own, not that of {target.what}."
+        )
     if lock != "robust" and (hosts > 1 or kill_server):
         raise click.UsageError("--lock is for shared memory, not for several hosts or a server.")
     if not math.isfinite(seconds):

@@ -49,8 +49,11 @@ _OTHER = Statement(
     "bigint",
 )
 _WAIT = Statement("SELECT take(lock_key(6, $1), $2)", "bigint", "int")
+# Written once more, so it waits for a synchronous standby: a commit whose session was ended while
+# it waited for one is seen here, and a failover would lose it.
 _DONE = Statement(
-    "SELECT (SELECT done FROM sessions WHERE session = $1), pg_advisory_unlock(lock_key(6, $1))",
+    "WITH receipt AS (UPDATE sessions SET done = done WHERE session = $1 RETURNING done) "
+    "SELECT (SELECT done FROM receipt), pg_advisory_unlock(lock_key(6, $1))",
     "bigint",
 )
 
@@ -409,8 +412,10 @@ class Pool:
                     f"{self.address.shown}: the lost session has not ended within "
                     f"{patience:g} s ({exc})"
                 ) from None
-            except session.Gone:
+            except session.Gone as exc:
                 self._all.discard(new)
+                if not left:
+                    raise Unavailable(f"{self.address.shown} went away: {exc}") from None
 
     # --- its end, and fork ---
 

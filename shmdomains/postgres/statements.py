@@ -95,7 +95,8 @@ TYPED = Statement("SELECT typed, next_typed FROM definitions WHERE record = $1",
 
 EVENT_COUNT = Statement("SELECT publish($1, $2)", "bigint", "int")
 EVENTS = Statement(
-    "SELECT number, extract(epoch FROM at)::float8, type, detail, uuid, name, id FROM events "
+    "SELECT number, extract(epoch FROM at)::float8, type, detail, uuid, name, id, who "
+    "FROM events "
     "WHERE list = $1 AND number >= $2 ORDER BY number LIMIT $3",
     *("bigint", "bigint", "int"),
 )

@@ -768,9 +768,16 @@ class PostgresStore:
         if found is not None:
             return found
         rows = self._read(ask.EVENTS, [self._list, number(number_of), number(_EVENTS_AT_ONCE)])
-        events = [_event(row) for row in rows]
+        events = [self._event(row) for row in rows]
         self._events = {one.number: one for one in events}
         return self._events.pop(number_of, None)
+
+    def _event(self, row: Row) -> DomainEvent:
+        type, who = EventType(small(row[2])), row[7]
+        detail = detail_of(type, integer(row[3]))
+        dead = None if who is None else self.holders.of_session(big(who))
+        uuid, name, id = UUID(bytes=row[4]), text(row[5]), integer(row[6])
+        return DomainEvent(big(row[0]), double(row[1]), type, detail, uuid, name, id, dead)
 
     def sleep_on_events(self, count: int, timeout: float | None) -> bool:
         listener = self.pool.listener
@@ -825,12 +832,3 @@ def _news(news: Sequence[News]) -> bytes | None:
     if not news:
         return None
     return json.dumps([[int(one.type), one.detail, one.id, one.name] for one in news]).encode()
-
-
-def _event(row: Row) -> DomainEvent:
-    type = EventType(small(row[2]))
-    uuid = UUID(bytes=row[4])
-    detail = detail_of(type, integer(row[3]))
-    return DomainEvent(
-        big(row[0]), double(row[1]), type, detail, uuid, text(row[5]), integer(row[6])
-    )

@@ -123,6 +123,7 @@ CREATE TABLE holds (
     record bigint PRIMARY KEY REFERENCES domains ON DELETE CASCADE,
     owner bigint,
     died bigint,
+    told bigint,  -- of whose death there is an event
     since timestamptz,
     token bigint NOT NULL DEFAULT 0,  -- from life * 2^40
     life bigint
@@ -149,7 +150,8 @@ CREATE TABLE events (
     detail integer NOT NULL,
     uuid uuid NOT NULL,
     name text NOT NULL,
-    id integer NOT NULL
+    id integer NOT NULL,
+    who bigint  -- who died: a session
 ) WITH (fillfactor = 70);
 CREATE UNIQUE INDEX events_number ON events (list, number) WHERE number IS NOT NULL;
 CREATE INDEX events_new ON events (list, place) WHERE number IS NULL;
@@ -311,6 +313,21 @@ CREATE TYPE locked AS (
     died bigint
 );
 
+-- The event of a death, once. 100 is EventType.HOLDER_DIED.
+CREATE FUNCTION holder_died(_list bigint, _found locked) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE holds SET told = _found.died
+        WHERE record = _found.record AND told IS DISTINCT FROM _found.died;
+    IF NOT FOUND OR (SELECT events_max = 0 FROM lists WHERE list = _list) THEN
+        RETURN;
+    END IF;
+    INSERT INTO events (list, at, type, detail, uuid, name, id, who)
+        VALUES (_list, clock_timestamp(), 100, 0, _found.uuid, _found.name, _found.id,
+                _found.died);
+    PERFORM tell(_list, _found.record::text);
+END $$;
+
 -- Find a domain by one key and lock it; the others are null. _lost: sessions of the caller's that
 -- ended when they asked for this lock. What they got nobody used, so they did not die with it.
 CREATE FUNCTION lock_domain(
@@ -364,6 +381,9 @@ BEGIN
                 FROM domains d WHERE d.record = _at AND d.list = _list;
             IF _record IS NOT NULL OR _found.name = _name OR _found.uuid = _uuid
                OR _found.id = _id THEN
+                IF _found.died IS NOT NULL THEN
+                    PERFORM holder_died(_list, _found);
+                END IF;
                 _found.outcome := 1;
                 RETURN _found;
             END IF;
