@@ -8,6 +8,7 @@ listener hears, and adds what belongs to this store: opening, hosts, tokens, who
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from ..errors import (
     SegmentExists,
     SegmentInUse,
     SegmentNotFound,
+    SegmentRefused,
     ShmDomainsError,
     Unavailable,
 )
@@ -337,7 +339,11 @@ class PostgresDomainList(PlainDomainList[int]):
                 f"{', '.join(str(one.pid) for one in others)}; force removes it all the same"
             )
         with self._pool.connect() as conn:
-            found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+            try:
+                found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+            except psycopg.errors.InsufficientPrivilege as exc:
+                why = exc.diag.message_primary
+                raise SegmentRefused(f"{self._pool.address.shown}: {why}") from None
             if not found.rowcount:
                 raise SegmentNotFound(f"{self._pool.address.shown} is gone")
 
@@ -768,23 +774,27 @@ def _enter(
     conn: psycopg.Connection[Any], address: Address, host: str, events: int | None, may_make: bool
 ) -> tuple[int, int, bool]:
     """The number of the list, how many events it keeps, and whether it was made now."""
-    wanted = DEFAULT_EVENTS if events is None else events
-    made = False
-    if may_make:
-        pid = os.getpid()
-        row = conn.execute(
-            "WITH made AS (INSERT INTO lists (name, events_max, host, place, pid, start) "
-            "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (name) DO NOTHING RETURNING list) "
-            "INSERT INTO counters (list) SELECT list FROM made RETURNING list",
-            [address.list, wanted, host, place_of(host), pid, core.process_start(pid)],
-        ).fetchone()
-        made = row is not None
-    try:
-        row = conn.execute(
-            "SELECT list, events_max FROM lists WHERE name = %s", [address.list]
-        ).fetchone()
-    except psycopg.errors.UndefinedTable:
-        row = None
+    made, row = False, _list_of(conn, address)
+    if row is None and may_make:
+        wanted = DEFAULT_EVENTS if events is None else events
+        try:
+            made = schema.make_list(conn, address.list, wanted, host, place_of(host))
+        except psycopg.errors.InsufficientPrivilege as exc:
+            raise SegmentRefused(
+                f"{address.shown}: {exc.diag.message_primary}. There is no such list that this role "
+                "may use. An administrator makes it: shmdomains postgres init --role "
+                f"{conn.info.user} --list {shlex.quote(address.list)} URL"
+            ) from None
+        row = _list_of(conn, address)
     if row is None:
         raise SegmentNotFound(f"there is no list {address.shown}")
     return int(row[0]), int(row[1]), made
+
+
+def _list_of(conn: psycopg.Connection[Any], address: Address) -> tuple[Any, ...] | None:
+    try:
+        return conn.execute(
+            "SELECT list, events_max FROM lists WHERE name = %s", [address.list]
+        ).fetchone()
+    except psycopg.errors.UndefinedTable:
+        return None

@@ -72,7 +72,8 @@ class Statement:
         self.text = re.sub(
             r"\$(\d+)", lambda at: f"{at[0]}::{types[int(at[1]) - 1]}", text
         ).encode()
-        self.formats = [int(type == "bytea") for type in types]
+        # In binary: as text, a value would end at its first NUL.
+        self.formats = [int(type in ("bytea", "text")) for type in types]
 
 
 Row = tuple[bytes | None, ...]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -252,14 +253,14 @@ class PostgresStore:
 
     def peek(self, key: Key) -> PostgresInfo | None:
         """The committed state of the domain with this key."""
-        value = str(key.value).encode()
-        if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+        if _nobody_has(key):
             return None
+        value = str(key.value).encode()
         return self._one(ask.BY[key.kind], [self._list, value])
 
     def glance(self, key: Key) -> PostgresInfo | None:
         """`peek`, perhaps at a standby."""
-        if key.kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+        if _nobody_has(key):
             return None
         rows = self._look_at(ask.BY[key.kind], [self._list, str(key.value).encode()])
         return self._info(rows[0]) if rows else None
@@ -297,6 +298,8 @@ class PostgresStore:
         flags = (wanted.active, wanted.persistent, wanted.autostart)
         states = wanted.states
         host = wanted.host
+        if host is not None and _UNKEPT.search(host):
+            host = ""  # nobody's either
         return [
             self._list,
             *(None if flag is None else truth(flag) for flag in flags),
@@ -343,9 +346,9 @@ class PostgresStore:
 
     def lock_by(self, key: Key, timeout: float | None) -> PostgresInfo | None:
         """Find by a key and lock; ``None``: there is no such domain."""
-        kind, value = key.kind, str(key.value).encode()
-        if kind == "id" and not 0 <= int(str(key.value)) < 2**31:
+        if _nobody_has(key):
             return None
+        kind, value = key.kind, str(key.value).encode()
         for neighbour in self.pool.beside(timeout):
             for hold in neighbour.holds.values():
                 held: Any = hold.record if kind == "record" else getattr(hold.info, kind)
@@ -707,6 +710,8 @@ class PostgresStore:
     def name_mutex(self, name: str) -> None:
         if name in self._mutexes:
             return
+        if _UNKEPT.search(name):
+            raise ValueError(f"PostgreSQL keeps no name such as {name!r}")
         key = name.encode()
         rows = self._read(ask.MUTEX, [self._list, key])
         if not rows:
@@ -808,6 +813,16 @@ class PostgresStore:
             None if autostart is None else os.fsencode(autostart),
         ]
         self._held(ask.SET_DIRS, [self._list, host, *paths])
+
+
+_UNKEPT = re.compile("[\0\ud800-\udfff]")
+"""What a text in PostgreSQL cannot have in it."""
+
+
+def _nobody_has(key: Key) -> bool:
+    if key.kind == "id":
+        return not 0 <= int(str(key.value)) < 2**31
+    return key.kind == "name" and _UNKEPT.search(str(key.value)) is not None
 
 
 def _stops(what: str) -> AlreadyLocked:

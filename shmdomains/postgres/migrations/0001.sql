@@ -255,16 +255,26 @@ END $$;
 
 -- --- sessions ---
 
-CREATE FUNCTION enter_session(
-    _process bigint, _tid integer, _start bigint, OUT _session bigint
-)
-LANGUAGE plpgsql AS $$
+-- Number a new life of the server, if this is one. No other role may write these tables: tokens of
+-- all lists depend on them.
+CREATE FUNCTION begin_life() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = shmdomains, pg_catalog, pg_temp AS $$
 DECLARE
     _life bigint;
 BEGIN
     IF NOT EXISTS (SELECT FROM life) THEN
         INSERT INTO lives DEFAULT VALUES RETURNING life INTO _life;
         INSERT INTO life (life) VALUES (_life) ON CONFLICT DO NOTHING;
+    END IF;
+END $$;
+
+CREATE FUNCTION enter_session(
+    _process bigint, _tid integer, _start bigint, OUT _session bigint
+)
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM life) THEN
+        PERFORM begin_life();
     END IF;
     INSERT INTO sessions (process, backend, tid, start)
         VALUES (_process, pg_backend_pid(), _tid, _start)
@@ -282,7 +292,12 @@ BEGIN
     IF NOT take(lock_key(2, _list), _wait) THEN
         RETURN false;
     END IF;
-    UPDATE sessions SET list_since = clock_timestamp() WHERE session = _me;
+    UPDATE sessions SET list_since = clock_timestamp()
+        WHERE session = _me AND EXISTS (SELECT FROM lists WHERE list = _list);
+    IF NOT FOUND AND EXISTS (SELECT FROM sessions WHERE session = _me) THEN
+        PERFORM pg_advisory_unlock(lock_key(2, _list));
+        RAISE EXCEPTION 'permission denied for list %', _list USING ERRCODE = '42501';
+    END IF;
     RETURN true;
 END $$;
 
@@ -560,4 +575,42 @@ BEGIN
     UPDATE mutexes SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
         WHERE mutex = _mutex AND owner = _me;
     RETURN pg_advisory_unlock(lock_key(3, _mutex));
+END $$;
+
+-- --- who may use which list ---
+
+-- Roles that may use some lists only (`schema.install` enters them). The owner of these tables
+-- passes by all of this; a role that may use all lists has a policy of its own, which is true.
+CREATE TABLE users (
+    role name,
+    list bigint REFERENCES lists ON DELETE CASCADE,
+    oid oid NOT NULL,  -- a role that was dropped leaves its row to no other of its name
+    PRIMARY KEY (role, list)
+);
+ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own ON users USING (role = current_user);
+
+-- Rows without a list belong to a row that has one. The policy of its table holds in the subquery.
+DO $$
+DECLARE
+    _table text;
+    _own CONSTANT text := 'list = ANY (ARRAY(SELECT list FROM users WHERE role = current_user))';
+BEGIN
+    FOREACH _table IN ARRAY ARRAY[
+        'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events'
+    ] LOOP
+        EXECUTE format('CREATE POLICY own ON %I USING (%s)', _table, _own);
+    END LOOP;
+    CREATE POLICY own ON sessions
+        USING (EXISTS (SELECT FROM processes p WHERE p.process = sessions.process));
+    CREATE POLICY own ON definitions
+        USING (EXISTS (SELECT FROM domains d WHERE d.record = definitions.record));
+    CREATE POLICY own ON holds
+        USING (EXISTS (SELECT FROM domains d WHERE d.record = holds.record));
+    FOREACH _table IN ARRAY ARRAY[
+        'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events',
+        'sessions', 'definitions', 'holds'
+    ] LOOP
+        EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', _table);
+    END LOOP;
 END $$;
