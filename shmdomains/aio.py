@@ -14,6 +14,11 @@ and asks again when it is its turn (``memory/asking.py``, ``rooms.py``). What wr
 (`define`, `undefine`, `rename`, `load_all_configs`, ...) runs in another thread, on behalf of the
 task.
 
+Of a list on PostgreSQL everything takes a round trip and is awaited, `peek`, `list` and `info` too;
+`call` is for what is a method of a domain: ``await aio.call(dom.commit)``. Each runs in another
+thread on behalf of the task (``postgres/tasks.py``), and so does the end of an ``async with``
+block.
+
 A task that is cancelled while it waits holds nothing. One that ends, in whatever way, while it
 holds something is rolled back and unlocked. So is every task of a loop that is closed.
 """

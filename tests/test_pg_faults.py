@@ -202,7 +202,8 @@ class Bench(NamedTuple):
             [number],
         ).fetchall()
         events = self.sql.execute(
-            "SELECT type, detail, name FROM events WHERE list = %s ORDER BY place", [number]
+            "SELECT type, detail, name FROM events WHERE list = %s AND who IS NULL ORDER BY place",
+            [number],
         ).fetchall()
         return [domains, events]
 

@@ -308,7 +308,7 @@ class PostgresDomainList(PlainDomainList[int]):
                 with session.connect(conninfo, address.lease, address.shown, "shmdomains") as other:
                     check_server(conn, other, address.shown)
                 _checked.add((conninfo, os.getpid()))
-            if may_make:
+            if may_make or schema.version_of(conn):
                 schema.ensure(conn, address.shown)
             number, kept, made = _enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)

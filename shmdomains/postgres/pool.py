@@ -50,8 +50,11 @@ _OTHER = Statement(
     "bigint",
 )
 _WAIT = Statement("SELECT take(lock_key(6, $1), $2)", "bigint", "int")
+# Written once more, so it waits for a synchronous standby: a commit whose session was ended while
+# it waited for one is seen here, and a failover would lose it.
 _DONE = Statement(
-    "SELECT (SELECT done FROM sessions WHERE session = $1), pg_advisory_unlock(lock_key(6, $1))",
+    "WITH receipt AS (UPDATE sessions SET done = done WHERE session = $1 RETURNING done) "
+    "SELECT (SELECT done FROM receipt), pg_advisory_unlock(lock_key(6, $1))",
     "bigint",
 )
 
@@ -415,8 +418,10 @@ class Pool:
                     f"{self.address.shown}: the lost session has not ended within "
                     f"{patience:g} s ({exc})"
                 ) from None
-            except session.Gone:
+            except session.Gone as exc:
                 self._all.discard(new)
+                if not left:
+                    raise Unavailable(f"{self.address.shown} went away: {exc}") from None
 
     # --- its end, and fork ---
 
@@ -488,8 +493,9 @@ def check_server(conn: psycopg.Connection[Any], other: psycopg.Connection[Any], 
     if version < 140000:
         raise SegmentRefused(f"{shown} is PostgreSQL {version // 10000}; it takes 14 or later")
     pid, key = "SELECT pg_backend_pid()", (23808 + 9) << 48
-    numbers = [one.execute(pid).fetchone() for one in (conn, other)]
-    if numbers[0] == numbers[1]:
+    # Twice in a row, for a pooler may take its sessions in turns.
+    numbers = [one.execute(pid).fetchone() for one in (conn, conn, other, other, conn)]
+    if not (numbers[0] == numbers[1] == numbers[4] != numbers[2] == numbers[3]):
         raise SegmentRefused(
             f"{shown} is behind a pooler (PgBouncer?) in transaction mode, where a lock has no "
             "session that it could belong to: connect to the server itself, or pool sessions"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from importlib import resources
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SegmentMismatch, SegmentRefused
@@ -60,7 +61,7 @@ def ensure(conn: psycopg.Connection[Any], shown: str) -> None:
         what = str(exc.diag.message_primary or exc)
         raise SegmentRefused(
             f"{shown}: {what}. The schema '{SCHEMA}' is made once by an administrator: "
-            f"shmdomains postgres init --role {conn.info.user} URL"
+            f"shmdomains postgres init --role {quote(conn.info.user)} URL"
         ) from None
     if there > wanted:
         raise SegmentMismatch(

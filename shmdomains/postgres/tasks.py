@@ -24,6 +24,7 @@ from ..memory import asking
 from ..memory._core import core
 from ..names import Uuid
 from ..rules.info import DomainInfo
+from ..rules.plain import PlainLockedDomains
 from ..rules.values import not_found, one_key
 from ..rules.wait import any_change, in_vain, need_no_other_lock, removed
 from ..rules.watch import Watch
@@ -57,8 +58,8 @@ class Awaited(Awaitable[T], Generic[T]):
 
     def _result(self) -> T:
         result = self._call()
-        if isinstance(result, PostgresDomain) and result.is_locked:
-            _ = result.definition  # so that asking for it takes no round trip
+        for dom in _locked(result):
+            _ = dom.definition  # so that asking for it takes no round trip
         return result
 
     def _enter(self) -> tuple[Any, Any]:
@@ -104,14 +105,16 @@ async def leave(owner: int, exit: Callable[..., object], *exc: Any) -> None:
     # else its task was dropped: then what it held is freed (`Pool.leave`)
 
 
+def _locked(result: Any) -> list[PostgresDomain]:
+    """The domains that a call locked."""
+    found = result if isinstance(result, PlainLockedDomains) else [result]
+    return [one for one in found if isinstance(one, PostgresDomain) and one.is_locked]
+
+
 def _give_back(result: Any) -> None:
     """Nobody wants it any more."""
-    if isinstance(result, PostgresDomain):
-        result._release_unseen()
-    elif isinstance(result, list):
-        for one in reversed(result):
-            if isinstance(one, PostgresDomain):
-                one._release_unseen()
+    for dom in reversed(_locked(result)):
+        dom._release_unseen()
 
 
 def _leave_entered(entered: tuple[Any, Any]) -> None:
