@@ -147,6 +147,14 @@ def test_a_role_sees_its_own_list_only(place: Place, green: PostgresDomainList) 
             place.server.psql(f"ALTER TABLE shmdomains.{table} ENABLE ROW LEVEL SECURITY")
 
 
+def test_every_table_is_looked_at(place: Place) -> None:
+    kinds = "SELECT relname FROM pg_class WHERE relnamespace = 'shmdomains'::regnamespace "
+    tables = {row[0] for row in place.rows(kinds + "AND relkind = 'r' AND relrowsecurity")}
+    assert tables == set(TABLES)
+    others = {row[0] for row in place.rows(kinds + "AND relkind = 'r' AND NOT relrowsecurity")}
+    assert others == {"migrations", "lives", "life"}  # which no role but the owner writes
+
+
 def test_a_role_changes_its_own_list_only(place: Place, green: PostgresDomainList) -> None:
     own = set(TABLES) - {"lists", "users"}
     with place.as_role("anna") as conn:

@@ -581,10 +581,10 @@ class _Storm:
         if self._plan.hosts > 1:
             text += f"\n{self._by_host}"
         if self._server is not None:
+            lost, doubted, away = map(self._total, (Word.LOST, Word.DOUBTED, Word.AWAY))
             text += (
-                f"\nserver killed {_times(self._server.kills)}: {self._total(Word.LOST):,} operations"
-                f" lost their locks, {self._total(Word.DOUBTED):,} were in doubt, "
-                f"{self._total(Word.AWAY):,} found it away"
+                f"\nserver killed {_times(self._server.kills)}: {lost:,} operations lost their "
+                f"locks, {doubted:,} were in doubt, {away:,} found it away"
             )
         return text
 
