@@ -63,7 +63,11 @@ def _grant(conn: psycopg.Connection[Any], role: str, list: str | None) -> None:
     for table in _OF_LISTS:
         run("GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {role}", table)
     run("GRANT SELECT ON lists TO {role}")
-    rights = "REVOKE INSERT, UPDATE, DELETE ON lists FROM" if list else "GRANT INSERT, DELETE ON lists TO"
+    rights = (
+        "REVOKE INSERT, UPDATE, DELETE ON lists FROM"
+        if list
+        else "GRANT INSERT, DELETE ON lists TO"
+    )
     run(f"{rights} {{role}}")
 
     [oid] = conn.execute("SELECT oid FROM pg_roles WHERE rolname = %s", [role]).fetchone() or [0]

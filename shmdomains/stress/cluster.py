@@ -53,7 +53,10 @@ def on_its_host(doms: AnyDomainList, plan: Plan, worker: int) -> AnyDomainList:
     if plan.hosts < 2:
         return doms
     os.environ["SHMDOMAINS_HOST"] = host_of(worker, plan.hosts)
-    return patiently(plan, lambda: opening.attach(plan.url, timeout=plan.lock_timeout))
+    found: AnyDomainList = patiently(
+        plan, lambda: opening.attach(plan.url, timeout=plan.lock_timeout)
+    )
+    return found
 
 
 def patiently(plan: Plan, what: Callable[[], Any]) -> Any:
