@@ -36,7 +36,7 @@ from ..lazy import LazyModule
 from ..memory._core import core
 from ..memory.callbacks import look_for_gevent
 from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
-from ..memory.held import LockInfo
+from ..memory.held import LockInfo, Statistics
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
@@ -47,7 +47,7 @@ from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
 from ..rules.tasks import ask
-from . import invariants, schema, session
+from . import counts, invariants, schema, session
 from .elect import Candidate, leading
 from .jobs import PostgresJob
 from .mutex import PostgresMutex
@@ -62,6 +62,10 @@ if TYPE_CHECKING:
     from ..memory import asking
 else:
     asking = LazyModule("shmdomains.memory.asking")
+
+SWEEP_EVERY = 600.0
+"""Seconds; see ``sweep`` in ``migrations/0001.sql``."""
+SWEEP_AT_ONCE = 5000
 
 _EMPTY = State()
 _checked: set[tuple[str, int]] = set()
@@ -308,6 +312,7 @@ class PostgresDomainList(PlainDomainList[int]):
                 schema.ensure(conn, address.shown)
             number, kept, made = _enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)
+            _sweep(conn, number)
             doms._pool.begin_with(conn)
         except psycopg.OperationalError as exc:
             conn.close()
@@ -711,6 +716,18 @@ class PostgresDomainList(PlainDomainList[int]):
                 found.append(LockInfo("job", info.name, info.uuid, job.holder))
         return found
 
+    @property
+    def statistics(self) -> Statistics:
+        """What this process counted since it opened the list: acquisitions, waits, commits, deaths.
+        A wait is from the request to the answer, the network's time with it."""
+        return counts.statistics([self._pool.counts.numbers])
+
+    def statistics_of_all(self) -> Statistics:
+        """The same, added up over the living processes of all hosts: of the others what they told
+        the server last, up to a third of a lease ago. Takes no lock."""
+        self._usable()
+        return counts.statistics(counts.all_counts(self._pool))
+
     def check(self, timeout: float | None = 10.0) -> CheckReport:
         """Test what the database cannot enforce by itself: every domain has its definition, of its
         own name and UUID, and its lock's row; and this host's config directory says the same. What
@@ -728,6 +745,7 @@ class PostgresDomainList(PlainDomainList[int]):
         settled = settle_all(self, 0)
         done = [Repair("files", name, None) for name, left in settled if left is None]
         busy = [HeldLock("files", name, left.holder) for name, left in settled if left is not None]
+        self._pool.counts.repaired(len(done))
         return RecoverReport(done, busy, 0)
 
     def __repr__(self) -> str:
@@ -781,8 +799,8 @@ def _enter(
             made = schema.make_list(conn, address.list, wanted, host, place_of(host))
         except psycopg.errors.InsufficientPrivilege as exc:
             raise SegmentRefused(
-                f"{address.shown}: {exc.diag.message_primary}. There is no such list that this role "
-                "may use. An administrator makes it: shmdomains postgres init --role "
+                f"{address.shown}: {exc.diag.message_primary}. There is no such list that this "
+                "role may use. An administrator makes it: shmdomains postgres init --role "
                 f"{conn.info.user} --list {shlex.quote(address.list)} URL"
             ) from None
         row = _list_of(conn, address)
@@ -791,10 +809,22 @@ def _enter(
     return int(row[0]), int(row[1]), made
 
 
+def _sweep(conn: psycopg.Connection[Any], list_number: int) -> None:
+    """Now and then, remove what sessions and processes left that are over."""
+    due = conn.execute(
+        "UPDATE counters SET swept = clock_timestamp() WHERE list = %s "
+        "AND swept < clock_timestamp() - make_interval(secs => %s)",
+        [list_number, SWEEP_EVERY],
+    )
+    if due.rowcount:
+        conn.execute("SELECT sweep(%s, %s)", [list_number, SWEEP_AT_ONCE])
+
+
 def _list_of(conn: psycopg.Connection[Any], address: Address) -> tuple[Any, ...] | None:
     try:
-        return conn.execute(
+        found: tuple[Any, ...] | None = conn.execute(
             "SELECT list, events_max FROM lists WHERE name = %s", [address.list]
         ).fetchone()
     except psycopg.errors.UndefinedTable:
         return None
+    return found

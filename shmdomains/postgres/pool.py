@@ -26,6 +26,7 @@ from ..memory import greenlets, holder
 from ..memory._core import core
 from ..memory.callbacks import when_over
 from . import schema, session, statements
+from .counts import Counts
 from .listener import Listener
 from .session import Session, Statement, big, number
 from .url import Address, without_password
@@ -101,6 +102,7 @@ class Pool:
         self._all: set[Session] = set()
         self.states: dict[int, State] = {}
         self._listener: Listener | None = None
+        self.counts = Counts()
         self.leaderships: set[Any] = set()
         """Of elections (`elect`): told when their lock is lost."""
         self.closed = False
@@ -148,7 +150,8 @@ class Pool:
     def seen(self, conn: psycopg.Connection[Any]) -> None:
         """Let the server know that this process lives."""
         conn.execute(
-            "UPDATE processes SET seen = clock_timestamp() WHERE process = %s", [self.process]
+            "UPDATE processes SET seen = clock_timestamp(), counts = %s WHERE process = %s",
+            [self.counts.numbers, self.process],
         )
 
     def _make(self, conn: psycopg.Connection[Any] | None = None) -> Session:
@@ -405,7 +408,10 @@ class Pool:
                 wait = number(max(1, int(left * 1000)))
                 new.call(_WAIT, [number(lost.number), wait], waits=True)
                 [[done, _]] = new.call(_DONE, [number(lost.number)])
-                return new, 0 if done is None else big(done)
+                if done is None:
+                    self.give(new)
+                    raise Unavailable(f"{self.address.shown} has no receipt of it any more")
+                return new, big(done)
             except session.Refused as exc:
                 self.give(new)
                 raise Unavailable(
@@ -447,6 +453,7 @@ class Pool:
             listener.forget()
         self._idle, self._readers, self._all = [], [], set()
         self.states, self.process = {}, 0
+        self.counts = Counts()
 
 
 def _after_fork() -> None:

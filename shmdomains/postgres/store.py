@@ -94,9 +94,10 @@ class PostgresStore:
     ) -> tuple[State, list[Row]]:
         """A statement that takes a lock, its last value being the milliseconds of its wait. No
         rows: it was not free in time. Asks again through a new session if nothing is held."""
-        end = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
+        end = None if timeout is None else began + timeout
         patience = self.pool.patience
-        give_up = time.monotonic() + patience
+        give_up = began + patience
         lost: list[int] = []
         while True:
             state = self.pool.begin(patience if timeout is None else max(timeout, patience))
@@ -110,9 +111,13 @@ class PostgresStore:
                 given[-2] = _numbers(lost)
             session.locks += 1
             try:
-                return state, session.call(statement, given, waits=timeout != 0)
+                rows = session.call(statement, given, waits=timeout != 0)
+                if rows[0][-1] == b"\1":
+                    self.pool.counts.waited(time.monotonic() - began)
+                return state, rows
             except Refused as exc:
                 if exc.state == "55P03" and left is not None and left <= slice:
+                    self.pool.counts.waited(time.monotonic() - began)
                     return state, []
                 if exc.state == "55P03" or (exc.state == "40P01" and left is not None):
                     session.locks -= 1  # a cycle of waits that end by themselves is none
@@ -241,6 +246,7 @@ class PostgresStore:
             raise local.timed_out(
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
             )
+        self.pool.counts.got(False)
 
     def unlock_list(self) -> None:
         self._free(ask.UNLOCK_LIST, [self._list])
@@ -361,6 +367,7 @@ class PostgresStore:
         if outcome == 1:
             row = rows[0]
             died = None if row[17] is None else big(row[17])
+            self.pool.counts.got(died is not None)
             return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
         self._not_got(state)
         if outcome == 0:
@@ -569,9 +576,10 @@ class PostgresStore:
         session = state.session
         assert session is not None
         session.commits += 1
-        return session.call(
-            statement, [self._list, number(session.number), number(session.commits), *values]
-        )
+        place = [self._list, number(session.number), number(session.commits)]
+        rows = session.call(statement, [*place, *values])
+        self.pool.counts.committed()
+        return rows
 
     def next_id(self, timeout: float | None) -> int:
         [[id]] = self._held(ask.NEXT_ID, [self._list])
@@ -733,7 +741,8 @@ class PostgresStore:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
             raise local.timed_out(f"mutex {name!r}", timeout, holder)
-        self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
+        died = self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
+        self.pool.counts.got(died is not None)
 
     def unlock_mutex(self, name: str, seen: bool) -> None:
         session = self._state().session

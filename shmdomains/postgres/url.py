@@ -84,8 +84,8 @@ def parse(url: str, lease: float | None = None, read: str | None = None) -> Addr
 
 
 def _check_place(netloc: str, path: str) -> None:
-    """Refuse what libpq would take apart in another place, and then quote a piece of the password in
-    its message.
+    """Refuse what libpq would take apart in another place: it would then quote a piece of the
+    password in its message.
 
     >>> _check_place("anna:p@ss@db1", "/vms")
     Traceback (most recent call last):

@@ -80,7 +80,7 @@ def run(
     `lock` ``"robust"`` or ``"multiprocessing"``; `domains` clones the loaded domains up to so many;
     `url` is of a list on another store, beside which the list of the storm is made. The workers are
     on so many `hosts`; with `kill`, now and then all of one host are killed at once. `kill_server`
-    kills the server, too, and starts it again. Both take a server of their own if there is no `url`.
+    kills the server, too, and starts it again. Both take a server of their own without a `url`.
     """
     if min(workers, hosts) < 1 or not 0 < seconds < math.inf or (domains or 0) < 0:
         raise ValueError("workers, hosts and seconds are more than 0, domains is not negative")
@@ -581,10 +581,10 @@ class _Storm:
         if self._plan.hosts > 1:
             text += f"\n{self._by_host}"
         if self._server is not None:
+            lost, doubted, away = map(self._total, (Word.LOST, Word.DOUBTED, Word.AWAY))
             text += (
-                f"\nserver killed {_times(self._server.kills)}: {self._total(Word.LOST):,} operations "
-                f"lost their locks, {self._total(Word.DOUBTED):,} were in doubt, "
-                f"{self._total(Word.AWAY):,} found it away"
+                f"\nserver killed {_times(self._server.kills)}: {lost:,} operations lost their "
+                f"locks, {doubted:,} were in doubt, {away:,} found it away"
             )
         return text
 
