@@ -30,6 +30,8 @@ import psycopg  # noqa: E402
 from psycopg import sql  # noqa: E402
 
 from shmdomains.postgres import PostgresDomainList, schema, url  # noqa: E402
+from shmdomains.postgres import statements as ask  # noqa: E402
+from shmdomains.postgres.session import Refused  # noqa: E402
 
 TABLES = {
     "lists": "list",
@@ -401,6 +403,8 @@ def test_a_name_goes_on_after_a_nul(place: Place) -> None:
                 doms.mutex(name)
         with doms.get("a") as dom, pytest.raises(ValueError, match="no name of a host"):
             dom.activate(1, host="a\0b")
+        with pytest.raises(Refused, match="0x00"):  # whatever comes that far is not cut short
+            doms._pool.ask(ask.BY["name"], [b"%d" % doms._pool.list, b"a\0b"])
         doms.undefine("a")
 
 

@@ -100,14 +100,37 @@ def test_now_and_then_only(rows: Rows) -> None:
 
 
 def test_not_those_that_go_on(rows: Rows) -> None:
-    with PostgresDomainList.attach(rows.url) as doms, doms.get("web1") as dom:
+    """A session that holds nothing; then the listener alone."""
+    with PostgresDomainList.attach(rows.url) as doms:
         [session], [process] = rows.sessions, rows.processes
         for _ in range(3):
             rows.age(48)
             rows.open()
         assert session in rows.sessions and process in rows.processes
-        dom.data = 1
-    assert doms._pool.process == process
+        doms._pool.listener.listen()
+        while doms._pool._idle:
+            doms._pool._idle.pop().end("it was idle")
+        for _ in range(3):
+            rows.age(48)
+            rows.open()
+        assert session not in rows.sessions and process in rows.processes
+        with doms.get("web1") as dom:
+            dom.data = 1
+        assert doms._pool.process == process
+
+
+def test_not_a_process_that_is_about_to_begin(rows: Rows) -> None:
+    rows.conn.execute(
+        "INSERT INTO processes (list, host, place, pid, start) VALUES (%s, 'x', 'x', 1, 1)",
+        [rows.list],
+    )
+    [process] = rows.processes
+    rows.age(1)
+    rows.open()
+    assert process in rows.processes
+    rows.age(24)
+    rows.open()
+    assert process not in rows.processes
 
 
 def test_a_process_that_was_forgotten_goes_on(rows: Rows) -> None:
