@@ -8,13 +8,10 @@ locked for so long since it attached.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..memory.held import Statistics
 from .session import Statement, number, text
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 _SIZES = 25
 """As many as in shared memory."""
@@ -69,7 +66,7 @@ def statistics(counts: list[list[int]]) -> Statistics:
     return Statistics.of([(*one[:6], tuple(one[6:])) for one in (said or none for said in counts)])
 
 
-def all_counts(pool: Pool) -> list[list[int]]:
+def all_counts(pool: Any) -> list[list[int]]:
     """Those of this process, and those of the others that live, as they said last."""
     rows = pool.ask(_OTHERS, [number(pool.list), number(pool.process)])
     return [pool.counts.numbers, *([int(one) for one in text(row[0]).split()] for row in rows)]

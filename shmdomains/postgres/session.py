@@ -19,7 +19,7 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -422,3 +422,8 @@ def number(value: int | None) -> bytes | None:
 
 def truth(value: bool) -> bytes:
     return b"t" if value else b"f"
+
+
+def numbers(some: Iterable[int]) -> bytes:
+    """A bigint[] as a parameter."""
+    return ("{" + ",".join(map(str, some)) + "}").encode()
