@@ -408,10 +408,7 @@ class Pool:
                 wait = number(max(1, int(left * 1000)))
                 new.call(_WAIT, [number(lost.number), wait], waits=True)
                 [[done, _]] = new.call(_DONE, [number(lost.number)])
-                if done is None:
-                    self.give(new)
-                    raise Unavailable(f"{self.address.shown} has no receipt of it any more")
-                return new, big(done)
+                return new, 0 if done is None else big(done)
             except session.Refused as exc:
                 self.give(new)
                 raise Unavailable(

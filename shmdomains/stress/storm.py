@@ -99,7 +99,8 @@ def run(
             view.say(f"stress: {exc}", "red")
             return 1
         plan = msgspec.structs.replace(plan, hosts=hosts, server_dies=kill_server)
-        view.say(_announcement(plan, start, lock, seconds, kill), "bold")
+        where = f"{lock} locks" if url is None else opening.shown(url)
+        view.say(_announcement(plan, start, where, seconds, kill), "bold")
         try:
             dying = server if kill_server else None
             return _storm_and_prove(doms, plan, context, seconds, kill, dying, view)
@@ -113,12 +114,11 @@ def run(
             server.end()
 
 
-def _announcement(plan: Plan, start: str, lock: str, seconds: float, kill: bool) -> str:
+def _announcement(plan: Plan, start: str, where: str, seconds: float, kill: bool) -> str:
     workers, hosts = plan.workers, plan.hosts
-    locks = opening.shown(plan.url) if plan.url else f"{lock} locks"
     text = f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} "
     text += f"on {hosts} hosts " if hosts > 1 else ""
-    text += f"({start}, {locks}), {seconds:g} s"
+    text += f"({start}, {where}), {seconds:g} s"
     text += ", killed at random moments" if kill else ""
     return text + (", and so is the server" if plan.server_dies else "")
 
