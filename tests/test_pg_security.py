@@ -29,7 +29,7 @@ need()
 import psycopg  # noqa: E402
 from psycopg import sql  # noqa: E402
 
-from shmdomains.postgres import PostgresDomainList, schema, url  # noqa: E402
+from shmdomains.postgres import PostgresDomainList, rights, url  # noqa: E402
 from shmdomains.postgres import statements as ask  # noqa: E402
 from shmdomains.postgres.session import Refused  # noqa: E402
 
@@ -66,9 +66,9 @@ class Place:
         self.admin = f"host={server.folder} port={server.port} user=postgres dbname=shmdomains"
         for role in ("anna", "bert", "vms"):
             server.psql(f"CREATE ROLE {role} LOGIN PASSWORD 'pw-of-{role}'")
-        schema.install(self.admin, "anna", "blue")
-        schema.install(self.admin, "bert", "green")
-        schema.install(self.admin, "vms")
+        rights.install(self.admin, "anna", "blue")
+        rights.install(self.admin, "bert", "green")
+        rights.install(self.admin, "vms")
         self.green = int(self.one("SELECT list FROM lists WHERE name = 'green'"))
 
     def url(self, role: str, list: str) -> str:
@@ -319,20 +319,20 @@ def test_two_roles_side_by_side(place: Place) -> None:
 def test_a_role_gets_one_list_more_or_all_of_them(place: Place) -> None:
     server = place.server
     server.psql("CREATE ROLE carl LOGIN")
-    schema.install(place.admin, "carl", "red")
-    schema.install(place.admin, "carl", "gold")
+    rights.install(place.admin, "carl", "red")
+    rights.install(place.admin, "carl", "gold")
     names = "SELECT array_agg(name::text ORDER BY name) FROM lists"
     with place.as_role("carl") as conn:
         assert conn.execute(names).fetchone() == (["gold", "red"],)
-        schema.install(place.admin, "carl")
+        rights.install(place.admin, "carl")
         everything = place.one(names)
         assert conn.execute(names).fetchone() == (everything,) and len(everything) >= 4
-        schema.install(place.admin, "carl", "red")
+        rights.install(place.admin, "carl", "red")
         assert conn.execute(names).fetchone() == (["gold", "red"],)
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             conn.execute("DELETE FROM lists")
     server.psql("DROP OWNED BY carl; DROP ROLE carl; CREATE ROLE carl LOGIN")
-    schema.install(place.admin, "carl", "blue")
+    rights.install(place.admin, "carl", "blue")
     with place.as_role("carl") as conn:
         assert conn.execute(names).fetchone() == (["blue"],)
 
@@ -487,6 +487,6 @@ def test_a_password_that_is_not_quoted(place: Place, secret: str) -> None:
 def test_names_of_roles_in_a_grant(place: Place) -> None:
     for role in ("nobody'; DROP SCHEMA shmdomains CASCADE; --", 'x" TO PUBLIC; --'):
         with pytest.raises(psycopg.errors.UndefinedObject):
-            schema.install(place.admin, role, "blue")
+            rights.install(place.admin, role, "blue")
     assert sql.Identifier("x").as_string() == '"x"'
     assert place.one("SELECT count(*) FROM users WHERE role = 'anna'") == 1

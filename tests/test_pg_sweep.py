@@ -16,7 +16,7 @@ need()
 
 import psycopg  # noqa: E402
 
-from shmdomains.postgres import PostgresDomainList, domain_list  # noqa: E402
+from shmdomains.postgres import PostgresDomainList, beginning  # noqa: E402
 
 
 class Rows:
@@ -94,7 +94,7 @@ def test_now_and_then_only(rows: Rows) -> None:
     rows.open()
     over = "SELECT count(over) FROM sessions JOIN processes USING (process) WHERE list = %(list)s"
     assert rows.column(over) == [0]
-    rows.age(domain_list.SWEEP_EVERY / 3600 * 1.01)
+    rows.age(beginning.SWEEP_EVERY / 3600 * 1.01)
     rows.open()
     assert rows.column(over) == [2]
 
@@ -182,10 +182,10 @@ def test_so_many_at_once(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(8):
         rows.open()
     old = set(rows.sessions)
-    monkeypatch.setattr(domain_list, "SWEEP_AT_ONCE", 100)
+    monkeypatch.setattr(beginning, "SWEEP_AT_ONCE", 100)
     rows.age(1)
     rows.open()
-    monkeypatch.setattr(domain_list, "SWEEP_AT_ONCE", 3)
+    monkeypatch.setattr(beginning, "SWEEP_AT_ONCE", 3)
     left = [len(old)]
     while left[-1]:
         rows.age(48)

@@ -34,7 +34,7 @@ def init(target: Target, role: str | None, only: str | None) -> None:
     if only is not None and role is None:
         raise click.UsageError("--list takes --role: who is to use it.")
     with plainly():
-        from ..postgres.schema import install
+        from ..postgres.rights import install
         from ..postgres.url import checked_name, parse, without_password
 
         address = parse(target.url)

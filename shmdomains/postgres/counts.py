@@ -67,6 +67,6 @@ def statistics(counts: list[list[int]]) -> Statistics:
 
 
 def all_counts(pool: Any) -> list[list[int]]:
-    """By a `Pool`, whose module imports this one: those of this process, and those of the others that live, as they said last."""
+    """Those of this process, and those of the others that live, as they said last."""
     rows = pool.ask(_OTHERS, [number(pool.list), number(pool.process)])
     return [pool.counts.numbers, *([int(one) for one in text(row[0]).split()] for row in rows)]

@@ -8,13 +8,11 @@ listener hears, and adds what belongs to this store: opening, hosts, tokens, who
 from __future__ import annotations
 
 import os
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
 
@@ -27,7 +25,6 @@ from ..errors import (
     SegmentInUse,
     SegmentNotFound,
     SegmentRefused,
-    ShmDomainsError,
     Unavailable,
 )
 from ..events import DomainEvent
@@ -35,7 +32,7 @@ from ..job import Job
 from ..lazy import LazyModule
 from ..memory._core import core
 from ..memory.callbacks import look_for_gevent
-from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
+from ..memory.domain_list import AttachedProcess, ListInfo
 from ..memory.held import LockInfo, Statistics
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
@@ -46,13 +43,13 @@ from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
-from ..rules.tasks import ask
 from . import counts, invariants, schema, session
+from .beginning import enter, first, sweep
+from .domain import PostgresDomain, Stamp
 from .elect import Candidate, leading
 from .jobs import PostgresJob
 from .mutex import PostgresMutex
-from .pool import Pool, State, check_server, place_of
-from .records import PostgresInfo
+from .pool import Pool, State, check_server
 from .store import PostgresStore
 from .url import Address, parse, this_host, without_password
 
@@ -63,20 +60,9 @@ if TYPE_CHECKING:
 else:
     asking = LazyModule("shmdomains.memory.asking")
 
-SWEEP_EVERY = 600.0
-"""Seconds; see ``sweep`` in ``migrations/0001.sql``."""
-SWEEP_AT_ONCE = 5000
-
 _EMPTY = State()
 _checked: set[tuple[str, int]] = set()
 """The servers that this process found to be what they say."""
-
-
-class Stamp(int):
-    """What a domain was when it was looked at: its version; 0: it is removed. `changes` is what the
-    listener had heard before."""
-
-    changes: int | None = None
 
 
 class Held:
@@ -95,110 +81,6 @@ class Held:
     def pop(self, key: object, default: object = None) -> object:
         """The owner's state has it no more."""
         return default
-
-
-class PostgresDomain(PlainDomain[int]):
-    """A handle to a domain of a `PostgresDomainList`; see `shmdomains.Domain`."""
-
-    __slots__ = ("_lost",)
-    _list: PostgresDomainList
-    _lost: bool
-    """Whether the lock that was taken through this handle last was lost."""
-
-    def _held(self) -> _Hold[int]:
-        hold = self._list._mine.holds.get(self._record)
-        if hold is None and getattr(self, "_lost", False):
-            raise self._list._store.lost("that was found before")
-        return hold or super()._held()
-
-    def rollback(self) -> None:
-        """Drop all changes since the last commit. If the lock was lost, they are dropped."""
-        if self.is_locked or not getattr(self, "_lost", False):
-            super().rollback()
-
-    @property
-    def token(self) -> int:
-        """A number that rises with each lock of this domain, on all hosts. Give it to a system
-        outside that can compare: it can then refuse a holder who lost the lock without knowing.
-        Raises `DomainNotLocked`."""
-        return _read(self._held())._token
-
-    def lock(self, timeout: float | None = None) -> None:
-        """Lock the domain; see `DomainBase.lock`."""
-        self._lost = False
-        try:
-            super().lock(timeout)
-        except BaseException:
-            self._list._store.put_back()
-            raise
-
-    def unlock(self, timeout: float | None = None) -> None:
-        """Commit the changes and release the lock, in one round trip; released even if the commit
-        fails. Raises `DomainNotLocked`, `NotOwner`, `LockLost`, `InDoubt`."""
-        hold = self._list._mine.holds.get(self._record)
-        if hold is None:
-            super().unlock(timeout)
-            return
-        work = self._work if hold.intends else None
-        if work is not None:
-            self._work = work.without_intention()
-        if not hold.changes and not hold.noted:
-            self._list._give_back(hold, seen=True)
-            return
-        try:
-            self._list._commit(hold, timeout, unlock=True)
-        except BaseException:
-            with suppress(LockLost):
-                self._list._give_back(hold, seen=True)
-            raise
-        self._list._let_go(hold)
-
-    def job(
-        self,
-        operation: str,
-        kind: Job = Job.MODIFY,
-        timeout: float | None = None,
-        *,
-        allow: Iterable[Job] | None = None,
-        why: str | None = None,
-    ) -> PostgresJob:
-        """A job, for a ``with`` block; see `shmdomains.Domain.job`."""
-        return PostgresJob(self, operation, kind, timeout, allow, why)
-
-    async def __aenter__(self) -> Self:
-        """As ``with``, in a task: locks in another thread (`shmdomains.aio`)."""
-        ask()
-        if not self.is_locked:
-            await asking.work_or_undo(self._lock_and_read, PostgresDomain._release_unseen)
-        return self.__enter__()
-
-    def _lock_and_read(self) -> Self:
-        self.lock()
-        _ = self.definition  # so that asking for it takes no round trip
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        hold = self._list._mine.holds.get(self._record)
-        if hold is None or hold.depth > 1 or kind is GeneratorExit:
-            self.__exit__(kind, value, traceback)
-        else:
-            await asking.finish(self.__exit__, kind, value, traceback)
-
-    @property
-    def _receipt(self) -> object:
-        hold = self._list._mine.holds.get(self._record)
-        if hold is not None:
-            return Stamp(_read(hold)._version)
-        return Stamp(self._list._store.receipt(self._record) or 0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PostgresDomain, (self._list, self._record, self._uuid)
 
 
 class PostgresDomainList(PlainDomainList[int]):
@@ -302,7 +184,7 @@ class PostgresDomainList(PlainDomainList[int]):
             from . import embedded
 
             conninfo = embedded.server(address.embedded)
-        conn = _first(address, conninfo, deadline)
+        conn = first(address, conninfo, deadline)
         try:
             if (conninfo, os.getpid()) not in _checked:
                 with session.connect(conninfo, address.lease, address.shown, "shmdomains") as other:
@@ -310,9 +192,9 @@ class PostgresDomainList(PlainDomainList[int]):
                 _checked.add((conninfo, os.getpid()))
             if may_make or schema.version_of(conn):
                 schema.ensure(conn, address.shown)
-            number, kept, made = _enter(conn, address, name, events, may_make)
+            number, kept, made = enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)
-            _sweep(conn, number)
+            sweep(conn, number)
             doms._pool.begin_with(conn)
         except psycopg.OperationalError as exc:
             conn.close()
@@ -756,11 +638,6 @@ class PostgresDomainList(PlainDomainList[int]):
         return _opened, (address.url, self.host, address.lease, address.read)
 
 
-def _read(hold: _Hold[int]) -> PostgresInfo:
-    """What its holder read, or committed last."""
-    return cast("PostgresInfo", hold.info)
-
-
 def _slice(timeout: float | None) -> float:
     return 0.1 if timeout is None else min(timeout, 0.1)
 
@@ -774,57 +651,3 @@ def _opened(url: str, host: str, lease: float, read: str) -> PostgresDomainList:
     if known is not None and not known.closed:
         return known
     return PostgresDomainList.attach(url, host=host, lease=lease, read=read)
-
-
-def _first(address: Address, conninfo: str, deadline: Deadline) -> psycopg.Connection[Any]:
-    """The first connection; waits so long for a server that is away."""
-    while True:
-        try:
-            return session.connect(conninfo, address.lease, address.shown, "shmdomains")
-        except ShmDomainsError:
-            left = deadline.left()
-            if left is None or left == 0:
-                raise
-            time.sleep(min(0.1, left))
-
-
-def _enter(
-    conn: psycopg.Connection[Any], address: Address, host: str, events: int | None, may_make: bool
-) -> tuple[int, int, bool]:
-    """The number of the list, how many events it keeps, and whether it was made now."""
-    made, row = False, _list_of(conn, address)
-    if row is None and may_make:
-        wanted = DEFAULT_EVENTS if events is None else events
-        try:
-            made = schema.make_list(conn, address.list, wanted, host, place_of(host))
-        except psycopg.errors.InsufficientPrivilege as exc:
-            raise SegmentRefused(
-                f"{address.shown}: {exc.diag.message_primary}. There is no such list that this "
-                "role may use. An administrator makes it: shmdomains postgres init --role "
-                f"{conn.info.user} --list {shlex.quote(address.list)} URL"
-            ) from None
-        row = _list_of(conn, address)
-    if row is None:
-        raise SegmentNotFound(f"there is no list {address.shown}")
-    return int(row[0]), int(row[1]), made
-
-
-def _sweep(conn: psycopg.Connection[Any], list_number: int) -> None:
-    """Now and then, remove what sessions and processes left that are over."""
-    due = conn.execute(
-        "UPDATE counters SET swept = clock_timestamp() WHERE list = %s "
-        "AND swept < clock_timestamp() - make_interval(secs => %s)",
-        [list_number, SWEEP_EVERY],
-    )
-    if due.rowcount:
-        conn.execute("SELECT sweep(%s, %s)", [list_number, SWEEP_AT_ONCE])
-
-
-def _list_of(conn: psycopg.Connection[Any], address: Address) -> tuple[Any, ...] | None:
-    try:
-        found: tuple[Any, ...] | None = conn.execute(
-            "SELECT list, events_max FROM lists WHERE name = %s", [address.list]
-        ).fetchone()
-    except psycopg.errors.UndefinedTable:
-        return None
-    return found

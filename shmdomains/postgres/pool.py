@@ -25,7 +25,7 @@ from ..errors import SegmentRefused, Unavailable
 from ..memory import greenlets, holder
 from ..memory._core import core
 from ..memory.callbacks import when_over
-from . import schema, session, statements
+from . import session, statements
 from .counts import Counts
 from .listener import Listener
 from .session import Session, Statement, big, number
@@ -502,8 +502,7 @@ def check_server(conn: psycopg.Connection[Any], other: psycopg.Connection[Any], 
     row = other.execute("SELECT pg_try_advisory_lock(%s)", [key]).fetchone()
     conn.execute("SELECT pg_advisory_unlock(%s)", [key])
     if row is None or row[0]:
-        if schema.SCHEMA:
-            other.execute("SELECT pg_advisory_unlock(%s)", [key])
+        other.execute("SELECT pg_advisory_unlock(%s)", [key])
         raise SegmentRefused(
             f"{shown} is no PostgreSQL: its advisory locks lock nothing ({_product(conn)})"
         )

@@ -90,3 +90,15 @@ def _grant(conn: psycopg.Connection[Any], role: str, list: str | None) -> None:
         "ON CONFLICT DO NOTHING",
         [role, oid, list],
     )
+
+
+def install(conninfo: str, role: str | None = None, list: str | None = None) -> None:
+    """Make or upgrade the schema as an administrator, and let `role` use it, with no more rights
+    than that takes: all lists, or, of those that are named one by one, `list` too. Such a role can
+    make no list, so this one is made if need be. Raises what psycopg raises."""
+    import psycopg
+
+    with psycopg.connect(conninfo, autocommit=True) as conn:
+        schema.upgrade(conn)
+        if role is not None:
+            grant(conn, role, list)

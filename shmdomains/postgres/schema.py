@@ -104,17 +104,3 @@ def make_list(conn: psycopg.Connection[Any], name: str, events: int, host: str, 
         [name, events, host, place, pid, core.process_start(pid)],
     ).fetchone()
     return row is not None
-
-
-def install(conninfo: str, role: str | None = None, list: str | None = None) -> None:
-    """Make or upgrade the schema as an administrator, and let `role` use it, with no more rights
-    than that takes: all lists, or, of those that are named one by one, `list` too. Such a role can
-    make no list, so this one is made if need be. Raises what psycopg raises."""
-    import psycopg
-
-    from . import rights
-
-    with psycopg.connect(conninfo, autocommit=True) as conn:
-        upgrade(conn)
-        if role is not None:
-            rights.grant(conn, role, list)
