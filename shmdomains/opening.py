@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .config import LoadReport
-    from .memory.held import LockInfo
+    from .memory.held import LockInfo, Statistics
     from .memory.invariants import CheckReport, RecoverReport
     from .rules.elect import Election
     from .rules.info import DomainInfo
@@ -58,6 +58,9 @@ class AnyDomainList(ListBase[Any], Protocol):
     def check(self, timeout: float | None = 10.0) -> CheckReport: ...
     def recover(self, timeout: float | None = 10.0) -> RecoverReport: ...
     def locks(self) -> list[LockInfo]: ...
+    @property
+    def statistics(self) -> Statistics: ...
+    def statistics_of_all(self) -> Statistics: ...
     @property
     def _invariants(self) -> Sequence[str]:
         """The names of what `check` tests."""

@@ -1060,7 +1060,7 @@ def test_stress_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     invoke("stress", SAMPLES, status=1)
     assert seen == {
         "config_dir": SAMPLES, "workers": 4, "seconds": 5.0, "kill": False, "start": "fork",
-        "lock": "robust", "domains": None, "url": None,
+        "lock": "robust", "domains": None, "url": None, "hosts": 1, "kill_server": False,
     }  # fmt: skip
     invoke(
         "stress", SAMPLES, "--workers", 2, "--seconds", "0.5", "--kill", "--start", "spawn",
@@ -1068,7 +1068,7 @@ def test_stress_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert seen == {
         "config_dir": SAMPLES, "workers": 2, "seconds": 0.5, "kill": True, "start": "spawn",
-        "lock": "multiprocessing", "domains": 99, "url": None,
+        "lock": "multiprocessing", "domains": 99, "url": None, "hosts": 1, "kill_server": False,
     }  # fmt: skip
     for wrong in (["--workers", "0"], ["--seconds", "nan"], ["--seconds", "0"], ["--lock", "x"]):
         invoke("stress", SAMPLES, *wrong, status=2)

@@ -213,8 +213,8 @@ def test_clocks_an_hour_apart(start: Start, pg_server: Server, pg_url: str) -> N
         assert not children[1].conn.poll()
         children[0].tell()
         assert children[1].hear(PATIENCE) is None  # nobody died
-        children[1].tell()
         told, tokens = children[0].hear(PATIENCE)
+        children[1].tell()
         assert told == {("applied", "dom1"): 50}
         [held] = [one for one in doms.locks() if one.name == "dom2" and one.holder]
         assert held.holder.held_for is not None and 0 <= held.holder.held_for < 60

@@ -29,7 +29,7 @@ from shmdomains import (  # noqa: E402
     SegmentNotFound,
     SegmentRefused,
 )
-from shmdomains.postgres import PostgresDomainList, schema  # noqa: E402
+from shmdomains.postgres import PostgresDomainList, rights, schema  # noqa: E402
 
 _numbers = itertools.count()
 
@@ -201,7 +201,7 @@ def test_a_roles_own_functions_are_not_ours(
     pg_server.psql(STUBS.format("mine"), database)
     pg_server.psql(f'GRANT USAGE ON SCHEMA mine TO "{role[0]}"', database)
     pg_server.psql(f'ALTER ROLE "{role[0]}" SET search_path = mine, pg_catalog', database)
-    schema.install(in_database(pg_server, database), role[0])
+    rights.install(in_database(pg_server, database), role[0])
     with PostgresDomainList.open(in_database(pg_server, database, role)) as doms:
         doms.define(xml("a"))
         with doms.get("a"):
@@ -244,7 +244,7 @@ def test_a_role_that_may_not_create_is_told_the_command(
 
 def test_few_rights_are_enough(pg_server: Server, database: str, role: tuple[str, str]) -> None:
     """All that a worker does, as a role that may change nothing of the schema."""
-    schema.install(in_database(pg_server, database), role[0])
+    rights.install(in_database(pg_server, database), role[0])
     theirs = in_database(pg_server, database, role)
     with PostgresDomainList.open(theirs) as doms, PostgresDomainList.attach(theirs) as other:
         work(doms, other)

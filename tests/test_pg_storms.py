@@ -52,9 +52,8 @@ def test_postgres_survivors_finish_and_nothing_is_lost(
 def test_postgres_tells_each_death_once_and_nothing_else(
     start: Callable[..., Child], tmp_path: Path, tried: Tried, seed: int
 ) -> None:
-    plan = Plan(
-        list_url(), tmp_path, seed, workers=6, kills=60 if SOAK else 25, turns=200 if SOAK else 60
-    )
+    kills, turns_of_each = (60, 200) if SOAK else (25, 60)
+    plan = Plan(list_url(), tmp_path, seed, workers=6, kills=kills, turns=turns_of_each)
     with PostgresDomainList.create(plan.url) as doms:
         for name in ("a", "b"):
             doms.define(xml(name))

@@ -1,4 +1,4 @@
-"""A stress run on several hosts whose server is killed: it holds, and each of its proofs can fail."""
+"""A stress run on several hosts whose server is killed: it holds, and its proofs can fail."""
 
 from __future__ import annotations
 

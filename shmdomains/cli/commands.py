@@ -179,8 +179,8 @@ def stress(
 
     Workers find, lock, change, define and remove the domains of a directory, in a list of its own:
     nothing in CONFIG_DIR and no other list is changed. If the list that is named is on PostgreSQL,
-    so is this one, under a name of its own, and it is removed at the end. Several hosts, and a
-    server that is killed, take an embedded PostgreSQL of their own if no list on PostgreSQL is named.
+    so is this one, under a name of its own, and it is removed at the end. If none is, several hosts
+    and a server that is killed take an embedded PostgreSQL of their own.
     """
     target: Target = ctx.obj
     if lock != "robust" and not target.in_shared_memory:

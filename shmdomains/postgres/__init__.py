@@ -9,6 +9,7 @@ import importlib.util
 if importlib.util.find_spec("psycopg") is None:
     raise ImportError("a list on PostgreSQL needs psycopg: pip install 'shmdomains[postgres]'")
 
-from .domain_list import PostgresDomain, PostgresDomainList
+from .domain import PostgresDomain
+from .domain_list import PostgresDomainList
 
 __all__ = ["PostgresDomain", "PostgresDomainList"]

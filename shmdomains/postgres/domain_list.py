@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 from weakref import WeakValueDictionary, finalize, ref
 
@@ -25,7 +24,7 @@ from ..errors import (
     SegmentExists,
     SegmentInUse,
     SegmentNotFound,
-    ShmDomainsError,
+    SegmentRefused,
     Unavailable,
 )
 from ..events import DomainEvent
@@ -33,8 +32,8 @@ from ..job import Job
 from ..lazy import LazyModule
 from ..memory._core import core
 from ..memory.callbacks import look_for_gevent
-from ..memory.domain_list import DEFAULT_EVENTS, AttachedProcess, ListInfo
-from ..memory.held import LockInfo
+from ..memory.domain_list import AttachedProcess, ListInfo
+from ..memory.held import LockInfo, Statistics
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
@@ -44,13 +43,13 @@ from ..rules.info import DomainInfo, jobs_of
 from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
-from ..rules.tasks import ask
-from . import invariants, schema, session
+from . import counts, invariants, schema, session
+from .beginning import enter, first, sweep
+from .domain import PostgresDomain, Stamp
 from .elect import Candidate, leading
 from .jobs import PostgresJob
 from .mutex import PostgresMutex
-from .pool import Pool, State, check_server, place_of
-from .records import PostgresInfo
+from .pool import Pool, State, check_server
 from .store import PostgresStore
 from .url import Address, parse, this_host, without_password
 
@@ -64,13 +63,6 @@ else:
 _EMPTY = State()
 _checked: set[tuple[str, int]] = set()
 """The servers that this process found to be what they say."""
-
-
-class Stamp(int):
-    """What a domain was when it was looked at: its version; 0: it is removed. `changes` is what the
-    listener had heard before."""
-
-    changes: int | None = None
 
 
 class Held:
@@ -89,110 +81,6 @@ class Held:
     def pop(self, key: object, default: object = None) -> object:
         """The owner's state has it no more."""
         return default
-
-
-class PostgresDomain(PlainDomain[int]):
-    """A handle to a domain of a `PostgresDomainList`; see `shmdomains.Domain`."""
-
-    __slots__ = ("_lost",)
-    _list: PostgresDomainList
-    _lost: bool
-    """Whether the lock that was taken through this handle last was lost."""
-
-    def _held(self) -> _Hold[int]:
-        hold = self._list._mine.holds.get(self._record)
-        if hold is None and getattr(self, "_lost", False):
-            raise self._list._store.lost("that was found before")
-        return hold or super()._held()
-
-    def rollback(self) -> None:
-        """Drop all changes since the last commit. If the lock was lost, they are dropped."""
-        if self.is_locked or not getattr(self, "_lost", False):
-            super().rollback()
-
-    @property
-    def token(self) -> int:
-        """A number that rises with each lock of this domain, on all hosts. Give it to a system
-        outside that can compare: it can then refuse a holder who lost the lock without knowing.
-        Raises `DomainNotLocked`."""
-        return _read(self._held())._token
-
-    def lock(self, timeout: float | None = None) -> None:
-        """Lock the domain; see `DomainBase.lock`."""
-        self._lost = False
-        try:
-            super().lock(timeout)
-        except BaseException:
-            self._list._store.put_back()
-            raise
-
-    def unlock(self, timeout: float | None = None) -> None:
-        """Commit the changes and release the lock, in one round trip; released even if the commit
-        fails. Raises `DomainNotLocked`, `NotOwner`, `LockLost`, `InDoubt`."""
-        hold = self._list._mine.holds.get(self._record)
-        if hold is None:
-            super().unlock(timeout)
-            return
-        work = self._work if hold.intends else None
-        if work is not None:
-            self._work = work.without_intention()
-        if not hold.changes and not hold.noted:
-            self._list._give_back(hold, seen=True)
-            return
-        try:
-            self._list._commit(hold, timeout, unlock=True)
-        except BaseException:
-            with suppress(LockLost):
-                self._list._give_back(hold, seen=True)
-            raise
-        self._list._let_go(hold)
-
-    def job(
-        self,
-        operation: str,
-        kind: Job = Job.MODIFY,
-        timeout: float | None = None,
-        *,
-        allow: Iterable[Job] | None = None,
-        why: str | None = None,
-    ) -> PostgresJob:
-        """A job, for a ``with`` block; see `shmdomains.Domain.job`."""
-        return PostgresJob(self, operation, kind, timeout, allow, why)
-
-    async def __aenter__(self) -> Self:
-        """As ``with``, in a task: locks in another thread (`shmdomains.aio`)."""
-        ask()
-        if not self.is_locked:
-            await asking.work_or_undo(self._lock_and_read, PostgresDomain._release_unseen)
-        return self.__enter__()
-
-    def _lock_and_read(self) -> Self:
-        self.lock()
-        _ = self.definition  # so that asking for it takes no round trip
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None:
-        hold = self._list._mine.holds.get(self._record)
-        if hold is None or hold.depth > 1 or kind is GeneratorExit:
-            self.__exit__(kind, value, traceback)
-        else:
-            await asking.finish(self.__exit__, kind, value, traceback)
-
-    @property
-    def _receipt(self) -> object:
-        hold = self._list._mine.holds.get(self._record)
-        if hold is not None:
-            return Stamp(_read(hold)._version)
-        return Stamp(self._list._store.receipt(self._record) or 0)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PostgresDomain, (self._list, self._record, self._uuid)
 
 
 class PostgresDomainList(PlainDomainList[int]):
@@ -296,7 +184,7 @@ class PostgresDomainList(PlainDomainList[int]):
             from . import embedded
 
             conninfo = embedded.server(address.embedded)
-        conn = _first(address, conninfo, deadline)
+        conn = first(address, conninfo, deadline)
         try:
             if (conninfo, os.getpid()) not in _checked:
                 with session.connect(conninfo, address.lease, address.shown, "shmdomains") as other:
@@ -304,8 +192,9 @@ class PostgresDomainList(PlainDomainList[int]):
                 _checked.add((conninfo, os.getpid()))
             if may_make or schema.version_of(conn):
                 schema.ensure(conn, address.shown)
-            number, kept, made = _enter(conn, address, name, events, may_make)
+            number, kept, made = enter(conn, address, name, events, may_make)
             doms = cls(address, conninfo, name, number, kept)
+            sweep(conn, number)
             doms._pool.begin_with(conn)
         except psycopg.OperationalError as exc:
             conn.close()
@@ -337,7 +226,11 @@ class PostgresDomainList(PlainDomainList[int]):
                 f"{', '.join(str(one.pid) for one in others)}; force removes it all the same"
             )
         with self._pool.connect() as conn:
-            found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+            try:
+                found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+            except psycopg.errors.InsufficientPrivilege as exc:
+                why = exc.diag.message_primary
+                raise SegmentRefused(f"{self._pool.address.shown}: {why}") from None
             if not found.rowcount:
                 raise SegmentNotFound(f"{self._pool.address.shown} is gone")
 
@@ -705,6 +598,18 @@ class PostgresDomainList(PlainDomainList[int]):
                 found.append(LockInfo("job", info.name, info.uuid, job.holder))
         return found
 
+    @property
+    def statistics(self) -> Statistics:
+        """What this process counted since it opened the list: acquisitions, waits, commits, deaths.
+        A wait is from the request to the answer, the network's time with it."""
+        return counts.statistics([self._pool.counts.numbers])
+
+    def statistics_of_all(self) -> Statistics:
+        """The same, added up over the living processes of all hosts: of the others what they told
+        the server last, up to a third of a lease ago. Takes no lock."""
+        self._usable()
+        return counts.statistics(counts.all_counts(self._pool))
+
     def check(self, timeout: float | None = 10.0) -> CheckReport:
         """Test what the database cannot enforce by itself: every domain has its definition, of its
         own name and UUID, and its lock's row; and this host's config directory says the same. What
@@ -722,6 +627,7 @@ class PostgresDomainList(PlainDomainList[int]):
         settled = settle_all(self, 0)
         done = [Repair("files", name, None) for name, left in settled if left is None]
         busy = [HeldLock("files", name, left.holder) for name, left in settled if left is not None]
+        self._pool.counts.repaired(len(done))
         return RecoverReport(done, busy, 0)
 
     def __repr__(self) -> str:
@@ -730,11 +636,6 @@ class PostgresDomainList(PlainDomainList[int]):
     def __reduce__(self) -> tuple[Any, ...]:
         address = self._pool.address
         return _opened, (address.url, self.host, address.lease, address.read)
-
-
-def _read(hold: _Hold[int]) -> PostgresInfo:
-    """What its holder read, or committed last."""
-    return cast("PostgresInfo", hold.info)
 
 
 def _slice(timeout: float | None) -> float:
@@ -750,41 +651,3 @@ def _opened(url: str, host: str, lease: float, read: str) -> PostgresDomainList:
     if known is not None and not known.closed:
         return known
     return PostgresDomainList.attach(url, host=host, lease=lease, read=read)
-
-
-def _first(address: Address, conninfo: str, deadline: Deadline) -> psycopg.Connection[Any]:
-    """The first connection; waits so long for a server that is away."""
-    while True:
-        try:
-            return session.connect(conninfo, address.lease, address.shown, "shmdomains")
-        except ShmDomainsError:
-            left = deadline.left()
-            if left is None or left == 0:
-                raise
-            time.sleep(min(0.1, left))
-
-
-def _enter(
-    conn: psycopg.Connection[Any], address: Address, host: str, events: int | None, may_make: bool
-) -> tuple[int, int, bool]:
-    """The number of the list, how many events it keeps, and whether it was made now."""
-    wanted = DEFAULT_EVENTS if events is None else events
-    made = False
-    if may_make:
-        pid = os.getpid()
-        row = conn.execute(
-            "WITH made AS (INSERT INTO lists (name, events_max, host, place, pid, start) "
-            "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (name) DO NOTHING RETURNING list) "
-            "INSERT INTO counters (list) SELECT list FROM made RETURNING list",
-            [address.list, wanted, host, place_of(host), pid, core.process_start(pid)],
-        ).fetchone()
-        made = row is not None
-    try:
-        row = conn.execute(
-            "SELECT list, events_max FROM lists WHERE name = %s", [address.list]
-        ).fetchone()
-    except psycopg.errors.UndefinedTable:
-        row = None
-    if row is None:
-        raise SegmentNotFound(f"there is no list {address.shown}")
-    return int(row[0]), int(row[1]), made

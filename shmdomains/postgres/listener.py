@@ -300,7 +300,8 @@ class Listener:
             told, self._told = self._told, []
             with self._news:
                 for record in told:
-                    self.changes += 1
-                    self._recent.append((self.changes, int(record)))
+                    if record.isdecimal():  # anybody in the database may tell anything
+                        self.changes += 1
+                        self._recent.append((self.changes, int(record)))
                 self._tell()
             self._number(conn)

@@ -25,7 +25,8 @@ from ..errors import SegmentRefused, Unavailable
 from ..memory import greenlets, holder
 from ..memory._core import core
 from ..memory.callbacks import when_over
-from . import schema, session, statements
+from . import session, statements
+from .counts import Counts
 from .listener import Listener
 from .session import Session, Statement, big, number
 from .url import Address, without_password
@@ -101,6 +102,7 @@ class Pool:
         self._all: set[Session] = set()
         self.states: dict[int, State] = {}
         self._listener: Listener | None = None
+        self.counts = Counts()
         self.leaderships: set[Any] = set()
         """Of elections (`elect`): told when their lock is lost."""
         self.closed = False
@@ -148,7 +150,8 @@ class Pool:
     def seen(self, conn: psycopg.Connection[Any]) -> None:
         """Let the server know that this process lives."""
         conn.execute(
-            "UPDATE processes SET seen = clock_timestamp() WHERE process = %s", [self.process]
+            "UPDATE processes SET seen = clock_timestamp(), counts = %s WHERE process = %s",
+            [self.counts.numbers, self.process],
         )
 
     def _make(self, conn: psycopg.Connection[Any] | None = None) -> Session:
@@ -447,6 +450,7 @@ class Pool:
             listener.forget()
         self._idle, self._readers, self._all = [], [], set()
         self.states, self.process = {}, 0
+        self.counts = Counts()
 
 
 def _after_fork() -> None:
@@ -498,8 +502,7 @@ def check_server(conn: psycopg.Connection[Any], other: psycopg.Connection[Any], 
     row = other.execute("SELECT pg_try_advisory_lock(%s)", [key]).fetchone()
     conn.execute("SELECT pg_advisory_unlock(%s)", [key])
     if row is None or row[0]:
-        if schema.SCHEMA:
-            other.execute("SELECT pg_advisory_unlock(%s)", [key])
+        other.execute("SELECT pg_advisory_unlock(%s)", [key])
         raise SegmentRefused(
             f"{shown} is no PostgreSQL: its advisory locks lock nothing ({_product(conn)})"
         )

@@ -7,11 +7,13 @@ that may not create a schema is told the one command that an administrator runs.
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SegmentMismatch, SegmentRefused
+from ..memory._core import core
 
 if TYPE_CHECKING:
     import psycopg
@@ -92,25 +94,13 @@ def _step(conn: psycopg.Connection[Any], number: int, text: str) -> None:
         conn.execute("INSERT INTO migrations (number) VALUES (%s)", [number])
 
 
-def install(conninfo: str, role: str | None = None) -> None:
-    """Make or upgrade the schema as an administrator, and let `role` use it, with no more rights
-    than that takes. Raises what psycopg raises."""
-    import psycopg
-    from psycopg import sql
-
-    with psycopg.connect(conninfo, autocommit=True) as conn:
-        upgrade(conn)
-        if role is None:
-            return
-        name = sql.Identifier(role)
-        for text in (
-            "GRANT USAGE ON SCHEMA shmdomains TO {}",
-            "GRANT SELECT ON ALL TABLES IN SCHEMA shmdomains TO {}",
-            "GRANT INSERT, UPDATE, DELETE ON shmdomains.lists, shmdomains.counters, "
-            "shmdomains.lives, shmdomains.life, "
-            "shmdomains.directories, shmdomains.processes, shmdomains.sessions, "
-            "shmdomains.domains, shmdomains.definitions, shmdomains.holds, shmdomains.mutexes, "
-            "shmdomains.events TO {}",
-            "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA shmdomains TO {}",
-        ):
-            conn.execute(sql.SQL(text).format(name))
+def make_list(conn: psycopg.Connection[Any], name: str, events: int, host: str, place: str) -> bool:
+    """Make a list, unless it is there; returns whether it was made."""
+    pid = os.getpid()
+    row = conn.execute(
+        "WITH made AS (INSERT INTO shmdomains.lists (name, events_max, host, place, pid, start) "
+        "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (name) DO NOTHING RETURNING list) "
+        "INSERT INTO shmdomains.counters (list) SELECT list FROM made RETURNING list",
+        [name, events, host, place, pid, core.process_start(pid)],
+    ).fetchone()
+    return row is not None

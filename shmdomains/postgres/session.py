@@ -19,7 +19,7 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -42,6 +42,8 @@ _PRIMARY = pq.DiagnosticField.MESSAGE_PRIMARY
 _CONSTRAINT = pq.DiagnosticField.CONSTRAINT_NAME
 _ENDS = ("57P01", "57P02", "57P03", "57P05", "25P03", "08")
 """SQLSTATEs, or their first letters, after which the session is gone."""
+_NO_ROW = "08003"
+"""The session's row is gone, so a commit would have no receipt."""
 
 
 class Refused(ShmDomainsError):
@@ -72,7 +74,8 @@ class Statement:
         self.text = re.sub(
             r"\$(\d+)", lambda at: f"{at[0]}::{types[int(at[1]) - 1]}", text
         ).encode()
-        self.formats = [int(type == "bytea") for type in types]
+        # In binary: as text, a value would end at its first NUL.
+        self.formats = [int(type in ("bytea", "text")) for type in types]
 
 
 Row = tuple[bytes | None, ...]
@@ -245,7 +248,8 @@ class Session:
         state = (result.error_field(_SQLSTATE) or b"").decode()
         text = (result.error_field(_PRIMARY) or b"").decode(errors="replace")
         if state.startswith(_ENDS) or self._pg.status == _BAD:
-            return self._end(text or "the connection was lost", True)
+            # What our functions say (`_NO_ROW`) is an answer: nothing was done.
+            return self._end(text or "the connection was lost", state != _NO_ROW)
         constraint = result.error_field(_CONSTRAINT)
         return Refused(state, text, None if constraint is None else constraint.decode())
 
@@ -421,3 +425,8 @@ def number(value: int | None) -> bytes | None:
 
 def truth(value: bool) -> bytes:
     return b"t" if value else b"f"
+
+
+def numbers(some: Iterable[int]) -> bytes:
+    """A bigint[] as a parameter."""
+    return ("{" + ",".join(map(str, some)) + "}").encode()

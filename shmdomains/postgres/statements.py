@@ -12,7 +12,7 @@ from .session import Statement, number, truth
 DOMAIN, LIST = 1, 2
 """Kinds of locks, in their keys; the third one are mutexes."""
 
-LOCK_LIST = Statement("SELECT lock_list($1, $2, $3)", "bigint", "bigint", "int")
+LOCK_LIST = Statement("SELECT * FROM lock_list($1, $2, $3)", "bigint", "bigint", "int")
 UNLOCK_LIST = Statement("SELECT unlock_list($1)", "bigint")
 LOCK = Statement(
     "SELECT * FROM lock_domain($1, $2, $3, $4, $5, $6, $7, $8)",

@@ -29,7 +29,8 @@ from ..rules.values import not_found, one_key
 from ..rules.wait import any_change, in_vain, need_no_other_lock, removed
 from ..rules.watch import Watch
 from . import pool
-from .domain_list import PostgresDomain, PostgresDomainList
+from .domain import PostgresDomain
+from .domain_list import PostgresDomainList
 
 if TYPE_CHECKING:
     from typing_extensions import Self

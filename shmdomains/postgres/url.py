@@ -42,6 +42,9 @@ class Address(NamedTuple):
     shown: str
     """For people; without a password."""
 
+    def __repr__(self) -> str:
+        return f"Address({self.shown!r})"
+
 
 def parse(url: str, lease: float | None = None, read: str | None = None) -> Address:
     """Take a URL apart; `lease` and `read` stand before what it says.
@@ -56,11 +59,11 @@ def parse(url: str, lease: float | None = None, read: str | None = None) -> Addr
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         raise ValueError(f"not the URL of a list on PostgreSQL; it looks like {_FORM}")
-    # A host that libpq takes and urlsplit does not, such as one with several ports, is left alone.
+    _check_place(parts.netloc, parts.path)
     words = parse_qsl(parts.query, keep_blank_values=True)
     ours = {key: value for key, value in words if key in ("list", "lease", "read")}
     theirs = [(key, value) for key, value in words if key not in ours]
-    name = _checked_name(ours.get("list", DEFAULT_LIST))
+    name = checked_name(ours.get("list", DEFAULT_LIST))
     embedded = conninfo = None
     if parts.scheme == "postgresql+embedded":
         embedded = unquote(parts.path)
@@ -80,6 +83,28 @@ def parse(url: str, lease: float | None = None, read: str | None = None) -> Addr
     )
 
 
+def _check_place(netloc: str, path: str) -> None:
+    """Refuse what libpq would take apart in another place: it would then quote a piece of the
+    password in its message.
+
+    >>> _check_place("anna:p@ss@db1", "/vms")
+    Traceback (most recent call last):
+    ...
+    ValueError: a URL has a user, a password or a place that cannot be read: ...
+    """
+    hosts = netloc.rpartition("@")[2].split(",")
+    if (
+        netloc.count("@") > 1
+        or "@" in path
+        or re.search("%(?![0-9A-Fa-f]{2})|%00", netloc + path)
+        or not all(re.fullmatch(r"(\[[^]]*\]|[^]:[]*)(:[0-9]*)?", host) for host in hosts)
+    ):
+        raise ValueError(
+            "a URL has a user, a password or a place that cannot be read: in those @ : / ? # and % "
+            f"are written %40 %3A %2F %3F %23 and %25; it looks like {_FORM}"
+        )
+
+
 def _shown(scheme: str, netloc: str, path: str, words: dict[str, str], name: str) -> str:
     user, at, host = netloc.rpartition("@")
     kept = [(key, words[key]) for key in ("host", "port", "dbname") if key in words]
@@ -87,7 +112,8 @@ def _shown(scheme: str, netloc: str, path: str, words: dict[str, str], name: str
     return shown_path(f"{scheme}://{user.partition(':')[0]}{at}{host}{path}?{query}")
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """A list's name. Raises `ValueError`."""
     if not 0 < len(name.encode()) <= _MAX_NAME or not name.isprintable():
         raise ValueError(f"a list's name has 1 to {_MAX_NAME} printable bytes, not {shown(name)}")
     return name

@@ -1,8 +1,8 @@
-"""What a storm on several hosts adds: their names, a server that is killed, and what becomes of work.
+"""What a storm on several hosts adds: their names, a server that is killed, what becomes of work.
 
-A server that is killed takes all locks with it. Each worker gets one of three errors, and they are
-judged as what they promise: after `LockLost` on leaving a domain, and after `Unavailable`, nothing of
-the change may be there; after `InDoubt` it may be, and `settle` finds out which way it went.
+A server that is killed takes all locks with it. Workers get one of three errors, and each is judged
+by what it promises: after `LockLost` on leaving a domain, and after `Unavailable`, nothing of the
+change may be there; after `InDoubt` it may be, and `settle` finds out which way it went.
 
 The server is the storm's own, in a folder of its own: killing it hurts nobody else.
 """
@@ -53,7 +53,10 @@ def on_its_host(doms: AnyDomainList, plan: Plan, worker: int) -> AnyDomainList:
     if plan.hosts < 2:
         return doms
     os.environ["SHMDOMAINS_HOST"] = host_of(worker, plan.hosts)
-    return patiently(plan, lambda: opening.attach(plan.url, timeout=plan.lock_timeout))
+    found: AnyDomainList = patiently(
+        plan, lambda: opening.attach(plan.url, timeout=plan.lock_timeout)
+    )
+    return found
 
 
 def patiently(plan: Plan, what: Callable[[], Any]) -> Any:

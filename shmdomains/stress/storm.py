@@ -80,7 +80,7 @@ def run(
     `lock` ``"robust"`` or ``"multiprocessing"``; `domains` clones the loaded domains up to so many;
     `url` is of a list on another store, beside which the list of the storm is made. The workers are
     on so many `hosts`; with `kill`, now and then all of one host are killed at once. `kill_server`
-    kills the server, too, and starts it again. Both take a server of their own if there is no `url`.
+    kills the server, too, and starts it again. Both take a server of their own without a `url`.
     """
     if min(workers, hosts) < 1 or not 0 < seconds < math.inf or (domains or 0) < 0:
         raise ValueError("workers, hosts and seconds are more than 0, domains is not negative")
@@ -99,7 +99,8 @@ def run(
             view.say(f"stress: {exc}", "red")
             return 1
         plan = msgspec.structs.replace(plan, hosts=hosts, server_dies=kill_server)
-        view.say(_announcement(plan, start, lock, seconds, kill), "bold")
+        where = f"{lock} locks" if url is None else opening.shown(url)
+        view.say(_announcement(plan, start, where, seconds, kill), "bold")
         try:
             dying = server if kill_server else None
             return _storm_and_prove(doms, plan, context, seconds, kill, dying, view)
@@ -113,12 +114,11 @@ def run(
             server.end()
 
 
-def _announcement(plan: Plan, start: str, lock: str, seconds: float, kill: bool) -> str:
+def _announcement(plan: Plan, start: str, where: str, seconds: float, kill: bool) -> str:
     workers, hosts = plan.workers, plan.hosts
-    locks = opening.shown(plan.url) if plan.url else f"{lock} locks"
     text = f"{plan.domains:,} domains, {workers} worker{'s' if workers > 1 else ''} "
     text += f"on {hosts} hosts " if hosts > 1 else ""
-    text += f"({start}, {locks}), {seconds:g} s"
+    text += f"({start}, {where}), {seconds:g} s"
     text += ", killed at random moments" if kill else ""
     return text + (", and so is the server" if plan.server_dies else "")
 
@@ -581,10 +581,10 @@ class _Storm:
         if self._plan.hosts > 1:
             text += f"\n{self._by_host}"
         if self._server is not None:
+            lost, doubted, away = map(self._total, (Word.LOST, Word.DOUBTED, Word.AWAY))
             text += (
-                f"\nserver killed {_times(self._server.kills)}: {self._total(Word.LOST):,} operations "
-                f"lost their locks, {self._total(Word.DOUBTED):,} were in doubt, "
-                f"{self._total(Word.AWAY):,} found it away"
+                f"\nserver killed {_times(self._server.kills)}: {lost:,} operations lost their "
+                f"locks, {doubted:,} were in doubt, {away:,} found it away"
             )
         return text
 

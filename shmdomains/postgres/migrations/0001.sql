@@ -44,7 +44,8 @@ CREATE UNLOGGED TABLE life (
 CREATE TABLE counters (
     list bigint PRIMARY KEY REFERENCES lists ON DELETE CASCADE,
     id integer NOT NULL DEFAULT 0,
-    events bigint NOT NULL DEFAULT 0
+    events bigint NOT NULL DEFAULT 0,
+    swept timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 20);
 
 -- The config directories of each host.
@@ -66,10 +67,12 @@ CREATE TABLE processes (
     pid integer NOT NULL,
     start bigint NOT NULL,
     command text,
-    seen timestamptz NOT NULL DEFAULT clock_timestamp()
+    seen timestamptz NOT NULL DEFAULT clock_timestamp(),
+    counts bigint[]  -- what it counted by then (counts.py)
 ) WITH (fillfactor = 50);
 
 -- A connection, and the thread or task that uses it now. `done`: the number of its last commit.
+-- `over`: since when it is known to have ended (`sweep`).
 CREATE TABLE sessions (
     session bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     process bigint NOT NULL REFERENCES processes ON DELETE CASCADE,
@@ -77,7 +80,8 @@ CREATE TABLE sessions (
     tid integer NOT NULL,
     start bigint NOT NULL,
     done bigint NOT NULL DEFAULT 0,
-    list_since timestamptz
+    list_since timestamptz,
+    over timestamptz
 ) WITH (fillfactor = 50);
 CREATE INDEX ON sessions (process);
 
@@ -255,16 +259,26 @@ END $$;
 
 -- --- sessions ---
 
-CREATE FUNCTION enter_session(
-    _process bigint, _tid integer, _start bigint, OUT _session bigint
-)
-LANGUAGE plpgsql AS $$
+-- Number a new life of the server, if this is one. No other role may write these tables: tokens of
+-- all lists depend on them.
+CREATE FUNCTION begin_life() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = shmdomains, pg_catalog, pg_temp AS $$
 DECLARE
     _life bigint;
 BEGIN
     IF NOT EXISTS (SELECT FROM life) THEN
         INSERT INTO lives DEFAULT VALUES RETURNING life INTO _life;
         INSERT INTO life (life) VALUES (_life) ON CONFLICT DO NOTHING;
+    END IF;
+END $$;
+
+CREATE FUNCTION enter_session(
+    _process bigint, _tid integer, _start bigint, OUT _session bigint
+)
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM life) THEN
+        PERFORM begin_life();
     END IF;
     INSERT INTO sessions (process, backend, tid, start)
         VALUES (_process, pg_backend_pid(), _tid, _start)
@@ -273,17 +287,85 @@ BEGIN
     PERFORM pg_advisory_lock_shared(lock_key(7, _process));
 END $$;
 
+-- Remove what sessions and processes left that are over: at most so many rows, and only those that
+-- nobody can ask for any more. A session's receipt is asked for within minutes of its end, so its row
+-- stays for a day after it was found ended; and as long as it says who died with a lock. A process
+-- has lock 7 while it has a session, and is heard of while it waits or has locks.
+CREATE FUNCTION sweep(_list bigint, _most integer) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    _there bigint[];
+    _over bigint[];
+    _named bigint[];
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    -- A session that this statement's snapshot has was there with its lock. So first the rows, then
+    -- the locks.
+    SELECT array_agg(session) INTO _over FROM (
+        SELECT session FROM sessions JOIN processes USING (process)
+        WHERE list = _list AND over IS NULL ORDER BY session LIMIT _most
+    ) AS few;
+    SELECT array_agg(((classid::bigint & 65535) << 32) | objid::bigint) INTO _there
+        FROM pg_locks
+        WHERE locktype = 'advisory' AND objsubid = 1 AND (classid::bigint >> 16) - 23808 = 6
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    UPDATE sessions SET over = clock_timestamp()
+        WHERE session = ANY (_over) AND session <> ALL (coalesce(_there, '{}'));
+
+    SELECT array_agg(session) INTO _over FROM (
+        SELECT session FROM sessions JOIN processes USING (process)
+        WHERE list = _list AND over < clock_timestamp() - interval '1 day' LIMIT _most
+    ) AS few;
+    IF _over IS NOT NULL THEN
+        SELECT array_agg(session) INTO _named FROM (
+            SELECT unnest(ARRAY[owner, died, told]) AS session FROM holds
+                WHERE owner = ANY (_over) OR died = ANY (_over)
+            UNION ALL
+            SELECT unnest(ARRAY[owner, died]) FROM mutexes WHERE list = _list
+            UNION ALL
+            SELECT who FROM events WHERE list = _list AND who IS NOT NULL
+        ) AS all_named WHERE session IS NOT NULL;
+        DELETE FROM sessions
+            WHERE session = ANY (_over) AND session <> ALL (coalesce(_named, '{}'));
+    END IF;
+
+    SELECT array_agg(process) INTO _over FROM (
+        SELECT process FROM processes p
+        WHERE list = _list AND seen < clock_timestamp() - interval '1 day'
+        AND NOT EXISTS (SELECT FROM sessions s WHERE s.process = p.process) LIMIT _most
+    ) AS few;
+    SELECT array_agg(((classid::bigint & 65535) << 32) | objid::bigint) INTO _there
+        FROM pg_locks
+        WHERE locktype = 'advisory' AND objsubid = 1 AND (classid::bigint >> 16) - 23808 = 7
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    DELETE FROM processes p
+        WHERE process = ANY (_over) AND process <> ALL (coalesce(_there, '{}'))
+        AND NOT EXISTS (SELECT FROM sessions s WHERE s.process = p.process);
+END $$;
+
 -- --- the list lock ---
 
-CREATE FUNCTION lock_list(_list bigint, _me bigint, _wait integer) RETURNS boolean
+CREATE FUNCTION lock_list(
+    _list bigint, _me bigint, _wait integer, OUT _got boolean, OUT _waited boolean
+)
 LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    IF NOT take(lock_key(2, _list), _wait) THEN
-        RETURN false;
+    _got := true;
+    _waited := false;
+    IF NOT pg_try_advisory_lock(lock_key(2, _list)) THEN
+        _waited := _wait <> 0;
+        _got := take(lock_key(2, _list), _wait);
     END IF;
-    UPDATE sessions SET list_since = clock_timestamp() WHERE session = _me;
-    RETURN true;
+    IF NOT _got THEN
+        RETURN;
+    END IF;
+    UPDATE sessions SET list_since = clock_timestamp()
+        WHERE session = _me AND EXISTS (SELECT FROM lists WHERE list = _list);
+    IF NOT FOUND AND EXISTS (SELECT FROM sessions WHERE session = _me) THEN
+        PERFORM pg_advisory_unlock(lock_key(2, _list));
+        RAISE EXCEPTION 'permission denied for list %', _list USING ERRCODE = '42501';
+    END IF;
 END $$;
 
 CREATE FUNCTION unlock_list(_list bigint) RETURNS boolean
@@ -310,7 +392,8 @@ CREATE TYPE locked AS (
     data bytea,
     work bytea,
     token bigint,
-    died bigint
+    died bigint,
+    waited boolean
 );
 
 -- The event of a death, once. 100 is EventType.HOLDER_DIED.
@@ -356,10 +439,13 @@ BEGIN
             RETURN _found;
         END IF;
         _key := lock_key(1, _at);
-        IF NOT pg_try_advisory_lock(_key) AND NOT take(_key, _wait) THEN
-            _found.outcome := 2;
-            _found.record := _at;
-            RETURN _found;
+        IF NOT pg_try_advisory_lock(_key) THEN
+            _found.waited := _wait <> 0;
+            IF NOT take(_key, _wait) THEN
+                _found.outcome := 2;
+                _found.record := _at;
+                RETURN _found;
+            END IF;
         END IF;
         -- Waits for the last holder's transaction. `owner` is still there if he did not let go.
         UPDATE holds
@@ -526,7 +612,7 @@ END $$;
 
 -- --- named locks ---
 
-CREATE TYPE locked_mutex AS (outcome smallint, died bigint);
+CREATE TYPE locked_mutex AS (outcome smallint, died bigint, waited boolean);
 
 CREATE FUNCTION lock_mutex(
     _list bigint, _me bigint, _mutex bigint, _lost bigint[], _wait integer
@@ -536,9 +622,12 @@ DECLARE
     _found locked_mutex;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    IF NOT take(lock_key(3, _mutex), _wait) THEN
-        _found.outcome := 2;
-        RETURN _found;
+    IF NOT pg_try_advisory_lock(lock_key(3, _mutex)) THEN
+        _found.waited := _wait <> 0;
+        IF NOT take(lock_key(3, _mutex), _wait) THEN
+            _found.outcome := 2;
+            RETURN _found;
+        END IF;
     END IF;
     UPDATE mutexes
         SET died = CASE WHEN owner = ANY (_lost) THEN died ELSE coalesce(owner, died) END,
@@ -560,4 +649,42 @@ BEGIN
     UPDATE mutexes SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
         WHERE mutex = _mutex AND owner = _me;
     RETURN pg_advisory_unlock(lock_key(3, _mutex));
+END $$;
+
+-- --- who may use which list ---
+
+-- Roles that may use some lists only (`schema.install` enters them). The owner of these tables
+-- passes by all of this; a role that may use all lists has a policy of its own, which is true.
+CREATE TABLE users (
+    role name,
+    list bigint REFERENCES lists ON DELETE CASCADE,
+    oid oid NOT NULL,  -- a role that was dropped leaves its row to no other of its name
+    PRIMARY KEY (role, list)
+);
+ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own ON users USING (role = current_user);
+
+-- Rows without a list belong to a row that has one. The policy of its table holds in the subquery.
+DO $$
+DECLARE
+    _table text;
+    _own CONSTANT text := 'list = ANY (ARRAY(SELECT list FROM users WHERE role = current_user))';
+BEGIN
+    FOREACH _table IN ARRAY ARRAY[
+        'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events'
+    ] LOOP
+        EXECUTE format('CREATE POLICY own ON %I USING (%s)', _table, _own);
+    END LOOP;
+    CREATE POLICY own ON sessions
+        USING (EXISTS (SELECT FROM processes p WHERE p.process = sessions.process));
+    CREATE POLICY own ON definitions
+        USING (EXISTS (SELECT FROM domains d WHERE d.record = definitions.record));
+    CREATE POLICY own ON holds
+        USING (EXISTS (SELECT FROM domains d WHERE d.record = holds.record));
+    FOREACH _table IN ARRAY ARRAY[
+        'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events',
+        'sessions', 'definitions', 'holds'
+    ] LOOP
+        EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', _table);
+    END LOOP;
 END $$;

@@ -1,0 +1,132 @@
+"""What the store reads, without a lock: the last committed state of each domain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ..rules.store import Filter, Key
+from ..xml.definition import DomainDef
+from . import statements as ask
+from .calls import Calls
+from .pool import Pool
+from .records import PostgresInfo, Source
+from .session import (
+    Row,
+    Statement,
+    big,
+    double,
+    number,
+    numbers,
+    truth,
+)
+
+UNKEPT = re.compile("[\0\ud800-\udfff]")
+"""What a text in PostgreSQL cannot have in it."""
+
+
+class Reads(Calls):
+    """The part of `store.PostgresStore` that finds and reads."""
+
+    def __init__(self, pool: Pool, events_max: int) -> None:
+        super().__init__(pool, events_max)
+        self._source = Source(self.holders.describe, self._load)
+
+    def find(self, key: Key) -> int | None:
+        info = self.peek(key)
+        return None if info is None else info._record
+
+    def peek(self, key: Key) -> PostgresInfo | None:
+        """The committed state of the domain with this key."""
+        if nobody_has(key):
+            return None
+        value = str(key.value).encode()
+        return self._one(ask.BY[key.kind], [self._list, value])
+
+    def glance(self, key: Key) -> PostgresInfo | None:
+        """`peek`, perhaps at a standby."""
+        if nobody_has(key):
+            return None
+        rows = self._look_at(ask.BY[key.kind], [self._list, str(key.value).encode()])
+        return self._info(rows[0]) if rows else None
+
+    def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
+        rows = self._read(statement, values)
+        return self._info(rows[0]) if rows else None
+
+    def _info(self, row: Row) -> PostgresInfo:
+        return PostgresInfo.of(row, self._source)
+
+    def read(self, record: int) -> PostgresInfo | None:
+        return self._one(ask.BY["record"], [self._list, number(record)])
+
+    def some(self, records: Iterable[int]) -> list[PostgresInfo]:
+        """The committed states of those that are there."""
+        rows = self._read(ask.SOME, [self._list, numbers(records)])
+        return [self._info(row) for row in rows]
+
+    def records(self) -> Iterable[int]:
+        return [record for record, _ in self.handles()]
+
+    def handles(self) -> list[tuple[int, bytes]]:
+        """Each record and its uuid."""
+        rows = self._read(ask.RECORDS, [self._list])
+        return [(big(row[0]), row[1] or b"") for row in rows]
+
+    def identity(self, uuid: Any, name: str) -> PostgresInfo | None:
+        """Who has this uuid or, if nobody has, this name; without definitions."""
+        key = None if uuid is None else str(uuid).encode()
+        rows = self._read(ask.IDENTITY, [self._list, key, name.encode()])
+        return PostgresInfo.of(rows[0], None) if rows else None
+
+    def _filter(self, wanted: Filter) -> list[bytes | None]:
+        flags = (wanted.active, wanted.persistent, wanted.autostart)
+        states = wanted.states
+        host = wanted.host
+        if host is not None and UNKEPT.search(host):
+            host = ""  # nobody's either
+        return [
+            self._list,
+            *(None if flag is None else truth(flag) for flag in flags),
+            None if states is None else ("{" + ",".join(map(str, map(int, states))) + "}").encode(),
+            None if host is None else host.encode(),
+        ]
+
+    def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
+        """The committed states of the domains that match, all of one moment."""
+        rows = self._look_at(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
+        source = self._source if definitions else None
+        return [PostgresInfo.of(row, source) for row in rows]
+
+    def count(self, wanted: Filter) -> int:
+        return big(self._look_at(ask.COUNT, self._filter(wanted))[0][0])
+
+    def behind(self) -> float:
+        """See `PostgresDomainList.behind`."""
+        return double(self._look_at(ask.BEHIND, [])[0][0])
+
+    def with_work(self) -> list[PostgresInfo]:
+        """Those in which something is under way, without definitions."""
+        rows = self._read(ask.WITH_WORK, [self._list])
+        return [PostgresInfo.of(row, self._source) for row in rows]
+
+    def versions(self) -> dict[int, int]:
+        """The version of each record."""
+        return {big(row[0]): big(row[1]) for row in self._read(ask.VERSIONS, [self._list])}
+
+    def _load(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
+        """The definitions of a domain that the caller has locked."""
+        found = self._source.definitions.get(record, version)
+        if found is not None:
+            return found
+        rows = self._read(ask.TYPED, [number(record)])
+        if not rows or rows[0][0] is None:
+            raise self.lost(f"record {record} is gone")
+        return self._source.definitions.decoded(record, version, (rows[0][0], rows[0][1]))
+
+
+def nobody_has(key: Key) -> bool:
+    if key.kind == "id":
+        return not 0 <= int(str(key.value)) < 2**31
+    return key.kind == "name" and UNKEPT.search(str(key.value)) is not None
