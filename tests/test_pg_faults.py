@@ -26,7 +26,7 @@ need()
 
 import psycopg  # noqa: E402
 
-from shmdomains import InDoubt, Job, LockLost, ShmDomainsError, Unavailable  # noqa: E402
+from shmdomains import EventType, InDoubt, Job, LockLost, ShmDomainsError, Unavailable  # noqa: E402
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
 
 A = "00000000-0000-0000-0000-00000000000a"
@@ -202,8 +202,8 @@ class Bench(NamedTuple):
             [number],
         ).fetchall()
         events = self.sql.execute(
-            "SELECT type, detail, name FROM events WHERE list = %s AND who IS NULL ORDER BY place",
-            [number],
+            "SELECT type, detail, name FROM events WHERE list = %s AND type <> %s ORDER BY place",
+            [number, EventType.HOLDER_DIED],
         ).fetchall()
         return [domains, events]
 
@@ -215,6 +215,12 @@ class Bench(NamedTuple):
             [self.doms._pool.list, name],
         ).fetchone()
         return row is not None and row != (None, None)
+
+    def deaths(self) -> int:
+        """How many were told by an event."""
+        look = "SELECT count(*) FROM events WHERE list = %s AND type = %s"
+        values = [self.doms._pool.list, EventType.HOLDER_DIED]
+        return int(self.sql.execute(look, values).fetchone()[0])
 
     def settle(self) -> None:
         """Wait for the end of the sessions that were lost: the server goes on with what it was
@@ -311,17 +317,21 @@ def judge(bench: Bench, run: Run, seen: list[Any], where: str, whole: bool) -> N
         assert isinstance(error, LockLost), what
         assert now == seen[run.done + tell(error)], what
         assert bench.server.password not in str(error)
+    before = bench.deaths()
+    assert whole or not before, what  # else the next lock within the same call tells of it
     held = run.held[-1] if error else ""
     marked = {name for name, *_ in now[0] if bench.mark(name)}
     if held == "a" and where.startswith("before"):
         assert marked == {row[0] for row in now[0] if str(row[1]) == A}, what
     elif error is None and not whole:
         assert not marked, what
+    told = len(marked)
     for name in [row[0] for row in now[0]]:
         for doms in (bench.other, bench.doms):
             with doms.get(name, timeout=PATIENCE) as dom:
                 assert (dom.previous_owner_died is not None) == (name in marked), what
             marked.discard(name)
+    assert bench.deaths() == max(before, told), what  # one request failed, so one death, told once
     with bench.other.mutex("m", PATIENCE) as one:
         assert one.previous_owner_died is None or held == "m", what
         assert one.previous_owner_died is not None or not (held == "m" and "before" in where), what
