@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -258,7 +259,45 @@ _UNSANITIZED = {
 """Tests that tell nothing under ``make sanitize``, by the beginning of their name, and why."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_SLICES = {
+    "test_conformance.py": 5,
+    "test_jobs.py": 6,
+    "test_named_locks.py": 2,
+    "test_state_machine.py": 4,
+    "test_cli_postgres.py": 3,
+    "test_pg_adversary.py": 2,
+    "test_pg_embedded.py": 3,
+    "test_pg_faults.py": 5,
+    "test_pg_greens.py": 2,
+    "test_pg_kills.py": 6,
+    "test_pg_leases.py": 3,
+    "test_pg_servers.py": 6,
+    "test_pg_storms.py": 2,
+    "test_pg_tasks.py": 3,
+}
+"""Of the tests on PostgreSQL in these files every n-th runs in ``make test``, by its name's sum, so
+that they take three minutes; all of them run in ``make soak``."""
+
+
+def _is_on_postgres(item: pytest.Item) -> bool:
+    return item.path.name.startswith(("test_pg_", "test_cli_postgres")) or "postgres" in item.name
+
+
+def _is_left_to_soak(item: pytest.Item) -> bool:
+    every = _SLICES.get(item.path.name, 1)
+    return _is_on_postgres(item) and zlib.crc32(item.name.encode()) % every != 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if helpers.SOAK:
+        for item in items:
+            if _is_on_postgres(item):
+                item.add_marker(pytest.mark.soak)
+    elif len(items) > 1000:  # whoever names a file wants all of it
+        left = [item for item in items if _is_left_to_soak(item)]
+        items[:] = [item for item in items if not _is_left_to_soak(item)]
+        config.hook.pytest_deselected(items=left)
     if os.environ.get("SHMDOMAINS_SANITIZED") != "1":
         return
     for item in items:

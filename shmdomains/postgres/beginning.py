@@ -1,22 +1,19 @@
-"""How a list is reached for the first time: a connection, its number, and what is swept up then."""
+"""The beginning of a list in a process: its number, and what is swept up then."""
 
 from __future__ import annotations
 
 import shlex
-import time
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from ..deadline import Deadline
 from ..errors import (
     SegmentNotFound,
     SegmentRefused,
-    ShmDomainsError,
 )
 from ..lazy import LazyModule
 from ..memory.domain_list import DEFAULT_EVENTS
-from . import schema, session
+from . import schema
 from .pool import place_of
 from .url import Address
 
@@ -29,18 +26,6 @@ else:
 SWEEP_EVERY = 600.0
 """Seconds; see ``sweep`` in ``migrations/0001.sql``."""
 SWEEP_AT_ONCE = 5000
-
-
-def first(address: Address, conninfo: str, deadline: Deadline) -> psycopg.Connection[Any]:
-    """The first connection; waits so long for a server that is away."""
-    while True:
-        try:
-            return session.connect(conninfo, address.lease, address.shown, "shmdomains")
-        except ShmDomainsError:
-            left = deadline.left()
-            if left is None or left == 0:
-                raise
-            time.sleep(min(0.1, left))
 
 
 def enter(

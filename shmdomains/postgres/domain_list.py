@@ -44,7 +44,7 @@ from ..rules.plain import PlainDomain, PlainDomainList, _Hold
 from ..rules.steps import settle_all
 from ..rules.store import Filter, Identity, Key
 from . import counts, invariants, schema, session
-from .beginning import enter, first, sweep
+from .beginning import enter, sweep
 from .domain import PostgresDomain, Stamp
 from .elect import Candidate, leading
 from .jobs import PostgresJob
@@ -127,7 +127,8 @@ class PostgresDomainList(PlainDomainList[int]):
     ) -> Self:
         """The list of a URL; it is made if there is none, and so is the schema. `lease`, in
         seconds: after it a host that is stopped or cut off has lost its locks. `read`: where reads
-        without a lock go, ``"primary"`` or ``"standby"``. `events`: how many are kept.
+        without a lock go, ``"primary"`` or ``"standby"``. `events`: how many are kept. `timeout`:
+        seconds for which a server that is away is waited for; ``None``: it is tried once.
 
         Raises `Unavailable`, `SegmentRefused` (no rights, or no real PostgreSQL >= 14),
         `SegmentMismatch` (a newer schema), `ValueError`.
@@ -176,15 +177,25 @@ class PostgresDomainList(PlainDomainList[int]):
         timeout: float | None,
         may_make: bool,
     ) -> Self:
-        deadline = Deadline(timeout)
         look_for_gevent()
         address, name = parse(url, lease, read), this_host(host)
+        deadline = Deadline(timeout or 0)
+        while True:
+            try:
+                return cls._begin_once(address, name, events, may_make)
+            except Unavailable:
+                if not deadline.left():
+                    raise
+            time.sleep(0.05)
+
+    @classmethod
+    def _begin_once(cls, address: Address, name: str, events: int | None, may_make: bool) -> Self:
         conninfo = address.conninfo
         if address.embedded is not None:
             from . import embedded
 
             conninfo = embedded.server(address.embedded)
-        conn = first(address, conninfo, deadline)
+        conn = session.connect(conninfo, address.lease, address.shown, "shmdomains")
         try:
             if (conninfo, os.getpid()) not in _checked:
                 with session.connect(conninfo, address.lease, address.shown, "shmdomains") as other:
@@ -204,9 +215,9 @@ class PostgresDomainList(PlainDomainList[int]):
             conn.close()
             raise
         doms._maker = os.getpid() if made else None
-        known = _lists.get((url, name))
+        known = _lists.get((address.url, name))
         if known is None or known.closed:
-            _lists[url, name] = doms
+            _lists[address.url, name] = doms
         return doms
 
     @property
@@ -650,4 +661,5 @@ def _opened(url: str, host: str, lease: float, read: str) -> PostgresDomainList:
     known = _lists.get((url, host))
     if known is not None and not known.closed:
         return known
-    return PostgresDomainList.attach(url, host=host, lease=lease, read=read)
+    # Whoever begins a worker cannot tell it to try again.
+    return PostgresDomainList.attach(url, host=host, lease=lease, read=read, timeout=lease)

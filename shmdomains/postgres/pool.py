@@ -34,6 +34,7 @@ from .url import Address, without_password
 if TYPE_CHECKING:
     from ..rules.plain import _Hold
 
+_NO_TABLE = "42P01"
 _IDLE = 8
 """Idle sessions that are kept."""
 
@@ -253,6 +254,12 @@ class Pool:
                 if time.monotonic() > end:
                     raise Unavailable(f"{self.address.shown} went away: {exc}") from None
                 continue
+            except session.Refused as exc:
+                one.end("a read failed")
+                self._all.discard(one)
+                if exc.state == _NO_TABLE:  # a standby that is so far behind
+                    return self.ask(statement, values)
+                raise
             except BaseException:
                 one.end("a read failed")
                 self._all.discard(one)
