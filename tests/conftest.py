@@ -301,6 +301,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("SHMDOMAINS_SANITIZED") != "1":
         return
     for item in items:
+        if _is_on_postgres(item):
+            item.add_marker(pytest.mark.skip(reason="under sanitizers: the server is not ours"))
         for name, reason in _UNSANITIZED.items():
             if item.nodeid.startswith(f"tests/{name}"):
                 item.add_marker(pytest.mark.skip(reason=f"under sanitizers: {reason}"))
