@@ -42,7 +42,7 @@ class Domain(core.Record, DomainRules):
         return this_host()
 
     def _take_id(self, timeout: float | None = None, host: str | None = None) -> int:
-        if host not in (None, this_host()):
+        if host is not None and host != this_host():
             raise ValueError(
                 f"domain '{self.name}' cannot run on host {host!r}: a list in shared memory is of "
                 f"one host, and this is {this_host()!r}"

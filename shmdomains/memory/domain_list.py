@@ -116,7 +116,7 @@ def _as_numbers(wanted: Filter) -> tuple[int, int, int, int]:
 
 def _is_here(wanted: Filter) -> bool:
     """Whether the filter's host is this one, the host of every domain in shared memory."""
-    return wanted.host in (None, this_host())
+    return wanted.host is None or wanted.host == this_host()
 
 
 def _encode_dirs(dirs: ConfigDirs) -> bytes:
