@@ -279,6 +279,9 @@ _SLICES = {
 that they take three minutes; all of them run in ``make soak``."""
 
 
+_left_to_soak: list[int] = []
+
+
 def _is_on_postgres(item: pytest.Item) -> bool:
     return item.path.name.startswith(("test_pg_", "test_cli_postgres")) or "postgres" in item.name
 
@@ -296,6 +299,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.soak)
     elif len(items) > 1000:  # whoever names a file wants all of it
         left = [item for item in items if _is_left_to_soak(item)]
+        _left_to_soak.append(len(left))
         items[:] = [item for item in items if not _is_left_to_soak(item)]
         config.hook.pytest_deselected(items=left)
     if os.environ.get("SHMDOMAINS_SANITIZED") != "1":
@@ -324,6 +328,8 @@ def tried() -> Callable[[str, int], None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for count in _left_to_soak:
+        terminalreporter.line(f"{count:,} more of the tests on PostgreSQL run in `make soak`")
     if _tried:
         terminalreporter.section("what was tried")
         for what, times in _tried.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..errors import (
@@ -284,10 +285,10 @@ class Commits(Reads):
         expected = info._version + happened
         mine = again is not None and again._version == expected
         if again is None or not mine or not _next_token(info._token, again._token):
-            with_lock = again is not None
-            if with_lock:
+            if again is not None:
                 place = [number(info._record), number(session.number)]
-                session.call(ask.UNLOCK, [*place, truth(False)])
+                with suppress(Gone, Refused):  # else its end frees it
+                    session.call(ask.UNLOCK, [*place, truth(False)])
             self.pool.drop(state)
             applied = f"; {what} is applied" if happened else ""
             raise self.lost(f"{exc}; somebody else had the domain meanwhile{applied}")
@@ -297,7 +298,9 @@ class Commits(Reads):
         try:
             place = [number(info._record), number(info._version)]
             rows = self._commits(state, ask.COMMIT, [*place, *values])
-        except (Gone, Refused) as second:
+        except Refused as second:
+            raise self._refusal(second) from None
+        except Gone as second:
             self.pool.drop(state)
             raise InDoubt(f"{what} was tried twice: {exc}; {second}") from None
         if rows[0][0] is None:
