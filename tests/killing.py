@@ -84,7 +84,11 @@ class Child:
         self.pid, self.pidfd, self.conn = pid, pidfd, conn
 
     def tell(self, message: object = None) -> None:
-        self.conn.send(message)
+        try:
+            self.conn.send(message)
+        except BrokenPipeError:  # it is over, and may have said why
+            self.hear()
+            raise
 
     def hear(self, timeout: float = DEADLINE) -> Any:
         assert self.conn.poll(timeout), f"process {self.pid} said nothing for {timeout} s"

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -352,21 +351,23 @@ def prove_settling(pipe: Pipe, folder: Path, rule: str, stride: int) -> None:
 
 SHARED = [UUID(int=100 + number) for number in range(4)]
 NAMES = [f"vm{number}" for number in range(6)]
-_STATE = struct.Struct("qq")  # of a worker's own domain: what it asks for, what it was told
 
 
 class Ledger:
+    """Of each worker's own domain: what it asks for, what it was told."""
+
     def __init__(self, workers: int) -> None:
-        self._memory = mmap.mmap(-1, _STATE.size * workers)
+        # Not struct.pack_into: it clears the bytes first, and a kill may come in between.
+        self._memory = memoryview(mmap.mmap(-1, 16 * workers)).cast("q")
 
     def get(self, worker: int) -> tuple[int, int]:
-        return _STATE.unpack_from(self._memory, _STATE.size * worker)
+        return self._memory[2 * worker], self._memory[2 * worker + 1]
 
     def ask(self, worker: int, state: int) -> None:
-        struct.pack_into("q", self._memory, _STATE.size * worker, state)
+        self._memory[2 * worker] = state
 
     def told(self, worker: int, state: int) -> None:
-        struct.pack_into("q", self._memory, _STATE.size * worker + 8, state)
+        self._memory[2 * worker + 1] = state
 
 
 def own_uuid(worker: int) -> UUID:

@@ -28,7 +28,12 @@ def test_reads_go_to_the_standby(pair: tuple[pg_servers.Server, pg_servers.Stand
     url = pg_servers.urls(*pair, list="reads")
     with PostgresDomainList.open(url + "&read=standby") as doms:
         doms.define(xml("web1"))
-        until(lambda: doms.peek("web1") is not None, "the standby to have it")
+
+        def reads_there() -> bool:
+            """While the standby has no schema yet, the primary is read."""
+            return doms.peek("web1") is not None and bool(doms._pool._readers)
+
+        until(reads_there, "the standby to have it")
         assert len(doms) == 1 and [info.name for info in doms.list()] == ["web1"]
         [reader] = doms._pool._readers
         assert reader.call(Statement("SELECT pg_is_in_recovery()")) == [(b"\1",)]
