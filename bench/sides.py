@@ -249,7 +249,7 @@ def _multiply(uri: str, name: str, count: int) -> None:
                         (first + count,))  # fmt: skip
         own = {"record": "%(first)s + i", "uuid": "gen_random_uuid()", "name": "'vm' || i + 1",
                "id": "id + i"}  # fmt: skip
-        for table in ("domains", "definitions", "holds"):
+        for table in ("domains", "definitions"):
             columns = [
                 column
                 for (column,) in session.execute(
@@ -269,7 +269,7 @@ def _multiply(uri: str, name: str, count: int) -> None:
             "UPDATE shmdomains.counters SET id = id + %s WHERE list = %s", (count - 1, list_)
         )
     with psycopg.connect(uri, autocommit=True) as session:
-        for table in ("domains", "definitions", "holds"):
+        for table in ("domains", "definitions"):
             session.execute(f"VACUUM ANALYZE shmdomains.{table}")
 
 

@@ -98,8 +98,7 @@ def interrupt(_session: sessions.Session) -> None:
 def holds(sql: psycopg.Connection[Any], doms: PostgresDomainList, name: str) -> Any:
     """owner and died of a domain's mark."""
     return sql.execute(
-        "SELECT h.owner, h.died FROM holds h JOIN domains d USING (record) "
-        "WHERE d.list = %s AND d.name = %s",
+        "SELECT owner, died FROM domains WHERE list = %s AND name = %s",
         [doms._pool.list, name],
     ).fetchone()
 
@@ -199,7 +198,7 @@ def test_locking_that_the_server_refuses_late_leaves_no_lock(
 ) -> None:
     """An error does not undo the locking of an advisory lock."""
     sql.execute("BEGIN")
-    sql.execute("SELECT FROM holds FOR UPDATE")
+    sql.execute("SELECT FROM domains FOR UPDATE")
     failed: list[BaseException] = []
 
     def get() -> None:

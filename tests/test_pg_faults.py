@@ -210,8 +210,7 @@ class Bench(NamedTuple):
     def mark(self, name: str) -> bool:
         """Whether somebody died holding this domain."""
         row = self.sql.execute(
-            "SELECT owner, died FROM holds JOIN domains USING (record) "
-            "WHERE list = %s AND name = %s",
+            "SELECT owner, died FROM domains WHERE list = %s AND name = %s",
             [self.doms._pool.list, name],
         ).fetchone()
         return row is not None and row != (None, None)

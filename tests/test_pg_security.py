@@ -44,7 +44,6 @@ TABLES = {
     "users": "list",
     "sessions": "(SELECT list FROM processes WHERE processes.process = t.process)",
     "definitions": "(SELECT list FROM domains WHERE domains.record = t.record)",
-    "holds": "(SELECT list FROM domains WHERE domains.record = t.record)",
 }
 """Each table, and to which list a row of it belongs."""
 
@@ -190,7 +189,7 @@ def test_a_role_changes_its_own_list_only(place: Place, green: PostgresDomainLis
 
 
 def _column(table: str) -> str:
-    columns = {"sessions": "tid", "definitions": "xml", "holds": "since", "counters": "id"}
+    columns = {"sessions": "tid", "definitions": "xml", "counters": "id"}
     return columns.get(table, "list")
 
 
@@ -203,7 +202,10 @@ def test_our_functions_lock_and_change_nothing_of_another_list(
     [process] = place.rows("SELECT process FROM processes WHERE list = %s", list)[0]
     commit = "commit_domain(%s, %s, 1, %s, %s, 'x', -1, 5::smallint, 0, true, true, 0, 0, 'x', "
     commit += "true, 'x', true, 'x', true, 'x', 'x', true, 'x', 'x', 9, '[]', false)"
-    insert = "insert_domain(%s, %s, 1, gen_random_uuid(), 'x', 5::smallint, true, 'x', 'x', NULL, "
+    lock = "lock_domain(%s, %s, 0, "
+    insert = (
+        "insert_domain(%s, %s, 1, 0, gen_random_uuid(), 'x', 5::smallint, true, 'x', 'x', NULL, "
+    )
     insert += "9, NULL)"
     with place.list_of("anna", "blue") as blue, place.as_role("anna") as conn:
         assert len(blue) == 0
@@ -214,9 +216,13 @@ def test_our_functions_lock_and_change_nothing_of_another_list(
         tried: dict[str, Any] = {}
         for text, values in {
             "lock_list(%s, %s, 0)": (list, me),
-            "lock_domain(%s, %s, %s, NULL, NULL, NULL, NULL, 0)": (list, me, record),
-            "lock_domain(%s, %s, NULL, %s, NULL, NULL, NULL, 0)": (list, me, UUID(WEB1)),
-            "lock_domain(%s, %s, NULL, NULL, 'web1', NULL, NULL, 0)": (list, me),
+            f"{lock}NULL, %s, NULL, NULL, NULL, NULL, 0)": (list, me, record),
+            f"{lock}NULL, NULL, %s, NULL, NULL, NULL, 0)": (list, me, UUID(WEB1)),
+            f"{lock}NULL, NULL, NULL, 'web1', NULL, NULL, 0)": (list, me),
+            f"{lock}%s, NULL, NULL, 'web1', NULL, NULL, 0)": (list, me, record),
+            "commit_state(%s, %s, 1, %s, %s, 5::smallint, 0, true, 'x', 9, '[]', false)": (
+                *(list, me, record, version),
+            ),
             "lock_mutex(%s, %s, %s, NULL, 0)": (list, me, mutex),
             commit: (list, me, record, version),
             insert: (list, me),

@@ -26,6 +26,7 @@ from .session import (
     Row,
     Statement,
     big,
+    fields,
     number,
     numbers,
 )
@@ -53,9 +54,9 @@ class Calls:
 
     def _wait(
         self, statement: Statement, values: list[bytes | None], timeout: float | None
-    ) -> tuple[State, list[Row]]:
-        """A statement that takes a lock, its last value being the milliseconds of its wait. No
-        rows: it was not free in time. Asks again through a new session if nothing is held."""
+    ) -> tuple[State, Row]:
+        """A statement that takes a lock, its last value being the milliseconds of its wait. An
+        empty row: it was not free in time. Asks again through a new session if nothing is held."""
         began = time.monotonic()
         end = None if timeout is None else began + timeout
         patience = self.pool.patience
@@ -69,18 +70,21 @@ class Calls:
             slice = _LONGEST if left is None else min(left, _LONGEST)
             milliseconds = 0 if timeout == 0 else max(1, int(slice * 1000))
             given = [self._list, number(session.number), *values, number(milliseconds)]
+            if statement is ask.LOCK:
+                given.insert(2, number(session.life))
             if lost and statement is not ask.LOCK_LIST:
                 given[-2] = numbers(lost)
             session.locks += 1
             try:
-                rows = session.call(statement, given, waits=timeout != 0)
-                if rows[0][-1] == b"\1":
+                [[answer]] = session.call(statement, given, waits=timeout != 0)
+                row = fields(answer)
+                if row[-1] == b"\1":
                     self.pool.counts.waited(time.monotonic() - began)
-                return state, rows
+                return state, row
             except Refused as exc:
                 if exc.state == "55P03" and left is not None and left <= slice:
                     self.pool.counts.waited(time.monotonic() - began)
-                    return state, []
+                    return state, ()
                 if exc.state == "55P03" or (exc.state == "40P01" and left is not None):
                     session.locks -= 1  # a cycle of waits that end by themselves is none
                     continue

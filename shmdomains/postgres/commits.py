@@ -32,6 +32,7 @@ from .session import (
     Session,
     Statement,
     big,
+    fields,
     integer,
     number,
     numbers,
@@ -39,6 +40,7 @@ from .session import (
     truth,
 )
 
+_STATE = {"state", "reason", "data"}
 _LIFE = 1 << 40
 """The tokens of one life of the server."""
 
@@ -58,7 +60,10 @@ class Commits(Reads):
     ) -> tuple[int, PostgresInfo]:
         definition = new.definition
         work = None if new.work is None else new.work.encode()
+        state = self._state()
+        assert state.session is not None
         values = [
+            number(state.session.life),
             str(new.uuid).encode(),
             new.name.encode(),
             number(new.state),
@@ -69,8 +74,6 @@ class Commits(Reads):
             number(self.events_max),
             _news(news),
         ]
-        state = self._state()
-        assert state.session is not None
         state.session.locks += 1
         try:
             rows = self._commits(state, ask.INSERT, values)
@@ -113,13 +116,11 @@ class Commits(Reads):
         """`commit`, and in the same round trip `unlock`."""
         state = self._state()
         info = self._read_by(state, record)
-        values = self._changed(info, changes, news, unlock)
+        statement, values = self._changed(info, changes, news, unlock)
         try:
-            rows = self._commits(
-                state, ask.COMMIT, [number(record), number(info._version), *values]
-            )
+            rows = self._commits(state, statement, values)
         except Gone as exc:
-            info = self._settle(state, info, values, exc, timeout, unlock)
+            info = self._settle(state, info, (statement, values), exc, timeout, unlock)
         except Refused as exc:
             if exc.constraint == "domains_name":
                 name = changes.get("name", info.name)
@@ -149,23 +150,28 @@ class Commits(Reads):
 
     def _changed(
         self, info: PostgresInfo, changes: Changes, news: Sequence[News], unlock: bool
-    ) -> list[bytes | None]:
+    ) -> tuple[Statement, list[bytes | None]]:
         get: Callable[..., Any] = changes.get
+        first = [number(info._record), number(info._version)]
+        last = [number(self.events_max), _news(news), truth(unlock)]
+        state = [number(get("state", info.state)), number(get("reason", info.reason))]
+        data = [truth("data" in changes), get("data")]
+        if changes.keys() <= _STATE:
+            return ask.COMMIT_STATE, [*first, *state, *data, *last]
         live, successor = get("definition"), get("next_definition")
         pid = get("pid", info.pid)
         host = get("host", info.host)
-        return [
+        return ask.COMMIT, [
+            *first,
             str(get("name", info.name)).encode(),
             number(get("id", info.id)),
-            number(get("state", info.state)),
-            number(get("reason", info.reason)),
+            *state,
             truth(get("persistent", info.persistent)),
             truth(get("autostart", info.autostart)),
             number(pid),
             number(get("started", info._started)),
             None if host is None else str(host).encode(),
-            truth("data" in changes),
-            get("data"),
+            *data,
             truth("work" in changes),
             get("work"),
             truth("definition" in changes),
@@ -174,9 +180,7 @@ class Commits(Reads):
             truth("next_definition" in changes),
             None if successor is None else successor.encode(),
             None if successor is None else successor.to_xml().encode(),
-            number(self.events_max),
-            _news(news),
-            truth(unlock),
+            *last,
         ]
 
     def _after(self, info: PostgresInfo, changes: Changes) -> PostgresInfo:
@@ -257,7 +261,7 @@ class Commits(Reads):
         self,
         state: State,
         info: PostgresInfo,
-        values: list[bytes | None],
+        asked: tuple[Statement, list[bytes | None]],
         exc: Gone,
         timeout: float | None,
         unlock: bool,
@@ -296,8 +300,7 @@ class Commits(Reads):
         if happened:
             return info
         try:
-            place = [number(info._record), number(info._version)]
-            rows = self._commits(state, ask.COMMIT, [*place, *values])
+            rows = self._commits(state, *asked)
         except Refused as second:
             raise self._refusal(second) from None
         except Gone as second:
@@ -316,12 +319,14 @@ class Commits(Reads):
     def _lock_again(
         self, session: Session, info: PostgresInfo, lost: Session | None
     ) -> PostgresInfo | None:
-        keys = [number(info._record), None, None, None]
+        keys = [None, number(info._record), None, None, None]
         wait = number(int(self._patience(None) * 1000))
         given = None if lost is None else numbers([lost.number])
-        values = [self._list, number(session.number), *keys, given, wait]
+        place = [self._list, number(session.number), number(session.life)]
+        values = [*place, *keys, given, wait]
         session.locks += 1
-        [row] = session.call(ask.LOCK, values, waits=True)
+        [[answer]] = session.call(ask.LOCK, values, waits=True)
+        row = fields(answer)
         if small(row[0]) != 1:
             session.locks -= 1
             return None

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 else:
     asking = LazyModule("shmdomains.memory.asking")
 
+_NO_NEWS = {"data", "work"}
+"""Fields whose change is no event."""
 _EMPTY = State()
 _checked: set[tuple[str, int]] = set()
 """The servers that this process found to be what they say."""
@@ -238,7 +240,9 @@ class PostgresDomainList(PlainDomainList[int]):
             )
         with self._pool.connect() as conn:
             try:
-                found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+                with conn.transaction():
+                    found = conn.execute("DELETE FROM lists WHERE list = %s", [self._pool.list])
+                    conn.execute("DELETE FROM events WHERE list = %s", [self._pool.list])
             except psycopg.errors.InsufficientPrivilege as exc:
                 why = exc.diag.message_primary
                 raise SegmentRefused(f"{self._pool.address.shown}: {why}") from None
@@ -456,7 +460,9 @@ class PostgresDomainList(PlainDomainList[int]):
         hold.drop()
         if not changes and not noted:
             return
-        news = [*noted, *news_of_change(hold.info, changes)]
+        news = list(noted)
+        if not changes.keys() <= _NO_NEWS:
+            news += news_of_change(hold.info, changes)
         hold.info = self._store.commit_and(hold.record, changes, news, timeout, unlock)
 
     def _remove(self, dom: PlainDomain[int], timeout: float | None = None) -> None:

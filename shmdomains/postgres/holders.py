@@ -52,7 +52,7 @@ _LOCKS = f"""
            coalesce(extract(epoch FROM clock_timestamp() - l.waitstart), 0)::float8,
            {_PEOPLE},
            coalesce(extract(epoch FROM clock_timestamp() - coalesce(
-               h.since, m.since, CASE WHEN kind = 2 THEN s.list_since END)), -1)::float8,
+               d.since, m.since, CASE WHEN kind = 2 THEN s.list_since END)), -1)::float8,
            coalesce(d.name, m.name), d.uuid
     FROM (
         SELECT (classid::bigint >> 16) - 23808 AS kind,
@@ -64,7 +64,6 @@ _LOCKS = f"""
           AND (classid::bigint >> 16) - 23808 BETWEEN 1 AND 3
     ) l
     LEFT JOIN domains d ON kind = 1 AND d.record = l.number
-    LEFT JOIN holds h ON h.record = d.record
     LEFT JOIN mutexes m ON kind = 3 AND m.mutex = l.number
     LEFT JOIN LATERAL (
         SELECT * FROM sessions s WHERE s.backend = l.backend ORDER BY session DESC LIMIT 1

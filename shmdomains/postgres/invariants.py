@@ -32,8 +32,8 @@ _ATTACHED = Statement(
     "bigint",
 )
 _DEFINITIONS = Statement(
-    "SELECT d.name, d.uuid, f.typed, f.next_typed, h.record IS NOT NULL FROM domains d "
-    "LEFT JOIN definitions f USING (record) LEFT JOIN holds h USING (record) WHERE d.list = $1",
+    "SELECT d.name, d.uuid, f.typed, f.next_typed FROM domains d "
+    "LEFT JOIN definitions f USING (record) WHERE d.list = $1",
     "bigint",
 )
 
@@ -79,11 +79,9 @@ def _process(row: Row, pool: Pool) -> AttachedProcess:
 def check(pool: Pool) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """Problems, and how much was tested."""
     problems, count = [], 0
-    for name, uuid, typed, successor, held in pool.ask(_DEFINITIONS, [number(pool.list)]):
+    for name, uuid, typed, successor in pool.ask(_DEFINITIONS, [number(pool.list)]):
         count += 1
         shown = text(name)
-        if held != b"\1":
-            problems.append(("locks", f"domain '{shown}' has no row for its lock"))
         if typed is None:
             problems.append(("I3 fields", f"domain '{shown}' has no definition"))
         for blob in (typed, successor):

@@ -38,7 +38,7 @@ _NO_TABLE = "42P01"
 _IDLE = 8
 """Idle sessions that are kept."""
 
-_ENTER = Statement("SELECT enter_session($1, $2, $3)", *("bigint", "int", "bigint"))
+_ENTER = Statement("SELECT * FROM enter_session($1, $2, $3)", *("bigint", "int", "bigint"))
 _USE = Statement(
     "UPDATE sessions SET tid = $2, start = $3 WHERE session = $1", "bigint", "int", "bigint"
 )
@@ -164,8 +164,8 @@ class Pool:
             made = Session(conn, self.address.lease)
             made.silent = self._is_silent
             made.user = core.caller()[1:]
-            [[row]] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
-            made.number = big(row)
+            [row] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
+            made.number, made.life = big(row[0]), big(row[1])
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
             if getattr(exc, "state", None) == "23503":  # a server that lost the process's row

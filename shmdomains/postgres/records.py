@@ -19,7 +19,7 @@ from ..rules.values import decode_data
 from ..rules.work import Work
 from ..states import DomainState
 from ..xml.definition import DomainDef
-from .session import Row, big, integer, small, text
+from .session import Row, big, integer, text
 
 COLUMNS = (
     "d.record, d.uuid, d.name, d.id, d.state, d.reason, d.persistent, d.autostart, d.pid, "
@@ -121,7 +121,7 @@ class PostgresInfo(DomainInfo):
 
     @property
     def state(self) -> DomainState:  # type: ignore[override]
-        return DomainState(small(self._row[4]))
+        return _STATES[self._row[4]]
 
     @property
     def reason(self) -> int:  # type: ignore[override]
@@ -223,6 +223,9 @@ _put_blobs = DomainInfo.__dict__["_blobs"].__set__
 _big = struct.Struct(">q").pack
 _integer = struct.Struct(">i").pack
 _small = struct.Struct(">h").pack
+
+
+_STATES: dict[bytes | None, DomainState] = {_small(state): state for state in DomainState}
 
 
 def _truth(value: bool) -> bytes:

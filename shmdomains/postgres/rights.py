@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import psycopg
 
 _OF_LISTS = (
-    *("counters", "directories", "processes", "sessions", "domains", "definitions", "holds"),
+    *("counters", "directories", "processes", "sessions", "domains", "definitions"),
     *("mutexes", "events"),
 )
 _READ = ("migrations", "lives", "life", "users")

@@ -90,6 +90,8 @@ class Session:
     def __init__(self, conn: psycopg.Connection[Any], lease: float) -> None:
         self.conn = conn
         self.number = 0
+        self.life = 0
+        """Where the tokens of this life of the server begin."""
         self.pid = os.getpid()
         self.lease = lease
         self.commits = 0
@@ -381,7 +383,8 @@ SELECT set_config('search_path', 'shmdomains, pg_catalog', false),
        set_config('client_connection_check_interval', '500', false),
        set_config('client_min_messages', 'error', false),
        set_config('timezone', 'UTC', false),
-       set_config('bytea_output', 'hex', false)
+       set_config('bytea_output', 'hex', false),
+       set_config('plan_cache_mode', 'force_generic_plan', false)
 FROM (SELECT %s::text AS lease, %s::text AS third) AS given
 """
 
@@ -416,6 +419,22 @@ def double(value: bytes | None) -> float:
 def text(value: bytes | None) -> str:
     assert value is not None
     return value.decode()
+
+
+def fields(value: bytes | None) -> Row:
+    """The fields of a composite value."""
+    assert value is not None
+    found: list[bytes | None] = []
+    [count], at, size_at = _INT.unpack_from(value), 4, _INT.unpack_from
+    for _ in range(count):  # each with its type and its size
+        [size] = size_at(value, at + 4)
+        at += 8
+        if size < 0:
+            found.append(None)
+        else:
+            found.append(value[at : at + size])
+            at += size
+    return tuple(found)
 
 
 def number(value: int | None) -> bytes | None:

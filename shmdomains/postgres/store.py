@@ -45,6 +45,8 @@ from .statements import DOMAIN, LIST
 
 MOST_MUTEXES = 65_536
 _EVENTS_AT_ONCE = 256
+_PLACES = 65_536
+"""Records that are remembered by a key."""
 
 
 class PostgresStore(Commits):
@@ -54,6 +56,7 @@ class PostgresStore(Commits):
         super().__init__(pool, events_max)
         self.most_mutexes = MOST_MUTEXES
         self._deaths: dict[str, int | None] = {}  # of a mutex that somebody here holds
+        self._places: dict[tuple[str, bytes], int] = {}  # records by the keys that they had
         self._events: dict[int, DomainEvent] = {}  # read ahead
 
     # --- the list lock ---
@@ -62,8 +65,8 @@ class PostgresStore(Commits):
         for neighbour in self.pool.beside(timeout):
             if neighbour.list_held:
                 raise _stops(f"the list lock of {self._shown}")
-        state, rows = self._wait(ask.LOCK_LIST, [], timeout)
-        if not rows or rows[0][0] != b"\1":
+        state, row = self._wait(ask.LOCK_LIST, [], timeout)
+        if not row or row[0] != b"\1":
             self._not_got(state)
             raise local.timed_out(
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
@@ -89,23 +92,39 @@ class PostgresStore(Commits):
                 if held == key.value:
                     raise _stops(f"domain {hold.info.name!r}")
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
-        keys.append(None)
-        state, rows = self._wait(ask.LOCK, keys, timeout)
-        outcome = small(rows[0][0]) if rows else 2
+        guess = self._guess(kind, value)
+        keys = [guess, *keys, None]
+        state, row = self._wait(ask.LOCK, keys, timeout)
+        outcome = small(row[0]) if row else 2
         if outcome == 1:
-            row = rows[0]
             died = None if row[17] is None else big(row[17])
             self.pool.counts.got(died is not None)
+            if guess is None:
+                self._note(kind, value, row[1])
             return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
         self._not_got(state)
         if outcome == 0:
             return None
-        raise self._too_late(key, timeout, rows)
+        raise self._too_late(key, timeout, row)
 
-    def _too_late(self, key: Key, timeout: float | None, rows: list[Row]) -> Exception:
-        if rows:
-            record, name = big(rows[0][1]), None
-        info = self.read(record) if rows else self._peek_any(key)
+    def _guess(self, kind: str, value: bytes) -> bytes | None:
+        """The record that had this key last, unless the caller has it: his session would get the
+        lock once more."""
+        record = self._places.get((kind, value))
+        state = self.pool.mine()
+        if record is None or (state is not None and record in state.holds):
+            return None
+        return number(record)
+
+    def _note(self, kind: str, value: bytes, record: bytes | None) -> None:
+        if kind == "record":
+            return
+        if len(self._places) >= _PLACES:
+            self._places.clear()
+        self._places[kind, value] = big(record)
+
+    def _too_late(self, key: Key, timeout: float | None, row: Row) -> Exception:
+        info = self.read(big(row[1])) if row else self._peek_any(key)
         if info is None:
             return local.timed_out(f"domain {key.value!r}", timeout, None)
         name, record = info.name, info._record
@@ -177,12 +196,12 @@ class PostgresStore(Commits):
         for neighbour in self.pool.beside(timeout):
             if name in neighbour.mutexes:
                 raise _stops(f"mutex {name!r}")
-        state, rows = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
-        if not rows or small(rows[0][0]) != 1:
+        state, row = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
+        if not row or small(row[0]) != 1:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
             raise local.timed_out(f"mutex {name!r}", timeout, holder)
-        died = self._deaths[name] = None if rows[0][1] is None else big(rows[0][1])
+        died = self._deaths[name] = None if row[1] is None else big(row[1])
         self.pool.counts.got(died is not None)
 
     def unlock_mutex(self, name: str, seen: bool) -> None:

@@ -2,14 +2,14 @@
 --
 -- Locks are advisory locks of the session, with 64-bit keys: a tag in the upper 16 bits (23809 and
 -- the kind), a number below. They vanish with the session. What a lock needs beyond that, who took
--- it and whether he let go of it, stands in a row (`holds`, `mutexes`):
+-- it and whether he let go of it, stands in the row (`domains`, `mutexes`):
 --
---   lock    take the advisory lock, then write the row. The write waits for the transaction of the
---           last holder: he let go of the advisory lock before that transaction ended. After it
---           the state is read anew, for a statement's snapshot is older than its wait.
---   unlock  change the state, clear the row, let go of the advisory lock: one transaction. If the
---           session ends before that transaction does, nothing of it is there, and the row says
---           who died.
+--   lock    take the advisory lock, then mark the row and read it: one UPDATE, whose snapshot is
+--           younger than the lock. (That of the statement which waited for the lock is older.)
+--   unlock  change the state, clear the mark, let go of the advisory lock: one transaction. If the
+--           session ends before that transaction does, nothing of it is there, and the mark says
+--           who died. The lock is handed to the transaction (`let_go`), so it is free when all
+--           others see what was done, and not before.
 --
 -- A commit also writes its number into the row of its session (`sessions.done`). If the answer is
 -- lost, that row says whether the commit was.
@@ -17,7 +17,7 @@
 -- Marks of who holds what need not outlive a crash of the server by themselves, so locking alone
 -- never waits for the disk or for a standby (synchronous_commit off). A mark is lost at most for
 -- the last moments before a crash. A token must never be given twice, so each life of the server has
--- its own: after a crash, that of a single backend included, and on a standby that was promoted, the
+-- its own (from life * 2^40): after a crash, that of a single backend included, and on a standby that was promoted, the
 -- unlogged table `life` is empty. The first session writes the next number, and that to the disk.
 
 CREATE TABLE lists (
@@ -85,29 +85,37 @@ CREATE TABLE sessions (
 ) WITH (fillfactor = 50);
 CREATE INDEX ON sessions (process);
 
+-- Each lock and unlock of a domain writes its row: so no index has a column of the mark, the pages
+-- have room for new versions of their rows (HOT), and large values are kept elsewhere.
 CREATE TABLE domains (
     record bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
     uuid uuid NOT NULL,
-    name text NOT NULL,
     id integer NOT NULL DEFAULT -1,
-    state smallint NOT NULL,
     reason integer NOT NULL DEFAULT 0,
-    persistent boolean NOT NULL,
-    autostart boolean NOT NULL DEFAULT false,
-    pid integer,
-    started bigint NOT NULL DEFAULT 0,
-    host text,
     -- Counts commits. Whoever commits names the one that he read.
     version bigint NOT NULL DEFAULT 1,
     -- The version in which a definition last changed.
     defined bigint NOT NULL DEFAULT 1,
+    started bigint NOT NULL DEFAULT 0,
+    token bigint NOT NULL DEFAULT 0,
+    state smallint NOT NULL,
+    persistent boolean NOT NULL,
+    autostart boolean NOT NULL DEFAULT false,
+    name text NOT NULL,
+    -- Who holds its lock, or died holding it: sessions.
+    owner bigint,
+    since timestamptz,
+    died bigint,
+    told bigint,  -- of whose death there is an event
+    pid integer,
+    host text,
     -- The driver's own, and what is under way (rules.work): MessagePack.
     data bytea,
     work bytea,
     CONSTRAINT domains_uuid UNIQUE (list, uuid),
     CONSTRAINT domains_name UNIQUE (list, name)
-) WITH (fillfactor = 70);
+) WITH (fillfactor = 50, toast_tuple_target = 1024);
 CREATE UNIQUE INDEX domains_id ON domains (list, id) WHERE id <> -1;
 CREATE INDEX domains_host ON domains (list, host) WHERE host IS NOT NULL;
 
@@ -121,18 +129,6 @@ CREATE TABLE definitions (
     next_xml text
 );
 
--- Who holds a domain's lock, or died holding it: sessions. Written with each lock and unlock, so it
--- is narrow, and its pages have room for new versions of their rows (HOT).
-CREATE TABLE holds (
-    record bigint PRIMARY KEY REFERENCES domains ON DELETE CASCADE,
-    owner bigint,
-    died bigint,
-    told bigint,  -- of whose death there is an event
-    since timestamptz,
-    token bigint NOT NULL DEFAULT 0,  -- from life * 2^40
-    life bigint
-) WITH (fillfactor = 40);
-
 CREATE TABLE mutexes (
     mutex bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
@@ -145,9 +141,11 @@ CREATE TABLE mutexes (
 
 -- A commit enters its events without a number: if it counted them itself, all commits of a list
 -- would wait for each other's disk. Whoever reads numbers those that are there (`publish`).
+-- `list` is no foreign key: it would lock the row of the list for each event. Whoever removes a list
+-- removes its events after it.
 CREATE TABLE events (
     place bigint GENERATED ALWAYS AS IDENTITY,
-    list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
+    list bigint NOT NULL,
     number bigint,
     at timestamptz NOT NULL,
     type smallint NOT NULL,
@@ -194,6 +192,13 @@ BEGIN
     RETURN true;
 END $$;
 
+-- Let go of a lock of the session's when this transaction has ended. Given up at once, it would wake
+-- the next one, only to wait for the transaction, and perhaps for a standby that does not answer.
+-- False: it was not the session's. (To try does not wait for whoever has it then.)
+CREATE FUNCTION let_go(_key bigint) RETURNS boolean
+LANGUAGE sql
+RETURN CASE WHEN pg_try_advisory_xact_lock(_key) IS NOT NULL THEN pg_advisory_unlock(_key) END;
+
 -- --- telling those who wait ---
 
 -- Tell of a commit, if any process listens to this list. NOTIFY makes all commits of a database
@@ -204,10 +209,12 @@ END $$;
 -- at lock 5. So either he sees the listener, or the listener reads what he committed.
 CREATE FUNCTION tell(_list bigint, _text text) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    _done text;
 BEGIN
-    PERFORM pg_advisory_xact_lock_shared(lock_key(4, _list));
+    _done := pg_advisory_xact_lock_shared(lock_key(4, _list))::text;
     IF pg_try_advisory_lock(lock_key(5, _list)) THEN
-        PERFORM pg_advisory_unlock(lock_key(5, _list));
+        _done := pg_advisory_unlock(lock_key(5, _list));
     ELSE
         PERFORM pg_notify('shmdomains_' || _list, _text);
     END IF;
@@ -244,12 +251,14 @@ END $$;
 CREATE FUNCTION happened(_list bigint, _max integer, _uuid uuid, _news jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
+    _one jsonb;
     _place bigint;
 BEGIN
     FOR at IN 0 .. jsonb_array_length(_news) - 1 LOOP
+        _one := _news->at;
         INSERT INTO events (list, at, type, detail, uuid, name, id)
-            VALUES (_list, clock_timestamp(), (_news->at->>0)::smallint, (_news->at->>1)::integer,
-                    _uuid, _news->at->>3, (_news->at->>2)::integer)
+            VALUES (_list, clock_timestamp(), (_one->>0)::smallint, (_one->>1)::integer, _uuid,
+                    _one->>3, (_one->>2)::integer)
             RETURNING place INTO _place;
     END LOOP;
     IF _place % 1024 = 0 THEN  -- perhaps nobody reads
@@ -273,7 +282,7 @@ BEGIN
 END $$;
 
 CREATE FUNCTION enter_session(
-    _process bigint, _tid integer, _start bigint, OUT _session bigint
+    _process bigint, _tid integer, _start bigint, OUT _session bigint, OUT _life bigint
 )
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -285,6 +294,7 @@ BEGIN
         RETURNING session INTO _session;
     PERFORM pg_advisory_lock(lock_key(6, _session));
     PERFORM pg_advisory_lock_shared(lock_key(7, _process));
+    _life := (SELECT life << 40 FROM life);
 END $$;
 
 -- Remove what sessions and processes left that are over: at most so many rows, and only those that
@@ -318,8 +328,8 @@ BEGIN
     ) AS few;
     IF _over IS NOT NULL THEN
         SELECT array_agg(session) INTO _named FROM (
-            SELECT unnest(ARRAY[owner, died, told]) AS session FROM holds
-                WHERE owner = ANY (_over) OR died = ANY (_over)
+            SELECT unnest(ARRAY[owner, died, told]) AS session FROM domains
+                WHERE list = _list AND (owner = ANY (_over) OR died = ANY (_over))
             UNION ALL
             SELECT unnest(ARRAY[owner, died]) FROM mutexes WHERE list = _list
             UNION ALL
@@ -400,7 +410,7 @@ CREATE TYPE locked AS (
 CREATE FUNCTION holder_died(_list bigint, _found locked) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    UPDATE holds SET told = _found.died
+    UPDATE domains SET told = _found.died
         WHERE record = _found.record AND told IS DISTINCT FROM _found.died;
     IF NOT FOUND OR (SELECT events_max = 0 FROM lists WHERE list = _list) THEN
         RETURN;
@@ -411,21 +421,27 @@ BEGIN
     PERFORM tell(_list, _found.record::text);
 END $$;
 
--- Find a domain by one key and lock it; the others are null. _lost: sessions of the caller's that
--- ended when they asked for this lock. What they got nobody used, so they did not die with it.
+-- Find a domain by one key and lock it; the others are null. _guess: the record that had this key when
+-- the caller saw it last; if it is not free it is not waited for, as it may be another domain. _life:
+-- where the tokens of the session's life begin. _lost: sessions of the caller's that ended when they
+-- asked for this lock. What they got nobody used, so they did not die with it.
 CREATE FUNCTION lock_domain(
-    _list bigint, _me bigint, _record bigint, _uuid uuid, _name text, _id integer, _lost bigint[],
-    _wait integer
+    _list bigint, _me bigint, _life bigint, _guess bigint, _record bigint, _uuid uuid, _name text,
+    _id integer, _lost bigint[], _wait integer
 ) RETURNS locked
 LANGUAGE plpgsql AS $$
 DECLARE
     _found locked;
     _key bigint;
     _at bigint;
+    _waited boolean := false;
+    _off text;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true);
+    _off := set_config('synchronous_commit', 'off', true);
     LOOP
-        IF _record IS NOT NULL THEN
+        IF _guess IS NOT NULL THEN
+            _at := _guess;
+        ELSIF _record IS NOT NULL THEN
             _at := _record;
         ELSIF _name IS NOT NULL THEN
             SELECT record INTO _at FROM domains WHERE list = _list AND name = _name;
@@ -440,40 +456,31 @@ BEGIN
         END IF;
         _key := lock_key(1, _at);
         IF NOT pg_try_advisory_lock(_key) THEN
-            _found.waited := _wait <> 0;
+            IF _guess IS NOT NULL THEN
+                _guess := NULL;
+                CONTINUE;
+            END IF;
+            _waited := _wait <> 0;
             IF NOT take(_key, _wait) THEN
                 _found.outcome := 2;
                 _found.record := _at;
                 RETURN _found;
             END IF;
         END IF;
-        -- Waits for the last holder's transaction. `owner` is still there if he did not let go.
-        UPDATE holds
-            SET died = CASE WHEN owner = ANY (_lost) THEN died ELSE coalesce(owner, died) END,
-                owner = _me, since = clock_timestamp(),
-                token = greatest(token + 1, CASE WHEN holds.life = now.life THEN 0
-                                                 ELSE now.life << 40 END),
-                life = now.life
-            FROM life AS now
-            WHERE record = _at
-            RETURNING token, died INTO _found.token, _found.died;
+        -- `owner` is still there if the last holder did not let go.
+        UPDATE domains SET
+            died = CASE WHEN owner = ANY (_lost) THEN died ELSE coalesce(owner, died) END,
+            owner = _me, since = clock_timestamp(), token = greatest(token + 1, _life)
+            WHERE record = _at AND list = _list
+            AND (_record IS NOT NULL OR name = _name OR uuid = _uuid OR id = _id)
+            RETURNING 1, record, uuid, name, id, state, reason, persistent, autostart, pid,
+                      started, host, version, defined, data, work, token, died, _waited
+            INTO _found;
         IF FOUND THEN
-            SELECT d.record, d.uuid, d.name, d.id, d.state, d.reason, d.persistent, d.autostart,
-                   d.pid, d.started, d.host, d.version, d.defined, d.data, d.work
-                INTO _found.record, _found.uuid, _found.name, _found.id, _found.state,
-                     _found.reason, _found.persistent, _found.autostart, _found.pid,
-                     _found.started, _found.host, _found.version, _found.defined, _found.data,
-                     _found.work
-                FROM domains d WHERE d.record = _at AND d.list = _list;
-            IF _record IS NOT NULL OR _found.name = _name OR _found.uuid = _uuid
-               OR _found.id = _id THEN
-                IF _found.died IS NOT NULL THEN
-                    PERFORM holder_died(_list, _found);
-                END IF;
-                _found.outcome := 1;
-                RETURN _found;
+            IF _found.died IS NOT NULL THEN
+                PERFORM holder_died(_list, _found);
             END IF;
-            UPDATE holds SET owner = NULL WHERE record = _at;
+            RETURN _found;
         END IF;
         -- It was removed, or has another key, since it was looked up.
         PERFORM pg_advisory_unlock(_key);
@@ -481,6 +488,7 @@ BEGIN
             _found.outcome := 0;
             RETURN _found;
         END IF;
+        _guess := NULL;
     END LOOP;
 END $$;
 
@@ -488,18 +496,69 @@ END $$;
 -- nothing: the mark is another one's.
 CREATE FUNCTION unlock_domain(_record bigint, _me bigint, _seen boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
+DECLARE
+    _off text;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true);
-    UPDATE holds SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
+    _off := set_config('synchronous_commit', 'off', true);
+    UPDATE domains SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
         WHERE record = _record AND owner = _me;
-    RETURN pg_advisory_unlock(lock_key(1, _record));
+    RETURN let_go(lock_key(1, _record));
 END $$;
 
 -- --- commits ---
 
--- Judge and apply the changes of a domain's holder. The scalars are all given, changed or not; of
--- definitions, data and work a flag says whether they change. Returns the new version, or null if
--- the holder read another one than is there: then nothing is done.
+-- The rest of each commit: its receipt, its events, whom to tell; _unlock: of which lock to let go.
+CREATE FUNCTION committed(
+    _list bigint, _me bigint, _number bigint, _record bigint, _uuid uuid, _max integer, _news jsonb,
+    _unlock boolean
+) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    _done text;
+BEGIN
+    UPDATE sessions SET done = _number WHERE session = _me;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
+    END IF;
+    IF _news IS NOT NULL AND _max > 0 THEN
+        _done := happened(_list, _max, _uuid, _news)::text;
+    END IF;
+    _done := tell(_list, _record::text)::text;
+    IF _unlock THEN
+        _done := let_go(lock_key(1, _record));
+    END IF;
+END $$;
+
+-- Judge and apply the changes of a domain's holder. Returns the new version, or null if the holder
+-- read another one than is there, or is not the one whose mark is there: then nothing is done.
+
+-- What drivers change again and again.
+CREATE FUNCTION commit_state(
+    _list bigint, _me bigint, _number bigint, _record bigint, _version bigint,
+    _state smallint, _reason integer, _set_data boolean, _data bytea,
+    _max integer, _news jsonb, _unlock boolean
+) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    _uuid uuid;
+    _done text;
+BEGIN
+    UPDATE domains SET
+        state = _state, reason = _reason, version = version + 1,
+        data = CASE WHEN _set_data THEN _data ELSE data END,
+        owner = CASE WHEN NOT _unlock THEN owner END,
+        died = CASE WHEN NOT _unlock THEN died END
+        WHERE record = _record AND list = _list AND version = _version AND owner = _me
+        RETURNING uuid INTO _uuid;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    _done := committed(_list, _me, _number, _record, _uuid, _max, _news, _unlock)::text;
+    RETURN _version + 1;
+END $$;
+
+-- All of it: the scalars are all given, changed or not; of definitions, data and work a flag says
+-- whether they change.
 CREATE FUNCTION commit_domain(
     _list bigint, _me bigint, _number bigint, _record bigint, _version bigint,
     _name text, _id integer, _state smallint, _reason integer, _persistent boolean,
@@ -512,6 +571,7 @@ CREATE FUNCTION commit_domain(
 LANGUAGE plpgsql AS $$
 DECLARE
     _uuid uuid;
+    _done text;
 BEGIN
     UPDATE domains SET
         name = _name, id = _id, state = _state, reason = _reason, persistent = _persistent,
@@ -519,8 +579,10 @@ BEGIN
         version = version + 1,
         defined = CASE WHEN _set_typed OR _set_next THEN version + 1 ELSE defined END,
         data = CASE WHEN _set_data THEN _data ELSE data END,
-        work = CASE WHEN _set_work THEN _work ELSE work END
-        WHERE record = _record AND list = _list AND version = _version
+        work = CASE WHEN _set_work THEN _work ELSE work END,
+        owner = CASE WHEN NOT _unlock THEN owner END,
+        died = CASE WHEN NOT _unlock THEN died END
+        WHERE record = _record AND list = _list AND version = _version AND owner = _me
         RETURNING uuid INTO _uuid;
     IF NOT FOUND THEN
         RETURN NULL;
@@ -532,44 +594,23 @@ BEGIN
         UPDATE definitions SET next_typed = _next_typed, next_xml = _next_xml
             WHERE record = _record;
     END IF;
-    UPDATE sessions SET done = _number WHERE session = _me;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
-    END IF;
-    IF _news IS NOT NULL AND _max > 0 THEN
-        PERFORM happened(_list, _max, _uuid, _news);
-    END IF;
-    PERFORM tell(_list, _record::text);
-    IF _unlock THEN
-        UPDATE holds SET owner = NULL, died = NULL WHERE record = _record AND owner = _me;
-        PERFORM pg_advisory_unlock(lock_key(1, _record));
-    END IF;
+    _done := committed(_list, _me, _number, _record, _uuid, _max, _news, _unlock)::text;
     RETURN _version + 1;
 END $$;
 
 -- A new domain, locked.
 CREATE FUNCTION insert_domain(
-    _list bigint, _me bigint, _number bigint, _uuid uuid, _name text, _state smallint,
+    _list bigint, _me bigint, _number bigint, _life bigint, _uuid uuid, _name text, _state smallint,
     _persistent boolean, _typed bytea, _xml text, _work bytea, _max integer, _news jsonb,
     OUT _record bigint, OUT _token bigint
 )
 LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO domains (list, uuid, name, state, persistent, work)
-        VALUES (_list, _uuid, _name, _state, _persistent, _work)
-        RETURNING record INTO _record;
+    INSERT INTO domains (list, uuid, name, state, persistent, work, owner, since, token)
+        VALUES (_list, _uuid, _name, _state, _persistent, _work, _me, clock_timestamp(), _life)
+        RETURNING record, token INTO _record, _token;
     INSERT INTO definitions (record, typed, xml) VALUES (_record, _typed, _xml);
-    INSERT INTO holds (record, owner, since, token, life)
-        SELECT _record, _me, clock_timestamp(), 1, life FROM life
-        RETURNING token INTO _token;
-    UPDATE sessions SET done = _number WHERE session = _me;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
-    END IF;
-    IF _news IS NOT NULL AND _max > 0 THEN
-        PERFORM happened(_list, _max, _uuid, _news);
-    END IF;
-    PERFORM tell(_list, _record::text);
+    PERFORM committed(_list, _me, _number, _record, _uuid, _max, _news, false);
     PERFORM pg_advisory_lock(lock_key(1, _record));  -- nobody else can know it
 END $$;
 
@@ -581,20 +622,13 @@ LANGUAGE plpgsql AS $$
 DECLARE
     _uuid uuid;
 BEGIN
-    DELETE FROM domains WHERE record = _record AND list = _list AND version = _version
+    DELETE FROM domains
+        WHERE record = _record AND list = _list AND version = _version AND owner = _me
         RETURNING uuid INTO _uuid;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    UPDATE sessions SET done = _number WHERE session = _me;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'the session has no row' USING ERRCODE = '08003';
-    END IF;
-    IF _news IS NOT NULL AND _max > 0 THEN
-        PERFORM happened(_list, _max, _uuid, _news);
-    END IF;
-    PERFORM tell(_list, _record::text);
-    PERFORM pg_advisory_unlock(lock_key(1, _record));
+    PERFORM committed(_list, _me, _number, _record, _uuid, _max, _news, true);
     RETURN true;
 END $$;
 
@@ -648,7 +682,7 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE mutexes SET owner = NULL, died = CASE WHEN _seen THEN NULL ELSE died END
         WHERE mutex = _mutex AND owner = _me;
-    RETURN pg_advisory_unlock(lock_key(3, _mutex));
+    RETURN let_go(lock_key(3, _mutex));
 END $$;
 
 -- --- who may use which list ---
@@ -679,11 +713,9 @@ BEGIN
         USING (EXISTS (SELECT FROM processes p WHERE p.process = sessions.process));
     CREATE POLICY own ON definitions
         USING (EXISTS (SELECT FROM domains d WHERE d.record = definitions.record));
-    CREATE POLICY own ON holds
-        USING (EXISTS (SELECT FROM domains d WHERE d.record = holds.record));
     FOREACH _table IN ARRAY ARRAY[
         'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events',
-        'sessions', 'definitions', 'holds'
+        'sessions', 'definitions'
     ] LOOP
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', _table);
     END LOOP;
