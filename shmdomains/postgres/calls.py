@@ -26,7 +26,6 @@ from .session import (
     Row,
     Statement,
     big,
-    fields,
     number,
     numbers,
 )
@@ -36,27 +35,28 @@ _LONGEST = 30.0
 """Seconds of one statement that waits: while it does, the server cleans up nothing newer."""
 
 
+_WAITED = 12
+"""Where the first field is in the answer to a lock: whether it waited."""
+
+
 class Calls:
     """The base of `store.PostgresStore`. It counts the locks of a session, and puts back what was
     locked for nobody."""
 
     def __init__(self, pool: Pool, events_max: int) -> None:
         self.pool = pool
+        self._list = b"%d" % pool.list
         self.holders = Holders(pool)
         self.events_max = events_max
         self._mutexes: dict[str, int] = {}  # the numbers of names
-
-    @property
-    def _list(self) -> bytes:
-        return b"%d" % self.pool.list
 
     # --- asking ---
 
     def _wait(
         self, statement: Statement, values: list[bytes | None], timeout: float | None
-    ) -> tuple[State, Row]:
-        """A statement that takes a lock, its last value being the milliseconds of its wait. An
-        empty row: it was not free in time. Asks again through a new session if nothing is held."""
+    ) -> tuple[State, bytes]:
+        """A statement that takes a lock, its last value being the milliseconds of its wait. Empty:
+        it was not free in time. Asks again through a new session if nothing is held."""
         began = time.monotonic()
         end = None if timeout is None else began + timeout
         patience = self.pool.patience
@@ -77,14 +77,14 @@ class Calls:
             session.locks += 1
             try:
                 [[answer]] = session.call(statement, given, waits=timeout != 0)
-                row = fields(answer)
-                if row[-1] == b"\1":
+                assert answer is not None
+                if answer[_WAITED]:
                     self.pool.counts.waited(time.monotonic() - began)
-                return state, row
+                return state, answer
             except Refused as exc:
                 if exc.state == "55P03" and left is not None and left <= slice:
                     self.pool.counts.waited(time.monotonic() - began)
-                    return state, ()
+                    return state, b""
                 if exc.state == "55P03" or (exc.state == "40P01" and left is not None):
                     session.locks -= 1  # a cycle of waits that end by themselves is none
                     continue

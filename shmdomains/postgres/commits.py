@@ -24,7 +24,7 @@ from ..rules.store import Changes, NewDomain, News
 from . import statements as ask
 from .pool import State
 from .reads import Reads
-from .records import PostgresInfo, new_row
+from .records import PostgresInfo, new_values
 from .session import (
     Gone,
     Refused,
@@ -88,10 +88,10 @@ class Commits(Reads):
 
     def _inserted(self, row: Row, new: NewDomain) -> PostgresInfo:
         work = None if new.work is None else new.work.encode()
-        assert row[0] is not None
-        values = new_row(row[0], new.uuid, new.name, new.state, new.persistent, work)
-        self._source.definitions.put(big(row[0]), 1, (new.definition, None))
-        return PostgresInfo.of(values, self._source, big(row[1]))
+        record = big(row[0])
+        values = new_values(record, new.uuid, new.name, new.state, new.persistent, work)
+        self._source.definitions.put(record, 1, (new.definition, None))
+        return PostgresInfo.held(values, self._source, big(row[1]))
 
     def _refused_insert(self, exc: Refused, new: NewDomain) -> Exception:
         if exc.constraint == "domains_uuid":
@@ -326,11 +326,11 @@ class Commits(Reads):
         values = [*place, *keys, given, wait]
         session.locks += 1
         [[answer]] = session.call(ask.LOCK, values, waits=True)
-        row = fields(answer)
-        if small(row[0]) != 1:
+        assert answer is not None
+        if small(fields(answer)[1]) != 1:
             session.locks -= 1
             return None
-        return PostgresInfo.of(row[1:16], self._source, big(row[16]))
+        return PostgresInfo.locked(answer, self._source)
 
 
 def _news(news: Sequence[News]) -> bytes | None:

@@ -276,7 +276,7 @@ class PostgresDomainList(PlainDomainList[int]):
 
     @property
     def _mine(self) -> Any:
-        return self._pool.mine() or _EMPTY
+        return self._pool.states.get(core.owner()) or _EMPTY
 
     @_mine.setter
     def _mine(self, value: object) -> None:

@@ -56,7 +56,7 @@ class Reads(Calls):
         return self._info(rows[0]) if rows else None
 
     def _info(self, row: Row) -> PostgresInfo:
-        return PostgresInfo.of(row, self._source)
+        return PostgresInfo.of(row[0], self._source)
 
     def read(self, record: int) -> PostgresInfo | None:
         return self._one(ask.BY["record"], [self._list, number(record)])
@@ -78,7 +78,7 @@ class Reads(Calls):
         """Who has this uuid or, if nobody has, this name; without definitions."""
         key = None if uuid is None else str(uuid).encode()
         rows = self._read(ask.IDENTITY, [self._list, key, name.encode()])
-        return PostgresInfo.of(rows[0], None) if rows else None
+        return PostgresInfo.of(rows[0][0], None) if rows else None
 
     def _filter(self, wanted: Filter) -> list[bytes | None]:
         flags = (wanted.active, wanted.persistent, wanted.autostart)
@@ -97,7 +97,7 @@ class Reads(Calls):
         """The committed states of the domains that match, all of one moment."""
         rows = self._look_at(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
         source = self._source if definitions else None
-        return [PostgresInfo.of(row, source) for row in rows]
+        return [PostgresInfo.of(row, source) for [row] in rows]
 
     def count(self, wanted: Filter) -> int:
         return big(self._look_at(ask.COUNT, self._filter(wanted))[0][0])
@@ -109,7 +109,7 @@ class Reads(Calls):
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
         rows = self._read(ask.WITH_WORK, [self._list])
-        return [PostgresInfo.of(row, self._source) for row in rows]
+        return [PostgresInfo.of(row, self._source) for [row] in rows]
 
     def versions(self) -> dict[int, int]:
         """The version of each record."""

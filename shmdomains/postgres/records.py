@@ -19,15 +19,48 @@ from ..rules.values import decode_data
 from ..rules.work import Work
 from ..states import DomainState
 from ..xml.definition import DomainDef
-from .session import Row, big, integer, text
+from .session import big
 
 COLUMNS = (
-    "d.record, d.uuid, d.name, d.id, d.state, d.reason, d.persistent, d.autostart, d.pid, "
-    "d.started, d.host, d.version, d.defined, d.data, d.work"
+    "d.record, d.uuid, d.id, d.reason, d.version, d.defined, d.started, d.state, d.persistent, "
+    "d.autostart, d.name, d.pid, d.host, d.data, d.work"
 )
+"""What is read of a domain, as one composite value; those that can be null come last."""
 WIDTH = 15
-"""How many these are. A row with definitions has two more: ``typed`` and ``next_typed``."""
-_VERSION, _DEFINED, _DATA, _WORK, _TYPED, _NEXT = range(11, 17)
+"""How many these are. With definitions there are two more: ``typed`` and ``next_typed``."""
+(_RECORD, _UUID, _ID, _REASON, _VERSION, _DEFINED, _STARTED, _STATE, _PERSISTENT, _AUTOSTART) = (
+    range(10)
+)
+_NAME, _PID, _HOST, _DATA, _WORK, _TYPED, _NEXT = range(10, 17)
+
+# Each field comes with 8 bytes before it: its type and its size.
+_HEAD = struct.Struct(">8xq8x16s8xi8xi8xq8xq8xq8xh8x?8x?")
+_SIZE = struct.Struct(">4xi")
+_FIRST = 4  # after the number of fields
+LOCKED = struct.Struct(">4x8x?8xh8xq")
+"""How the answer to a lock begins (the type ``locked``): whether it waited, 1, the token."""
+
+
+def unpacked(packed: bytes, at: int = _FIRST) -> list[Any]:
+    """The `COLUMNS` from there on, and what comes after them."""
+    values = list(_HEAD.unpack_from(packed, at))
+    at += _HEAD.size
+    size_at, end = _SIZE.unpack_from, len(packed)
+    while at < end:
+        [size] = size_at(packed, at)
+        at += 8
+        if size < 0:
+            values.append(None)
+        else:
+            values.append(packed[at : at + size])
+            at += size
+    values[_NAME] = values[_NAME].decode()
+    if values[_PID] is not None:
+        values[_PID] = int.from_bytes(values[_PID], "big", signed=True)
+    if values[_HOST] is not None:
+        values[_HOST] = values[_HOST].decode()
+    return values
+
 
 Typed = tuple[bytes, bytes | None]
 """Definition and next definition, in MessagePack."""
@@ -80,87 +113,113 @@ class Source:
 class PostgresInfo(DomainInfo):
     """The committed state of one domain, from one row. See `DomainInfo`."""
 
-    __slots__ = ("_died", "_row", "_source", "_token")
+    __slots__ = ("_all", "_died", "_packed", "_source", "_token")
 
-    _row: Row
+    _packed: bytes
+    _all: list[Any] | None
+    """The values of `COLUMNS`, perhaps with definitions, when one was asked for."""
     _source: Source | None
     _token: int
     _died: int | None
 
     @classmethod
-    def of(
-        cls, row: Row, source: Source | None, token: int = 0, died: int | None = None
-    ) -> PostgresInfo:
-        """From the `COLUMNS`, perhaps with definitions. Without a `source` they cannot be asked
-        for, nor can `data` and `jobs`."""
+    def of(cls, packed: bytes | None, source: Source | None) -> PostgresInfo:
+        """From the `COLUMNS`, perhaps with definitions, as one value. Without a `source` they
+        cannot be asked for, nor can `data` and `jobs`."""
+        assert packed is not None
         made = object.__new__(cls)
-        _put_row(made, row)
+        _put_packed(made, packed)
+        _put_all(made, None)
+        _put_source(made, source)
+        _put_blobs(made, None)
+        return made
+
+    @classmethod
+    def held(
+        cls, values: list[Any], source: Source | None, token: int, died: int | None = None
+    ) -> PostgresInfo:
+        """What a holder read, or committed."""
+        made = object.__new__(cls)
+        _put_all(made, values)
         _put_source(made, source)
         _put_token(made, token)
         _put_died(made, died)
         _put_blobs(made, None)
         return made
 
+    @classmethod
+    def locked(cls, answer: bytes, source: Source | None) -> PostgresInfo:
+        """From the answer to a lock that was got."""
+        _, _, token = LOCKED.unpack_from(answer)
+        values = unpacked(answer, LOCKED.size)
+        died = values.pop()
+        return cls.held(values, source, token, None if died is None else big(died))
+
+    def _values(self) -> list[Any]:
+        values = self._all
+        if values is None:
+            values = unpacked(self._packed)
+            _put_all(self, values)
+        return values
+
     # --- the columns ---
 
     @property
     def _record(self) -> int:
-        return big(self._row[0])
+        return (self._all or self._values())[_RECORD]  # type: ignore[no-any-return]
 
     @property
     def uuid(self) -> UUID:  # type: ignore[override]
-        return UUID(bytes=self._row[1])
+        return UUID(bytes=self._values()[_UUID])
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return text(self._row[2])
+        return (self._all or self._values())[_NAME]  # type: ignore[no-any-return]
 
     @property
     def id(self) -> int:  # type: ignore[override]
-        return integer(self._row[3])
+        return (self._all or self._values())[_ID]  # type: ignore[no-any-return]
 
     @property
     def state(self) -> DomainState:  # type: ignore[override]
-        return _STATES[self._row[4]]
+        return _STATES[(self._all or self._values())[_STATE]]
 
     @property
     def reason(self) -> int:  # type: ignore[override]
-        return reason_of(self.state, integer(self._row[5]))
+        return reason_of(self.state, self._values()[_REASON])
 
     @property
     def persistent(self) -> bool:  # type: ignore[override]
-        return self._row[6] == b"\1"
+        return self._values()[_PERSISTENT]  # type: ignore[no-any-return]
 
     @property
     def autostart(self) -> bool:  # type: ignore[override]
-        return self._row[7] == b"\1"
+        return self._values()[_AUTOSTART]  # type: ignore[no-any-return]
 
     @property
     def pid(self) -> int | None:  # type: ignore[override]
-        pid = self._row[8]
-        return None if pid is None else integer(pid)
+        return self._values()[_PID]  # type: ignore[no-any-return]
 
     @property
     def _started(self) -> int:  # type: ignore[override]
-        return big(self._row[9])
+        return self._values()[_STARTED]  # type: ignore[no-any-return]
 
     @property
     def host(self) -> str | None:  # type: ignore[override]
-        host = self._row[10]
-        return None if host is None else host.decode()
+        return self._values()[_HOST]  # type: ignore[no-any-return]
 
     @property
     def _version(self) -> int:
-        return big(self._row[_VERSION])
+        return (self._all or self._values())[_VERSION]  # type: ignore[no-any-return]
 
     @property
     def _defined(self) -> int:
         """The version in which a definition last changed."""
-        return big(self._row[_DEFINED])
+        return self._values()[_DEFINED]  # type: ignore[no-any-return]
 
     @property
     def _work(self) -> Work | None:  # type: ignore[override]
-        work = self._row[_WORK]
+        work = (self._all or self._values())[_WORK]
         return None if work is None else Work.decode(work)
 
     @property
@@ -174,7 +233,7 @@ class PostgresInfo(DomainInfo):
         """The driver's own data, or None."""
         if self._source is None:
             raise AttributeError(TAKEN_WITHOUT)
-        packed = self._row[_DATA]
+        packed = self._values()[_DATA]
         return None if packed is None else decode_data(packed)
 
     def _taken(self) -> tuple[DomainDef, DomainDef | None, Any]:
@@ -185,73 +244,60 @@ class PostgresInfo(DomainInfo):
         return found
 
     def _definitions(self) -> tuple[DomainDef, DomainDef | None]:
-        source, row = self._source, self._row
+        source, values = self._source, self._values()
         if source is None:
             raise AttributeError(TAKEN_WITHOUT)
-        if len(row) == WIDTH:
+        if len(values) == WIDTH:
             return source.load(self._record, self._defined)
-        live = row[_TYPED]
-        assert live is not None
-        return source.definitions.decoded(self._record, self._defined, (live, row[_NEXT]))
+        typed = values[_TYPED], values[_NEXT]
+        return source.definitions.decoded(self._record, self._defined, typed)
 
     # --- for its holder ---
 
     def changed(self, changes: dict[str, Any]) -> PostgresInfo:
-        """The state after its holder committed these changes, with no definitions in the row."""
-        row = list(self._row[:WIDTH])
+        """The state after its holder committed these changes, with no definitions in it."""
+        values = self._values()[:WIDTH]
         for field, value in changes.items():
-            if field in _ENCODED:
-                place, encode = _ENCODED[field]
-                row[place] = None if value is None else encode(value)
-        row[_VERSION] = _big(self._version + 1)
+            place = _PLACES.get(field)
+            if place is not None:
+                values[place] = value
+        values[_VERSION] += 1
         if "definition" in changes or "next_definition" in changes:
-            row[_DEFINED] = row[_VERSION]
-        return PostgresInfo.of(tuple(row), self._source, self._token, self._died)
+            values[_DEFINED] = values[_VERSION]
+        return PostgresInfo.held(values, self._source, self._token, self._died)
 
     def locked_as(self, token: int) -> PostgresInfo:
         """The same, locked again."""
-        return PostgresInfo.of(self._row, self._source, token, self._died)
+        return PostgresInfo.held(self._values(), self._source, token, self._died)
 
 
 # `DomainInfo` refuses assignment; a slot's descriptor does not ask it.
-_put_row = PostgresInfo.__dict__["_row"].__set__
+_put_packed = PostgresInfo.__dict__["_packed"].__set__
+_put_all = PostgresInfo.__dict__["_all"].__set__
 _put_source = PostgresInfo.__dict__["_source"].__set__
 _put_token = PostgresInfo.__dict__["_token"].__set__
 _put_died = PostgresInfo.__dict__["_died"].__set__
 _put_blobs = DomainInfo.__dict__["_blobs"].__set__
 
-_big = struct.Struct(">q").pack
-_integer = struct.Struct(">i").pack
-_small = struct.Struct(">h").pack
-
-
-_STATES: dict[bytes | None, DomainState] = {_small(state): state for state in DomainState}
-
-
-def _truth(value: bool) -> bytes:
-    return b"\1" if value else b"\0"
-
-
-_ENCODED: dict[str, tuple[int, Callable[[Any], bytes]]] = {
-    "name": (2, str.encode),
-    "id": (3, _integer),
-    "state": (4, _small),
-    "reason": (5, _integer),
-    "persistent": (6, _truth),
-    "autostart": (7, _truth),
-    "pid": (8, _integer),
-    "started": (9, _big),
-    "host": (10, str.encode),
-    "data": (_DATA, bytes),
-    "work": (_WORK, bytes),
+_STATES: dict[int, DomainState] = {int(state): state for state in DomainState}
+_PLACES = {
+    "name": _NAME,
+    "id": _ID,
+    "state": _STATE,
+    "reason": _REASON,
+    "persistent": _PERSISTENT,
+    "autostart": _AUTOSTART,
+    "pid": _PID,
+    "started": _STARTED,
+    "host": _HOST,
+    "data": _DATA,
+    "work": _WORK,
 }
 
 
-def new_row(
-    record: bytes, uuid: UUID, name: str, state: int, persistent: bool, work: bytes | None
-) -> Row:
-    """The row of a domain that was just inserted."""
-    one, zero, inactive = _big(1), _big(0), _integer(-1)
-    first = (record, uuid.bytes, name.encode(), inactive, _small(state), _integer(0))
-    flags = (_truth(persistent), _truth(False))
-    return (*first, *flags, None, zero, None, one, one, None, work)
+def new_values(
+    record: int, uuid: UUID, name: str, state: int, persistent: bool, work: bytes | None
+) -> list[Any]:
+    """Of a domain that was just inserted."""
+    first = [record, uuid.bytes, -1, 0, 1, 1, 0, state, persistent, False]
+    return [*first, name, None, None, None, work]

@@ -33,6 +33,8 @@ from .url import without_password
 
 SLICE = 0.1
 """Seconds of a wait after which it is looked whether the server is still there."""
+_SLICE = SLICE * 1000
+_READ, _WRITE = 1, 2  # as gevent names them
 
 _BAD = pq.ConnStatus.BAD
 _TUPLES = pq.ExecStatus.TUPLES_OK
@@ -128,7 +130,7 @@ class Session:
         signal handler that raises; the cancellation of a task, seen after a slice) cancels it
         first; any other statement is waited for.
         """
-        if self.asks:
+        if self._busy_in == threading.get_ident():
             raise ContractError(
                 "a signal handler asks the server while this thread waits for its answer; let "
                 "another thread do it"
@@ -150,7 +152,7 @@ class Session:
     @property
     def asks(self) -> bool:
         """Whether the caller is in the midst of a call."""
-        return self._lock.locked() and self._busy_in == threading.get_ident()
+        return self._busy_in == threading.get_ident()
 
     def _ask(self, statement: Statement, values: Sequence[bytes | None], waits: bool) -> list[Row]:
         pg, name = self._pg, statement.name
@@ -204,7 +206,7 @@ class Session:
             self._wait_to_write(since)
         while True:
             while pg.is_busy():
-                if self._ready(select.POLLIN):
+                if self._readable():
                     pg.consume_input()
                 else:
                     self._look(waits, since)
@@ -217,18 +219,21 @@ class Session:
                 raise self._end("the server sent no answer", True)
 
     def _wait_to_write(self, since: float) -> None:
-        if not self._ready(select.POLLOUT | select.POLLIN):
-            self._look(False, since)
+        socket = self._pg.socket
+        self._poll.modify(socket, select.POLLIN | select.POLLOUT)
+        try:
+            if not self._readable(_WRITE):
+                self._look(False, since)
+        finally:
+            self._poll.modify(socket, select.POLLIN)
         self._pg.consume_input()
 
-    def _ready(self, events: int) -> bool:
+    def _readable(self, more: int = 0) -> bool:
         """Wait a slice for the socket. A greenlet lets others run."""
-        pause = SLICE * 1000
-        if greenlets.can_switch():
-            greenlets.wait_ready(self._pg.socket, 3 if events & select.POLLOUT else 1, SLICE)
-            pause = 0
-        self._poll.modify(self._pg.socket, events)
-        return bool(self._poll.poll(pause))
+        if not greenlets.can_switch():
+            return bool(self._poll.poll(_SLICE))
+        greenlets.wait_ready(self._pg.socket, _READ | more, SLICE)
+        return bool(self._poll.poll(0))
 
     def _look(self, waits: bool, since: float) -> None:
         """After a slice without an answer."""

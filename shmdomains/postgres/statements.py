@@ -83,8 +83,10 @@ def unlock(kind: int, which: int, session: int) -> tuple[Statement, list[bytes |
     return statement, [number(which), number(session), truth(False)]
 
 
-ROWS = f"SELECT {COLUMNS}, f.typed, f.next_typed FROM domains d JOIN definitions f USING (record)"
-BARE = f"SELECT {COLUMNS} FROM domains d"
+ROWS = (
+    f"SELECT ROW({COLUMNS}, f.typed, f.next_typed) FROM domains d JOIN definitions f USING (record)"
+)
+BARE = f"SELECT ROW({COLUMNS}) FROM domains d"
 BY = {
     "record": Statement(f"{ROWS} WHERE d.list = $1 AND record = $2", "bigint", "bigint"),
     "uuid": Statement(f"{ROWS} WHERE d.list = $1 AND d.uuid = $2", "bigint", "uuid"),

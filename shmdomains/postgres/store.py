@@ -8,6 +8,7 @@ store is built of three parts, each on the one before: `calls` (asking, and lost
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -35,6 +36,7 @@ from .session import (
     Row,
     big,
     double,
+    fields,
     integer,
     number,
     small,
@@ -45,6 +47,7 @@ from .statements import DOMAIN, LIST
 
 MOST_MUTEXES = 65_536
 _EVENTS_AT_ONCE = 256
+_OUTCOME = struct.Struct(">21xh")
 _PLACES = 65_536
 """Records that are remembered by a key."""
 
@@ -65,8 +68,8 @@ class PostgresStore(Commits):
         for neighbour in self.pool.beside(timeout):
             if neighbour.list_held:
                 raise _stops(f"the list lock of {self._shown}")
-        state, row = self._wait(ask.LOCK_LIST, [], timeout)
-        if not row or row[0] != b"\1":
+        state, answer = self._wait(ask.LOCK_LIST, [], timeout)
+        if not answer or fields(answer)[1] != b"\1":
             self._not_got(state)
             raise local.timed_out(
                 "the list lock", timeout, self.holders.of_lock(LIST, self.pool.list)
@@ -94,18 +97,18 @@ class PostgresStore(Commits):
         keys = [value if kind == one else None for one in ("record", "uuid", "name", "id")]
         guess = self._guess(kind, value)
         keys = [guess, *keys, None]
-        state, row = self._wait(ask.LOCK, keys, timeout)
-        outcome = small(row[0]) if row else 2
+        state, answer = self._wait(ask.LOCK, keys, timeout)
+        outcome = _OUTCOME.unpack_from(answer)[0] if answer else 2
         if outcome == 1:
-            died = None if row[17] is None else big(row[17])
-            self.pool.counts.got(died is not None)
-            if guess is None:
-                self._note(kind, value, row[1])
-            return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
+            info = PostgresInfo.locked(answer, self._source)
+            self.pool.counts.got(info._died is not None)
+            if guess is None and kind != "record":
+                self._note(kind, value, info._record)
+            return info
         self._not_got(state)
         if outcome == 0:
             return None
-        raise self._too_late(key, timeout, row)
+        raise self._too_late(key, timeout, answer)
 
     def _guess(self, kind: str, value: bytes) -> bytes | None:
         """The record that had this key last, unless the caller has it: his session would get the
@@ -116,15 +119,13 @@ class PostgresStore(Commits):
             return None
         return number(record)
 
-    def _note(self, kind: str, value: bytes, record: bytes | None) -> None:
-        if kind == "record":
-            return
+    def _note(self, kind: str, value: bytes, record: int) -> None:
         if len(self._places) >= _PLACES:
             self._places.clear()
-        self._places[kind, value] = big(record)
+        self._places[kind, value] = record
 
-    def _too_late(self, key: Key, timeout: float | None, row: Row) -> Exception:
-        info = self.read(big(row[1])) if row else self._peek_any(key)
+    def _too_late(self, key: Key, timeout: float | None, answer: bytes) -> Exception:
+        info = self.read(big(fields(answer)[3])) if answer else self._peek_any(key)
         if info is None:
             return local.timed_out(f"domain {key.value!r}", timeout, None)
         name, record = info.name, info._record
@@ -196,12 +197,13 @@ class PostgresStore(Commits):
         for neighbour in self.pool.beside(timeout):
             if name in neighbour.mutexes:
                 raise _stops(f"mutex {name!r}")
-        state, row = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
-        if not row or small(row[0]) != 1:
+        state, answer = self._wait(ask.LOCK_MUTEX, [number(mutex), None], timeout)
+        row = fields(answer) if answer else ()
+        if not row or small(row[1]) != 1:
             self._not_got(state)
             holder = self.holders.of_lock(MUTEX, mutex)
             raise local.timed_out(f"mutex {name!r}", timeout, holder)
-        died = self._deaths[name] = None if row[1] is None else big(row[1])
+        died = self._deaths[name] = None if row[2] is None else big(row[2])
         self.pool.counts.got(died is not None)
 
     def unlock_mutex(self, name: str, seen: bool) -> None:

@@ -653,10 +653,9 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         timeout: float | None = None,
     ) -> PlainDomain[R]:
         """The domain with this key (`values.key_of`), locked; see `ListBase.get`."""
-        wanted = one_key(key, uuid, name, id)
-        dom = self.lookup(**wanted, timeout=timeout)
+        dom = self.lookup(key, uuid=uuid, name=name, id=id, timeout=timeout)
         if dom is None:
-            raise not_found(**wanted)
+            raise not_found(**one_key(key, uuid, name, id))
         return dom
 
     def find_by_uuid(self, uuid: Uuid, timeout: float | None = None) -> PlainDomain[R] | None:

@@ -179,6 +179,8 @@ def one_key(key: Any, uuid: Uuid | None, name: str | None, id: int | None) -> di
     ...
     TypeError: give exactly one key: uuid=, name= or id=, or one by position: an int is ...
     """
+    if name is not None and key is None and uuid is None and id is None:
+        return {"name": name}  # most of them
     keys: list[dict[str, Any]] = [] if key is None else [key_of(key)]
     named = {"uuid": uuid, "name": name, "id": id}
     keys += [{field: value} for field, value in named.items() if value is not None]

@@ -356,7 +356,7 @@ END $$;
 -- --- the list lock ---
 
 CREATE FUNCTION lock_list(
-    _list bigint, _me bigint, _wait integer, OUT _got boolean, OUT _waited boolean
+    _list bigint, _me bigint, _wait integer, OUT _waited boolean, OUT _got boolean
 )
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -384,26 +384,27 @@ RETURN pg_advisory_unlock(lock_key(2, _list));
 
 -- --- a domain's lock ---
 
+-- In the order in which it is decoded (records.py): what is never null has its place.
 CREATE TYPE locked AS (
+    waited boolean,
     outcome smallint,  -- 0: there is no such domain; 1: locked; 2: not free
+    token bigint,
     record bigint,
     uuid uuid,
-    name text,
     id integer,
-    state smallint,
     reason integer,
-    persistent boolean,
-    autostart boolean,
-    pid integer,
-    started bigint,
-    host text,
     version bigint,
     defined bigint,
+    started bigint,
+    state smallint,
+    persistent boolean,
+    autostart boolean,
+    name text,
+    pid integer,
+    host text,
     data bytea,
     work bytea,
-    token bigint,
-    died bigint,
-    waited boolean
+    died bigint
 );
 
 -- The event of a death, once. 100 is EventType.HOLDER_DIED.
@@ -451,6 +452,7 @@ BEGIN
             SELECT record INTO _at FROM domains WHERE list = _list AND id = _id AND id <> -1;
         END IF;
         IF _at IS NULL THEN
+            _found.waited := _waited;
             _found.outcome := 0;
             RETURN _found;
         END IF;
@@ -462,6 +464,7 @@ BEGIN
             END IF;
             _waited := _wait <> 0;
             IF NOT take(_key, _wait) THEN
+                _found.waited := _waited;
                 _found.outcome := 2;
                 _found.record := _at;
                 RETURN _found;
@@ -473,8 +476,8 @@ BEGIN
             owner = _me, since = clock_timestamp(), token = greatest(token + 1, _life)
             WHERE record = _at AND list = _list
             AND (_record IS NOT NULL OR name = _name OR uuid = _uuid OR id = _id)
-            RETURNING 1, record, uuid, name, id, state, reason, persistent, autostart, pid,
-                      started, host, version, defined, data, work, token, died, _waited
+            RETURNING _waited, 1, token, record, uuid, id, reason, version, defined, started, state,
+                      persistent, autostart, name, pid, host, data, work, died
             INTO _found;
         IF FOUND THEN
             IF _found.died IS NOT NULL THEN
@@ -485,6 +488,7 @@ BEGIN
         -- It was removed, or has another key, since it was looked up.
         PERFORM pg_advisory_unlock(_key);
         IF _record IS NOT NULL THEN
+            _found.waited := _waited;
             _found.outcome := 0;
             RETURN _found;
         END IF;
@@ -646,7 +650,7 @@ END $$;
 
 -- --- named locks ---
 
-CREATE TYPE locked_mutex AS (outcome smallint, died bigint, waited boolean);
+CREATE TYPE locked_mutex AS (waited boolean, outcome smallint, died bigint);
 
 CREATE FUNCTION lock_mutex(
     _list bigint, _me bigint, _mutex bigint, _lost bigint[], _wait integer
@@ -656,6 +660,7 @@ DECLARE
     _found locked_mutex;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
+    _found.waited := false;
     IF NOT pg_try_advisory_lock(lock_key(3, _mutex)) THEN
         _found.waited := _wait <> 0;
         IF NOT take(lock_key(3, _mutex), _wait) THEN
