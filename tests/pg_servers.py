@@ -1,9 +1,10 @@
 """PostgreSQL servers for the tests: one that may be killed, frozen and restarted, and its standby.
 
-They run the programs of the embedded server's wheel, each in a temporary folder of its own, on a
-unix socket there and on a port of 127.0.0.1 (with a password, so no other user gets in). They write
-nothing through to the disk: what is tested is the death of processes, not of the machine. The
-keeper of the embedded server ends them with this process, however that ends.
+They run the programs of the embedded server's wheel, or those in the folder that
+``SHMDOMAINS_TEST_POSTGRES`` names, each in a temporary folder of its own, on a unix socket there
+and on a port of 127.0.0.1 (with a password, so no other user gets in). They write nothing through
+to the disk: what is tested is the death of processes, not of the machine. The keeper of the
+embedded server ends them with this process, however that ends.
 
 pg_proxy.py has what stands between a client and a server.
 """
@@ -49,6 +50,11 @@ def need() -> None:
     """Skip the calling module, or the tests of the calling fixture, where they cannot run."""
     if (reason := missing()) is not None:
         pytest.skip(reason, allow_module_level=True)
+
+
+def programs() -> Path:
+    folder = os.environ.get("SHMDOMAINS_TEST_POSTGRES")
+    return Path(folder) if folder else embedded.programs()
 
 
 def free_port() -> int:
@@ -183,7 +189,7 @@ class Server:
         """Run statements as the superuser; returns the rows as lines, ``|`` between columns."""
         done = subprocess.run(
             [
-                *(embedded.programs() / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1"),
+                *(programs() / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1"),
                 *("-h", self.folder, "-p", str(self.port), "-U", "postgres", "-d", database),
             ],
             input=sql,
@@ -198,7 +204,9 @@ class Server:
     # --- how --------------------------------------------------------------------------------------
 
     def _make(self) -> None:
-        self._run("initdb", *embedded.INITDB, "--no-sync", "-D", str(self._new_data()))
+        self._run("initdb", *embedded.CLUSTER, "--no-sync", "-D", str(self._new_data()))
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in embedded.SETTINGS.items())
         self._run(
             "postgres",
             *("--single", "-j", "-F", "-D", str(self.data), "postgres"),
@@ -217,7 +225,7 @@ class Server:
 
     def _run(self, program: str, *arguments: str, words: str = "") -> None:
         done = subprocess.run(
-            embedded.as_server_user(embedded.programs() / program, *arguments),
+            embedded.as_server_user(programs() / program, *arguments),
             input=words,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -240,7 +248,7 @@ class Server:
                 [
                     *embedded._keeper("keep"),
                     *(str(embedded.server_user()), self.folder / "users", self.folder / "server"),
-                    *(embedded.programs() / "postgres", "-D", self.data),
+                    *(programs() / "postgres", "-D", self.data),
                     *(one for item in settings.items() for one in ("-c", "=".join(item))),
                 ],
                 stdin=subprocess.DEVNULL,

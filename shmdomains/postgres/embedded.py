@@ -68,9 +68,12 @@ SETTINGS = {
     "dynamic_shared_memory_type": "mmap",
 }
 
-INITDB = (
+CLUSTER = (
     *("--username=postgres", "--auth=peer", "--encoding=UTF8", "--locale=C"),
     "--no-instructions",
+)
+INITDB = (
+    *CLUSTER,
     *(word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")),
 )
 
