@@ -362,6 +362,42 @@ def test_no_token_is_given_twice_when_the_server_crashes(server: pg_servers.Serv
             assert tokens == sorted(set(tokens))
 
 
+def test_no_token_is_given_twice_when_a_domain_is_defined_anew(doms: PostgresDomainList) -> None:
+    """Whoever held it before it was removed may still write outside, with the token he had."""
+    with doms.get("a") as dom:
+        uuid = dom.uuid
+    tokens: list[int] = []
+    for _ in range(3):
+        for _ in range(3):
+            with doms.get("a") as dom:
+                tokens.append(dom.token)
+        doms.undefine("a")
+        doms.define(XML.format("a").replace("<memory>", f"<uuid>{uuid}</uuid><memory>"))
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_key_is_guessed_wrong_once(
+    doms: PostgresDomainList, other: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess takes the lock of the domain that had the key, so that others find it taken."""
+    doms.get("a").unlock()
+    other.rename("a", "x")
+    other.rename("b", "a")
+    guesses: list[Any] = []
+    call = sessions.Session.call
+
+    def hooked(self: sessions.Session, what: Any, values: Any = (), waits: bool = False) -> Any:
+        if what is ask.LOCK:
+            guesses.append(int(values[3]))
+        return call(self, what, values, waits)
+
+    monkeypatch.setattr(sessions.Session, "call", hooked)
+    for _ in range(2):
+        with doms.get("a") as dom:
+            assert dom.name == "a"
+    assert guesses[0] != guesses[1] == dom._record
+
+
 def test_a_process_of_another_host_is_alive_after_the_server_was_away(
     server: pg_servers.Server, doms: PostgresDomainList, other: PostgresDomainList, sql: Any
 ) -> None:

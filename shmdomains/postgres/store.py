@@ -99,8 +99,7 @@ class PostgresStore(Commits):
         if outcome == 1:
             died = None if row[17] is None else big(row[17])
             self.pool.counts.got(died is not None)
-            if guess is None:
-                self._note(kind, value, row[1])
+            self._note(kind, value, row[1])
             return PostgresInfo.of(row[1:16], self._source, big(row[16]), died)
         self._not_got(state)
         if outcome == 0:
@@ -117,6 +116,8 @@ class PostgresStore(Commits):
         return number(record)
 
     def _note(self, kind: str, value: bytes, record: bytes | None) -> None:
+        """Whatever was guessed: another domain may have the key now, and a wrong guess takes the
+        lock of the one that had it for a moment, in which others find it taken."""
         if kind == "record":
             return
         if len(self._places) >= _PLACES:
