@@ -23,6 +23,7 @@ import psycopg  # noqa: E402
 
 from shmdomains.errors import DomainNotLocked, LockLost, LockTimeout, Unavailable  # noqa: E402
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
+from shmdomains.postgres import pool as pools  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402
 from shmdomains.postgres import statements as ask  # noqa: E402
 
@@ -191,6 +192,33 @@ def test_interrupted_before_freeing_leaves_no_lock(
         with pytest.raises(KeyboardInterrupt):
             one.unlock()
         unlocked(sql, doms)
+
+
+def test_a_thread_that_is_refused_a_session_leaves_it_to_others(
+    doms: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that another thread had is entered anew, and that was cancelled."""
+
+    def refused(_session: sessions.Session) -> None:
+        raise sessions.Refused("57014", "canceling statement due to user request", None)
+
+    doms.get("a").unlock()
+    failed: list[BaseException] = []
+
+    def get() -> None:
+        try:
+            doms.get("a")
+        except Unavailable as exc:
+            failed.append(exc)
+
+    on(monkeypatch, doms, pools._USE, before=refused)
+    there = list(doms._pool._idle)
+    thread = threading.Thread(target=get)
+    thread.start()
+    thread.join()
+    assert failed
+    assert list(doms._pool._idle) == there
+    doms.get("a").unlock()
 
 
 def test_locking_that_the_server_refuses_late_leaves_no_lock(

@@ -309,6 +309,12 @@ class Pool:
             except session.Gone:
                 self._all.discard(taken)
                 return self.begin(patience)
+            except BaseException as exc:
+                taken.user = None  # whom its row names now is not known
+                self.give(taken)
+                if isinstance(exc, session.Refused):
+                    raise Unavailable(f"{self.address.shown}: {exc}") from None
+                raise
         self.states[owner] = state
         _ = self.listener
         return state
