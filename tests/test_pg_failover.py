@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 import pytest
 from helpers import SOAK
@@ -160,6 +161,32 @@ def test_a_receipt_that_the_standby_does_not_have(tried: Callable[[str, int], No
         assert told
         primary.kill()
         standby.thaw()
+
+
+def test_a_definition_that_a_failover_lost_is_read_no_more() -> None:
+    """With an asynchronous standby the last commits may be gone. Another one has the same version
+    of the same domain then, and whoever read the lost one remembers it."""
+    with Server() as primary, Standby(primary, synchronous=False) as standby:
+        url = urls(primary, standby, list="lost", lease=2)
+        with PostgresDomainList.create(url) as doms:
+            doms.define(xml("a", UUID(int=1), title="first"))
+            at = primary.psql("SELECT pg_current_wal_lsn()")
+            there = f"SELECT pg_last_wal_replay_lsn() >= '{at}'"
+            until(lambda: standby.psql(there) == "t", "the standby has it", PATIENCE)
+            standby.psql("ALTER SYSTEM SET primary_conninfo = ''")
+            standby.psql("SELECT pg_reload_conf()")
+            follows = "SELECT count(*) FROM pg_stat_replication"
+            until(lambda: primary.psql(follows) == "0", "nobody follows", PATIENCE)
+            doms.define(xml("a", UUID(int=1), title="lost"))
+            lost = doms.peek("a")
+            primary.kill()
+            standby.promote()
+            with PostgresDomainList.attach(url, host="other", timeout=PATIENCE) as other:
+                other.define(xml("a", UUID(int=1), title="second"))
+            with doms.get("a", timeout=PATIENCE) as dom:
+                assert dom.definition.title == "second"
+            assert lost is not None and lost.definition.title == "lost"
+            assert [info.definition.title for info in doms.list()] == ["second"]
 
 
 # --- clocks ---------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ class Pool:
         self.patience = address.lease
         """Seconds for which a server that is away is waited for, where a call says nothing."""
         self.process = 0
+        self.life = 0
+        """Where the tokens begin of the server's life that was found last."""
         self._conninfo = conninfo
         self._lock = threading.RLock()  # a signal handler may use the list
         self._idle: list[Session] = []
@@ -166,6 +168,7 @@ class Pool:
             made.user = core.caller()[1:]
             [row] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
             made.number, made.life = big(row[0]), big(row[1])
+            self.life = made.life
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
             if getattr(exc, "state", None) == "23503":  # a server that lost the process's row

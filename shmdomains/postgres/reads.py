@@ -30,7 +30,14 @@ class Reads(Calls):
 
     def __init__(self, pool: Pool, events_max: int) -> None:
         super().__init__(pool, events_max)
-        self._source = Source(self.holders.describe, self._load)
+        self._last = Source(self.holders.describe, self._load, pool.life)
+
+    @property
+    def _source(self) -> Source:
+        """To be taken before what is read: the server may begin another life meanwhile."""
+        if self._last.life != self.pool.life:
+            self._last = Source(self.holders.describe, self._load, self.pool.life)
+        return self._last
 
     def find(self, key: Key) -> int | None:
         info = self.peek(key)
@@ -47,23 +54,23 @@ class Reads(Calls):
         """`peek`, perhaps at a standby."""
         if nobody_has(key):
             return None
+        source = self._source
         rows = self._look_at(ask.BY[key.kind], [self._list, str(key.value).encode()])
-        return self._info(rows[0]) if rows else None
+        return PostgresInfo.of(rows[0], source) if rows else None
 
     def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
+        source = self._source
         rows = self._read(statement, values)
-        return self._info(rows[0]) if rows else None
-
-    def _info(self, row: Row) -> PostgresInfo:
-        return PostgresInfo.of(row, self._source)
+        return PostgresInfo.of(rows[0], source) if rows else None
 
     def read(self, record: int) -> PostgresInfo | None:
         return self._one(ask.BY["record"], [self._list, number(record)])
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
+        source = self._source
         rows = self._read(ask.SOME, [self._list, numbers(records)])
-        return [self._info(row) for row in rows]
+        return [PostgresInfo.of(row, source) for row in rows]
 
     def _all(self, text: str) -> list[Row]:
         return self._read(ask.whole(text, self.pool.list), [])
@@ -123,8 +130,8 @@ class Reads(Calls):
 
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
-        rows = self._all(ask.WITH_WORK)
-        return [PostgresInfo.of(row, self._source) for row in rows]
+        source = self._source
+        return [PostgresInfo.of(row, source) for row in self._all(ask.WITH_WORK)]
 
     def versions(self) -> dict[int, int]:
         """The version of each record."""
