@@ -163,6 +163,44 @@ def test_a_receipt_that_the_standby_does_not_have(tried: Callable[[str, int], No
         standby.thaw()
 
 
+def test_a_standby_that_does_not_answer_costs_nobody_a_lock() -> None:
+    """Only commits wait for it. What keeps up the sessions that hold locks does not, nor does who
+    takes over the session of another thread, or begins one."""
+    with (
+        Server() as primary,
+        Standby(primary) as standby,
+        PostgresDomainList.create(primary.url("quiet", lease=1)) as doms,
+    ):
+        for name in "abc":
+            doms.define(xml(name))
+        with doms.get("a") as dom:
+            doms.peek("a")
+            spare = threading.Thread(target=lambda: doms.get("b").unlock())
+            spare.start()
+            spare.join(PATIENCE)  # there is an idle session of this thread by now
+            standby.freeze()
+            try:
+                took: list[bool] = []
+
+                def lock(name: str) -> None:
+                    with doms.get(name, timeout=PATIENCE):
+                        took.append(True)
+                        until(lambda: len(took) == 2, "both locks", PATIENCE)
+
+                threads = [threading.Thread(target=lock, args=(name,)) for name in "bc"]
+                for thread in threads:
+                    thread.start()
+                listener, end = doms._pool.listener, time.monotonic() + 3 * doms._pool.patience
+                until(lambda: listener.answered > end, "the server is heard of", PATIENCE)
+                for thread in threads:
+                    thread.join(PATIENCE)
+                assert len(took) == 2
+            finally:
+                standby.thaw()
+            dom.data = "new"
+        assert doms.get("a").data == "new"
+
+
 def test_a_definition_that_a_failover_lost_is_read_no_more() -> None:
     """With an asynchronous standby the last commits may be gone. Another one has the same version
     of the same domain then, and whoever read the lost one remembers it."""

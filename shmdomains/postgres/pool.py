@@ -39,8 +39,11 @@ _IDLE = 8
 """Idle sessions that are kept."""
 
 _ENTER = Statement("SELECT * FROM enter_session($1, $2, $3)", *("bigint", "int", "bigint"))
+# What nobody needs after a crash waits for no disk and no standby: `_OFF`.
+_OFF = "WITH off AS (SELECT set_config('synchronous_commit', 'off', true)) "
 _USE = Statement(
-    "UPDATE sessions SET tid = $2, start = $3 WHERE session = $1", "bigint", "int", "bigint"
+    _OFF + "UPDATE sessions SET tid = $2, start = $3 FROM off WHERE session = $1",
+    *("bigint", "int", "bigint"),
 )
 _OTHER = Statement(
     "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
@@ -151,9 +154,11 @@ class Pool:
         return int(row[0])
 
     def seen(self, conn: psycopg.Connection[Any]) -> None:
-        """Let the server know that this process lives."""
+        """Let the server know that this process lives. While a standby does not answer, too: the
+        thread that does this keeps up the sessions that hold locks."""
         conn.execute(
-            "UPDATE processes SET seen = clock_timestamp(), counts = %s WHERE process = %s",
+            _OFF + "UPDATE processes SET seen = clock_timestamp(), counts = %s FROM off "
+            "WHERE process = %s",
             [self.counts.numbers, self.process],
         )
 

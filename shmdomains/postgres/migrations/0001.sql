@@ -295,6 +295,8 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM life) THEN
         PERFORM begin_life();
+    ELSE  -- a commit takes the row of its session to the disk
+        PERFORM set_config('synchronous_commit', 'off', true);
     END IF;
     INSERT INTO sessions (process, backend, tid, start)
         VALUES (_process, pg_backend_pid(), _tid, _start)
