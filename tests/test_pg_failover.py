@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -199,6 +200,40 @@ def test_a_standby_that_does_not_answer_costs_nobody_a_lock() -> None:
                 standby.thaw()
             dom.data = "new"
         assert doms.get("a").data == "new"
+
+
+def test_whoever_begins_to_listen_while_a_commit_waits_loses_no_lock() -> None:
+    """His listener waits for that commit, and goes on to keep up what he holds."""
+    with (
+        Server() as primary,
+        Standby(primary) as standby,
+        PostgresDomainList.create(primary.url("gate", lease=1)) as doms,
+        PostgresDomainList.attach(primary.url("gate", lease=1), host="other") as other,
+    ):
+        for name in "ab":
+            doms.define(xml(name))
+
+        def commit() -> None:
+            with suppress(InDoubt), doms.get("a") as dom:
+                dom.data = "new"
+                standby.freeze()
+
+        with other.get("b") as dom:
+            thread = threading.Thread(target=commit)
+            thread.start()
+            look = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            until(
+                lambda: primary.psql(look) != "0", "a commit that waits for the standby", PATIENCE
+            )
+            try:
+                with pytest.raises(Unavailable):
+                    other._pool.listener.listen()
+                end = time.monotonic() + 2 * other._pool.patience
+                until(lambda: other._pool.listener.answered > end, "it is heard of", PATIENCE)
+            finally:
+                standby.thaw()
+            thread.join(PATIENCE)
+            dom.data = "new"
 
 
 def test_a_definition_that_a_failover_lost_is_read_no_more() -> None:
