@@ -21,7 +21,13 @@ pg_servers.need()
 
 import psycopg  # noqa: E402
 
-from shmdomains.errors import DomainNotLocked, LockLost, LockTimeout, Unavailable  # noqa: E402
+from shmdomains.errors import (  # noqa: E402
+    DomainNotLocked,
+    LockLost,
+    LockTimeout,
+    SegmentNotFound,
+    Unavailable,
+)
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
 from shmdomains.postgres import pool as pools  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402
@@ -367,6 +373,14 @@ def test_a_handle_is_collected_in_the_midst_of_a_call(
         gc.enable()
     unlocked(sql, doms)
     doms.get("a", timeout=5).unlock()
+
+
+def test_whoever_watches_a_list_that_is_removed_is_told(
+    doms: PostgresDomainList, other: PostgresDomainList
+) -> None:
+    doms.unlink(force=True)
+    with pytest.raises(SegmentNotFound):
+        list(other.watch(since=0, timeout=1))
 
 
 # --- tokens ---------------------------------------------------------------------------------------

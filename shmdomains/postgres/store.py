@@ -15,6 +15,7 @@ from uuid import UUID
 from ..config.change import ConfigDirs
 from ..errors import (
     AlreadyLocked,
+    SegmentNotFound,
     TooManyMutexes,
 )
 from ..events import DomainEvent, EventType, detail_of
@@ -236,7 +237,10 @@ class PostgresStore(Commits):
 
     @property
     def event_count(self) -> int:
-        return big(self._read(ask.EVENT_COUNT, [self._list, number(self.events_max)])[0][0])
+        [[count]] = self._read(ask.EVENT_COUNT, [self._list, number(self.events_max)])
+        if count is None:
+            raise SegmentNotFound(f"{self._shown} is gone")
+        return big(count)
 
     def event(self, number_of: int) -> DomainEvent | None:
         found = self._events.pop(number_of, None)
