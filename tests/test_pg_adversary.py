@@ -21,8 +21,15 @@ pg_servers.need()
 
 import psycopg  # noqa: E402
 
-from shmdomains.errors import DomainNotLocked, LockLost, LockTimeout, Unavailable  # noqa: E402
+from shmdomains.errors import (  # noqa: E402
+    DomainNotLocked,
+    LockLost,
+    LockTimeout,
+    SegmentNotFound,
+    Unavailable,
+)
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
+from shmdomains.postgres import pool as pools  # noqa: E402
 from shmdomains.postgres import session as sessions  # noqa: E402
 from shmdomains.postgres import statements as ask  # noqa: E402
 
@@ -193,6 +200,33 @@ def test_interrupted_before_freeing_leaves_no_lock(
         unlocked(sql, doms)
 
 
+def test_a_thread_that_is_refused_a_session_leaves_it_to_others(
+    doms: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that another thread had is entered anew, and that was cancelled."""
+
+    def refused(_session: sessions.Session) -> None:
+        raise sessions.Refused("57014", "canceling statement due to user request", None)
+
+    doms.get("a").unlock()
+    failed: list[BaseException] = []
+
+    def get() -> None:
+        try:
+            doms.get("a")
+        except Unavailable as exc:
+            failed.append(exc)
+
+    on(monkeypatch, doms, pools._USE, before=refused)
+    there = list(doms._pool._idle)
+    thread = threading.Thread(target=get)
+    thread.start()
+    thread.join()
+    assert failed
+    assert list(doms._pool._idle) == there
+    doms.get("a").unlock()
+
+
 def test_locking_that_the_server_refuses_late_leaves_no_lock(
     doms: PostgresDomainList, sql: psycopg.Connection[Any]
 ) -> None:
@@ -341,6 +375,14 @@ def test_a_handle_is_collected_in_the_midst_of_a_call(
     doms.get("a", timeout=5).unlock()
 
 
+def test_whoever_watches_a_list_that_is_removed_is_told(
+    doms: PostgresDomainList, other: PostgresDomainList
+) -> None:
+    doms.unlink(force=True)
+    with pytest.raises(SegmentNotFound):
+        list(other.watch(since=0, timeout=1))
+
+
 # --- tokens ---------------------------------------------------------------------------------------
 
 
@@ -360,6 +402,42 @@ def test_no_token_is_given_twice_when_the_server_crashes(server: pg_servers.Serv
                 os.kill(session.conn.info.backend_pid, signal.SIGKILL)
                 until(lambda: not session.is_there(), "the session's end")  # noqa: B023
             assert tokens == sorted(set(tokens))
+
+
+def test_no_token_is_given_twice_when_a_domain_is_defined_anew(doms: PostgresDomainList) -> None:
+    """Whoever held it before it was removed may still write outside, with the token he had."""
+    with doms.get("a") as dom:
+        uuid = dom.uuid
+    tokens: list[int] = []
+    for _ in range(3):
+        for _ in range(3):
+            with doms.get("a") as dom:
+                tokens.append(dom.token)
+        doms.undefine("a")
+        doms.define(XML.format("a").replace("<memory>", f"<uuid>{uuid}</uuid><memory>"))
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_key_is_guessed_wrong_once(
+    doms: PostgresDomainList, other: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess takes the lock of the domain that had the key, so that others find it taken."""
+    doms.get("a").unlock()
+    other.rename("a", "x")
+    other.rename("b", "a")
+    guesses: list[Any] = []
+    call = sessions.Session.call
+
+    def hooked(self: sessions.Session, what: Any, values: Any = (), waits: bool = False) -> Any:
+        if what is ask.LOCK:
+            guesses.append(int(values[3]))
+        return call(self, what, values, waits)
+
+    monkeypatch.setattr(sessions.Session, "call", hooked)
+    for _ in range(2):
+        with doms.get("a") as dom:
+            assert dom.name == "a"
+    assert guesses[0] != guesses[1] == dom._record
 
 
 def test_a_process_of_another_host_is_alive_after_the_server_was_away(

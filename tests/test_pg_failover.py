@@ -12,7 +12,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 import pytest
 from helpers import SOAK
@@ -160,6 +162,104 @@ def test_a_receipt_that_the_standby_does_not_have(tried: Callable[[str, int], No
         assert told
         primary.kill()
         standby.thaw()
+
+
+def test_a_standby_that_does_not_answer_costs_nobody_a_lock() -> None:
+    """Only commits wait for it. What keeps up the sessions that hold locks does not, nor does who
+    takes over the session of another thread, or begins one."""
+    with (
+        Server() as primary,
+        Standby(primary) as standby,
+        PostgresDomainList.create(primary.url("quiet", lease=1)) as doms,
+    ):
+        for name in "abc":
+            doms.define(xml(name))
+        with doms.get("a") as dom:
+            doms.peek("a")
+            spare = threading.Thread(target=lambda: doms.get("b").unlock())
+            spare.start()
+            spare.join(PATIENCE)  # there is an idle session of this thread by now
+            standby.freeze()
+            try:
+                took: list[bool] = []
+
+                def lock(name: str) -> None:
+                    with doms.get(name, timeout=PATIENCE):
+                        took.append(True)
+                        until(lambda: len(took) == 2, "both locks", PATIENCE)
+
+                threads = [threading.Thread(target=lock, args=(name,)) for name in "bc"]
+                for thread in threads:
+                    thread.start()
+                listener, end = doms._pool.listener, time.monotonic() + 3 * doms._pool.patience
+                until(lambda: listener.answered > end, "the server is heard of", PATIENCE)
+                for thread in threads:
+                    thread.join(PATIENCE)
+                assert len(took) == 2
+            finally:
+                standby.thaw()
+            dom.data = "new"
+        assert doms.get("a").data == "new"
+
+
+def test_whoever_begins_to_listen_while_a_commit_waits_loses_no_lock() -> None:
+    """His listener waits for that commit, and goes on to keep up what he holds."""
+    with (
+        Server() as primary,
+        Standby(primary) as standby,
+        PostgresDomainList.create(primary.url("gate", lease=1)) as doms,
+        PostgresDomainList.attach(primary.url("gate", lease=1), host="other") as other,
+    ):
+        for name in "ab":
+            doms.define(xml(name))
+
+        def commit() -> None:
+            with suppress(InDoubt), doms.get("a") as dom:
+                dom.data = "new"
+                standby.freeze()
+
+        with other.get("b") as dom:
+            thread = threading.Thread(target=commit)
+            thread.start()
+            look = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            until(
+                lambda: primary.psql(look) != "0", "a commit that waits for the standby", PATIENCE
+            )
+            try:
+                with pytest.raises(Unavailable):
+                    other._pool.listener.listen()
+                end = time.monotonic() + 2 * other._pool.patience
+                until(lambda: other._pool.listener.answered > end, "it is heard of", PATIENCE)
+            finally:
+                standby.thaw()
+            thread.join(PATIENCE)
+            dom.data = "new"
+
+
+def test_a_definition_that_a_failover_lost_is_read_no_more() -> None:
+    """With an asynchronous standby the last commits may be gone. Another one has the same version
+    of the same domain then, and whoever read the lost one remembers it."""
+    with Server() as primary, Standby(primary, synchronous=False) as standby:
+        url = urls(primary, standby, list="lost", lease=2)
+        with PostgresDomainList.create(url) as doms:
+            doms.define(xml("a", UUID(int=1), title="first"))
+            at = primary.psql("SELECT pg_current_wal_lsn()")
+            there = f"SELECT pg_last_wal_replay_lsn() >= '{at}'"
+            until(lambda: standby.psql(there) == "t", "the standby has it", PATIENCE)
+            standby.psql("ALTER SYSTEM SET primary_conninfo = ''")
+            standby.psql("SELECT pg_reload_conf()")
+            follows = "SELECT count(*) FROM pg_stat_replication"
+            until(lambda: primary.psql(follows) == "0", "nobody follows", PATIENCE)
+            doms.define(xml("a", UUID(int=1), title="lost"))
+            lost = doms.peek("a")
+            primary.kill()
+            standby.promote()
+            with PostgresDomainList.attach(url, host="other", timeout=PATIENCE) as other:
+                other.define(xml("a", UUID(int=1), title="second"))
+            with doms.get("a", timeout=PATIENCE) as dom:
+                assert dom.definition.title == "second"
+            assert lost is not None and lost.definition.title == "lost"
+            assert [info.definition.title for info in doms.list()] == ["second"]
 
 
 # --- clocks ---------------------------------------------------------------------------------------

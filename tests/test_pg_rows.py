@@ -1,5 +1,5 @@
 """What a million changes leave in the server's tables: the rows that every lock writes are updated
-in place (HOT), and their tables do not grow."""
+in place (HOT), and their tables do not grow. And how many rows are read for an answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pg_servers
 import pytest
 from helpers import SOAK, xml
+from killing import until
 
 pg_servers.need()
 
@@ -50,6 +51,51 @@ def test_hot_rows_stay_where_they_are(size: int, tried: Callable[[str, int], Non
     tried("changes whose rows stayed where they are", CHANGES)
 
 
+def test_no_more_rows_are_read_than_are_asked_for() -> None:
+    """A plan is kept whatever the values are, and lists differ in size."""
+    with pg_servers.Server(autovacuum="off") as server:
+        with (
+            PostgresDomainList.open(server.url("large", by="socket")) as large,
+            PostgresDomainList.open(server.url("small", by="socket")) as small,
+        ):
+            large.define(xml("first"))
+            small.define(xml("web1"))
+            server.psql(_MANY.format(large._pool.list))
+            server.psql("ANALYZE")
+        answers: dict[str, Callable[[PostgresDomainList], object]] = {
+            "small": lambda doms: doms.list(),
+            "small without definitions": lambda doms: doms.list(definitions=False),
+            "small, how many": len,
+            "small, what is under way": lambda doms: doms.recover(),
+            "small, whether it is sound": lambda doms: doms.check(),
+            "small, handles": lambda doms: doms._handles(),
+            "large, active": lambda doms: doms.list(active=True),
+            "large, active, how many": lambda doms: doms.count(active=True),
+            "large, of a host": lambda doms: doms.list(host="host1"),
+        }
+        read: dict[str, int] = {}
+        for what, answer in answers.items():
+            before = int(server.psql(_READ))
+            with PostgresDomainList.attach(server.url(what[:5], by="socket")) as doms:
+                answer(doms)
+                doms.get("web1" if what[:5] == "small" else "first").unlock()
+            until(lambda: int(server.psql(_READ)) > before, "the session's counts")  # noqa: B023
+            read[what] = int(server.psql(_READ)) - before
+        assert max(read.values()) < 500, read
+
+
+_MANY = (
+    "INSERT INTO shmdomains.domains (list, uuid, id, state, persistent, name, host) "
+    "SELECT {0}, gen_random_uuid(), CASE WHEN n % 100 = 0 THEN n ELSE -1 END, 5, true, 'd' || n, "
+    "CASE WHEN n % 100 = 0 THEN 'host' || n / 100 END FROM generate_series(1, 10000) AS n; "
+    "INSERT INTO shmdomains.definitions (record, typed, xml) SELECT d.record, f.typed, f.xml "
+    "FROM shmdomains.domains d, (SELECT * FROM shmdomains.definitions LIMIT 1) AS f "
+    "ON CONFLICT DO NOTHING"
+)
+_READ = (
+    "SELECT sum(seq_tup_read + idx_tup_fetch) FROM pg_stat_user_tables "
+    "WHERE schemaname = 'shmdomains' AND relname IN ('domains', 'definitions')"
+)
 _UPDATES = (
     "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables "
     "WHERE schemaname = 'shmdomains' AND relname = '{}'"

@@ -39,6 +39,7 @@ TABLES = {
     "directories": "list",
     "processes": "list",
     "domains": "list",
+    "removed": "list",
     "mutexes": "list",
     "events": "list",
     "users": "list",
@@ -110,6 +111,8 @@ def green(place: Place, tmp_path: Path) -> Iterator[PostgresDomainList]:
         doms.load_all_configs(tmp_path)
         if "web1" not in doms:
             doms.define(xml("web1", WEB1))
+            doms.define(xml("gone"))
+            doms.undefine("gone")
         with doms.mutex("nightly"):
             pass
         list(doms.watch(since=0, timeout=0))

@@ -90,7 +90,8 @@ class Commits(Reads):
         work = None if new.work is None else new.work.encode()
         record = big(row[0])
         values = new_values(record, new.uuid, new.name, new.state, new.persistent, work)
-        self._source.definitions.put(record, 1, (new.definition, None))
+        known = new.definition, None
+        self._source.definitions.put(record, 1, (known[0].encode(), None), known)
         return PostgresInfo.held(values, self._source, big(row[1]))
 
     def _refused_insert(self, exc: Refused, new: NewDomain) -> Exception:
@@ -186,8 +187,9 @@ class Commits(Reads):
     def _after(self, info: PostgresInfo, changes: Changes) -> PostgresInfo:
         after = info.changed(dict(changes))
         if "definition" in changes and "next_definition" in changes:
-            known = changes["definition"], changes["next_definition"]
-            self._source.definitions.put(after._record, after._defined, known)
+            known = live, successor = changes["definition"], changes["next_definition"]
+            typed = live.encode(), None if successor is None else successor.encode()
+            self._source.definitions.put(after._record, after._defined, typed, known)
         return after
 
     def remove(self, record: int, news: Sequence[News], timeout: float | None) -> None:

@@ -10,6 +10,7 @@ from ..memory._core import core
 from ..memory.domain_list import AttachedProcess, ListInfo
 from ..xml.definition import DomainDef
 from .session import Row, Statement, big, double, integer, number, text
+from .statements import whole
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -31,10 +32,9 @@ _ATTACHED = Statement(
     "AND k.objid = (lock_key(7, p.process) & 4294967295)::bigint::oid) ORDER BY p.process",
     "bigint",
 )
-_DEFINITIONS = Statement(
+_DEFINITIONS = (
     "SELECT d.name, d.uuid, f.typed, f.next_typed FROM domains d "
-    "LEFT JOIN definitions f USING (record) WHERE d.list = $1",
-    "bigint",
+    "LEFT JOIN definitions f USING (record) WHERE d.list = <list>"
 )
 
 
@@ -79,7 +79,7 @@ def _process(row: Row, pool: Pool) -> AttachedProcess:
 def check(pool: Pool) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """Problems, and how much was tested."""
     problems, count = [], 0
-    for name, uuid, typed, successor in pool.ask(_DEFINITIONS, [number(pool.list)]):
+    for name, uuid, typed, successor in pool.ask(whole(_DEFINITIONS, pool.list), []):
         count += 1
         shown = text(name)
         if typed is None:

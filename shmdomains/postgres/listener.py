@@ -233,6 +233,10 @@ class Listener:
 
     def _begin(self, conn: psycopg.Connection[Any]) -> None:
         self._pool.enter_process(conn)
+        # The gate may be held by a commit that waits for a standby. Meanwhile this thread keeps up
+        # the sessions that hold locks, and tries again.
+        sixth = max(1, int(self._pool.address.lease * 1000 / 6))
+        conn.execute("SELECT set_config('lock_timeout', %s, false)", [str(sixth)])
         self.answered = time.monotonic()
         # What is told while psycopg waits for something else.
         conn.add_notify_handler(lambda one: self._told.append(one.payload))

@@ -39,8 +39,11 @@ _IDLE = 8
 """Idle sessions that are kept."""
 
 _ENTER = Statement("SELECT * FROM enter_session($1, $2, $3)", *("bigint", "int", "bigint"))
+# What nobody needs after a crash waits for no disk and no standby: `_OFF`.
+_OFF = "WITH off AS (SELECT set_config('synchronous_commit', 'off', true)) "
 _USE = Statement(
-    "UPDATE sessions SET tid = $2, start = $3 WHERE session = $1", "bigint", "int", "bigint"
+    _OFF + "UPDATE sessions SET tid = $2, start = $3 FROM off WHERE session = $1",
+    *("bigint", "int", "bigint"),
 )
 _OTHER = Statement(
     "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid "
@@ -96,6 +99,8 @@ class Pool:
         self.patience = address.lease
         """Seconds for which a server that is away is waited for, where a call says nothing."""
         self.process = 0
+        self.life = 0
+        """Where the tokens begin of the server's life that was found last."""
         self._conninfo = conninfo
         self._lock = threading.RLock()  # a signal handler may use the list
         self._idle: list[Session] = []
@@ -149,9 +154,11 @@ class Pool:
         return int(row[0])
 
     def seen(self, conn: psycopg.Connection[Any]) -> None:
-        """Let the server know that this process lives."""
+        """Let the server know that this process lives. While a standby does not answer, too: the
+        thread that does this keeps up the sessions that hold locks."""
         conn.execute(
-            "UPDATE processes SET seen = clock_timestamp(), counts = %s WHERE process = %s",
+            _OFF + "UPDATE processes SET seen = clock_timestamp(), counts = %s FROM off "
+            "WHERE process = %s",
             [self.counts.numbers, self.process],
         )
 
@@ -166,6 +173,7 @@ class Pool:
             made.user = core.caller()[1:]
             [row] = made.call(_ENTER, [number(self.process), *map(number, made.user)])
             made.number, made.life = big(row[0]), big(row[1])
+            self.life = made.life
         except (psycopg.Error, session.Gone, session.Refused) as exc:
             conn.close()
             if getattr(exc, "state", None) == "23503":  # a server that lost the process's row
@@ -309,6 +317,12 @@ class Pool:
             except session.Gone:
                 self._all.discard(taken)
                 return self.begin(patience)
+            except BaseException as exc:
+                taken.user = None  # whom its row names now is not known
+                self.give(taken)
+                if isinstance(exc, session.Refused):
+                    raise Unavailable(f"{self.address.shown}: {exc}") from None
+                raise
         self.states[owner] = state
         _ = self.listener
         return state

@@ -19,7 +19,6 @@ from .session import (
     double,
     number,
     numbers,
-    truth,
 )
 
 UNKEPT = re.compile("[\0\ud800-\udfff]")
@@ -31,7 +30,14 @@ class Reads(Calls):
 
     def __init__(self, pool: Pool, events_max: int) -> None:
         super().__init__(pool, events_max)
-        self._source = Source(self.holders.describe, self._load)
+        self._last = Source(self.holders.describe, self._load, pool.life)
+
+    @property
+    def _source(self) -> Source:
+        """To be taken before what is read: the server may begin another life meanwhile."""
+        if self._last.life != self.pool.life:
+            self._last = Source(self.holders.describe, self._load, self.pool.life)
+        return self._last
 
     def find(self, key: Key) -> int | None:
         info = self.peek(key)
@@ -48,30 +54,33 @@ class Reads(Calls):
         """`peek`, perhaps at a standby."""
         if nobody_has(key):
             return None
+        source = self._source
         rows = self._look_at(ask.BY[key.kind], [self._list, str(key.value).encode()])
-        return self._info(rows[0]) if rows else None
+        return PostgresInfo.of(rows[0][0], source) if rows else None
 
     def _one(self, statement: Statement, values: list[bytes | None]) -> PostgresInfo | None:
+        source = self._source
         rows = self._read(statement, values)
-        return self._info(rows[0]) if rows else None
-
-    def _info(self, row: Row) -> PostgresInfo:
-        return PostgresInfo.of(row[0], self._source)
+        return PostgresInfo.of(rows[0][0], source) if rows else None
 
     def read(self, record: int) -> PostgresInfo | None:
         return self._one(ask.BY["record"], [self._list, number(record)])
 
     def some(self, records: Iterable[int]) -> list[PostgresInfo]:
         """The committed states of those that are there."""
+        source = self._source
         rows = self._read(ask.SOME, [self._list, numbers(records)])
-        return [self._info(row) for row in rows]
+        return [PostgresInfo.of(row, source) for [row] in rows]
+
+    def _all(self, text: str) -> list[Row]:
+        return self._read(ask.whole(text, self.pool.list), [])
 
     def records(self) -> Iterable[int]:
         return [record for record, _ in self.handles()]
 
     def handles(self) -> list[tuple[int, bytes]]:
         """Each record and its uuid."""
-        rows = self._read(ask.RECORDS, [self._list])
+        rows = self._all(ask.RECORDS)
         return [(big(row[0]), row[1] or b"") for row in rows]
 
     def identity(self, uuid: Any, name: str) -> PostgresInfo | None:
@@ -80,27 +89,39 @@ class Reads(Calls):
         rows = self._read(ask.IDENTITY, [self._list, key, name.encode()])
         return PostgresInfo.of(rows[0][0], None) if rows else None
 
-    def _filter(self, wanted: Filter) -> list[bytes | None]:
-        flags = (wanted.active, wanted.persistent, wanted.autostart)
-        states = wanted.states
-        host = wanted.host
-        if host is not None and UNKEPT.search(host):
-            host = ""  # nobody's either
-        return [
-            self._list,
-            *(None if flag is None else truth(flag) for flag in flags),
-            None if states is None else ("{" + ",".join(map(str, map(int, states))) + "}").encode(),
-            None if host is None else host.encode(),
-        ]
+    def _wanted(self, text: str, wanted: Filter, order: str = "") -> list[Row]:
+        """The rows of those that match. What is not asked for is not in the text: the one plan
+        that is kept is right for what is."""
+        tests: list[str] = []
+        types: list[str] = []
+        values: list[bytes | None] = []
+        if wanted.active is not None:
+            tests.append("d.id <> -1" if wanted.active else "d.id = -1")
+        if wanted.persistent is not None:
+            tests.append("d.persistent" if wanted.persistent else "NOT d.persistent")
+        if wanted.autostart is not None:
+            tests.append("d.autostart" if wanted.autostart else "NOT d.autostart")
+        if wanted.states is not None:
+            types.append("smallint[]")
+            tests.append(f"d.state = ANY (${len(types)})")
+            values.append(numbers(map(int, wanted.states)))
+        if wanted.host is not None:
+            types.append("text")
+            tests.append(f"d.host = ${len(types)}")
+            kept = UNKEPT.search(wanted.host) is None  # else it is nobody's, as is ""
+            values.append(wanted.host.encode() if kept else b"")
+        text = " AND ".join([text, *tests]) + order
+        return self._look_at(ask.whole(text, self.pool.list, *types), values)
 
     def scan(self, wanted: Filter, definitions: bool) -> list[PostgresInfo]:
         """The committed states of the domains that match, all of one moment."""
-        rows = self._look_at(ask.SCAN_ALL if definitions else ask.SCAN, self._filter(wanted))
+        text = ask.SCAN_ALL if definitions else ask.SCAN
         source = self._source if definitions else None
+        rows = self._wanted(text, wanted, " ORDER BY d.record")
         return [PostgresInfo.of(row, source) for [row] in rows]
 
     def count(self, wanted: Filter) -> int:
-        return big(self._look_at(ask.COUNT, self._filter(wanted))[0][0])
+        return big(self._wanted(ask.COUNT, wanted)[0][0])
 
     def behind(self) -> float:
         """See `PostgresDomainList.behind`."""
@@ -108,12 +129,12 @@ class Reads(Calls):
 
     def with_work(self) -> list[PostgresInfo]:
         """Those in which something is under way, without definitions."""
-        rows = self._read(ask.WITH_WORK, [self._list])
-        return [PostgresInfo.of(row, self._source) for [row] in rows]
+        source = self._source
+        return [PostgresInfo.of(row, source) for [row] in self._all(ask.WITH_WORK)]
 
     def versions(self) -> dict[int, int]:
         """The version of each record."""
-        return {big(row[0]): big(row[1]) for row in self._read(ask.VERSIONS, [self._list])}
+        return {big(row[0]): big(row[1]) for row in self._all(ask.VERSIONS)}
 
     def _load(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None]:
         """The definitions of a domain that the caller has locked."""

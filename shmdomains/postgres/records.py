@@ -65,48 +65,50 @@ def unpacked(packed: bytes, at: int = _FIRST) -> list[Any]:
 Typed = tuple[bytes, bytes | None]
 """Definition and next definition, in MessagePack."""
 
-Load = Callable[[int, int], tuple[DomainDef, DomainDef | None]]
+Decoded = tuple[DomainDef, DomainDef | None]
+Load = Callable[[int, int], Decoded]
 
 
 class Definitions:
-    """The definitions that were decoded last, by record and version."""
+    """The definitions that were decoded last, by record and version, each with what it was decoded
+    from: a failover to an asynchronous standby gives versions twice."""
 
     def __init__(self, most: int = 4096) -> None:
         self._most = most
-        self._kept: OrderedDict[tuple[int, int], tuple[DomainDef, DomainDef | None]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[Typed, Decoded]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, record: int, version: int) -> tuple[DomainDef, DomainDef | None] | None:
-        return self._kept.get((record, version))
+    def get(self, record: int, version: int) -> Decoded | None:
+        kept = self._kept.get((record, version))
+        return None if kept is None else kept[1]
 
-    def decoded(
-        self, record: int, version: int, typed: Typed
-    ) -> tuple[DomainDef, DomainDef | None]:
-        found = self._kept.get((record, version))
-        if found is not None:
-            return found
+    def decoded(self, record: int, version: int, typed: Typed) -> Decoded:
+        kept = self._kept.get((record, version))
+        if kept is not None and kept[0] == typed:
+            return kept[1]
         live, successor = typed
         found = (
             DomainDef.decode(live),
             None if successor is None else DomainDef.decode(successor),
         )
-        self.put(record, version, found)
+        self.put(record, version, typed, found)
         return found
 
-    def put(self, record: int, version: int, found: tuple[DomainDef, DomainDef | None]) -> None:
+    def put(self, record: int, version: int, typed: Typed, found: Decoded) -> None:
         """Remember what a version of a record has."""
         with self._lock:
-            self._kept[record, version] = found
+            self._kept[record, version] = typed, found
             if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
 
 
 class Source:
-    """Where infos come from: how to say who holds a job, and how to get at definitions."""
+    """Where infos come from: how to say who holds a job, and how to get at definitions. One for
+    each life of the server: what a version is in another one is not known."""
 
-    def __init__(self, describe: Describe, load: Load) -> None:
+    def __init__(self, describe: Describe, load: Load, life: int) -> None:
         """`load` gives the definitions of a record and version that the caller has locked."""
-        self.describe, self.load = describe, load
+        self.describe, self.load, self.life = describe, load, life
         self.definitions = Definitions()
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _OF_LISTS = (
     *("counters", "directories", "processes", "sessions", "domains", "definitions"),
-    *("mutexes", "events"),
+    *("removed", "mutexes", "events"),
 )
 _READ = ("migrations", "lives", "life", "users")
 _TRIES = 20

@@ -6,6 +6,8 @@ Values stand for ``$1`` to ``$n`` and never become part of a text. What the func
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .records import COLUMNS
 from .session import Statement, number, truth
 
@@ -98,21 +100,25 @@ IDENTITY = Statement(
     "ORDER BY d.uuid = $2 DESC NULLS LAST LIMIT 1",
     *("bigint", "uuid", "text"),
 )
-WANTED = (
-    " WHERE d.list = $1 AND ($2 IS NULL OR (d.id <> -1) = $2) "
-    "AND ($3 IS NULL OR d.persistent = $3) AND ($4 IS NULL OR d.autostart = $4) "
-    "AND ($5 IS NULL OR d.state = ANY ($5)) AND ($6 IS NULL OR d.host = $6)"
-)
-WANTED_TYPES = ("bigint", "bool", "bool", "bool", "smallint[]", "text")
-SCAN = Statement(BARE + WANTED + " ORDER BY d.record", *WANTED_TYPES)
-SCAN_ALL = Statement(ROWS + WANTED + " ORDER BY d.record", *WANTED_TYPES)
-COUNT = Statement("SELECT count(*) FROM domains d" + WANTED, *WANTED_TYPES)
 SOME = Statement(f"{ROWS} WHERE d.list = $1 AND record = ANY ($2)", "bigint", "bigint[]")
-VERSIONS = Statement("SELECT record, version FROM domains WHERE list = $1", "bigint")
 VERSION = Statement("SELECT version FROM domains WHERE list = $1 AND record = $2", *("bigint",) * 2)
-RECORDS = Statement("SELECT record, uuid FROM domains WHERE list = $1 ORDER BY record", "bigint")
-WITH_WORK = Statement(f"{BARE} WHERE d.list = $1 AND d.work IS NOT NULL", "bigint")
 TYPED = Statement("SELECT typed, next_typed FROM definitions WHERE record = $1", "bigint")
+
+# About a whole list, or much of it: see `whole`.
+SCAN = f"{BARE} WHERE d.list = <list>"
+SCAN_ALL = f"{ROWS} WHERE d.list = <list>"
+COUNT = "SELECT count(*) FROM domains d WHERE d.list = <list>"
+VERSIONS = "SELECT record, version FROM domains WHERE list = <list>"
+RECORDS = "SELECT record, uuid FROM domains WHERE list = <list> ORDER BY record"
+WITH_WORK = f"{BARE} WHERE d.list = <list> AND d.work IS NOT NULL"
+
+
+@lru_cache(maxsize=1024)
+def whole(text: str, list: int, *types: str) -> Statement:
+    """A statement whose text has the number of the list. One plan is kept whatever the values are,
+    and that for a list of 100,000 reads all of them to find the three of another."""
+    return Statement(text.replace("<list>", str(list)), *types)
+
 
 EVENT_COUNT = Statement("SELECT publish($1, $2)", "bigint", "int")
 EVENTS = Statement(

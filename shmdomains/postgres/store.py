@@ -16,6 +16,7 @@ from uuid import UUID
 from ..config.change import ConfigDirs
 from ..errors import (
     AlreadyLocked,
+    SegmentNotFound,
     TooManyMutexes,
 )
 from ..events import DomainEvent, EventType, detail_of
@@ -102,8 +103,7 @@ class PostgresStore(Commits):
         if outcome == 1:
             info = PostgresInfo.locked(answer, self._source)
             self.pool.counts.got(info._died is not None)
-            if guess is None and kind != "record":
-                self._note(kind, value, info._record)
+            self._note(kind, value, info._record)
             return info
         self._not_got(state)
         if outcome == 0:
@@ -120,6 +120,10 @@ class PostgresStore(Commits):
         return number(record)
 
     def _note(self, kind: str, value: bytes, record: int) -> None:
+        """Whatever was guessed: another domain may have the key now, and a wrong guess takes the
+        lock of the one that had it for a moment, in which others find it taken."""
+        if kind == "record":
+            return
         if len(self._places) >= _PLACES:
             self._places.clear()
         self._places[kind, value] = record
@@ -237,7 +241,10 @@ class PostgresStore(Commits):
 
     @property
     def event_count(self) -> int:
-        return big(self._read(ask.EVENT_COUNT, [self._list, number(self.events_max)])[0][0])
+        [[count]] = self._read(ask.EVENT_COUNT, [self._list, number(self.events_max)])
+        if count is None:
+            raise SegmentNotFound(f"{self._shown} is gone")
+        return big(count)
 
     def event(self, number_of: int) -> DomainEvent | None:
         found = self._events.pop(number_of, None)

@@ -129,6 +129,13 @@ CREATE TABLE definitions (
     next_xml text
 );
 
+-- The highest token that a domain had which was removed. The next domain begins above it: it may be
+-- the same one again, and whoever held it before must not have a token of its new holder's.
+CREATE TABLE removed (
+    list bigint PRIMARY KEY REFERENCES lists ON DELETE CASCADE,
+    token bigint NOT NULL
+);
+
 CREATE TABLE mutexes (
     mutex bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     list bigint NOT NULL REFERENCES lists ON DELETE CASCADE,
@@ -288,6 +295,8 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM life) THEN
         PERFORM begin_life();
+    ELSE  -- a commit takes the row of its session to the disk
+        PERFORM set_config('synchronous_commit', 'off', true);
     END IF;
     INSERT INTO sessions (process, backend, tid, start)
         VALUES (_process, pg_backend_pid(), _tid, _start)
@@ -611,7 +620,8 @@ CREATE FUNCTION insert_domain(
 LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO domains (list, uuid, name, state, persistent, work, owner, since, token)
-        VALUES (_list, _uuid, _name, _state, _persistent, _work, _me, clock_timestamp(), _life)
+        VALUES (_list, _uuid, _name, _state, _persistent, _work, _me, clock_timestamp(),
+                greatest(_life, (SELECT token + 1 FROM removed WHERE list = _list)))
         RETURNING record, token INTO _record, _token;
     INSERT INTO definitions (record, typed, xml) VALUES (_record, _typed, _xml);
     PERFORM committed(_list, _me, _number, _record, _uuid, _max, _news, false);
@@ -625,13 +635,16 @@ CREATE FUNCTION remove_domain(
 LANGUAGE plpgsql AS $$
 DECLARE
     _uuid uuid;
+    _token bigint;
 BEGIN
     DELETE FROM domains
         WHERE record = _record AND list = _list AND version = _version AND owner = _me
-        RETURNING uuid INTO _uuid;
+        RETURNING uuid, token INTO _uuid, _token;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
+    INSERT INTO removed AS r (list, token) VALUES (_list, _token)
+        ON CONFLICT (list) DO UPDATE SET token = greatest(r.token, excluded.token);
     PERFORM committed(_list, _me, _number, _record, _uuid, _max, _news, true);
     RETURN true;
 END $$;
@@ -710,7 +723,7 @@ DECLARE
     _own CONSTANT text := 'list = ANY (ARRAY(SELECT list FROM users WHERE role = current_user))';
 BEGIN
     FOREACH _table IN ARRAY ARRAY[
-        'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events'
+        'lists', 'counters', 'directories', 'processes', 'domains', 'removed', 'mutexes', 'events'
     ] LOOP
         EXECUTE format('CREATE POLICY own ON %I USING (%s)', _table, _own);
     END LOOP;
@@ -719,7 +732,7 @@ BEGIN
     CREATE POLICY own ON definitions
         USING (EXISTS (SELECT FROM domains d WHERE d.record = definitions.record));
     FOREACH _table IN ARRAY ARRAY[
-        'lists', 'counters', 'directories', 'processes', 'domains', 'mutexes', 'events',
+        'lists', 'counters', 'directories', 'processes', 'domains', 'removed', 'mutexes', 'events',
         'sessions', 'definitions'
     ] LOOP
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', _table);
