@@ -146,6 +146,32 @@ def test_the_answer_to_a_commit_that_unlocks_one_of_two_is_lost(
     assert not other.peek("b").autostart
 
 
+@pytest.mark.parametrize("unlock", [False, True], ids=["commit", "unlock"])
+@pytest.mark.parametrize("happened", [False, True], ids=["not asked", "answer lost"])
+def test_a_commit_of_data_whose_answer_is_lost_is_made_once(
+    doms: PostgresDomainList, happened: bool, unlock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another statement than that of a commit of all."""
+    with doms.get("a") as dom:
+        dom.data = 1
+    dom = doms.get("a")
+    dom.data += 1
+    if happened:
+        on(monkeypatch, doms, ask.COMMIT_STATE, after=lose_answer)
+    else:
+        on(monkeypatch, doms, ask.COMMIT_STATE, before=lose_answer)
+    if unlock:
+        dom.unlock()
+    else:
+        dom.commit()
+        assert doms.peek("a").data == 2
+        dom.data += 1
+        dom.unlock()
+    with doms.get("a") as dom:
+        assert dom.data == (2 if unlock else 3)
+        assert dom.previous_owner_died is None
+
+
 def test_somebody_had_the_domain_between_a_lost_answer_and_locking_it_again(
     doms: PostgresDomainList, other: PostgresDomainList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
