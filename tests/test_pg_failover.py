@@ -202,6 +202,40 @@ def test_a_standby_that_does_not_answer_costs_nobody_a_lock() -> None:
         assert doms.get("a").data == "new"
 
 
+def test_a_lock_whose_event_waits_for_a_commit_is_given_up() -> None:
+    """Telling of a death waits for every commit that tells, and that for the standby."""
+    with (
+        Server() as primary,
+        Standby(primary) as standby,
+        PostgresDomainList.create(primary.url("told", lease=1)) as doms,
+        PostgresDomainList.attach(primary.url("told", lease=1), host="other") as other,
+    ):
+        for name in "ab":
+            doms.define(xml(name))
+        other._pool.listener.listen()
+
+        def commit() -> None:
+            with suppress(InDoubt), doms.get("a") as dom:
+                dom.data = "new"
+                standby.freeze()
+
+        dead = other.get("b")
+        other._pool.mine().session.end("its host is cut off")
+        thread = threading.Thread(target=commit)
+        thread.start()
+        look = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        until(lambda: primary.psql(look) != "0", "a commit that waits for the standby", PATIENCE)
+        try:
+            with pytest.raises(LockLost):
+                dead.unlock()
+            with pytest.raises((Unavailable, LockTimeout)):
+                other.get("b", timeout=1)
+        finally:
+            standby.thaw()
+        thread.join(PATIENCE)
+        other.get("b", timeout=PATIENCE).unlock()
+
+
 def test_whoever_begins_to_listen_while_a_commit_waits_loses_no_lock() -> None:
     """His listener waits for that commit, and goes on to keep up what he holds."""
     with (

@@ -75,8 +75,12 @@ class Calls:
             if lost and statement is not ask.LOCK_LIST:
                 given[-2] = numbers(lost)
             session.locks += 1
+            session.longest = slice
             try:
-                [[answer]] = session.call(statement, given, waits=timeout != 0)
+                try:
+                    [[answer]] = session.call(statement, given, waits=timeout != 0)
+                finally:
+                    session.longest = float("inf")
                 assert answer is not None
                 if answer[_WAITED]:
                     self.pool.counts.waited(time.monotonic() - began)

@@ -100,6 +100,8 @@ class Session:
         self.locks = 0
         """How many locks it holds at most: counted before they are asked for, and no more after
         they are free."""
+        self.longest = float("inf")
+        """Seconds after which the server itself ends the wait of a statement for a lock."""
         self.used = time.monotonic()
         self.gone: str | None = None
         self.silent: Callable[[float], bool] = _never
@@ -243,6 +245,8 @@ class Session:
             raise core.WorkGivenUp
         waited = time.monotonic() - since
         if waited > self.lease and not waits:
+            raise self._end(f"the server has not answered for {waited:.1f} s", True)
+        if waits and waited > self.longest + self.lease:  # it has the lock, and waits to commit
             raise self._end(f"the server has not answered for {waited:.1f} s", True)
         if waits and waited > self.lease and self.silent(self.lease):
             raise self._end(f"the server has answered nobody for {self.lease:g} s", True)
