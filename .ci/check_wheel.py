@@ -24,7 +24,12 @@ def check_contents(wheel: Path) -> None:
     sources = [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd", ".pxi"))]
     if sources:
         sys.exit(f"{wheel.name} carries sources: {' '.join(sources)}")
-    for wanted in ("shmdomains/py.typed", "shmdomains/memory/_core/core.pyi"):
+    for wanted in (
+        "shmdomains/py.typed",
+        "shmdomains/memory/_core/core.pyi",
+        "shmdomains/metrics/alerts.yml",
+        "shmdomains/metrics/dashboard.json",
+    ):
         if wanted not in names:
             sys.exit(f"{wheel.name} lacks {wanted}")
     if not any(fnmatch(name, "shmdomains/memory/_core/core.*.so") for name in names):

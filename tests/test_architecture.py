@@ -37,6 +37,7 @@ RANKS = [
     ["memory"],
     ["postgres"],
     ["transfer", "aio", "green", "opening"],
+    ["metrics"],
     ["shmdomains"],  # the public names
     ["stress"],
     ["cli"],

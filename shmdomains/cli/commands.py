@@ -107,6 +107,7 @@ for _command in (
     job_commands.domjobabort,
     segment_commands.segments,
     lock_commands.locks,
+    lock_commands.metrics,
     segment_commands.check,
     segment_commands.recover,
     segment_commands.export_command,

@@ -32,7 +32,7 @@ _OTHER_NAMES = {"domrename": "rename", "event": "events"}  # virsh's; not listed
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("domjobinfo", "wait", "events", "segments", "locks", "check"),
+    *("domjobinfo", "wait", "events", "segments", "locks", "metrics", "check"),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.

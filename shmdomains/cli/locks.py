@@ -1,13 +1,16 @@
-"""The command ``shmdomains locks``: who holds which lock, what for, and who waits.
+"""What operators look at: ``shmdomains locks``, who holds which lock, what for, and who waits; and
+``shmdomains metrics``, which serves the same and more to Prometheus.
 
-It takes no lock, so it answers when everything is stuck.
+They take no lock, so they answer when everything is stuck. What `metrics` needs is imported when it
+runs.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from msgspec.structs import asdict
@@ -16,14 +19,17 @@ from ..memory.held import LockInfo
 from ..memory.invariants import lock_text
 from .tables import (
     Column,
+    Failure,
+    describe,
     is_terminal,
     print_line,
     print_records,
     print_table,
 )
-from .types import Target, format_option, seconds
+from .types import Target, flag, format_option, plainly, seconds, segment_argument
 
 if TYPE_CHECKING:
+    from ..metrics.server import Scrapes
     from ..opening import AnyDomainList
 
 _EVERY = "2"
@@ -116,3 +122,78 @@ def _record(lock: LockInfo) -> dict[str, Any]:
         "waiting": lock.waiting,
         "longest_wait": lock.longest_wait,
     }
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+_LISTEN = "127.0.0.1:9177"
+
+
+class _Address(NamedTuple):
+    host: str
+    port: int
+
+
+def _address(value: str) -> _Address:
+    """Read where to listen.
+
+    >>> _address("[::1]:9177"), _address(":9177").host
+    (_Address(host='::1', port=9177), '')
+    """
+    match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]*):([0-9]{1,5})", value)
+    if match is None or int(match[2]) > 65535:
+        raise click.BadParameter(f"{value!r} is no ADDRESS:PORT.")
+    return _Address(match[1].strip("[]"), int(match[2]))
+
+
+@click.command()
+@segment_argument
+@click.option(
+    "--listen",
+    metavar="ADDRESS:PORT",
+    type=_address,
+    default=_LISTEN,
+    show_default=True,
+    help="Where to serve; port 0 takes a free one.",
+)
+@flag("once", "Print the metrics once, and serve nothing.")
+@flag("alerts", "Print an example of alerts: Prometheus rules, YAML.")
+@flag("dashboard", "Print an example of a Grafana dashboard: JSON.")
+@click.pass_obj
+def metrics(target: Target, listen: _Address, once: bool, alerts: bool, dashboard: bool) -> None:
+    """Serve the list's metrics to Prometheus, until Ctrl-C.
+
+    Domains by the names of the libvirt exporter, and locks, waits, repairs and jobs. No lock is
+    taken. Whoever reaches the address may read: by default only this host.
+    """
+    if once + alerts + dashboard > 1:
+        raise click.UsageError("--once, --alerts and --dashboard are one at a time.")
+    with plainly():
+        from .. import metrics as package
+        from ..metrics.server import Scrapes
+    if alerts or dashboard:
+        click.echo(package.alerts() if alerts else package.dashboard(), nl=False)
+        return
+    with plainly():
+        scrapes = Scrapes(target.attach)
+    try:
+        if once:
+            click.echo(scrapes.text().decode(), nl=False)
+        else:
+            _serve(target, listen, scrapes)
+    finally:
+        scrapes.close()
+
+
+def _serve(target: Target, listen: _Address, scrapes: Scrapes) -> None:
+    from ..metrics.server import Server
+
+    scrapes.text()  # the first one decodes every definition
+    try:
+        server = Server(*listen, scrapes)
+    except OSError as exc:
+        where = f"[{listen.host}]" if ":" in listen.host else listen.host
+        raise Failure(f"cannot listen at {where}:{listen.port}: {describe(exc)}", exc) from None
+    with server:
+        click.echo(f"Metrics of {target.what} at {server.url}")
+        server.serve_forever()

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import mmap
 import os
+import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -555,7 +556,17 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         >>> DomainList(max_domains=10).statistics_of_all().processes
         1
         """
-        return Statistics.of(self._all_counts())
+        return Statistics.of([*self._all_counts().values()])
+
+    def _statistics_of_each(self) -> dict[int, Statistics]:
+        """The same, by a number that no other process gets."""
+        return {who: Statistics.of([counts]) for who, counts in self._all_counts().items()}
+
+    @staticmethod
+    def _about(info: DomainInfo, mark: bytes) -> tuple[object, int]:
+        """Of what `_marked` gave: what tells that the definition is another one, and when the
+        process started, in ticks."""
+        return mark[:24], int.from_bytes(mark[24:32], sys.byteorder)
 
     # --- for the rules: thin wrappers of the core's methods ---
 

@@ -14,6 +14,8 @@ from uuid import UUID
 import msgspec
 
 from ..holder import LockHolder
+from ..job import JobInfo
+from ..rules.info import DomainInfo
 from .holder import describe_holder
 from .invariants import lock_text
 
@@ -91,11 +93,17 @@ def job_locks(doms: Any) -> list[LockInfo]:
         slot = dom._key[0]
         for job in info.jobs:
             waiting, longest = waits.pop(slot, (0, 0))
-            held = max(time.time() - job.since, 0.0)
-            holder = msgspec.structs.replace(job.holder, operation=job.operation, held_for=held)
-            lock = LockInfo("job", info.name, info.uuid, holder, waiting, longest / 1e9)
-            found.append(lock)
+            found.append(job_lock(info, job, waiting, longest / 1e9))
     return found
+
+
+def job_lock(
+    info: DomainInfo, job: JobInfo, waiting: int = 0, longest_wait: float = 0.0
+) -> LockInfo:
+    """A job as a lock; its holder does what the job does, since the job began."""
+    held = max(time.time() - job.since, 0.0)
+    holder = msgspec.structs.replace(job.holder, operation=job.operation, held_for=held)
+    return LockInfo("job", info.name, info.uuid, holder, waiting, longest_wait)
 
 
 def as_locks(taken: Iterable[tuple[Any, ...]]) -> list[LockInfo]:

@@ -11,14 +11,14 @@ import threading
 from typing import Any
 
 from ..memory.held import Statistics
-from .session import Statement, number, text
+from .session import Statement, big, number, text
 
 _SIZES = 25
 """As many as in shared memory."""
 _ACQUISITIONS, _CONTENDED, _COMMITS, _RECOVERIES, _DEATHS, _UNLISTED = range(6)
 
 _OTHERS = Statement(
-    "SELECT array_to_string(coalesce(p.counts, '{}'), ' ') FROM processes p "
+    "SELECT p.process, array_to_string(coalesce(p.counts, '{}'), ' ') FROM processes p "
     "WHERE p.list = $1 AND p.process <> $2 "
     "AND EXISTS (SELECT FROM pg_locks k WHERE k.locktype = 'advisory' AND k.objsubid = 1 "
     "AND k.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
@@ -66,7 +66,9 @@ def statistics(counts: list[list[int]]) -> Statistics:
     return Statistics.of([(*one[:6], tuple(one[6:])) for one in (said or none for said in counts)])
 
 
-def all_counts(pool: Any) -> list[list[int]]:
-    """Those of this process, and those of the others that live, as they said last."""
+def all_counts(pool: Any) -> dict[int, list[int]]:
+    """Those of this process, and those of the others that live, as they said last; by the number
+    that the server gave each of them."""
     rows = pool.ask(_OTHERS, [number(pool.list), number(pool.process)])
-    return [pool.counts.numbers, *([int(one) for one in text(row[0]).split()] for row in rows)]
+    others = {big(row[0]): [int(one) for one in text(row[1]).split()] for row in rows}
+    return {pool.process: pool.counts.numbers, **others}

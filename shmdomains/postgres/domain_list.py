@@ -33,7 +33,7 @@ from ..lazy import LazyModule
 from ..memory._core import core
 from ..memory.callbacks import look_for_gevent
 from ..memory.domain_list import AttachedProcess, ListInfo
-from ..memory.held import LockInfo, Statistics
+from ..memory.held import LockInfo, Statistics, job_lock
 from ..memory.invariants import CheckReport, HeldLock, RecoverReport, Repair
 from ..names import Uuid
 from ..rules.compare import compare
@@ -492,6 +492,19 @@ class PostgresDomainList(PlainDomainList[int]):
         self._usable()
         return list(self._store.scan(wanted, definitions))
 
+    def _marked(self) -> tuple[list[DomainInfo], list[bytes], int]:
+        """Infos without definitions, a mark of each, which is its row, and how many domains are
+        damaged: the server would not give such."""
+        self._usable()
+        infos = self._store.scan(Filter(), False)
+        return list(infos), [info._packed for info in infos], 0
+
+    @staticmethod
+    def _about(info: Any, mark: bytes) -> tuple[object, int]:
+        """Of what `_marked` gave: what tells that the definition is another one, and when the
+        process started, in ticks."""
+        return (info._record, info._defined), info._started
+
     def _count(self, wanted: Filter) -> int:
         self._usable()
         return self._store.count(wanted)
@@ -612,7 +625,7 @@ class PostgresDomainList(PlainDomainList[int]):
         found = self._store.holders.locks()
         for info in self._store.with_work():
             for job in jobs_of(info._work, info._describe):
-                found.append(LockInfo("job", info.name, info.uuid, job.holder))
+                found.append(job_lock(info, job))
         return found
 
     @property
@@ -625,7 +638,12 @@ class PostgresDomainList(PlainDomainList[int]):
         """The same, added up over the living processes of all hosts: of the others what they told
         the server last, up to a third of a lease ago. Takes no lock."""
         self._usable()
-        return counts.statistics(counts.all_counts(self._pool))
+        return counts.statistics([*counts.all_counts(self._pool).values()])
+
+    def _statistics_of_each(self) -> dict[int, Statistics]:
+        """The same, by the number that the server gave each process."""
+        self._usable()
+        return {who: counts.statistics([one]) for who, one in counts.all_counts(self._pool).items()}
 
     def check(self, timeout: float | None = 10.0) -> CheckReport:
         """Test what the database cannot enforce by itself: every domain has its definition, of its

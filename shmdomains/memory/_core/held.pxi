@@ -194,7 +194,7 @@ cdef tuple counts_of(const sd_counters *block):
             tuple([sd_load(&block.waits[i]) for i in range(SD_WAIT_SIZES)]))
 
 
-cdef list all_counts(Segment doms):
+cdef dict all_counts(Segment doms):
     """Of each living process that is attached and has a block, and of this one in any case."""
     cdef uint32_t place
     cdef uint64_t who
@@ -202,7 +202,7 @@ cdef list all_counts(Segment doms):
     cdef const sd_counters *ours
     need_open(doms)
     ours = doms.segment.counters
-    cdef list found = [counts_of(ours)]
+    cdef dict found = {sd_load(&ours.who): counts_of(ours)}
     for place in range(sd_room(&doms.segment.header.counters_committed, SD_COUNTED_MAX)):
         block = &doms.segment.blocks[place]
         who = sd_load_acquire(&doms.segment.attached[place])
@@ -211,5 +211,5 @@ cdef list all_counts(Segment doms):
         counts = counts_of(block)
         if (sd_load_acquire(&block.who) == who
                 and sd_process_runs(sd_who_tid(who), sd_who_start(who))):
-            found.append(counts)
+            found[who] = counts
     return found

@@ -221,6 +221,38 @@ cdef list list_infos(Segment doms, const listing_filter *filter, bint definition
     return found
 
 
+cdef tuple list_marked(Segment doms):
+    """Infos without definitions, a mark of each, and how many domains are damaged. A mark is
+    another one whenever anything but the data and the jobs of a domain is, its first 24 bytes
+    whenever the definition may be; it costs no copy. Its next 8 are when the process started."""
+    cdef uint32_t slot
+    cdef uint64_t mark[7]
+    cdef int result
+    cdef unsigned tries, damaged = 0
+    cdef sd_view view
+    cdef list infos = [], marks = []
+    cdef uint64_t deadline = sd_now() + SECOND
+    need_open(doms)
+    for slot in range(slot_count(doms)):
+        tries = 0
+        result = sd_view_begin(doms.segment, slot, &view)
+        while result == SD_DOUBT:
+            tries += 1
+            if tries > PATIENT_READS:
+                back_off(deadline)
+            result = sd_view_begin(doms.segment, slot, &view)
+        if result == SD_OK and view.name[0]:
+            infos.append(fill_info(DomainInfo.__new__(DomainInfo), &view))
+            mark[0], mark[1], mark[2] = slot, view.life, view.values.version[SD_DEFINITION]
+            mark[3], mark[4] = view.values.started, view.values.flags
+            mark[5] = <uint64_t><uint32_t>view.values.id << 32 | <uint32_t>view.values.pid
+            mark[6] = view.values.state
+            marks.append(PyBytes_FromStringAndSize(<const char *>mark, sizeof(mark)))
+        elif result != SD_MISS:
+            damaged += 1
+    return infos, marks, damaged
+
+
 cdef uint64_t count_domains(Segment doms, const listing_filter *filter) except? 0:
     cdef uint32_t slot
     cdef uint64_t total = 0

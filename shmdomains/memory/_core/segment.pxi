@@ -239,7 +239,7 @@ cdef class Segment:
         return own_counts(self)
 
     def _all_counts(self):
-        """For each living process that is attached."""
+        """For each living process that is attached, by a number that no other process gets."""
         return all_counts(self)
 
     # --- reading without any lock ---
@@ -273,6 +273,11 @@ cdef class Segment:
     def _list(self, int active, int persistent, int autostart, unsigned states, bint definitions):
         cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
         return list_infos(self, &filter, definitions)
+
+    def _marked(self):
+        """Each domain, and what tells whether its definition or its process is another one by now:
+        see list_marked."""
+        return list_marked(self)
 
     def _count_all(self, int active, int persistent, int autostart, unsigned states):
         cdef listing_filter filter = listing_filter(active, persistent, autostart, states)

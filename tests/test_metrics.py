@@ -1,0 +1,250 @@
+"""`shmdomains.metrics`: what a scrape says, how long it takes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pg_servers
+import pytest
+from helpers import xml
+from killing import Child, Pipe, until
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from shmdomains import DomainDef, DomainList, DomainState, opening
+from shmdomains.metrics import FAMILIES, DomainCollector, domains
+from shmdomains.metrics.families import Labels
+from shmdomains.metrics.guests import Guests
+
+MANY, LIMIT = 10_000, 0.1
+
+
+@pytest.fixture(params=["shm", "postgresql"])
+def listed(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """An empty list of each store that is shipped."""
+    if request.param == "shm":
+        with DomainList(max_domains=MANY + 10) as doms:
+            yield doms
+        return
+    pg_servers.need()
+    with opening.open(request.getfixturevalue("pg_url")) as doms:
+        yield doms
+
+
+def scraped(text: bytes) -> dict[tuple[str, ...], float]:
+    """The samples, by name and values of labels."""
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def scrape(collector: DomainCollector) -> dict[tuple[str, ...], float]:
+    return scraped(collector.exposition())
+
+
+def test_what_is_said_of_a_domain(listed: Any) -> None:
+    made = listed.define(xml("web1", memory=2048, vcpus=4))
+    collector = DomainCollector(listed)
+    found = scrape(collector)
+    assert found["libvirt_up",] == found["libvirt_domains",] == 1
+    assert found["libvirt_domain_info_vstate", "web1"] == DomainState.SHUTOFF
+    assert found["libvirt_domain_info_maximum_memory_bytes", "web1"] == 2048 * 1024
+    assert found["libvirt_domain_info_virtual_cpus", "web1"] == 4
+    [meta] = [key for key in found if key[0] == "libvirt_domain_info_meta"]
+    assert (meta[1], meta[3]) == ("web1", str(made.uuid))
+    assert ("shmdomains_domain_autostart", "web1") not in found
+    with listed.get("web1") as dom:
+        dom.activate()
+        dom.definition = dom.definition.replace(memory=4096, current_memory=1024)
+    found = scrape(collector)
+    assert found["libvirt_domain_info_vstate", "web1"] == DomainState.RUNNING
+    assert found["libvirt_domain_info_maximum_memory_bytes", "web1"] == 4096 * 1024
+    assert found["libvirt_domain_info_memory_usage_bytes", "web1"] == 1024 * 1024
+    assert found["shmdomains_domains", "running"] == 1
+    assert found["shmdomains_domains", "shut off"] == 0
+
+
+def test_a_domain_of_the_same_name_is_another_one(listed: Any) -> None:
+    collector = DomainCollector(listed)
+    for memory in (1024, 2048):
+        listed.define(xml("web1", memory=memory))
+        found = scrape(collector)
+        assert found["libvirt_domain_info_maximum_memory_bytes", "web1"] == memory * 1024
+        listed.undefine("web1")
+        assert scrape(collector)["libvirt_domains",] == 0
+
+
+def test_the_registry_says_the_same(listed: Any) -> None:
+    hostile = 'a "quoted" \\ name'
+    for name in ("web1", hostile):
+        listed.define(xml(name))
+    registry = CollectorRegistry()
+    collector = DomainCollector(listed)
+    registry.register(collector)
+    ours, theirs = scrape(collector), scraped(generate_latest(registry))
+    assert ours.keys() == theirs.keys()
+    assert ("libvirt_domain_info_vstate", hostile) in ours
+    changing = {("shmdomains_scrape_seconds",), ("shmdomains_committed_bytes",)}
+    assert {k: v for k, v in ours.items() if k not in changing} == {
+        k: v for k, v in theirs.items() if k not in changing
+    }
+    declared = {family.name for family in FAMILIES}
+    assert {key[0] for key in ours} <= declared
+    with pytest.raises(ValueError, match="Duplicated"):
+        registry.register(DomainCollector(listed))
+
+
+def test_labels_are_escaped() -> None:
+    assert Labels(domain='a"\\\nb').text == r'{domain="a\"\\\nb"}'
+
+
+def test_locks_and_jobs(listed: Any) -> None:
+    listed.define(xml("web1"))
+    collector = DomainCollector(listed)
+    with listed.job("web1", "backup"), listed.get("web1"):
+        found = scrape(collector)
+    assert found["shmdomains_locks_held", "domain"] == 1
+    assert found["shmdomains_locks_held", "job"] == found["shmdomains_jobs", "backup"] == 1
+    assert found["shmdomains_locks_held_by_dead", "job"] == 0
+    assert found["shmdomains_lock_longest_held_seconds", "domain"] >= 0
+    found = scrape(collector)
+    assert found["shmdomains_locks_held", "domain"] == 0
+    assert ("shmdomains_jobs", "backup") not in found
+
+
+def test_a_wait_is_seen_and_counted(listed: Any) -> None:
+    listed.define(xml("web1"))
+    collector = DomainCollector(listed)
+    before = scrape(collector)["shmdomains_lock_wait_seconds_bucket", "+Inf"]
+    dom = listed.get("web1")
+    waiter = threading.Thread(target=lambda: listed.get("web1").unlock())
+    waiter.start()
+    until(lambda: scrape(collector)["shmdomains_lock_waiting", "domain"] == 1, "a waiter")
+    assert scrape(collector)["shmdomains_lock_longest_wait_seconds", "domain"] > 0
+    dom.unlock()
+    waiter.join()
+    found = scrape(collector)
+    assert found["shmdomains_lock_wait_seconds_bucket", "+Inf"] == before + 1
+    assert found["shmdomains_lock_wait_seconds_bucket", "1e-06"] == 0
+
+
+def test_no_lock_is_taken(listed: Any) -> None:
+    """Everything is locked, by others; and nothing is counted as taken."""
+    listed.define(xml("web1"))
+    collector = DomainCollector(listed)
+    with listed.locked(), listed.get("web1"):
+        before = listed.statistics.acquisitions
+        found = scrape(collector)
+        assert listed.statistics.acquisitions == before
+    assert found["libvirt_up",] == 1 and found["shmdomains_locks_held", "list"] == 1
+
+
+def commit_often(pipe: Pipe, path: str) -> None:
+    with DomainList.attach(path=path) as doms:
+        for number in range(50):
+            with doms.get("web1") as dom:
+                dom.data = number
+        dom = doms.get("web1")
+        pipe.say()
+        pipe.rest()
+
+
+def test_a_counter_does_not_fall_when_a_process_dies(
+    start: Callable[..., Child], path: str
+) -> None:
+    with DomainList.create(path=path, max_domains=8) as doms:
+        doms.define(xml("web1"))
+        collector = DomainCollector(doms)
+        worker = start(commit_often, path)
+        worker.hear()
+        before = scrape(collector)
+        worker.kill()
+        assert doms.statistics_of_all().commits < 50
+        found = scrape(collector)
+        assert found["shmdomains_commits_total",] == before["shmdomains_commits_total",] >= 50
+        assert found["shmdomains_locks_held_by_dead", "domain"] == 1
+        with doms.get("web1"):
+            pass
+        assert scrape(collector)["shmdomains_dead_holders_total",] == 1
+        doms.unlink(force=True)
+
+
+def test_a_guest(listed: Any) -> None:
+    """This process is one, and so is one that ends."""
+    guest = subprocess.Popen(["sleep", "60"])
+    pids = {"web1": os.getpid(), "web2": 2**22 + 7, "web3": guest.pid}
+    for name, pid in pids.items():
+        listed.define(xml(name))
+        with listed.get(name) as dom:
+            dom.activate(pid=pid)
+    collector = DomainCollector(listed)
+    for names in ({"web1", "web3"}, {"web1"}):
+        found = scrape(collector)
+        of = {key[1] for key in found if key[0] == "libvirt_domain_memory_stats_rss_bytes"}
+        assert of == names
+        assert found["libvirt_domain_memory_stats_rss_bytes", "web1"] > 1_000_000
+        assert found["libvirt_domain_info_cpu_time_seconds_total", "web1"] > 0.1
+        guest.kill()
+        guest.wait()
+
+
+def test_a_pid_that_is_another_process_by_now_is_no_guest() -> None:
+    labels = Labels(domain="web1")
+    assert Guests().read([(labels, os.getpid(), 1)]) == (([], []), ([], []))
+
+
+def test_a_list_that_cannot_be_read_is_down(caplog: pytest.LogCaptureFixture) -> None:
+    doms = DomainList(max_domains=8)
+    collector = DomainCollector(doms)
+    assert scrape(collector)["libvirt_up",] == 1
+    doms.close()
+    assert scrape(collector) == scrape(collector) == {("libvirt_up",): 0}
+    assert len(caplog.messages) == 1 and "cannot be scraped" in caplog.messages[0]
+
+
+def test_a_damaged_definition_is_counted_and_the_others_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with DomainList(max_domains=8) as doms:
+        for name in ("web1", "web2"):
+            doms.define(xml(name))
+        collector = DomainCollector(doms)
+        named = domains._named
+        monkeypatch.setattr(
+            domains,
+            "_named",
+            lambda info: (info.name, None) if info.name == "web1" else named(info),
+        )
+        found = scrape(collector)
+    assert found["shmdomains_damaged_domains",] == found["libvirt_domains",] == 1
+    assert ("libvirt_domain_info_vstate", "web2") in found
+
+
+@pytest.mark.slow
+def test_of_ten_thousand_domains_only_those_that_changed_are_looked_at_anew(
+    listed: Any, tried: Callable[[str, int], None]
+) -> None:
+    with listed.locked():
+        for number in range(MANY):
+            definition = DomainDef.from_xml(xml(f"vm{number}", uuid.uuid4()))
+            listed.assign_def(definition).unlock()
+    collector = DomainCollector(listed)
+    first = timed(collector.exposition)  # decodes every definition
+    best = min(timed(collector.exposition) for _ in range(9))
+    assert scrape(collector)["libvirt_domains",] == MANY
+    tried(f"us for a scrape of 10,000 domains ({type(listed).__name__})", int(best * 1e6))
+    assert best < first / 2
+
+
+def timed(function: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
