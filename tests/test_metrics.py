@@ -22,7 +22,7 @@ from shmdomains.metrics import FAMILIES, DomainCollector, domains
 from shmdomains.metrics.families import Labels
 from shmdomains.metrics.guests import Guests
 
-MANY, LIMIT = 10_000, 0.1
+MANY = 10_000
 
 
 @pytest.fixture(params=["shm", "postgresql"])

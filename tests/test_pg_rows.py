@@ -1,5 +1,5 @@
-"""What half a million changes leave in the server's tables: the rows that every lock writes are updated
-in place (HOT), and their tables do not grow. And how many rows are read for an answer."""
+"""What half a million changes leave in the server's tables: the rows that every lock writes are
+updated in place (HOT), and their tables do not grow. And how many rows are read for an answer."""
 
 from __future__ import annotations
 
