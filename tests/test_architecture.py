@@ -38,7 +38,7 @@ RANKS = [
     ["postgres"],
     ["transfer", "aio", "green", "opening"],
     ["shmdomains"],  # the public names
-    ["stress"],
+    ["stress", "drivers"],
     ["cli"],
     ["__main__"],
 ]
