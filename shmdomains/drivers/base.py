@@ -54,16 +54,6 @@ class Driver(Changes):
     ('DESTROYED', 0)
     """
 
-    # --- look ---
-
-    def get(self, key: Any) -> DomainInfo:
-        """The domain with this key. Raises `DomainNotFound`."""
-        return self.doms[key]
-
-    def list(self, **filters: Any) -> list[DomainInfo]:
-        """The domains that match, by the filters of `DomainList.list`."""
-        return self.doms.list(**filters)
-
     # --- define, undefine ---
 
     def define(self, xml: DomainDef | str | bytes) -> DomainInfo:
@@ -270,6 +260,16 @@ class Driver(Changes):
             dom.pid = None
             dom.set_state(DomainState.PAUSED, PausedReason.STARTING_UP)
         return self._boot(dom)
+
+    # --- look ---
+
+    def get(self, key: Any) -> DomainInfo:
+        """The domain with this key. Raises `DomainNotFound`."""
+        return self.doms[key]
+
+    def list(self, **filters: Any) -> list[DomainInfo]:
+        """The domains that match, by the filters of `DomainList.list`."""
+        return self.doms.list(**filters)
 
 
 def _restarts(info: DomainInfo, event: str) -> bool:

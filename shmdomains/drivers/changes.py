@@ -1,4 +1,4 @@
-"""Memory, vCPUs, title, description: of the guest that runs (`live`) and of the next one (`config`).
+"""Memory, vCPUs, title, description: of the guest that runs (live) and of the next one (config).
 
 An active domain has two definitions. What is changed live only is gone when the guest stops, and
 what is changed in the config only begins with its next start. With neither word the definition

@@ -5,9 +5,9 @@ there is one, and that it is gone only after it is. So a guest is always in the 
 killed when.
 
 **The record decides.** Each operation is a job. A job that finds the job of a dead worker, or a
-start that nobody goes on with, settles that first: a guest that was not started to the end is ended,
-one that is gone is taken out of the record, any other is made what the record says. What the dead
-worker had acknowledged is in the record; of the rest nobody was told.
+start that nobody goes on with, settles that first: a guest that was not started to the end is
+ended, one that is gone is taken out of the record, any other is made what the record says. What
+the dead worker had acknowledged is in the record; of the rest nobody was told.
 
 **No lock is held while a hypervisor works.** A job keeps other workers out. The domain is locked
 for a moment to look and to commit.
