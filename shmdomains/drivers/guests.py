@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,6 +218,26 @@ class Guests(Hooks):
                 return now
         except (DomainNotFound, DomainRemoved):
             return info
+
+    def bury(self, host: str) -> list[DomainInfo]:
+        """Say that a host is dead: its domains are off, and may start elsewhere. For lists of
+        several hosts.
+
+        Nobody can see from here whether a host is dead or only silent. Fence it first: guests that
+        it still runs would run twice. Should it come back, its workers have lost their locks, and
+        its `reconcile` finds the guests without a record.
+        """
+        if host == getattr(self.doms, "host", host):
+            raise DriverError(f"host '{host}' is this one, and lives")
+        buried = []
+        for info in self.doms.list(active=True, host=host):
+            with (
+                suppress(DomainNotFound, DomainRemoved),
+                self.doms.get(info, timeout=self.timeout) as dom,
+                dom.job("bury", Job.DESTROY, timeout=self.timeout),
+            ):
+                buried.append(self._off(dom, info, ShutoffReason.FAILED))
+        return buried
 
     def _is_recorded(self, orphan: Orphan) -> bool:
         info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
