@@ -73,7 +73,14 @@ class Guests(Hooks):
             self._need_here(self.doms[dom])
             with dom.job(operation, kind, timeout=self.timeout) as job:
                 self._settle(dom, job.replaced)
-                yield dom
+                try:
+                    yield dom
+                except ShmDomainsError:
+                    raise
+                except BaseException:  # Ctrl-C, a hook's mistake: as if this worker had died
+                    with suppress(ShmDomainsError):
+                        self._settle(dom, dom.jobs)
+                    raise
 
     def _is_here(self, info: DomainInfo) -> bool:
         return not info.is_active or getattr(self.doms, "host", info.host) == info.host
