@@ -286,6 +286,19 @@ n"""
             assert driver.list() == []
 
 
+def test_one_that_is_gone_when_its_job_is_over(doms: Any, driver: Driver, other: Party) -> None:
+    driver.create(A)
+    other.do("job = doms.job('web1', 'destroy', Job.DESTROY); job.__enter__()")
+    with thread_party(doms=doms, driver=driver) as waits:
+        waits.start("driver.destroy('web1')")
+        assert waits.is_waiting()
+        other.do("with doms.get('web1') as dom: dom.deactivate()")
+        other.do("with doms.locked(): doms.remove_inactive('web1')")
+        other.do("job.__exit__(None, None, None)")
+        with pytest.raises(DomainNotFound, match="was removed"):
+            waits.answer()
+
+
 def test_one_that_is_stopped_without_a_job(doms: Any) -> None:
     """Whoever takes no jobs can end a domain under an operation's hands: that is told."""
 

@@ -69,18 +69,27 @@ class Guests(Hooks):
     @contextmanager
     def _job(self, key: Any, operation: str, kind: Job = Job.MODIFY) -> Iterator[Any]:
         """Find a domain of this host and have a job on it, with everything settled."""
-        with self.doms.get(key, timeout=self.timeout) as dom:
-            self._need_here(self.doms[dom])
-            with dom.job(operation, kind, timeout=self.timeout) as job:
-                self._settle(dom, job.replaced)
-                try:
-                    yield dom
-                except ShmDomainsError:
-                    raise
-                except BaseException:  # Ctrl-C, a hook's mistake: as if this worker had died
-                    with suppress(ShmDomainsError):
-                        self._settle(dom, dom.jobs)
-                    raise
+        try:
+            with self.doms.get(key, timeout=self.timeout) as dom:
+                self._need_here(self.doms[dom])
+                with dom.job(operation, kind, timeout=self.timeout) as job:
+                    self._settle(dom, job.replaced)
+                    with self._or_settled(dom):
+                        yield dom
+        except DomainRemoved as error:  # while this waited for another one's job
+            raise DomainNotFound(str(error)) from None
+
+    @contextmanager
+    def _or_settled(self, dom: Any) -> Iterator[None]:
+        """What Ctrl-C or a hook's mistake leaves is settled as if this worker had died."""
+        try:
+            yield
+        except ShmDomainsError:
+            raise
+        except BaseException:
+            with suppress(ShmDomainsError):
+                self._settle(dom, dom.jobs)
+            raise
 
     def _is_here(self, info: DomainInfo) -> bool:
         return not info.is_active or getattr(self.doms, "host", info.host) == info.host
@@ -223,7 +232,7 @@ class Guests(Hooks):
                 if now.id == info.id and now.is_active and not self.alive(now):
                     return self._end(dom, now, ShutoffReason.CRASHED)
                 return now
-        except (DomainNotFound, DomainRemoved):
+        except DomainNotFound:
             return info
 
     def bury(self, host: str) -> list[DomainInfo]:
