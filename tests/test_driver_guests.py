@@ -355,6 +355,29 @@ def test_reconcile(doms: Any) -> None:
     assert is_now(driver.get("db1")) == ("shut off", "CRASHED")
 
 
+def test_what_a_living_worker_is_at_is_left_to_it(doms: Any, other: Party) -> None:
+    driver = Mortal(doms)
+    driver.gone = {"web1"}
+    driver.define(A)
+    other.do("job = doms.job('web1', 'start'); job.__enter__()")
+    with doms.get("web1") as dom:
+        dom.activate(state=DomainState.PAUSED, reason=PausedReason.STARTING_UP)
+    driver.timeout = 0
+    assert driver.reconcile() == (1, [], [], [])
+    other.do("job.__exit__(None, None, None)")
+    assert [is_now(info) for info in driver.reconcile().settled] == [("shut off", "FAILED")]
+
+
+def test_the_guest_of_a_domain_with_an_async_job_is_gone(doms: Any, other: Party) -> None:
+    driver = Mortal(doms)
+    driver.define(A)
+    driver.start("web1")
+    driver.gone = {"web1"}
+    other.do("job = doms.job('web1', 'backup', Job.ASYNC); job.__enter__()")
+    assert [is_now(info) for info in driver.reconcile().ended] == [("shut off", "CRASHED")]
+    other.do("job.__exit__(None, None, None)")
+
+
 def test_guests_without_a_record(doms: Any) -> None:
     driver = Mortal(doms)
     info = driver.create(A)

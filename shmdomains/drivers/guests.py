@@ -204,20 +204,23 @@ class Guests(Hooks):
         any time.
 
         What a dead worker began is finished or undone. A domain whose guest is gone becomes shut
-        off, crashed; its `on_crash` is not obeyed, for nobody saw how it ended. Guests without a
-        record are listed and, with `kill_orphans`, ended.
+        off, crashed; its `on_crash` is not obeyed, for nobody saw how it ended. One that a living
+        worker is at work on is left to that. Guests without a record are listed and, with
+        `kill_orphans`, ended.
         """
         found = Reconciled(0, [], [], [])
         running = 0
         for info in self.doms.list():
             if not self._is_here(info):
                 continue
-            if self._is_settled(info) and (not info.is_active or self.alive(info)):
-                running += info.is_active
-                continue
-            after = self._reconcile_one(info)
-            (found.ended if self._is_settled(info) else found.settled).append(after)
-            running += after.is_active
+            if not self._is_settled(info):
+                info = self._reconcile_one(info)
+                found.settled.append(info)
+            elif info.is_active and not _is_worked_on(info) and not self.alive(info):
+                info = self._reconcile_one(info)
+                if not info.is_active:
+                    found.ended.append(info)
+            running += info.is_active
         for orphan in self.orphans():
             if not self._is_recorded(orphan):
                 found.orphans.append(orphan)
@@ -258,6 +261,11 @@ class Guests(Hooks):
     def _is_recorded(self, orphan: Orphan) -> bool:
         info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
         return info is not None and info.is_active and info.pid in (None, orphan.pid)
+
+
+def _is_worked_on(info: DomainInfo) -> bool:
+    """Whether a worker may be about to begin or end the guest."""
+    return any(job.kind is not Job.ASYNC for job in info.jobs)
 
 
 def _keep(dom: Any, launched: Launched) -> None:
