@@ -165,8 +165,9 @@ class Guests(Hooks):
     # --- after a death ---
 
     def _is_settled(self, info: DomainInfo) -> bool:
-        """Whether no dead worker left anything to do."""
-        if any(not job.holder.alive for job in info.jobs):
+        """Whether no dead worker left anything to do. A dead one's async job is no operation of
+        ours."""
+        if any(job.kind is not Job.ASYNC and not job.holder.alive for job in info.jobs):
             return False
         if info.is_active:
             return (info.state, info.reason) != _STARTING or bool(info.jobs)
