@@ -60,7 +60,10 @@ class Guests(Hooks):
     """What the operations are made of."""
 
     def __init__(self, doms: AnyDomainList, timeout: float | None = 30.0) -> None:
-        """`timeout`: how many seconds an operation waits for others' jobs and locks, each time."""
+        """`timeout`: how many seconds an operation waits for others' jobs and locks, each time.
+
+        `doms` must not read from a standby (``read="standby"``): what it says may be old.
+        """
         self.doms = doms
         self.timeout = timeout
 
