@@ -24,7 +24,7 @@ from killing import DEADLINE, Child, ChildDied, Pipe, fork, xml
 from sleep_driver import SleepDriver, sleep_driver
 
 import shmdomains.drivers
-from shmdomains import DomainList, Job, ShmDomainsError
+from shmdomains import DomainInfo, DomainList, DriverError, Job, ShmDomainsError
 from shmdomains.drivers import TestDriver
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -159,6 +159,34 @@ def test_an_async_job_of_a_dead_worker_is_left_to_who_goes_on_with_it(
     start: Callable[..., Child], lock: str
 ) -> None:
     assert start(a_dead_backup, lock).hear() == [(1, [], [], []), ["backup"], ()]
+
+
+class Deaf(TestDriver):
+    """Its guests do not answer, but can be killed."""
+
+    def unpause(self, info: DomainInfo) -> None:
+        raise DriverError("no answer")
+
+
+def suspend(pipe: Pipe, driver: Deaf) -> None:
+    driver.pause = lambda info: pipe.say("begun") or pipe.rest()  # type: ignore[method-assign]
+    driver.suspend("vm")
+
+
+def a_deaf_guest(pipe: Pipe, lock: Any) -> None:
+    driver = Deaf(DomainList(max_domains=4, lock=lock))
+    driver.create(VM)
+    child = fork(suspend, driver)
+    assert child.hear() == "begun"
+    child.close()
+    pipe.say(driver.destroy("vm").state.words)
+
+
+@KINDS
+def test_a_guest_that_cannot_be_restored_can_be_destroyed(
+    start: Callable[..., Child], lock: str
+) -> None:
+    assert start(a_deaf_guest, lock).hear() == "shut off"
 
 
 # --- many workers at once ------------------------------------------------------------------------
