@@ -23,7 +23,13 @@ INTERRUPTED = 130
 
 
 class ShmDomainsError(Exception):
-    """Base of every exception that this package raises on purpose."""
+    """Base of every exception that this package raises on purpose.
+
+    `kind` is libvirt's name for this kind of error, which virsh writes before the message; empty if
+    libvirt has none. The drivers raise some with another one than the class's.
+    """
+
+    kind: str = ""
 
 
 # --- who holds what -------------------------------------------------------------------------
@@ -87,6 +93,8 @@ class LockTimeout(ShmDomainsError, TimeoutError):
 class JobTimeout(LockTimeout):
     """Another job kept the domain until the time was up. `job` says which, `holder` whose."""
 
+    kind = "Timed out during operation"
+
     def __init__(
         self, message: str, holder: LockHolder | None = None, job: JobInfo | None = None
     ) -> None:
@@ -112,11 +120,15 @@ class Busy(ShmDomainsError, TimeoutError):
 class DomainNotFound(ShmDomainsError, KeyError):
     """No domain has this uuid, name or id."""
 
+    kind = "Domain not found"
+
     __str__ = Exception.__str__  # a KeyError shows its message in quotes
 
 
 class DomainExists(ShmDomainsError):
     """Another domain has this name or this uuid."""
+
+    kind = "operation failed"
 
 
 class DomainRemoved(ShmDomainsError, LookupError):
@@ -125,6 +137,8 @@ class DomainRemoved(ShmDomainsError, LookupError):
 
 class DomainStateError(ShmDomainsError):
     """The domain is in the wrong state for the call (VIR_ERR_OPERATION_INVALID)."""
+
+    kind = "Requested operation is not valid"
 
 
 class DomainActive(DomainStateError):
@@ -142,6 +156,8 @@ class DomainTransient(DomainStateError):
 class DefinitionError(ShmDomainsError, ValueError):
     """The definition is refused. `element` and `line` say where, if known."""
 
+    kind = "XML error"
+
     def __init__(self, message: str, element: str | None = None, line: int | None = None) -> None:
         super().__init__(message)
         self.element = element
@@ -150,6 +166,12 @@ class DefinitionError(ShmDomainsError, ValueError):
 
 class InvalidName(DefinitionError):
     """The name cannot be a domain's: it is empty, too long, or no file name."""
+
+
+class DriverError(ShmDomainsError):
+    """A hypervisor could not do what its driver asked for, or the guest is gone."""
+
+    kind = "internal error"
 
 
 class ConfigError(ShmDomainsError, OSError):

@@ -39,7 +39,7 @@ RANKS = [
     ["transfer", "aio", "green", "opening"],
     ["metrics"],
     ["shmdomains"],  # the public names
-    ["stress"],
+    ["stress", "drivers"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,293 @@
+"""A guest's begin and end, and what is done about a worker that died in between.
+
+**Intention, deed, record.** A record says that a guest is about to be (paused, starting up) before
+there is one, and that it is gone only after it is. So a guest is always in the record, whoever is
+killed when.
+
+**The record decides.** Each operation is a job. A job that finds the job of a dead worker, or a
+start that nobody goes on with, settles that first: a guest that was not started to the end is
+ended, one that is gone is taken out of the record, any other is made what the record says. What
+the dead worker had acknowledged is in the record; of the rest nobody was told.
+
+**No lock is held while a hypervisor works.** A job keeps other workers out. The domain is locked
+for a moment to look and to commit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import (
+    AnyDomainList,
+    DomainInactive,
+    DomainInfo,
+    DomainNotFound,
+    DomainRemoved,
+    DomainState,
+    DomainStateError,
+    DriverError,
+    Job,
+    JobInfo,
+    PausedReason,
+    RunningReason,
+    ShmDomainsError,
+    ShutoffReason,
+)
+from .hooks import Hooks, Launched, Orphan
+
+logger = logging.getLogger(__name__)
+
+_STARTING = DomainState.PAUSED, PausedReason.STARTING_UP
+_REASONS = {"destroy": ShutoffReason.DESTROYED, "shutdown": ShutoffReason.SHUTDOWN}
+"""Why a guest is gone whose end a dead worker was about to commit, by its job."""
+
+
+class Reconciled(NamedTuple):
+    """What `Driver.reconcile` found: guests that run, domains whose guest was gone, those on which
+    a dead worker had been at work, and guests without a record."""
+
+    running: int
+    ended: list[DomainInfo]
+    settled: list[DomainInfo]
+    orphans: list[Orphan]
+
+
+class Guests(Hooks):
+    """What the operations are made of."""
+
+    def __init__(self, doms: AnyDomainList, timeout: float | None = 30.0) -> None:
+        """`timeout`: how many seconds an operation waits for others' jobs and locks, each time.
+
+        `doms` must not read from a standby (``read="standby"``): what it says may be old.
+        """
+        self.doms = doms
+        self.timeout = timeout
+
+    # --- jobs ---
+
+    @contextmanager
+    def _job(self, key: Any, operation: str, kind: Job = Job.MODIFY) -> Iterator[Any]:
+        """Find a domain of this host and have a job on it, with everything settled."""
+        try:
+            with self.doms.get(key, timeout=self.timeout) as dom:
+                self._need_here(dom)
+                with dom.job(operation, kind, timeout=self.timeout) as job:
+                    self._settle(dom, job.replaced)
+                    with self._or_settled(dom):
+                        yield dom
+        except DomainRemoved as error:  # while this waited for another one's job
+            raise DomainNotFound(str(error)) from None
+
+    @contextmanager
+    def _or_settled(self, dom: Any) -> Iterator[None]:
+        """What Ctrl-C or a hook's mistake leaves is settled as if this worker had died."""
+        try:
+            yield
+        except ShmDomainsError:
+            raise
+        except BaseException:
+            with suppress(ShmDomainsError):
+                self._settle(dom, dom.jobs)
+            raise
+
+    def _is_here(self, domain: Any) -> bool:
+        return not domain.is_active or getattr(self.doms, "host", domain.host) == domain.host
+
+    def _need_here(self, domain: Any) -> None:
+        """Of an info, or of a domain that is locked."""
+        if not self._is_here(domain):
+            text = f"domain '{domain.name}' runs on host '{domain.host}'; ask there"
+            raise DomainStateError(text)
+
+    @contextmanager
+    def _running(self, dom: Any, info: DomainInfo) -> Iterator[None]:
+        """Lock the domain for a moment, to commit something about this guest. Whoever takes no jobs
+        may have ended it meanwhile."""
+        with dom:
+            if dom.id != info.id:
+                raise DomainInactive(f"domain '{info.name}' was stopped meanwhile")
+            yield
+
+    # --- begin and end ---
+
+    def _boot(self, dom: Any, paused: bool = False) -> DomainInfo:
+        """Make a guest for a domain that is starting up. If that fails, the domain is off again."""
+        info = self.doms[dom]
+        try:
+            launched = self.launch(info)
+            with self._running(dom, info):
+                _keep(dom, launched)
+            if not paused:
+                self.go(self.doms[dom])
+            with self._running(dom, info):
+                if paused:
+                    dom.set_state(DomainState.PAUSED, PausedReason.USER)
+                else:
+                    dom.set_state(DomainState.RUNNING, RunningReason.BOOTED)
+        except BaseException:
+            self._undo(dom, info)
+            raise
+        return self.doms[dom]
+
+    def _undo(self, dom: Any, info: DomainInfo) -> None:
+        """End a guest that was not started to the end. If even that fails, it stays as one that is
+        starting up, and the next job ends it."""
+        try:
+            self.kill(self.doms.peek(dom) or info)
+            self._off(dom, info, ShutoffReason.FAILED)
+        except ShmDomainsError as error:
+            logger.error("domain '%s' was not started, nor is it off: %s", info.name, error)
+
+    def _end(
+        self, dom: Any, info: DomainInfo, reason: ShutoffReason, graceful: bool = False
+    ) -> DomainInfo:
+        """End the guest, then its domain."""
+        if graceful:
+            self.kill(info, graceful=True)
+        else:
+            self.kill(info)
+        return self._off(dom, info, reason)
+
+    def _off(self, dom: Any, info: DomainInfo, reason: ShutoffReason) -> DomainInfo:
+        """There is no guest any more: the domain is off, and a transient one is gone."""
+        with self.doms.locked(self.timeout):
+            with dom:
+                if dom.is_active and dom.id == info.id:
+                    dom.deactivate(reason)
+            return self._sweep(dom)
+
+    def _sweep(self, dom: Any) -> DomainInfo:
+        """Remove a transient domain that does not run. List lock held; the last that it was."""
+        info = self.doms[dom]
+        if not info.persistent and not info.is_active:
+            self.doms.remove_inactive(dom, timeout=self.timeout)
+        return info
+
+    # --- after a death ---
+
+    def _is_settled(self, info: DomainInfo) -> bool:
+        """Whether no dead worker left anything to do. A dead one's async job is no operation of
+        ours."""
+        if any(job.kind is not Job.ASYNC and not job.holder.alive for job in info.jobs):
+            return False
+        if info.is_active:
+            return (info.state, info.reason) != _STARTING or _is_worked_on(info)
+        return info.persistent or _is_worked_on(info)
+
+    def _settle(self, dom: Any, died: tuple[JobInfo, ...]) -> None:
+        """Finish or undo what a dead worker began. `DomainNotFound` if nothing is left then."""
+        info = self.doms[dom]
+        self._need_here(info)
+        if not info.is_active:
+            if not info.persistent:
+                info = self._off(dom, info, ShutoffReason.FAILED)
+        elif (info.state, info.reason) == _STARTING:
+            info = self._end(dom, info, ShutoffReason.FAILED)
+        elif not died:
+            return
+        elif not self.alive(info):
+            info = self._end(dom, info, _REASONS.get(died[0].operation, ShutoffReason.CRASHED))
+        else:
+            self._restore(info)
+        if not info.is_active and not info.persistent:
+            raise DomainNotFound(f"no domain with matching name '{info.name}'")
+
+    def _restore(self, info: DomainInfo) -> None:
+        """Make the guest what its record says. What cannot be is logged: the domain can be
+        destroyed all the same."""
+        try:
+            if info.state is DomainState.RUNNING:
+                self.unpause(info)
+            elif info.state is DomainState.PAUSED:
+                self.pause(info)
+            self.set_guest_memory(info, info.definition.current_memory)
+            self.set_guest_vcpus(info, info.definition.current_vcpus)
+        except DriverError as error:
+            logger.error("the guest of '%s' is not what its record says: %s", info.name, error)
+
+    def reconcile(self, kill_orphans: bool = False) -> Reconciled:
+        """Compare the records with the guests of this host: after a restart of everything, or at
+        any time.
+
+        What a dead worker began is finished or undone. A domain whose guest is gone becomes shut
+        off, crashed; its `on_crash` is not obeyed, for nobody saw how it ended. One that a living
+        worker is at work on is left to that. Guests without a record are listed and, with
+        `kill_orphans`, ended.
+        """
+        found = Reconciled(0, [], [], [])
+        running = 0
+        for info in self.doms.list():
+            if not self._is_here(info):
+                continue
+            if not self._is_settled(info):
+                info = self._reconcile_one(info)
+                found.settled.append(info)
+            elif info.is_active and not _is_worked_on(info) and not self.alive(info):
+                info = self._reconcile_one(info)
+                if not info.is_active:
+                    found.ended.append(info)
+            running += info.is_active
+        for orphan in self.orphans():
+            if not self._is_recorded(orphan):
+                found.orphans.append(orphan)
+                if kill_orphans:
+                    self.end_orphan(orphan)
+        return found._replace(running=running)
+
+    def _reconcile_one(self, info: DomainInfo) -> DomainInfo:
+        try:
+            with self._job(info, "reconcile", Job.DESTROY) as dom:
+                now = self.doms[dom]
+                if now.id == info.id and now.is_active and not self.alive(now):
+                    return self._end(dom, now, ShutoffReason.CRASHED)
+                return now
+        except DomainNotFound:
+            return info
+
+    def bury(self, host: str) -> list[DomainInfo]:
+        """Say that a host is dead: its domains are off, and may start elsewhere. For lists of
+        several hosts.
+
+        Nobody can see from here whether a host is dead or only silent. Fence it first: guests that
+        it still runs would run twice. Should it come back, its workers have lost their locks, and
+        its `reconcile` finds the guests without a record.
+        """
+        if host == getattr(self.doms, "host", host):
+            raise DriverError(f"host '{host}' is this one, and lives")
+        buried = []
+        for info in self.doms.list(active=True, host=host):
+            with (
+                suppress(DomainNotFound, DomainRemoved),
+                self.doms.get(info, timeout=self.timeout) as dom,
+                dom.job("bury", Job.DESTROY, timeout=self.timeout),
+            ):
+                buried.append(self._off(dom, info, ShutoffReason.FAILED))
+        return buried
+
+    def _is_recorded(self, orphan: Orphan) -> bool:
+        info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
+        return info is not None and info.is_active and info.pid in (None, orphan.pid)
+
+
+def _is_worked_on(info: DomainInfo) -> bool:
+    """Whether a worker may be about to begin or end the guest."""
+    return any(job.kind is not Job.ASYNC for job in info.jobs)
+
+
+def _keep(dom: Any, launched: Launched) -> None:
+    dom.data = launched.data
+    dom.pid = launched.pid
+    if launched.started not in (None, launched.pid and _started(launched.pid)):
+        raise DriverError(f"process {launched.pid} of domain '{dom.name}' has ended already")
+
+
+def _started(pid: int) -> int | None:
+    """When a process started; the kernel may have given its number to another one."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
