@@ -27,7 +27,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 SAMPLES = Path(__file__).parent / "data" / "domains"
 CHANGES = {
     *("create", "load", "define", "undefine", "rename", "domrename", "autostart", "recover"),
-    *("import", "unlink", "stress", "postgres"),
+    *("import", "unlink", "stress", "postgres", "start", "shutdown", "reboot", "suspend", "resume"),
+    *("reset", "destroy", "setmem", "setmaxmem", "setvcpus", "desc", "title", "edit"),
 }
 
 # --- create, unlink -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ EXIT_STATUS = """\b
 Exit status:
   0    done
   1    failed, wholly or in part: a line on standard error says what and why
-  2    the command line is wrong
+  2    the command line is wrong; with a driver 1, as virsh has it
   3    `check`: no problem was found, but not everything could be told
   130  interrupted with Ctrl-C
 
@@ -35,7 +35,7 @@ _OTHER_NAMES = {"domrename": "rename", "event": "events"}  # virsh's; not listed
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("domjobinfo", "wait", "events", "segments", "locks", "check"),
+    *("domjobinfo", "nodeinfo", "wait", "events", "segments", "locks", "check"),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.
