@@ -12,7 +12,15 @@ import pytest
 from helpers import thread_party, xml
 from shell import WEB1, failure, invoke, on_terminal, out, ran, read_json
 
-from shmdomains import DomainList, DomainState, PausedReason, ShutoffReason
+from shmdomains import (
+    DomainInfo,
+    DomainList,
+    DomainNotFound,
+    DomainState,
+    DriverError,
+    PausedReason,
+    ShutoffReason,
+)
 from shmdomains.cli import cli
 from shmdomains.cli.script import Unreadable, split
 from shmdomains.drivers import TestDriver
@@ -113,7 +121,6 @@ def test_a_domains_life(doms: DomainList) -> None:
     ):
         assert said(command, "web1") == line + "\n"
     assert doms["web1"].reason is ShutoffReason.SHUTDOWN
-    assert said("destroy", "db1", "--graceful") == "Domain 'db1' destroyed\n"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +136,38 @@ def test_a_domains_life(doms: DomainList) -> None:
 )
 def test_what_takes_an_active_domain(doms: DomainList, command: str, why: str) -> None:
     assert refusal(command, "web1") == [f"Failed to {command} domain 'web1'", why]
+
+
+def test_destroy_may_be_graceful(doms: DomainList, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def kill(driver: TestDriver, info: DomainInfo, graceful: bool = False) -> None:
+        asked.append(graceful)
+
+    monkeypatch.setattr(TestDriver, "kill", kill)
+    assert said("destroy", "db1", "--graceful") == "Domain 'db1' destroyed\n"
+    said("start", "db1")
+    said("destroy", "db1")
+    assert asked == [True, False]
+
+
+def test_what_the_hypervisor_refuses(doms: DomainList, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pause(driver: TestDriver, info: DomainInfo) -> None:
+        raise DriverError("the monitor does not answer")
+
+    monkeypatch.setattr(TestDriver, "pause", pause)
+    assert refusal("suspend", "db1") == [
+        "Failed to suspend domain 'db1'",
+        "internal error: the monitor does not answer",
+    ]
+
+
+def test_a_domain_that_goes_meanwhile(doms: DomainList, monkeypatch: pytest.MonkeyPatch) -> None:
+    def suspend(driver: TestDriver, key: object) -> None:
+        raise DomainNotFound("no domain with matching uuid")
+
+    monkeypatch.setattr(TestDriver, "suspend", suspend)
+    assert refusal("suspend", "db1") == ["failed to get domain 'db1': it was removed just now"]
 
 
 def test_start_of_an_active_domain(doms: DomainList) -> None:
