@@ -27,9 +27,14 @@ def _runner() -> CliRunner:
         return CliRunner()
 
 
+def ran(*args: object, input: str | bytes | None = None) -> Result:
+    """Run a command, whatever it comes to; fails on whatever would be a traceback."""
+    return _runner().invoke(cli, [str(arg) for arg in args], input=input, catch_exceptions=False)
+
+
 def invoke(*args: object, status: int = 0, input: str | bytes | None = None) -> Result:
     """Run a command; fails on another exit status and on whatever would be a traceback."""
-    result = _runner().invoke(cli, [str(arg) for arg in args], input=input, catch_exceptions=False)
+    result = ran(*args, input=input)
     assert result.exit_code == status, result.stdout + result.stderr
     return result
 
@@ -86,10 +91,10 @@ def process(*args: object, **more: Any) -> subprocess.Popen[bytes]:
 def program(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run ``python -m shmdomains``."""
     more.setdefault("stdout", subprocess.PIPE)
+    more.setdefault("stderr", subprocess.PIPE)
     more.setdefault("env", environment())
     return subprocess.run(
         [sys.executable, "-m", "shmdomains", *map(str, args)],
-        stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="surrogateescape",
         timeout=DEADLINE,

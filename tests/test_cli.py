@@ -40,7 +40,7 @@ from shell import (
 
 import shmdomains
 from shmdomains import DomainList, DomainState, PausedReason
-from shmdomains.cli import cli, domains, tables, types
+from shmdomains.cli import cli, tables, types
 from shmdomains.holder import this_host
 
 SAMPLES = Path(__file__).parent / "data" / "domains"
@@ -581,12 +581,14 @@ def test_a_locked_domain_is_one_failure_of_a_load(loaded: DomainList, config_dir
 def test_a_domain_that_goes_between_look_and_lock(
     loaded: DomainList, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def find_domain(doms: DomainList, key: str) -> shmdomains.DomainInfo:
-        info = types.find_domain(doms, key)
+    look = types.find_domain
+
+    def find_domain(doms: DomainList, key: str, not_by: str | None) -> shmdomains.DomainInfo:
+        info = look(doms, key, not_by)
         loaded.undefine(uuid=info.uuid)
         return info
 
-    monkeypatch.setattr(domains, "find_domain", find_domain)
+    monkeypatch.setattr(types, "find_domain", find_domain)
     name, *rest = command
     assert failure(name, "web1", *rest) == "failed to get domain 'web1': it was removed just now"
 

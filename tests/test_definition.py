@@ -621,6 +621,8 @@ def test_current_values_follow() -> None:
     assert balloon.replace(memory=5000).current_memory == 1000
     assert balloon.replace(memory=500).current_memory == 500
     assert balloon.replace(current_memory=0).current_memory == balloon.memory
+    larger = definition.replace(memory=definition.memory * 2, current_memory=definition.memory)
+    assert DomainDef.from_xml(larger.to_xml()).current_memory == definition.memory
     assert balloon.replace(current_memory=2**40).current_memory == balloon.memory
     assert definition.replace(vcpus=2).current_vcpus == 2
     some = definition.replace(current_vcpus=3)

@@ -23,13 +23,18 @@ from click.shell_completion import get_completion_class
 from .. import __version__
 from ..config import LoadFailure
 from ..memory import segment_file
+from . import definitions as definition_commands
 from . import domains as domain_commands
 from . import events as event_commands
 from . import jobs as job_commands
+from . import lifecycle as lifecycle_commands
 from . import locks as lock_commands
 from . import postgres as postgres_commands
 from . import segments as segment_commands
+from . import settings as setting_commands
+from .driving import DRIVER_VARIABLE, DRIVERS
 from .group import EXIT_STATUS, Commands
+from .node import nodeinfo
 from .tables import is_terminal, print_warning
 from .types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
 
@@ -76,14 +81,22 @@ def _logging() -> Iterator[None]:
     help="The list: a segment's name, its file if there is a / in it, or a URL, as of a list on "
     "PostgreSQL: postgresql://HOST/DATABASE?list=NAME.",
 )
+@click.option(
+    "--driver",
+    type=click.Choice(list(DRIVERS)),
+    envvar=DRIVER_VARIABLE,
+    show_envvar=True,
+    help="What runs the domains; the commands are then virsh's in every word.",
+)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
-def cli(ctx: click.Context, segment: str) -> None:
+def cli(ctx: click.Context, segment: str, driver: str | None) -> None:
     """The list of domains that a VM manager's processes share, in shared memory or on PostgreSQL.
 
-    A DOMAIN is an id, a UUID or a name.
+    A DOMAIN is an id, a UUID or a name. Several commands in one argument are parted by ``;``:
+    "suspend web1; domstate web1".
     """
-    ctx.obj = Target.of(segment)
+    ctx.obj = Target.of(segment)._replace(driver=driver)
     ctx.with_resource(_logging())
 
 
@@ -98,10 +111,24 @@ for _command in (
     domain_commands.domuuid,
     domain_commands.dumpxml,
     domain_commands.wait,
-    domain_commands.define,
-    domain_commands.undefine,
-    domain_commands.rename,
-    domain_commands.autostart,
+    definition_commands.define,
+    definition_commands.undefine,
+    definition_commands.rename,
+    definition_commands.autostart,
+    lifecycle_commands.start,
+    lifecycle_commands.shutdown,
+    lifecycle_commands.reboot,
+    lifecycle_commands.suspend,
+    lifecycle_commands.resume,
+    lifecycle_commands.reset,
+    lifecycle_commands.destroy,
+    setting_commands.setmem,
+    setting_commands.setmaxmem,
+    setting_commands.setvcpus,
+    setting_commands.desc,
+    setting_commands.title,
+    setting_commands.edit,
+    nodeinfo,
     event_commands.events,
     job_commands.domjobinfo,
     job_commands.domjobabort,
@@ -116,6 +143,7 @@ for _command in (
     postgres_commands.postgres,
 ):
     cli.add_command(_command)
+cli.with_driver["create"] = lifecycle_commands.create_domain
 
 
 # --- stress, completion ---------------------------------------------------------------------

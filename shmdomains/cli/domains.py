@@ -1,22 +1,16 @@
-"""The commands about domains: ``list``, ``dominfo``, ``dumpxml``, ``define``, ``rename`` and so on.
+"""The commands that read domains: ``list``, ``dominfo``, ``dumpxml`` and so on.
 
-Names, flags, order and words are virsh's. Reading takes no lock. A change waits for the domain with
-a time-out, and reaches the config directory that the list was loaded from.
+Names, flags, order and words are virsh's. Reading takes no lock.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ..config import MAX_FILE_BYTES
-from ..deadline import Deadline
-from ..errors import DomainNotFound, SegmentError, ShmDomainsError, Unavailable
 from ..job import JobInfo
 from ..rules.info import DomainInfo, job_to_dict
 from ..states import DomainState
@@ -24,33 +18,23 @@ from ..xml import document
 from ..xml.definition import DomainDef
 from .tables import (
     Column,
-    describe,
-    end_with_failure,
-    print_error,
     print_names,
     print_pairs,
     print_record,
     print_records,
     print_table,
     print_xml,
-    printable,
 )
 from .types import (
     Target,
     complete_state,
     domain_argument,
-    find_domain,
     flag,
     format_option,
+    found_domain,
     seconds,
-    source_text,
     state,
-    timeout_option,
-    to_read,
 )
-
-if TYPE_CHECKING:
-    from ..opening import AnyDomainList
 
 # --- list -----------------------------------------------------------------------------------
 
@@ -167,7 +151,7 @@ def _print_domains(infos: list[DomainInfo], flags: dict[str, bool], hosts: bool)
     if flags["with_job"]:
         columns.append(Column("Job"))
         rows = [[*row, _job_text(info)] for row, info in zip(rows, infos, strict=True)]
-    print_table(columns, rows)
+    print_table(columns, rows, gaps=True)
 
 
 def _job_text(info: DomainInfo) -> str:
@@ -222,17 +206,6 @@ def _reason_words(info: DomainInfo) -> str:
 # --- one domain -------------------------------------------------------------------------------
 
 
-@contextmanager
-def found_domain(target: Target, key: str) -> Iterator[tuple[AnyDomainList, DomainInfo]]:
-    """The domain that `key` names. If it is removed during the block, the error names `key` too."""
-    with target.attach() as doms:
-        info = find_domain(doms, key)
-        try:
-            yield doms, info
-        except DomainNotFound:
-            raise DomainNotFound(f"failed to get domain '{key}': it was removed just now") from None
-
-
 @click.command()
 @domain_argument
 @format_option
@@ -261,7 +234,7 @@ def domstate(target: Target, domain: str, reason: bool) -> None:
 @click.pass_obj
 def domid(target: Target, domain: str) -> None:
     """Print a domain's id; - if it is inactive."""
-    with found_domain(target, domain) as (_, info):
+    with found_domain(target, domain, target.driver and "id") as (_, info):
         click.echo(_id_text(info))
 
 
@@ -270,7 +243,7 @@ def domid(target: Target, domain: str) -> None:
 @click.pass_obj
 def domname(target: Target, domain: str) -> None:
     """Print a domain's name."""
-    with found_domain(target, domain) as (_, info):
+    with found_domain(target, domain, target.driver and "name") as (_, info):
         print_names([info.name])
 
 
@@ -279,7 +252,7 @@ def domname(target: Target, domain: str) -> None:
 @click.pass_obj
 def domuuid(target: Target, domain: str) -> None:
     """Print a domain's UUID."""
-    with found_domain(target, domain) as (_, info):
+    with found_domain(target, domain, target.driver and "uuid") as (_, info):
         click.echo(info.uuid)
 
 
@@ -374,9 +347,14 @@ def dumpxml(target: Target, domain: str, inactive: bool) -> None:
     """Print a domain's definition; of an active one with its id."""
     with found_domain(target, domain) as (_, info):
         if inactive:
-            print_xml(_with_id(info.next_definition or info.definition, None))
+            print_xml(next_xml(info))
         else:
             print_xml(_with_id(info.definition, info.id if info.is_active else None))
+
+
+def next_xml(info: DomainInfo) -> str:
+    """The definition from the next start on."""
+    return _with_id(info.next_definition or info.definition, None)
 
 
 def _with_id(definition: DomainDef, id: int | None) -> str:
@@ -387,97 +365,3 @@ def _with_id(definition: DomainDef, id: int | None) -> str:
         return text
     document.set_attribute(root, "id", wanted)
     return document.serialise(root)
-
-
-# --- changing one -----------------------------------------------------------------------------
-
-
-@click.command()
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(allow_dash=True))
-@click.option("--new", is_flag=True, help="Refuse a domain that is there; redefine none.")
-@timeout_option
-@click.pass_obj
-def define(target: Target, files: tuple[str, ...], new: bool, timeout: float | None) -> None:
-    """Define persistent domains from XML, or redefine them.
-
-    Makes the list if need be. FILE may be - for standard input, which is also read if there is
-    no FILE and it is not a terminal. An active domain changes at its next start. The rest is
-    defined if one FILE is wrong; the exit status is then 1.
-    """
-    if not files and sys.stdin is not None and sys.stdin.isatty():
-        raise click.UsageError("Missing argument 'FILE'.")
-    with target.open() as doms:
-        outcomes = [_define_one(doms, file, new, timeout) for file in files or ("-",)]
-    end_with_failure(not all(outcomes))
-
-
-def _define_one(doms: AnyDomainList, file: str, new: bool, timeout: float | None) -> bool:
-    source = source_text(file)
-    try:
-        info = doms.define(_read_definition(file), timeout, new=new)
-    except (ShmDomainsError, OSError) as exc:
-        print_error(f"Failed to define domain from {source}")
-        if isinstance(exc, (SegmentError, Unavailable)):
-            raise  # the other files would fail in the same way
-        print_error(describe(exc))
-        return False
-    later = "; it is running, the change is for its next start" if info.is_active else ""
-    click.echo(printable(f"Domain '{info.name}' defined from {source}{later}"))
-    return True
-
-
-def _read_definition(file: str) -> DomainDef:
-    text = bytearray()
-    with to_read(file) as stream:
-        # Piece by piece: one large read would not notice Ctrl-C while it allocates. More bytes than
-        # a definition may have are read, so that the parser reports the error.
-        while len(text) <= MAX_FILE_BYTES and (piece := stream.read(1 << 16)):
-            text += piece
-    return DomainDef.from_xml(bytes(text))
-
-
-@click.command()
-@domain_argument
-@timeout_option
-@click.pass_obj
-def undefine(target: Target, domain: str, timeout: float | None) -> None:
-    """Undefine a domain.
-
-    Its config file and autostart link are removed. An active domain becomes transient."""
-    with found_domain(target, domain) as (doms, info):
-        doms.undefine(uuid=info.uuid, timeout=timeout)
-    click.echo(printable(f"Domain '{info.name}' has been undefined"))
-
-
-@click.command()
-@domain_argument
-@click.argument("new_name", metavar="NEW-NAME")
-@timeout_option
-@click.pass_obj
-def rename(target: Target, domain: str, new_name: str, timeout: float | None) -> None:
-    """Rename an inactive domain."""
-    deadline = Deadline(timeout)
-    with (
-        found_domain(target, domain) as (doms, info),
-        doms.locked(deadline.left()),
-        doms.get(uuid=info.uuid, timeout=deadline.left()) as dom,
-    ):
-        old_name = dom.name
-        doms.rename(dom, new_name)
-    click.echo(printable(f"Domain '{old_name}' renamed to '{new_name}'"))
-
-
-@click.command()
-@domain_argument
-@flag("disable", "Do not start it with the host.")
-@timeout_option
-@click.pass_obj
-def autostart(target: Target, domain: str, disable: bool, timeout: float | None) -> None:
-    """Start a domain with the host, or not."""
-    with (
-        found_domain(target, domain) as (doms, info),
-        doms.get(uuid=info.uuid, timeout=timeout) as dom,
-    ):
-        doms.set_autostart(dom, not disable)
-    done = "unmarked" if disable else "marked"
-    click.echo(printable(f"Domain '{info.name}' {done} as autostarted"))

@@ -1,4 +1,5 @@
-"""The group of commands: finds a command by its name, reports a user's errors in one line.
+"""The group of commands: finds a command by its name, reports a user's errors in one line, runs
+several that stand in one argument.
 
 A mistyped name must not lead to a command that changes something, so only reading commands are
 suggested. For a virsh command that does not exist here, the error says why.
@@ -6,6 +7,7 @@ suggested. For a virsh command that does not exist here, the error says why.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -14,13 +16,14 @@ from typing import Any
 import click
 
 from ..errors import INTERRUPTED, ShmDomainsError
-from .tables import JSON, Failure, UsageFailure, describe, is_broken_pipe
+from .script import Unreadable, is_script, split
+from .tables import BLANK, JSON, Failure, UsageFailure, describe, is_broken_pipe
 
 EXIT_STATUS = """\b
 Exit status:
   0    done
   1    failed, wholly or in part: a line on standard error says what and why
-  2    the command line is wrong
+  2    the command line is wrong; with a driver 1, as virsh has it
   3    `check`: no problem was found, but not everything could be told
   130  interrupted with Ctrl-C
 
@@ -32,47 +35,77 @@ _OTHER_NAMES = {"domrename": "rename", "event": "events"}  # virsh's; not listed
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("domjobinfo", "wait", "events", "segments", "locks", "metrics", "check"),
+    *("domjobinfo", "nodeinfo", "wait", "events", "segments", "locks", "metrics", "check"),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.
 _A_DRIVERS = """
 attach-device attach-disk attach-interface backup-begin blkdeviotune blkiotune blockcommit
-blockcopy blockjob blockpull blockresize change-media console cpu-stats desc destroy
-detach-device detach-device-alias detach-disk detach-interface domblkerror domblkinfo domblklist
-domblkstat domblkthreshold domcontrol domdirtyrate-calc domdisplay domdisplay-reload domfsfreeze
-domfsinfo domfsthaw domfstrim domhostname domif-getlink domif-setlink domifaddr domiflist
-domifstat domiftune domlaunchsecinfo dommemstat dompmsuspend dompmwakeup
-domsetlaunchsecstate domstats domtime domxml-from-native domxml-to-native dump edit
-get-user-sshkeys guest-agent-timeout guestinfo guestvcpus inject-nmi iothreadadd iothreaddel
-iothreadinfo iothreadpin iothreadset managedsave managedsave-define managedsave-dumpxml
-managedsave-edit managedsave-remove memtune metadata migrate migrate-compcache
-migrate-getmaxdowntime migrate-getspeed migrate-postcopy migrate-setmaxdowntime migrate-setspeed
-numatune perf qemu-agent-command qemu-attach qemu-monitor-command qemu-monitor-event reboot
-reset restore resume save save-image-define save-image-dumpxml save-image-edit schedinfo
-screenshot send-key send-process-signal set-lifecycle-action set-user-password set-user-sshkeys
-setmaxmem setmem setvcpu setvcpus shutdown start suspend ttyconsole update-device
-update-memory-device vcpucount vcpuinfo vcpupin vncdisplay
+blockcopy blockjob blockpull blockresize change-media console cpu-stats detach-device
+detach-device-alias detach-disk detach-interface domblkerror domblkinfo domblklist domblkstat
+domblkthreshold domcontrol domdirtyrate-calc domdisplay domdisplay-reload domfsfreeze domfsinfo
+domfsthaw domfstrim domhostname domif-getlink domif-setlink domifaddr domiflist domifstat
+domiftune domlaunchsecinfo dommemstat dompmsuspend dompmwakeup domsetlaunchsecstate domstats
+domtime domxml-from-native domxml-to-native dump get-user-sshkeys guest-agent-timeout guestinfo
+guestvcpus inject-nmi iothreadadd iothreaddel iothreadinfo iothreadpin iothreadset managedsave
+managedsave-define managedsave-dumpxml managedsave-edit managedsave-remove memtune metadata
+migrate migrate-compcache migrate-getmaxdowntime migrate-getspeed migrate-postcopy
+migrate-setmaxdowntime migrate-setspeed numatune perf qemu-agent-command qemu-attach
+qemu-monitor-command qemu-monitor-event restore save save-image-define save-image-dumpxml
+save-image-edit schedinfo screenshot send-key send-process-signal set-lifecycle-action
+set-user-password set-user-sshkeys setvcpu ttyconsole update-device update-memory-device vcpucount
+vcpuinfo vcpupin vncdisplay
 """
 _WHAT_A_DRIVER_DOES = frozenset(_A_DRIVERS.split())
+
+
+_OURS = {
+    *("load", "segments", "locks", "check", "recover", "export", "import", "unlink", "wait"),
+    *("postgres", "stress", "completion"),
+}
+"""Behind the others, which are virsh's, a blank line follows as in virsh."""
 
 
 class Commands(click.Group):
     """Lists the commands in the order in which they were added."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.with_driver: dict[str, click.Command] = {}
+        """What names mean that are virsh's for something else, when there is a driver."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.with_driver and ctx.params.get("driver"):
+            return self.with_driver[cmd_name]
         return super().get_command(ctx, _OTHER_NAMES.get(cmd_name, cmd_name))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = str(args[0])
-        if self.get_command(ctx, name) or name.startswith("-") or ctx.resilient_parsing:
+        if ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        raise click.UsageError(_unknown(name), ctx)
+        if len(args) == 1 and is_script(args[0]):
+            try:
+                return "", _Several(self, split(args[0])), []
+            except Unreadable as exc:
+                if ctx.params.get("driver"):
+                    raise Failure(str(exc), exc) from None
+                raise click.UsageError(f"{exc}.", ctx) from None
+        if ctx.params.get("driver") and not args[0].startswith("-"):
+            return "", _Several(self, [args]), []
+        return self.resolve_one(ctx, args)
+
+    def resolve_one(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of these words."""
+        name = str(args[0])
+        if self.get_command(ctx, name) or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        raise click.UsageError(_unknown(name, bool(ctx.params.get("driver"))), ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[JSON] = _asks_for_json(args)
@@ -84,12 +117,72 @@ class Commands(click.Group):
             return super().invoke(ctx)
 
 
-def _unknown(name: str) -> str:
+class _Several(click.Command):
+    """Commands one after the other, each as virsh runs it: whatever it comes to, the next one
+    follows, and the last one's exit status is the whole's. None runs if one cannot be parsed."""
+
+    def __init__(self, group: Commands, commands: list[list[str]]) -> None:
+        super().__init__(None, add_help_option=False)
+        self._group, self._commands = group, commands
+
+    def invoke(self, ctx: click.Context) -> None:
+        assert ctx.parent is not None
+        ctx.meta[BLANK] = True
+        parsed = [self._parsed(ctx.parent, words) for words in self._commands]
+        status = 0
+        for words, command in zip(self._commands, parsed, strict=True):
+            ctx.meta[JSON] = _asks_for_json(words)
+            ctx.meta[BLANK] = not ctx.meta[JSON] and words[0] not in _OURS
+            status = _status(command)
+            if ctx.meta[BLANK]:
+                click.echo()
+            if status == INTERRUPTED:
+                break
+        ctx.exit(status)
+
+    def _parsed(self, parent: click.Context, words: list[str]) -> click.Context:
+        parent.meta[JSON] = _asks_for_json(words)
+        try:
+            name, command, args = self._group.resolve_one(parent, words)
+            assert command is not None
+            return command.make_context(name, args, parent=parent)
+        except click.UsageError as exc:
+            if parent.params.get("driver"):
+                raise Failure(_in_virshs_words(exc, words[0]), exc) from None
+            raise
+
+
+def _in_virshs_words(exc: click.UsageError, command: str) -> str:
+    """What is wrong with a command line, as vshCommandParse says it; its exit status is 1."""
+    if isinstance(exc, click.MissingParameter) and exc.param is not None:
+        return f"command '{command}' requires <{exc.param.name}> option"
+    if isinstance(exc, click.NoSuchOption):
+        return f"command '{command}' doesn't support option {exc.option_name}"
+    message = exc.format_message()
+    extra = re.match(r"Got unexpected extra arguments? \((.*?)[ )]", message)
+    if extra:
+        return f"unexpected data '{extra[1]}'"
+    return message
+
+
+def _status(ctx: click.Context) -> int:
+    """Run a command whose context is made; its errors are shown."""
+    try:
+        with _failures(ctx), ctx:
+            ctx.command.invoke(ctx)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    return 0
+
+
+def _unknown(name: str, driver: bool) -> str:
     if name in _WHAT_A_DRIVER_DOES:
-        return (
-            f"shmdomains has no '{name}': it keeps the list of domains; what runs and changes them "
-            "is a hypervisor's driver."
-        )
+        return f"shmdomains has no '{name}': what it does not say of a domain, its hypervisor does."
+    if driver:
+        return f"unknown command: '{name}'"
     from difflib import get_close_matches
 
     near = get_close_matches(name, _HARMLESS, cutoff=0.7)

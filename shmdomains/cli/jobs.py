@@ -13,9 +13,9 @@ import click
 
 from ..job import Job, JobInfo
 from ..rules.info import DomainInfo
-from .domains import found_domain, job_record
+from .domains import job_record
 from .tables import print_lines, print_record, printable
-from .types import Target, domain_argument, format_option, timeout_option
+from .types import Target, domain_argument, format_option, found_domain, timeout_option
 
 _SIZES = [
     f"{what}_{part}"

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -64,6 +63,10 @@ JSON = "shmdomains.json"
 """The key in click's `Context.meta`: whether the user asked for JSON."""
 
 
+BLANK = "shmdomains.blank"
+"""Another: whether a blank line follows the command, as behind each of virsh's."""
+
+
 class Failure(click.ClickException):
     """An error for the user: one line on stderr (see `print_error`), and the exit status."""
 
@@ -88,19 +91,20 @@ def print_error(message: str, cause: BaseException | None = None) -> None:
 
 
 def print_warning(message: str) -> None:
-    if _wants_json():
+    if wants_json():
         click.echo(_json({"warning": message}, sys.stderr), err=True)
     else:
         click.echo(f"warning: {printable(message)}", err=True)
 
 
-def _wants_json() -> bool:
+def wants_json() -> bool:
+    """Whether the user asked for JSON."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(JSON))
 
 
 def _error_line(message: str, cause: BaseException | None) -> str:
-    if not _wants_json():
+    if not wants_json():
         return f"error: {printable(message)}"
     record = {"error": type(cause).__name__, "message": message}
     return _json({**record, **dict(_known_of(cause))}, sys.stderr)
@@ -145,10 +149,14 @@ class Column(NamedTuple):
     colour: Callable[[str], str | None] | None = None
 
 
-def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table as virsh does, on a terminal with colours."""
+def print_table(
+    columns: Sequence[Column], rows: Iterable[Sequence[str]], gaps: bool = False
+) -> None:
+    """Print a table as virsh does, on a terminal with colours. `gaps`: leave those before an empty
+    last cell, as virsh does, too."""
     cells = [[printable(cell) for cell in row] for row in rows]
-    print_lines(_table_lines(columns, cells))
+    lines = _table_lines(columns, cells)
+    print_lines(lines if gaps else map(str.rstrip, lines))
 
 
 def _table_lines(columns: Sequence[Column], rows: list[list[str]]) -> Iterator[str]:
@@ -157,9 +165,15 @@ def _table_lines(columns: Sequence[Column], rows: list[list[str]]) -> Iterator[s
     rule = sum(width + 3 for width in widths)
     colours = _shows_colours()
     yield _line(columns, heads, widths, _bold if colours else None)
-    yield "-" * (min(rule, shutil.get_terminal_size().columns) if is_terminal() else rule)
+    yield "-" * (min(rule, _terminal_width()) if is_terminal() else rule)
     for row in rows:
         yield _line(columns, row, widths, _coloured if colours else None)
+
+
+def _terminal_width() -> int:
+    import shutil  # brings four compressors
+
+    return shutil.get_terminal_size().columns
 
 
 def _width(cell: str) -> int:
@@ -178,11 +192,13 @@ def _line(
     paint: Callable[[Column, str], str] | None,
 ) -> str:
     parts = []
-    for column, cell, width in zip(columns, cells, widths, strict=True):
-        gap = " " * (width - _width(cell))
+    last = len(cells) - 1
+    for number, (column, cell, width) in enumerate(zip(columns, cells, widths, strict=True)):
+        # Behind the last cell there is nothing, but before an empty one there is its gap.
+        gap = "" if number == last and not column.right else " " * (width - _width(cell))
         text = paint(column, cell) if paint else cell
         parts.append(gap + text if column.right else text + gap)
-    return (" " + "   ".join(parts)).rstrip()
+    return " " + "   ".join(parts)
 
 
 def _bold(_column: Column, cell: str) -> str:

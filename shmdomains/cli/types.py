@@ -51,6 +51,8 @@ class Target(NamedTuple):
     shown: str
     """As it was given, without a password."""
     in_shared_memory: bool
+    driver: str | None = None
+    """The driver that runs its domains (`driving`)."""
 
     @classmethod
     def of(cls, text: str) -> Target:
@@ -106,17 +108,37 @@ def plainly() -> Iterator[None]:
         raise click.UsageError(str(exc)) from None
 
 
-def find_domain(doms: AnyDomainList, key: str) -> DomainInfo:
-    """Return the domain that `key` names; takes no lock. Raises `DomainNotFound`, `Busy`."""
-    info = _by_id(doms, key) or _by_uuid(doms, key) or doms.peek(name=key)
-    if info is None:
-        raise DomainNotFound(f"failed to get domain '{key}'")
-    return info
+def find_domain(doms: AnyDomainList, key: str, not_by: str | None = None) -> DomainInfo:
+    """Return the domain that `key` names; takes no lock. Raises `DomainNotFound`, `Busy`.
+
+    `not_by`: ``id``, ``uuid`` or ``name``, if the key is none of that kind.
+    """
+    for kind, look in (("id", _by_id), ("uuid", _by_uuid), ("name", _by_name)):
+        if kind != not_by and (info := look(doms, key)) is not None:
+            return info
+    raise DomainNotFound(f"failed to get domain '{key}'")
+
+
+@contextmanager
+def found_domain(
+    target: Target, key: str, not_by: str | None = None
+) -> Iterator[tuple[AnyDomainList, DomainInfo]]:
+    """The domain that `key` names. If it is removed during the block, the error names `key` too."""
+    with target.attach() as doms:
+        info = find_domain(doms, key, not_by)
+        try:
+            yield doms, info
+        except DomainNotFound:
+            raise DomainNotFound(f"failed to get domain '{key}': it was removed just now") from None
 
 
 def _by_id(doms: AnyDomainList, key: str) -> DomainInfo | None:
     id = parse_number(key, _MAX_ID)
     return None if id is None else doms.peek(id=id)
+
+
+def _by_name(doms: AnyDomainList, key: str) -> DomainInfo | None:
+    return doms.peek(name=key)
 
 
 def _by_uuid(doms: AnyDomainList, key: str) -> DomainInfo | None:
@@ -274,7 +296,7 @@ def segment_argument(command: Command) -> Command:
             return
         if ctx.find_root().get_parameter_source("segment") is ParameterSource.COMMANDLINE:
             raise click.UsageError("The segment is named twice.")
-        ctx.obj = Target.of(name)
+        ctx.obj = Target.of(name)._replace(driver=ctx.obj.driver)
 
     return click.argument(
         "name", required=False, expose_value=False, callback=take, shell_complete=complete_segment

@@ -58,13 +58,18 @@ class Changes(Guests):
         def refuse(info: DomainInfo) -> None:
             raise DomainActive("cannot resize the maximum memory on an active domain")
 
+        def change(definition: DomainDef) -> DomainDef:
+            # Together: the current memory is not to follow where it is not said.
+            current = min(definition.current_memory, kib)
+            return definition.replace(memory=kib, current_memory=current)
+
         return self._change(
             key,
             "set_max_memory",
             live,
             config,
             _anything,
-            lambda definition: definition.replace(memory=kib),
+            change,
             refuse,
         )
 

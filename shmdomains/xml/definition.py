@@ -264,7 +264,10 @@ class DomainDef(
         if not new:
             return self
         if text:
-            stale = (*stale, *(field for field in new if field not in stale))
+            written = [*new]
+            if "memory" in new and "current_memory" not in new:
+                written.append("current_memory")  # the document may leave it to the memory
+            stale = (*stale, *(field for field in written if field not in stale))
         return msgspec.structs.replace(self, **new, _source=(text, stale))
 
     def encode(self) -> bytes:

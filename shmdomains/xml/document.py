@@ -180,6 +180,20 @@ def _syntax_error(error: etree.XMLSyntaxError, data: bytes) -> DefinitionError:
     return DefinitionError(f"{message} ({where})", element, error.lineno)
 
 
+def syntax_error(data: bytes) -> tuple[str, int, int] | None:
+    """What is wrong with a document in UTF-8, the line and the column, both from 1; or ``None``.
+
+    >>> syntax_error(b"<a>\\n  <b</a>")
+    ('error parsing attribute name', 2, 5)
+    """
+    try:
+        etree.fromstring(data, etree.XMLParser(**_OPTIONS))
+    except etree.XMLSyntaxError as error:
+        line, column = error.position
+        return _POSITION.sub("", error.msg or "not well-formed").strip(), line, column
+    return None
+
+
 class _OpenElements:
     """A parser target, which lxml calls instead of making a tree: a stack of the open elements."""
 
