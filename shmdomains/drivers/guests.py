@@ -135,7 +135,7 @@ class Guests(Hooks):
         """There is no guest any more: the domain is off, and a transient one is gone."""
         with self.doms.locked(self.timeout):
             with dom:
-                if dom.id == info.id:
+                if dom.is_active and dom.id == info.id:
                     dom.deactivate(reason)
             info = self.doms[dom]
             if not info.persistent and not info.is_active:

@@ -115,15 +115,23 @@ def _is_redefined(changes: Changes) -> bool:
 def _news_of_state(
     info: DomainInfo, changes: Changes, id: int
 ) -> Iterator[tuple[EventType, int, int]]:
-    state = DomainState(changes.get("state", info.state))
     reason: Any = changes.get("reason", info.reason)
+    before = _told(info.state, info.reason)
+    state = _told(DomainState(changes.get("state", info.state)), reason)
     if info.id != id:
         if info.is_active:
             yield from _ended(info, state if id == -1 else None, reason)
         if id != -1:
             yield from _started(state, reason, id)
-    elif info.is_active and state != info.state:
-        yield from _changed(info.state, state, reason, id)
+    elif info.is_active and state != before:
+        yield from _changed(before, state, reason, id)
+
+
+def _told(state: DomainState, reason: int) -> DomainState:
+    """A domain that is paused only because it is starting up was not suspended by anybody, so that
+    nobody is told: not of the pause, and not of its end."""
+    starting = state is DomainState.PAUSED and reason == PausedReason.STARTING_UP
+    return DomainState.NOSTATE if starting else state
 
 
 def _ended(

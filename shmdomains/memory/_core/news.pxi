@@ -31,6 +31,7 @@ cdef enum:
     IS_SHUTDOWN = 4
     IS_CRASHED = 6
     IS_PMSUSPENDED = 7
+    STARTING_UP = 11  # PausedReason
     REASONS_KNOWN = 16
 
 # The detail for each reason of the new state, as in libvirt's QEMU driver; a driver's own reasons
@@ -42,10 +43,18 @@ cdef uint16_t[REASONS_KNOWN] RESUMED_BY = [0, 0, 1, 2, 2, 0, 1, 0, 0, 0, 3, 4, 0
 cdef uint16_t[REASONS_KNOWN] STOPPED_BY = [0, 0, 1, 2, 3, 4, 5, 6, 5, 0, 0, 0, 0, 0, 0, 0]
 
 
+cdef inline uint16_t state_told(const sd_values *values) noexcept:
+    """A domain that is paused only because it is starting up was not suspended by anybody, so that
+    nobody is told: not of the pause, and not of its end."""
+    if values.state == IS_PAUSED and values.reason == STARTING_UP:
+        return NO_STATE
+    return values.state
+
+
 cdef inline void remember_state(Record record) noexcept:
     """What is committed, to be compared when changes are."""
     record.was_id = record.values.id
-    record.was_state = record.values.state
+    record.was_state = state_told(&record.values)
     record.was_flags = record.values.flags
 
 
@@ -64,7 +73,7 @@ cdef bint has_news(Record record) noexcept:
     """Whether anything changed that can be an event: a look at a few words, for most commits
     change none of them."""
     cdef uint64_t flags = record.was_flags ^ record.values.flags
-    return (record.was_id != record.values.id or record.was_state != record.values.state
+    return (record.was_id != record.values.id or record.was_state != state_told(&record.values)
             or flags & (SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART) != 0
             or record.pending & (1 << SD_DEFINITION | 1 << SD_NEXT_DEFINITION) != 0
             or record.noted.count != 0)
@@ -85,7 +94,7 @@ cdef void collect_news(Record record, sd_news *news) noexcept:
             add_end(record, news)
         if now.id >= 0:
             add_start(now, news)
-    elif now.id >= 0 and record.was_state != now.state:
+    elif now.id >= 0 and record.was_state != state_told(now):
         add_change_of_state(record, news)
     if was_persistent and not persistent:
         add_news(news, UNDEFINED, 0, now.id)
@@ -107,7 +116,7 @@ cdef void add_end(Record record, sd_news *news) noexcept:
 
 
 cdef void add_start(const sd_values *now, sd_news *news) noexcept:
-    if now.state == IS_PAUSED:
+    if state_told(now) == IS_PAUSED:
         add_news(news, STARTED, detail_of(STARTED_PAUSED_BY, now.reason), now.id)
         add_news(news, SUSPENDED, detail_of(SUSPENDED_BY, now.reason), now.id)
     else:
@@ -126,7 +135,7 @@ cdef bint is_redefined(Record record) noexcept:
 
 
 cdef void add_change_of_state(Record record, sd_news *news) noexcept:
-    cdef uint16_t state = record.values.state, reason = record.values.reason
+    cdef uint16_t state = state_told(&record.values), reason = record.values.reason
     cdef int32_t id = record.values.id
     if state == IS_PAUSED:
         add_news(news, SUSPENDED, detail_of(SUSPENDED_BY, reason), id)

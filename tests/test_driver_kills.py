@@ -1,0 +1,143 @@
+"""A worker is killed before any line of an operation: what does it leave, and who ends it?
+
+The guests are processes. Before each line of the drivers' code that an operation runs, a worker is
+killed there. The next operation of another worker, whichever it is, or `reconcile`, leaves record
+and guest in agreement: a guest for each active record and a record for each guest, paused if that
+says so, and no transient domain that does not run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import SOAK
+from killing import DEADLINE, Child, Pipe, fork, xml
+from sleep_driver import SleepDriver, sleep_driver
+
+import shmdomains.drivers
+from shmdomains import DomainList, ShmDomainsError
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+KINDS = pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+DRIVERS = str(Path(shmdomains.drivers.__file__).parent)
+PLACES = DRIVERS, str(Path(__file__).with_name("sleep_driver.py"))
+UUID = "11111111-1111-1111-1111-111111111111"
+VM = xml("vm", UUID)
+
+OPERATIONS: dict[str, tuple[Callable[[SleepDriver], Any], ...]] = {
+    "start": (lambda d: d.define(VM), lambda d: d.start("vm")),
+    "start paused": (lambda d: d.define(VM), lambda d: d.start("vm", paused=True)),
+    "create": (lambda d: None, lambda d: d.create(VM)),
+    "create over it": (lambda d: d.define(VM), lambda d: d.create(VM)),
+    "destroy": (lambda d: (d.define(VM), d.start("vm")), lambda d: d.destroy("vm")),
+    "destroy transient": (lambda d: d.create(VM), lambda d: d.destroy("vm")),
+    "shutdown": (lambda d: (d.define(VM), d.start("vm")), lambda d: d.shutdown("vm")),
+    "restart": (
+        lambda d: d.create(VM.replace("<os>", "<on_crash>restart</on_crash><os>")),
+        lambda d: d.stopped("vm", shmdomains.ShutoffReason.CRASHED),
+    ),
+    "suspend": (lambda d: d.create(VM), lambda d: d.suspend("vm")),
+    "resume": (lambda d: d.create(VM, paused=True), lambda d: d.resume("vm")),
+    "undefine": (lambda d: (d.define(VM), d.start("vm")), lambda d: d.undefine("vm")),
+}
+"""What is there before, and what the worker is killed in."""
+
+NEXT: dict[str, Callable[[SleepDriver], Any]] = {
+    "reconcile": lambda d: d.reconcile(),
+    "start": lambda d: d.start("vm"),
+    "destroy": lambda d: d.destroy("vm"),
+    "create": lambda d: d.create(VM),
+    "suspend": lambda d: d.suspend("vm"),
+    "resume": lambda d: d.resume("vm"),
+    "undefine": lambda d: d.undefine("vm"),
+    "set_memory": lambda d: d.set_memory("vm", 512),
+}
+
+
+def die_before(line: int) -> Callable[..., Any]:
+    """A tracer that kills this process before so many lines of the drivers have been run."""
+    left = line
+
+    def trace(frame: Any, event: str, _argument: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(PLACES):
+            return None
+        if event == "line":
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+        return trace
+
+    return trace
+
+
+def victim(pipe: Pipe, driver: SleepDriver, operation: str, line: int) -> None:
+    sys.settrace(die_before(line))
+    OPERATIONS[operation][1](driver)
+    sys.settrace(None)
+    pipe.say("done")
+
+
+def killed(driver: SleepDriver, operation: str, line: int) -> bool:
+    """Whether it was killed before this line; else it was done by then."""
+    child = fork(victim, driver, operation, line)
+    try:
+        return bool(child.hear() != "done")
+    except AssertionError:
+        return not child.is_alive() or child.join() is None
+    finally:
+        child.close()
+
+
+def every_line(pipe: Pipe, lock: Any, operation: str, following: list[str]) -> None:
+    deaths = 0
+    line = 0
+    with tempfile.TemporaryDirectory() as place:
+        while True:
+            doms = DomainList(max_domains=4, lock=lock)
+            with sleep_driver(doms, Path(place)) as driver:
+                OPERATIONS[operation][0](driver)
+                if not killed(driver, operation, line):
+                    break
+                name = following[line % len(following)]
+                try:
+                    NEXT[name](driver)
+                except ShmDomainsError:
+                    pass  # it is refused by what it found; that is right, too
+                wrong = [*driver.disagreements(), *doms.check().problems]
+                left = [info for info in doms if any(not j.holder.alive for j in info.jobs)]
+                if wrong or left:
+                    pipe.say(f"{operation}, line {line}, then {name}: {wrong} {left}")
+                    return
+                deaths += 1
+                driver.reconcile()
+                alone = [*driver.disagreements(), *driver.reconcile()[1:]]
+                if any(alone):
+                    pipe.say(f"{operation}, line {line}, reconciled: {alone}")
+                    return
+            doms.close()
+            line += 1
+    pipe.say(deaths)
+
+
+@KINDS
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_before_each_line(
+    start: Callable[..., Child], tried: Callable[[str, int], None], lock: str, operation: str
+) -> None:
+    deaths = 0
+    ways = [[name] for name in NEXT] if SOAK else [list(NEXT)]
+    for following in ways:
+        said = start(every_line, lock, operation, following).hear(30 * DEADLINE)
+        assert isinstance(said, int), said
+        deaths += said
+    assert deaths > 10
+    tried("deaths of workers in drivers' operations", deaths)
