@@ -36,9 +36,9 @@ class Driver(Changes):
     """libvirt's operations over a list of domains; a hypervisor's driver fills in the hooks.
 
     A domain is named by any key that `DomainList.get` takes. What an operation returns is the state
-    that it committed; of a transient domain that stopped, its last one. Errors have libvirt's
-    words, and its kind of error in `ShmDomainsError.kind`. A driver keeps nothing but its list:
-    make one in each worker.
+    that it committed, when its job was still on the domain; of a transient domain that stopped, its
+    last one. Errors have libvirt's words, and its kind of error in `ShmDomainsError.kind`. A driver
+    keeps nothing but its list, and any thread of any worker may use it.
 
     >>> from shmdomains import DomainList
     >>> driver = Driver(DomainList())
@@ -119,6 +119,7 @@ class Driver(Changes):
             except BaseException:
                 dom.rollback()
                 dom.unlock()
+                self._sweep(dom)
                 raise
         return dom
 

@@ -90,7 +90,7 @@ class Changes(Guests):
             if not maximum:
                 return definition.replace(current_vcpus=count)
             current = min(definition.current_vcpus, count)
-            return definition.replace(current_vcpus=current).replace(vcpus=count)
+            return definition.replace(vcpus=count, current_vcpus=current)
 
         def of_guest(info: DomainInfo) -> None:
             if maximum:

@@ -137,9 +137,13 @@ class Guests(Hooks):
             with dom:
                 if dom.is_active and dom.id == info.id:
                     dom.deactivate(reason)
-            info = self.doms[dom]
-            if not info.persistent and not info.is_active:
-                self.doms.remove_inactive(dom, timeout=self.timeout)
+            return self._sweep(dom)
+
+    def _sweep(self, dom: Any) -> DomainInfo:
+        """Remove a transient domain that does not run. List lock held; the last that it was."""
+        info = self.doms[dom]
+        if not info.persistent and not info.is_active:
+            self.doms.remove_inactive(dom, timeout=self.timeout)
         return info
 
     # --- after a death ---
