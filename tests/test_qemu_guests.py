@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,71 +23,25 @@ from uuid import UUID
 import psutil
 import pytest
 from killing import until
+from qemu_guests import POWER_OFF, PROGRAM, files, guests, in_child, need, qemu_driver, xml
 
-from shmdomains import DomainDef, DomainList, DomainState, DriverError, ShutoffReason
-from shmdomains.drivers.qemu import QemuDriver, monitor, process
-from shmdomains.drivers.qemu import driver as driver_module
-from shmdomains.drivers.qemu.command import command
+need()
 
-PROGRAM = "qemu-system-x86_64"
-if shutil.which(PROGRAM) is None:
-    pytest.skip(f"{PROGRAM} is not installed: apt install qemu-system-x86", allow_module_level=True)
-
-HALT = bytes.fromhex("faf4ebfd")  # cli; hlt; and again
-POWER_OFF = bytes.fromhex("ba0406 b80020 ef") + HALT  # what ACPI would write: 0x2000 to 0x604
-
-XML = """<domain type="qemu"><name>{name}</name><memory unit="MiB">16</memory>
-  <vcpu current="1">2</vcpu>
-  <os><type arch="x86_64" machine="pc">hvm</type><boot dev="hd"/></os>
-  <features><acpi/></features>
-  <devices>
-    <disk><source file="{disk}"/><target dev="vda" bus="virtio"/></disk>
-    {more}
-  </devices>
-</domain>"""
+from shmdomains import DomainDef, DomainState, DriverError, ShutoffReason  # noqa: E402
+from shmdomains.drivers.qemu import QemuDriver, monitor, process  # noqa: E402
+from shmdomains.drivers.qemu import driver as driver_module  # noqa: E402
+from shmdomains.drivers.qemu.command import command  # noqa: E402
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory whose guests are ended at the end; not pytest's own: a socket's name is short."""
-    found = Path(tempfile.mkdtemp(prefix=f"shmdomains-test-{os.getpid()}-"))
-    yield found
-    for guest in process.scan(found / "guests"):
-        process.end(guest, 0)
-    shutil.rmtree(found)
+def driver() -> Iterator[QemuDriver]:
+    with qemu_driver() as found:
+        yield found
 
 
 @pytest.fixture
-def driver(place: Path) -> Iterator[QemuDriver]:
-    with DomainList() as doms:
-        yield QemuDriver(doms, directory=place / "guests")
-
-
-def xml(driver: QemuDriver, code: bytes = HALT, name: str = "web1", more: str = "") -> str:
-    disk = driver.directory.parent / f"{name}.img"
-    disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))  # a cylinder at least
-    return XML.format(name=name, disk=disk, more=more)
-
-
-def guests(driver: QemuDriver) -> list[int]:
-    return sorted(guest.pid for guest in process.scan(driver.directory))
-
-
-def files(driver: QemuDriver) -> list[str]:
-    return sorted(os.listdir(driver.directory)) if driver.directory.exists() else []
-
-
-def in_child(call: Callable[[], Any]) -> int:
-    """Run in a fork of ours; its exit status, or minus the signal that killed it."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            call()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def place(driver: QemuDriver) -> Path:
+    return driver.directory.parent
 
 
 # --- operating ----------------------------------------------------------------------------------
