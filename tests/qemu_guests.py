@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ PROGRAM = "qemu-system-x86_64"
 
 HALT = bytes.fromhex("faf4ebfd")  # cli; hlt; and again
 POWER_OFF = bytes.fromhex("ba0406 b80020 ef") + HALT  # what ACPI would write: 0x2000 to 0x604
+PANIC = bytes.fromhex("ba0505 b001 ee") + HALT  # what pvpanic is told: 1 to 0x505
+RESET = bytes.fromhex("b0fe e664") + HALT  # the keyboard controller pulls the line
 
 XML = """<domain type="qemu"><name>{name}</name><memory unit="MiB">16</memory>
   <vcpu current="1">2</vcpu>
@@ -93,6 +96,8 @@ def in_child(call: Callable[[], Any]) -> int:
         try:
             call()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

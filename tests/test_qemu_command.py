@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -17,7 +19,8 @@ from uuid import UUID
 import pytest
 from lxml import etree
 
-from shmdomains import DefinitionError, DomainDef
+from shmdomains import DefinitionError, DomainDef, DomainList
+from shmdomains.drivers.qemu import QemuDriver
 from shmdomains.drivers.qemu.accepted import TAKEN, WITHOUT_EFFECT
 from shmdomains.drivers.qemu.command import command
 from shmdomains.drivers.qemu.words import Place
@@ -247,6 +250,47 @@ def test_a_guest_without_an_address_has_the_same_one_at_each_start() -> None:
 def test_a_socket_whose_name_is_too_long() -> None:
     with pytest.raises(DefinitionError, match="longer than a socket's name may be"):
         words(Q35, Place("/" + "x" * 100, kvm=False))
+
+
+def test_each_list_has_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    found = []
+    for name in ("one", "two", "another list with a name of more than 16"):
+        with (
+            DomainList.create(path=tmp_path / name) as doms,
+            DomainList.attach(path=tmp_path / name) as again,
+        ):
+            found.append(QemuDriver(doms).directory)
+            assert QemuDriver(again).directory == found[-1]
+    assert [str(one)[:-8] for one in found] == [
+        "/run/user/1000/shmdomains-qemu/one-",
+        "/run/user/1000/shmdomains-qemu/two-",
+        "/run/user/1000/shmdomains-qemu/another_list_wit-",
+    ]
+    with DomainList() as doms:
+        with pytest.raises(ValueError, match="this list has no name: say directory="):
+            QemuDriver(doms)
+        with pytest.raises(ValueError, match="guests is not absolute"):
+            QemuDriver(doms, directory="guests")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with (
+        DomainList.attach(path=tmp_path / "one") as doms,
+        pytest.raises(ValueError, match="XDG_RUNTIME_DIR names no directory"),
+    ):
+        QemuDriver(doms)
+
+
+def test_what_is_missing_is_said() -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'qemu' else find(name, *rest)\n"
+        "import shmdomains.drivers.qemu"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: QemuDriver needs qemu.qmp: pip install 'shmdomains[qemu]'" in ended.stderr
 
 
 # --- nothing is ignored -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The guests have no system. One halts, one powers off as soon as it runs: 512 byt
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import select
@@ -23,7 +24,18 @@ from uuid import UUID
 import psutil
 import pytest
 from killing import until
-from qemu_guests import POWER_OFF, PROGRAM, files, guests, in_child, need, qemu_driver, xml
+from qemu_guests import (
+    PANIC,
+    POWER_OFF,
+    PROGRAM,
+    RESET,
+    files,
+    guests,
+    in_child,
+    need,
+    qemu_driver,
+    xml,
+)
 
 need()
 
@@ -31,6 +43,8 @@ from shmdomains import DomainDef, DomainState, DriverError, ShutoffReason  # noq
 from shmdomains.drivers.qemu import QemuDriver, monitor, process  # noqa: E402
 from shmdomains.drivers.qemu import driver as driver_module  # noqa: E402
 from shmdomains.drivers.qemu.command import command  # noqa: E402
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @pytest.fixture
@@ -89,6 +103,29 @@ def test_a_worker_has_no_child_and_no_zombie(driver: QemuDriver) -> None:
     assert os.getsid(info.pid or 0) != os.getsid(0)  # Ctrl-C in our terminal is not for it
     driver.destroy("web1")
     assert psutil.Process().children(recursive=True) == before
+
+
+def test_a_process_that_is_init_reaps_it(driver: QemuDriver) -> None:
+    def worker() -> None:
+        assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        info = driver.create(xml(driver))
+        assert [child.pid for child in psutil.Process().children()] == [info.pid]
+        driver.destroy(info)
+        assert psutil.Process().children() == []
+
+    assert in_child(worker) == 0
+
+
+def test_a_guest_does_not_get_its_workers_environment(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    info = driver.create(xml(driver))
+    seen = Path(f"/proc/{info.pid}/environ").read_bytes().split(b"\0")
+    assert b"LC_ALL=C" in seen and b"TMPDIR=/var/tmp" in seen
+    assert not any(b"secret" in one for one in seen)
+    driver.destroy(info)
 
 
 def test_definitions_with_all_devices_start(driver: QemuDriver, place: Path) -> None:
@@ -207,6 +244,29 @@ def test_a_reboot_is_a_power_off_and_a_new_beginning(driver: QemuDriver) -> None
     until(lambda: driver.ended(info) is not None, "the second one")
     assert not driver.finish_reboot(info)
     driver.stopped("web1")
+
+
+def test_a_guest_that_panics_has_crashed(driver: QemuDriver) -> None:
+    text = xml(driver, PANIC, more='<panic model="isa"/>')
+    text = text.replace("<devices>", "<on_crash>preserve</on_crash><devices>")
+    info = driver.create(text)
+    until(lambda: driver.ended(info) is not None, "the panic")
+    assert driver.ended(info) is ShutoffReason.CRASHED and driver.alive(info)
+    assert driver.stopped(info, ShutoffReason.CRASHED).state is DomainState.CRASHED
+    assert driver.alive(info)  # to be looked at
+    driver.destroy(info)
+    assert guests(driver) == files(driver) == []
+
+
+def test_a_reset_by_the_guest_ends_it_if_the_definition_says_so(driver: QemuDriver) -> None:
+    text = xml(driver, RESET).replace("<devices>", "<on_reboot>destroy</on_reboot><devices>")
+    info = driver.create(text, paused=True)
+    driver.reboot(info)
+    driver.resume(info)
+    until(lambda: driver.ended(info) is not None, "the guest's end")
+    assert driver.ended(info) is ShutoffReason.SHUTDOWN and not driver.finish_reboot(info)
+    driver.stopped(info)
+    assert guests(driver) == files(driver) == []
 
 
 def test_one_that_is_killed_has_crashed(driver: QemuDriver) -> None:

@@ -127,7 +127,11 @@ class QemuDriver(Driver):
     def ask_reboot(self, info: DomainInfo) -> bool:
         """As libvirt does it: the guest is asked to power off, and then begins anew
         (`finish_reboot`); no machine has a button for that."""
-        Path(self.place(info).directory, _REBOOT).touch()
+        asked = Path(self.place(info).directory, _REBOOT)
+        if (info.definition.on_reboot or "restart").endswith("restart"):
+            asked.touch()
+        else:
+            asked.unlink(missing_ok=True)
         self.qmp(info, "system_powerdown")
         return False
 

@@ -131,6 +131,7 @@ def _spawn(directory: Path, words: Sequence[str], lock: int, deadline: Deadline)
                 stdout=said,
                 stderr=said,
                 pass_fds=[lock],
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C in the worker's terminal is not for guests
                 cwd="/",
             )
@@ -149,6 +150,13 @@ def _spawn(directory: Path, words: Sequence[str], lock: int, deadline: Deadline)
         raise DriverError(f"QEMU ended with status {status} when it was started: {_last(log)}")
 
 
+def _environment() -> dict[str, str]:
+    """As libvirt's: what a worker was told in secret is no business of its guests, and errors are
+    in English."""
+    kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR")
+    return {"LC_ALL": "C", **{name: os.environ[name] for name in kept if name in os.environ}}
+
+
 def _last(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     return "; ".join(lines[-3:]) or "it said nothing"
@@ -159,7 +167,15 @@ def _daemon(directory: Path) -> tuple[int, int]:
     started = _identity(pid, directory)
     if started is None:
         raise DriverError(f"QEMU ended when it was made: {_last(directory / 'log')}")
+    with suppress(ProcessLookupError):
+        _reap(os.getsid(pid))  # the process between the first and the guest
     return pid, started
+
+
+def _reap(pid: int) -> None:
+    """An orphan's zombie is ours if this process is init, as in a container, or a subreaper."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 # --- who is there ---------------------------------------------------------------------------
@@ -247,6 +263,7 @@ def end(guest: Guest, patience: float, force: bool = True) -> bool:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, number)
             if _ends(pidfd, patience if number == signal.SIGTERM else 10.0):
+                _reap(guest.pid)
                 return True
     return False
 
