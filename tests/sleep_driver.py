@@ -96,12 +96,14 @@ class SleepDriver(Driver):
     def guests(self, uuid: UUID | None = None) -> list[tuple[int, UUID]]:
         """The processes, and of which domains they are."""
         found = []
+        mark = f"GUEST={self.place}:".encode()
         for pid in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
+            with suppress(OSError), open(f"/proc/{pid}/comm") as name:
+                if name.read() != "sleep\n":
+                    continue
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                own = [word for word in words if word.startswith(f"GUEST={self.place}:".encode())]
-                if own and Path(f"/proc/{pid}/comm").read_text() == "sleep\n":
-                    found.append((int(pid), UUID(own[0].decode().rpartition(":")[2])))
+                own = [word.removeprefix(mark) for word in words if word.startswith(mark)]
+                found += [(int(pid), UUID(one.decode())) for one in own]
         return [one for one in found if uuid in (None, one[1])]
 
     def disagreements(self) -> list[str]:

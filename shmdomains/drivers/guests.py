@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,14 @@ class Guests(Hooks):
             self._need_here(self.doms[dom])
             with dom.job(operation, kind, timeout=self.timeout) as job:
                 self._settle(dom, job.replaced)
-                yield dom
+                try:
+                    yield dom
+                except ShmDomainsError:
+                    raise
+                except BaseException:  # Ctrl-C, a hook's mistake: as if this worker had died
+                    with suppress(ShmDomainsError):
+                        self._settle(dom, dom.jobs)
+                    raise
 
     def _is_here(self, info: DomainInfo) -> bool:
         return not info.is_active or getattr(self.doms, "host", info.host) == info.host
@@ -218,6 +225,26 @@ class Guests(Hooks):
                 return now
         except (DomainNotFound, DomainRemoved):
             return info
+
+    def bury(self, host: str) -> list[DomainInfo]:
+        """Say that a host is dead: its domains are off, and may start elsewhere. For lists of
+        several hosts.
+
+        Nobody can see from here whether a host is dead or only silent. Fence it first: guests that
+        it still runs would run twice. Should it come back, its workers have lost their locks, and
+        its `reconcile` finds the guests without a record.
+        """
+        if host == getattr(self.doms, "host", host):
+            raise DriverError(f"host '{host}' is this one, and lives")
+        buried = []
+        for info in self.doms.list(active=True, host=host):
+            with (
+                suppress(DomainNotFound, DomainRemoved),
+                self.doms.get(info, timeout=self.timeout) as dom,
+                dom.job("bury", Job.DESTROY, timeout=self.timeout),
+            ):
+                buried.append(self._off(dom, info, ShutoffReason.FAILED))
+        return buried
 
     def _is_recorded(self, orphan: Orphan) -> bool:
         info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
