@@ -80,7 +80,7 @@ def disagreements(driver: QemuDriver) -> list[str]:
             wrong.append(f"{info} has a guest that is {said}")
     if guests(driver) != sorted(info.pid or 0 for info in active):
         wrong.append(f"guests {guests(driver)}, records {active}")
-    if files(driver) != sorted(f"{info.id}-{info.uuid}" for info in active):
+    if files(driver) != sorted(Path(driver.place(info).directory).name for info in active):
         wrong.append(f"directories {files(driver)}, records {active}")
     wrong += [
         f"{info} is off and not defined" for info in driver.list(active=False, persistent=False)

@@ -258,7 +258,7 @@ def test_each_list_has_a_directory_of_its_own(
     monkeypatch.setattr(os, "getuid", lambda: 1000)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     found = []
-    for name in ("one", "two", "another list with a name of more than 16"):
+    for name in ("one", "two", "another list with a name of more than 12"):
         with (
             DomainList.create(path=tmp_path / name) as doms,
             DomainList.attach(path=tmp_path / name) as again,
@@ -268,7 +268,7 @@ def test_each_list_has_a_directory_of_its_own(
     assert [str(one)[:-8] for one in found] == [
         "/run/user/1000/shmdomains-qemu/one-",
         "/run/user/1000/shmdomains-qemu/two-",
-        "/run/user/1000/shmdomains-qemu/another_list_wit-",
+        "/run/user/1000/shmdomains-qemu/another_list-",
     ]
     with DomainList() as doms:
         with pytest.raises(ValueError, match="this list has no name: say directory="):

@@ -39,7 +39,7 @@ from qemu_guests import (
 
 need()
 
-from shmdomains import DomainDef, DomainState, DriverError, ShutoffReason  # noqa: E402
+from shmdomains import DomainDef, DomainList, DomainState, DriverError, ShutoffReason  # noqa: E402
 from shmdomains.drivers.qemu import QemuDriver, monitor, process  # noqa: E402
 from shmdomains.drivers.qemu import driver as driver_module  # noqa: E402
 from shmdomains.drivers.qemu.command import command  # noqa: E402
@@ -66,7 +66,7 @@ def test_a_guest_is_made_stopped_and_operated_over_its_monitor(driver: QemuDrive
     info = driver.start("web1", paused=True)
     assert driver.status(info) == "prelaunch"  # it has not run an instruction
     assert info.state is DomainState.PAUSED and guests(driver) == [info.pid]
-    assert info.data["monitor"] == str(driver.directory / f"{info.id}-{info.uuid}" / "monitor")
+    assert info.data["monitor"] == driver.place(info).monitor
     assert info.data["started"] == process.start_time(info.pid or 0)
     driver.resume("web1")
     assert driver.status(info) == "running"
@@ -298,7 +298,7 @@ def test_one_that_does_not_start_leaves_nothing(driver: QemuDriver, place: Path)
 
 
 def test_a_program_that_hangs_is_ended(driver: QemuDriver, place: Path) -> None:
-    directory = process.directory_of(driver.directory, 1, UUID(int=1))
+    directory = process.directory_of(driver.directory, 1, UUID(int=1), "0000")
     with pytest.raises(DriverError, match="QEMU did not start in time: it said nothing"):
         process.launch(directory, ["/bin/sleep", "60"], timeout=0.2)
     assert files(driver) == [] and psutil.Process().children() == []
@@ -456,7 +456,7 @@ def test_guests_without_a_record_are_found_and_ended_if_asked(
     uuid = UUID(int=7)
     started = []
     for root in (driver.directory, place / "others"):
-        directory = process.directory_of(root, 900, uuid)
+        directory = process.directory_of(root, 900, uuid, "0000")
         words = command(definition, uuid, driver.place(mine)._replace(directory=str(directory)))
         words = [word.replace("lost.img", "lost2.img") if started else word for word in words]
         shutil.copy(place / "lost.img", place / "lost2.img")
@@ -472,6 +472,30 @@ def test_guests_without_a_record_are_found_and_ended_if_asked(
     finally:
         assert process.end(others, 5)
     driver.destroy("web1")
+
+
+def test_a_list_that_is_made_again_leaves_the_guests_of_the_old_one(driver: QemuDriver) -> None:
+    text = xml(driver).replace("<memory", f"<uuid>{UUID(int=8)}</uuid><memory")
+    old = driver.create(text)
+    with DomainList() as doms:  # its ids begin with 1, too
+        again = QemuDriver(doms, directory=driver.directory)
+        with pytest.raises(DriverError, match='Failed to get "write" lock'):
+            again.create(text)
+        assert driver.status(old) == "running"
+        assert [orphan.pid for orphan in again.reconcile().orphans] == [old.pid]
+        again.reconcile(kill_orphans=True)
+        new = again.create(text)
+        assert new.uuid == old.uuid and guests(again) == [new.pid]
+        again.destroy(new)
+
+
+def test_a_directory_that_cannot_be_made(driver: QemuDriver, place: Path) -> None:
+    (place / "guests").write_text("")
+    driver.define(xml(driver))
+    with pytest.raises(DriverError, match=r"cannot make .*/guests/1-.*: File exists"):
+        driver.start("web1")
+    assert not driver.get("web1").is_active
+    (place / "guests").unlink()
 
 
 def test_a_pid_that_is_somebody_elses_is_left_alone(driver: QemuDriver) -> None:

@@ -63,6 +63,7 @@ class QemuDriver(Driver):
         super().__init__(doms, timeout)
         self.directory = default_directory(doms) if directory is None else Path(directory)
         self.qmp_timeout = qmp_timeout
+        self._life = hashlib.sha256(repr(doms.info.created).encode()).hexdigest()[:4]
         if not self.directory.is_absolute():
             raise ValueError(
                 f"{shown_path(self.directory)} is not absolute; any worker must find it"
@@ -72,7 +73,7 @@ class QemuDriver(Driver):
 
     def place(self, info: DomainInfo) -> Place:
         """Where the sockets of the domain's guest are."""
-        return Place(str(process.directory_of(self.directory, info.id, info.uuid)), kvm_is_usable())
+        return Place(str(self._directory(info)), kvm_is_usable())
 
     def qmp(self, info: DomainInfo, command: str, **arguments: Any) -> Any:
         """Say one command to the guest's monitor (virsh's qemu-monitor-command). Raises
@@ -84,14 +85,21 @@ class QemuDriver(Driver):
         ``shutdown``, ..."""
         return str(self.qmp(info, "query-status")["status"])
 
+    def _directory(self, info: DomainInfo) -> Path:
+        """As the record says, which may come from another list (`import`); before it says so, what
+        follows from the list and the domain."""
+        said = info.data.get("monitor") if hasattr(info.data, "get") else None
+        if info.pid is not None and isinstance(said, str):
+            return Path(said).parent
+        return process.directory_of(self.directory, info.id, info.uuid, self._life)
+
     def _guest(self, info: DomainInfo) -> Guest | None:
         """The guest of the record; ``None`` if the record has none, or not the start time."""
         data = info.data
         started = data.get("started") if hasattr(data, "get") else None
         if info.pid is None or not isinstance(started, int):
             return None
-        place = process.directory_of(self.directory, info.id, info.uuid)
-        return Guest(info.pid, started, info.id, info.uuid, place)
+        return Guest(info.pid, started, info.id, info.uuid, self._directory(info))
 
     # --- hooks ----------------------------------------------------------------------------
 
@@ -159,12 +167,12 @@ class QemuDriver(Driver):
             number = "SIGTERM" if graceful else "SIGKILL"
             text = f"Failed to terminate process {guest.pid} with {number}: Device or resource busy"
             raise DriverError(text)
-        process.clear(process.directory_of(self.directory, info.id, info.uuid))
+        process.clear(self._directory(info))
 
     def alive(self, info: DomainInfo) -> bool:
         guest = self._guest(info)
         if guest is None:
-            return process.is_locked(process.directory_of(self.directory, info.id, info.uuid))
+            return process.is_locked(self._directory(info))
         return process.runs(guest.pid, guest.started, guest.directory)
 
     def ended(self, info: DomainInfo) -> ShutoffReason | None:
@@ -222,7 +230,7 @@ def default_directory(doms: AnyDomainList) -> Path:
     # The same for all workers, however they spell the server, and also for a segment that is made
     # again after its end. It is short, for a socket's name has 107 bytes.
     made = info.path if info.path.startswith("/") else repr(info.created)
-    name = re.sub(r"[^A-Za-z0-9.]", "_", info.name or Path(info.path).name)[:16]
+    name = re.sub(r"[^A-Za-z0-9.]", "_", info.name or Path(info.path).name)[:12]
     return base / "shmdomains-qemu" / f"{name}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 

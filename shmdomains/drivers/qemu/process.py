@@ -1,7 +1,8 @@
 """A guest's process: started so that it outlives its worker, found again, and ended.
 
-Each guest has a directory, ``ID-UUID`` in the root: a domain's id is never used again, so no start
-meets what an earlier one left. In it are the sockets, the file with the pid, and ``lock``,
+Each guest has a directory, ``ID-LIFE-UUID`` in the root. A domain's id is never used again in the
+list's life, and a list that is made again has another life: no start meets what an earlier one
+left. In it are the sockets, the file with the pid, and ``lock``,
 which is only locked (flock). The lock's descriptor is inherited by QEMU, so the kernel keeps it
 locked as long as the launching worker is at it or QEMU lives, whoever is killed when:
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import shutil
 import signal
@@ -36,6 +38,7 @@ from ...text import shown_path
 
 _SLICE = 0.005  # seconds between two looks for a process that is about to show itself
 _LOCK = "lock"
+_NAME = re.compile("([0-9]{1,10})-[0-9a-f]{4}-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 
 _locks: set[int] = set()
 """The locks of this process's launches. A fork closes its copies, for they would keep the lock; and
@@ -68,19 +71,15 @@ class Guest(NamedTuple):
     directory: Path
 
 
-def directory_of(root: Path, id: int, uuid: UUID) -> Path:
-    """Where this start's files are."""
-    return root / f"{id}-{uuid}"
+def directory_of(root: Path, id: int, uuid: UUID, life: str) -> Path:
+    """Where this guest's files are; `life` has four hexadecimal digits."""
+    return root / f"{id}-{life}-{uuid}"
 
 
 def start_of(directory: Path) -> tuple[int, UUID] | None:
-    """The id and uuid of a start's directory, or ``None`` if it is none."""
-    id, _, uuid = directory.name.partition("-")
-    try:
-        found = int(id), UUID(uuid)
-    except ValueError:
-        return None
-    return found if directory_of(directory.parent, *found) == directory else None
+    """The id and uuid of a guest's directory, or ``None`` if it is none."""
+    found = _NAME.fullmatch(directory.name)
+    return (int(found[1]), UUID(found[2])) if found else None
 
 
 # --- launching ------------------------------------------------------------------------------
@@ -96,8 +95,12 @@ def launch(directory: Path, words: Sequence[str], timeout: float = 60.0) -> Gues
     if start is None:
         raise ValueError(f"{directory} is no start's directory")
     deadline = Deadline(timeout)
-    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.mkdir(mode=0o700)
+    try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700)
+    except OSError as error:
+        text = f"cannot make {shown_path(directory)}: {error.strerror or error}"
+        raise DriverError(text) from None
     try:
         with _locked(directory) as lock:
             _spawn(directory, words, lock, deadline)
@@ -237,7 +240,7 @@ def is_locked(directory: Path) -> bool:
     with _guard:
         try:
             lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         try:
             # Shared: two that try it at once do not meet.
@@ -289,15 +292,21 @@ def _ends(pidfd: int, seconds: float) -> bool:
     return bool(poll.poll(int(seconds * 1000)))
 
 
+def _end_all(directory: Path) -> None:
+    for guest in scan(directory.parent):
+        if guest.directory == directory:
+            end(guest, 0.0)
+
+
 def clear(directory: Path, timeout: float = 10.0) -> None:
     """End at once whatever there is of this start, also what a dead worker is still starting, and
     remove its directory. Raises `DriverError` if that does not end in time.
     """
     deadline = Deadline(timeout)
+    if not (directory / _LOCK).exists():
+        _end_all(directory)  # it may have been removed from outside
     while is_locked(directory):
-        for guest in scan(directory.parent):
-            if guest.directory == directory:
-                end(guest, 0.0)
+        _end_all(directory)
         if is_locked(directory):
             # Between a worker's fork and QEMU's exec there is no QEMU to be seen.
             if deadline.left() == 0:
@@ -305,7 +314,4 @@ def clear(directory: Path, timeout: float = 10.0) -> None:
                 text = f"{place} is locked and no QEMU is there; `fuser` says by whom"
                 raise DriverError(text)
             time.sleep(_SLICE)
-    for guest in scan(directory.parent):
-        if guest.directory == directory:  # its lock was removed from outside
-            end(guest, 0.0)
     shutil.rmtree(directory, ignore_errors=True)
