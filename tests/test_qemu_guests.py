@@ -5,6 +5,7 @@ The guests have no system. One halts, one powers off as soon as it runs: 512 byt
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import ctypes
 import json
@@ -161,6 +162,19 @@ def test_definitions_with_all_devices_start(driver: QemuDriver, place: Path) -> 
         assert data["serial"]["serial2"].startswith("/dev/pts/")
         driver.destroy(info)
     assert files(driver) == [] and len(driver.doms) == 0
+
+
+def test_the_example_of_the_readme(driver: QemuDriver, place: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    code = page.partition("### QEMU")[2].partition("```python\n")[2].partition("```")[0]
+    seen = {"doms": driver.doms, "place": place, "xml": xml(driver)}
+    for line in ast.parse(code).body:
+        exec(ast.unparse(line), seen)
+        if "query-status" in ast.unparse(line):
+            assert eval(ast.unparse(line), seen) == "running"
+        if "ended" in ast.unparse(line):
+            assert eval(ast.unparse(line), seen) is None
+    assert len(driver.doms) == 0 and sorted(place.glob("*-*")) == []
 
 
 def test_memory_and_vcpus_of_a_running_guest(driver: QemuDriver) -> None:
