@@ -42,13 +42,13 @@ def need() -> None:
 
 
 @contextmanager
-def qemu_driver(lock: Any = "robust") -> Iterator[QemuDriver]:
-    """A driver whose guests are ended at the end. Not in pytest's own directory: a socket's name is
-    short."""
+def qemu_driver(doms: Any = None) -> Iterator[QemuDriver]:
+    """A driver, of a list of its own unless one is given, whose guests are ended at the end. Not in
+    pytest's own directory: a socket's name is short."""
     place = Path(tempfile.mkdtemp(prefix=f"shmdomains-test-{os.getpid()}-"))
     try:
-        with DomainList(lock=lock, max_domains=16) as doms:
-            yield QemuDriver(doms, directory=place / "guests")
+        with DomainList(max_domains=16) as own:
+            yield QemuDriver(own if doms is None else doms, directory=place / "guests")
     finally:
         for guest in process.scan(place / "guests"):
             process.end(guest, 0)

@@ -22,14 +22,17 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import pg_servers
 import psutil
 import pytest
+from helpers import list_url
 from killing import until
 from qemu_guests import (
     PANIC,
     POWER_OFF,
     PROGRAM,
     RESET,
+    disagreements,
     files,
     guests,
     in_child,
@@ -457,6 +460,27 @@ def test_what_a_dead_worker_still_starts_is_waited_for(driver: QemuDriver, place
             gate.close()
             ended.result(30)
     assert guests(driver) == files(driver) == [] and not driver.get("web1").is_active
+
+
+@pytest.mark.skipif(pg_servers.missing() is not None, reason=str(pg_servers.missing()))
+def test_the_same_on_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shmdomains.postgres import PostgresDomainList
+
+    url = list_url()
+    with PostgresDomainList.create(url) as doms, qemu_driver(doms) as driver:
+        driver.define(xml(driver))
+
+        def worker() -> None:
+            with PostgresDomainList.attach(url) as mine:
+                monkeypatch.setattr(*DEATHS["with a guest"])
+                QemuDriver(mine, directory=driver.directory).start("web1")
+
+        assert in_child(worker) == -signal.SIGKILL
+        info = driver.start("web1")
+        assert guests(driver) == [info.pid] and driver.status(info) == "running"
+        assert disagreements(driver) == [] and driver.reconcile()[1:] == ([], [], [])
+        driver.destroy("web1")
+        assert guests(driver) == files(driver) == []
 
 
 # --- who is who ---------------------------------------------------------------------------------
