@@ -286,6 +286,19 @@ n"""
             assert driver.list() == []
 
 
+def test_one_that_is_gone_when_its_job_is_over(doms: Any, driver: Driver, other: Party) -> None:
+    driver.create(A)
+    other.do("job = doms.job('web1', 'destroy', Job.DESTROY); job.__enter__()")
+    with thread_party(doms=doms, driver=driver) as waits:
+        waits.start("driver.destroy('web1')")
+        assert waits.is_waiting()
+        other.do("with doms.get('web1') as dom: dom.deactivate()")
+        other.do("with doms.locked(): doms.remove_inactive('web1')")
+        other.do("job.__exit__(None, None, None)")
+        with pytest.raises(DomainNotFound, match="was removed"):
+            waits.answer()
+
+
 def test_one_that_is_stopped_without_a_job(doms: Any) -> None:
     """Whoever takes no jobs can end a domain under an operation's hands: that is told."""
 
@@ -340,6 +353,29 @@ def test_reconcile(doms: Any) -> None:
     )
     assert sorted(info.name for info in driver.list()) == ["db1", "web1"]
     assert is_now(driver.get("db1")) == ("shut off", "CRASHED")
+
+
+def test_what_a_living_worker_is_at_is_left_to_it(doms: Any, other: Party) -> None:
+    driver = Mortal(doms)
+    driver.gone = {"web1"}
+    driver.define(A)
+    other.do("job = doms.job('web1', 'start'); job.__enter__()")
+    with doms.get("web1") as dom:
+        dom.activate(state=DomainState.PAUSED, reason=PausedReason.STARTING_UP)
+    driver.timeout = 0
+    assert driver.reconcile() == (1, [], [], [])
+    other.do("job.__exit__(None, None, None)")
+    assert [is_now(info) for info in driver.reconcile().settled] == [("shut off", "FAILED")]
+
+
+def test_the_guest_of_a_domain_with_an_async_job_is_gone(doms: Any, other: Party) -> None:
+    driver = Mortal(doms)
+    driver.define(A)
+    driver.start("web1")
+    driver.gone = {"web1"}
+    other.do("job = doms.job('web1', 'backup', Job.ASYNC); job.__enter__()")
+    assert [is_now(info) for info in driver.reconcile().ended] == [("shut off", "CRASHED")]
+    other.do("job.__exit__(None, None, None)")
 
 
 def test_guests_without_a_record(doms: Any) -> None:

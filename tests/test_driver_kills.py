@@ -24,7 +24,8 @@ from killing import DEADLINE, Child, ChildDied, Pipe, fork, xml
 from sleep_driver import SleepDriver, sleep_driver
 
 import shmdomains.drivers
-from shmdomains import DomainList, ShmDomainsError
+from shmdomains import DomainList, Job, ShmDomainsError
+from shmdomains.drivers import TestDriver
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -134,6 +135,30 @@ def test_killed_before_each_line(
         deaths += said
     assert deaths * step > 20
     tried("deaths of workers in drivers' operations", deaths)
+
+
+def back_up(pipe: Pipe, doms: DomainList) -> None:
+    with doms.job("vm", "backup", Job.ASYNC):
+        pipe.say("begun")
+        pipe.rest()
+
+
+def a_dead_backup(pipe: Pipe, lock: Any) -> None:
+    driver = TestDriver(DomainList(max_domains=4, lock=lock))
+    driver.create(VM)
+    child = fork(back_up, driver.doms)
+    assert child.hear() == "begun"
+    child.close()
+    found = [driver.reconcile(), [job.operation for job in driver.get("vm").jobs]]
+    driver.suspend("vm")
+    pipe.say([*found, driver.get("vm").jobs])
+
+
+@KINDS
+def test_an_async_job_of_a_dead_worker_is_left_to_who_goes_on_with_it(
+    start: Callable[..., Child], lock: str
+) -> None:
+    assert start(a_dead_backup, lock).hear() == [(1, [], [], []), ["backup"], ()]
 
 
 # --- many workers at once ------------------------------------------------------------------------

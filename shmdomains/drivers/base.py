@@ -215,7 +215,8 @@ class Driver(Changes):
         """A guest ended by itself, or crashed and waits for its end: obey `on_poweroff` or, with
         `ShutoffReason.CRASHED`, `on_crash`. For whoever supervises guests.
 
-        With `id` only if the domain has it still; does nothing for an inactive domain.
+        With `id` only if the domain has it still; does nothing for an inactive domain. Raises
+        `DomainNotFound` if another worker was faster, and the domain was transient.
         """
         event = {ShutoffReason.SHUTDOWN: "on_poweroff", ShutoffReason.CRASHED: "on_crash"}
         with self._job(key, "stopped", Job.DESTROY) as dom:

@@ -60,7 +60,10 @@ class Guests(Hooks):
     """What the operations are made of."""
 
     def __init__(self, doms: AnyDomainList, timeout: float | None = 30.0) -> None:
-        """`timeout`: how many seconds an operation waits for others' jobs and locks, each time."""
+        """`timeout`: how many seconds an operation waits for others' jobs and locks, each time.
+
+        `doms` must not read from a standby (``read="standby"``): what it says may be old.
+        """
         self.doms = doms
         self.timeout = timeout
 
@@ -69,18 +72,27 @@ class Guests(Hooks):
     @contextmanager
     def _job(self, key: Any, operation: str, kind: Job = Job.MODIFY) -> Iterator[Any]:
         """Find a domain of this host and have a job on it, with everything settled."""
-        with self.doms.get(key, timeout=self.timeout) as dom:
-            self._need_here(self.doms[dom])
-            with dom.job(operation, kind, timeout=self.timeout) as job:
-                self._settle(dom, job.replaced)
-                try:
-                    yield dom
-                except ShmDomainsError:
-                    raise
-                except BaseException:  # Ctrl-C, a hook's mistake: as if this worker had died
-                    with suppress(ShmDomainsError):
-                        self._settle(dom, dom.jobs)
-                    raise
+        try:
+            with self.doms.get(key, timeout=self.timeout) as dom:
+                self._need_here(self.doms[dom])
+                with dom.job(operation, kind, timeout=self.timeout) as job:
+                    self._settle(dom, job.replaced)
+                    with self._or_settled(dom):
+                        yield dom
+        except DomainRemoved as error:  # while this waited for another one's job
+            raise DomainNotFound(str(error)) from None
+
+    @contextmanager
+    def _or_settled(self, dom: Any) -> Iterator[None]:
+        """What Ctrl-C or a hook's mistake leaves is settled as if this worker had died."""
+        try:
+            yield
+        except ShmDomainsError:
+            raise
+        except BaseException:
+            with suppress(ShmDomainsError):
+                self._settle(dom, dom.jobs)
+            raise
 
     def _is_here(self, info: DomainInfo) -> bool:
         return not info.is_active or getattr(self.doms, "host", info.host) == info.host
@@ -156,8 +168,9 @@ class Guests(Hooks):
     # --- after a death ---
 
     def _is_settled(self, info: DomainInfo) -> bool:
-        """Whether no dead worker left anything to do."""
-        if any(not job.holder.alive for job in info.jobs):
+        """Whether no dead worker left anything to do. A dead one's async job is no operation of
+        ours."""
+        if any(job.kind is not Job.ASYNC and not job.holder.alive for job in info.jobs):
             return False
         if info.is_active:
             return (info.state, info.reason) != _STARTING or bool(info.jobs)
@@ -195,20 +208,23 @@ class Guests(Hooks):
         any time.
 
         What a dead worker began is finished or undone. A domain whose guest is gone becomes shut
-        off, crashed; its `on_crash` is not obeyed, for nobody saw how it ended. Guests without a
-        record are listed and, with `kill_orphans`, ended.
+        off, crashed; its `on_crash` is not obeyed, for nobody saw how it ended. One that a living
+        worker is at work on is left to that. Guests without a record are listed and, with
+        `kill_orphans`, ended.
         """
         found = Reconciled(0, [], [], [])
         running = 0
         for info in self.doms.list():
             if not self._is_here(info):
                 continue
-            if self._is_settled(info) and (not info.is_active or self.alive(info)):
-                running += info.is_active
-                continue
-            after = self._reconcile_one(info)
-            (found.ended if self._is_settled(info) else found.settled).append(after)
-            running += after.is_active
+            if not self._is_settled(info):
+                info = self._reconcile_one(info)
+                found.settled.append(info)
+            elif info.is_active and not _is_worked_on(info) and not self.alive(info):
+                info = self._reconcile_one(info)
+                if not info.is_active:
+                    found.ended.append(info)
+            running += info.is_active
         for orphan in self.orphans():
             if not self._is_recorded(orphan):
                 found.orphans.append(orphan)
@@ -223,7 +239,7 @@ class Guests(Hooks):
                 if now.id == info.id and now.is_active and not self.alive(now):
                     return self._end(dom, now, ShutoffReason.CRASHED)
                 return now
-        except (DomainNotFound, DomainRemoved):
+        except DomainNotFound:
             return info
 
     def bury(self, host: str) -> list[DomainInfo]:
@@ -249,6 +265,11 @@ class Guests(Hooks):
     def _is_recorded(self, orphan: Orphan) -> bool:
         info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
         return info is not None and info.is_active and info.pid in (None, orphan.pid)
+
+
+def _is_worked_on(info: DomainInfo) -> bool:
+    """Whether a worker may be about to begin or end the guest."""
+    return any(job.kind is not Job.ASYNC for job in info.jobs)
 
 
 def _keep(dom: Any, launched: Launched) -> None:
