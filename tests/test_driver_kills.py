@@ -24,7 +24,7 @@ from killing import DEADLINE, Child, ChildDied, Pipe, fork, xml
 from sleep_driver import SleepDriver, sleep_driver
 
 import shmdomains.drivers
-from shmdomains import DomainList, Job, ShmDomainsError
+from shmdomains import DomainInfo, DomainList, DriverError, Job, ShmDomainsError
 from shmdomains.drivers import TestDriver
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -103,6 +103,7 @@ def killed(driver: SleepDriver, operation: str, line: int) -> bool:
 
 
 def every_line(pipe: Pipe, lock: Any, operation: str, following: list[str], step: int) -> None:
+    wrong: list[Any] = []
     with tempfile.TemporaryDirectory() as place:
         for deaths, line in enumerate(range(0, 10000, step)):
             doms = DomainList(max_domains=4, lock=lock)
@@ -115,11 +116,10 @@ def every_line(pipe: Pipe, lock: Any, operation: str, following: list[str], step
                     NEXT[name](driver)
                 wrong = [*driver.disagreements(), *doms.check().problems]
                 wrong += [one for one in driver.reconcile()[1:] if one]
-                if wrong:
-                    pipe.say(f"{operation}, line {line}, then {name}: {wrong}")
-                    return
             doms.close()
-    pipe.say(deaths)
+            if wrong:
+                break
+    pipe.say(f"{operation}, line {line}, then {name}: {wrong}" if wrong else deaths)
 
 
 @KINDS
@@ -161,6 +161,34 @@ def test_an_async_job_of_a_dead_worker_is_left_to_who_goes_on_with_it(
     assert start(a_dead_backup, lock).hear() == [(1, [], [], []), ["backup"], ()]
 
 
+class Deaf(TestDriver):
+    """Its guests do not answer, but can be killed."""
+
+    def unpause(self, info: DomainInfo) -> None:
+        raise DriverError("no answer")
+
+
+def suspend(pipe: Pipe, driver: Deaf) -> None:
+    driver.pause = lambda info: pipe.say("begun") or pipe.rest()  # type: ignore[method-assign]
+    driver.suspend("vm")
+
+
+def a_deaf_guest(pipe: Pipe, lock: Any) -> None:
+    driver = Deaf(DomainList(max_domains=4, lock=lock))
+    driver.create(VM)
+    child = fork(suspend, driver)
+    assert child.hear() == "begun"
+    child.close()
+    pipe.say(driver.destroy("vm").state.words)
+
+
+@KINDS
+def test_a_guest_that_cannot_be_restored_can_be_destroyed(
+    start: Callable[..., Child], lock: str
+) -> None:
+    assert start(a_deaf_guest, lock).hear() == "shut off"
+
+
 # --- many workers at once ------------------------------------------------------------------------
 
 NAMES = ["a", "b", "c"]
@@ -197,7 +225,8 @@ def storm(pipe: Pipe, lock: Any, seed: int) -> None:
         for worker in workers:
             worker.close()
         found = driver.reconcile()
-        pipe.say([*driver.disagreements(), *doms.check().problems, *found.orphans])
+        wrong = [*driver.disagreements(), *doms.check().problems, *found.orphans]
+    pipe.say(wrong)  # the test kills us when it has heard, and the guests have to be gone by then
 
 
 @KINDS

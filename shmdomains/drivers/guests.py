@@ -74,7 +74,7 @@ class Guests(Hooks):
         """Find a domain of this host and have a job on it, with everything settled."""
         try:
             with self.doms.get(key, timeout=self.timeout) as dom:
-                self._need_here(self.doms[dom])
+                self._need_here(dom)
                 with dom.job(operation, kind, timeout=self.timeout) as job:
                     self._settle(dom, job.replaced)
                     with self._or_settled(dom):
@@ -94,12 +94,14 @@ class Guests(Hooks):
                 self._settle(dom, dom.jobs)
             raise
 
-    def _is_here(self, info: DomainInfo) -> bool:
-        return not info.is_active or getattr(self.doms, "host", info.host) == info.host
+    def _is_here(self, domain: Any) -> bool:
+        return not domain.is_active or getattr(self.doms, "host", domain.host) == domain.host
 
-    def _need_here(self, info: DomainInfo) -> None:
-        if not self._is_here(info):
-            raise DomainStateError(f"domain '{info.name}' runs on host '{info.host}'; ask there")
+    def _need_here(self, domain: Any) -> None:
+        """Of an info, or of a domain that is locked."""
+        if not self._is_here(domain):
+            text = f"domain '{domain.name}' runs on host '{domain.host}'; ask there"
+            raise DomainStateError(text)
 
     @contextmanager
     def _running(self, dom: Any, info: DomainInfo) -> Iterator[None]:
@@ -173,8 +175,8 @@ class Guests(Hooks):
         if any(job.kind is not Job.ASYNC and not job.holder.alive for job in info.jobs):
             return False
         if info.is_active:
-            return (info.state, info.reason) != _STARTING or bool(info.jobs)
-        return info.persistent or bool(info.jobs)
+            return (info.state, info.reason) != _STARTING or _is_worked_on(info)
+        return info.persistent or _is_worked_on(info)
 
     def _settle(self, dom: Any, died: tuple[JobInfo, ...]) -> None:
         """Finish or undo what a dead worker began. `DomainNotFound` if nothing is left then."""
@@ -195,13 +197,17 @@ class Guests(Hooks):
             raise DomainNotFound(f"no domain with matching name '{info.name}'")
 
     def _restore(self, info: DomainInfo) -> None:
-        """Make the guest what its record says."""
-        if info.state is DomainState.RUNNING:
-            self.unpause(info)
-        elif info.state is DomainState.PAUSED:
-            self.pause(info)
-        self.set_guest_memory(info, info.definition.current_memory)
-        self.set_guest_vcpus(info, info.definition.current_vcpus)
+        """Make the guest what its record says. What cannot be is logged: the domain can be
+        destroyed all the same."""
+        try:
+            if info.state is DomainState.RUNNING:
+                self.unpause(info)
+            elif info.state is DomainState.PAUSED:
+                self.pause(info)
+            self.set_guest_memory(info, info.definition.current_memory)
+            self.set_guest_vcpus(info, info.definition.current_vcpus)
+        except DriverError as error:
+            logger.error("the guest of '%s' is not what its record says: %s", info.name, error)
 
     def reconcile(self, kill_orphans: bool = False) -> Reconciled:
         """Compare the records with the guests of this host: after a restart of everything, or at
