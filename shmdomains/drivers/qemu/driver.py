@@ -27,7 +27,7 @@ from .words import Place
 
 PATIENCE = 10.0  # seconds that QEMU gets to end by itself, as in libvirt
 _UNPLUG = 5.0  # seconds that a guest gets to give up a vCPU, as in libvirt
-_SLICE = 0.02  # seconds between two looks at that
+_SLICE = 0.02  # seconds between two looks at what QEMU or the guest is about to do
 _OFF = {"shutdown": ShutoffReason.SHUTDOWN, "guest-panicked": ShutoffReason.CRASHED}
 """What `query-status` says of a guest that has ended, and how it did."""
 _NOWHERE = UUID(int=0)
@@ -152,6 +152,8 @@ class QemuDriver(Driver):
 
         async def again(say: Say) -> None:
             await say("system_reset")
+            while (await say("query-status"))["status"] in _OFF:
+                await asyncio.sleep(_SLICE)  # QEMU resets when its main loop comes to it
             await say("cont")
 
         talk(self.place(info).monitor, again, self.qmp_timeout)
