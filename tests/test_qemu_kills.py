@@ -1,0 +1,156 @@
+"""Workers killed at any line while they start, end, stop real QEMUs, alone and in a storm.
+
+At the end every record that says running has a QEMU that runs, every QEMU has a record, nobody is a
+zombie, and the guests' directory has what the records say.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import SOAK
+from qemu_guests import disagreements, files, guests, in_child, need, qemu_driver, xml
+
+need()
+
+import shmdomains.drivers  # noqa: E402
+from shmdomains import ShmDomainsError  # noqa: E402
+from shmdomains.drivers.qemu import QemuDriver  # noqa: E402
+
+DRIVERS = Path(shmdomains.drivers.__file__).parent
+# A command line is made of nothing but values: to die there is to die before there is anything.
+PLACES = tuple(
+    str(DRIVERS / name) for name in ("base.py", "guests.py", "qemu/driver.py", "qemu/process.py")
+)
+LOOKS = ("scan", "_directory_of_process", "start_of", "directory_of", "start_time")
+"""They only look, at every process of the machine; to die there is to die where they are called."""
+STEP = 1 if SOAK else 12
+"""Killed before each line, or before one of so many."""
+ROUNDS = 200 if SOAK else 40
+
+OPERATIONS: dict[str, tuple[Callable[[QemuDriver], Any], ...]] = {
+    "start": (lambda d: d.define(xml(d)), lambda d: d.start("web1")),
+    "create": (lambda d: None, lambda d: d.create(xml(d))),
+    "suspend": (lambda d: d.create(xml(d)), lambda d: d.suspend("web1")),
+    "destroy": (lambda d: (d.define(xml(d)), d.start("web1")), lambda d: d.destroy("web1")),
+}
+NEXT: list[Callable[[QemuDriver], Any]] = [
+    lambda d: d.start("web1"),
+    lambda d: d.destroy("web1"),
+    lambda d: d.undefine("web1"),
+    lambda d: d.resume("web1"),
+]
+
+
+def die_before(line: int) -> Callable[..., Any]:
+    """A tracer that kills this process before so many lines of the drivers have been run."""
+    left = line
+
+    def trace(frame: Any, event: str, _argument: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(PLACES) or frame.f_code.co_name in LOOKS:
+            return None
+        if event == "line":
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+        return trace
+
+    return trace
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_before_each_line(operation: str, tried: Callable[[str, int], None]) -> None:
+    before, call = OPERATIONS[operation]
+    line = random.Random(operation).randrange(STEP)
+    while True:
+        with qemu_driver() as driver:
+            before(driver)
+
+            def victim(driver: QemuDriver = driver, line: int = line) -> None:
+                sys.settrace(die_before(line))
+                call(driver)
+
+            if in_child(victim) != -signal.SIGKILL:
+                break
+            with suppress(ShmDomainsError):  # by what it found; that is right, too
+                NEXT[line // STEP % len(NEXT)](driver)
+            driver.reconcile()
+            assert disagreements(driver) == [], f"line {line}"
+            assert driver.reconcile()[1:] == ([], [], [])
+        tried("workers killed at work with QEMU", 1)
+        line += STEP
+    assert line > STEP
+
+
+# --- a storm ------------------------------------------------------------------------------------
+
+NAMES = ("a", "b", "c")
+
+
+def work(driver: QemuDriver, done: int, seed: int) -> None:
+    chance = random.Random(seed)
+    calls = (driver.start, driver.suspend, driver.resume, driver.destroy)
+    while True:
+        with suppress(ShmDomainsError):  # another worker was faster
+            chance.choice(calls)(chance.choice(NAMES))
+        os.write(done, b".")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_storm_of_workers_that_are_killed(tried: Callable[[str, int], None]) -> None:
+    chance = random.Random(15)
+    workers: list[tuple[int, int]] = []
+
+    def hire(number: int) -> None:
+        ours, theirs = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(driver, theirs, number)
+            finally:
+                os._exit(1)
+        os.close(theirs)
+        workers.append((pid, ours))
+
+    def dismiss(pid: int, pipe: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        os.close(pipe)
+
+    with qemu_driver() as driver:
+        for name in NAMES:
+            driver.define(xml(driver, name=name))
+        for number in range(4):
+            hire(number)
+        try:
+            for number in range(ROUNDS):
+                victim = workers.pop(chance.randrange(4))
+                assert os.read(victim[1], 1 << 16)  # it has done something
+                select.select([victim[1]], [], [], chance.random() / 5)
+                dismiss(*victim)
+                hire(4 + number)
+        finally:
+            for worker in workers:
+                dismiss(*worker)
+        driver.reconcile()
+        assert disagreements(driver) == [] and driver.doms.check().problems == []
+        assert driver.reconcile()[1:] == ([], [], [])
+        for info in driver.list(active=True):
+            driver.destroy(info)
+        assert guests(driver) == files(driver) == []
+        assert psutil.Process().children(recursive=True) == []
+    tried("workers killed at work with QEMU", ROUNDS)
