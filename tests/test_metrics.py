@@ -13,12 +13,12 @@ from typing import Any
 import pg_servers
 import pytest
 from helpers import xml
-from killing import Child, Pipe, until
+from killing import Child, Pipe, Planted, until
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shmdomains import DomainDef, DomainList, DomainState, opening
-from shmdomains.metrics import FAMILIES, DomainCollector, domains
+from shmdomains.metrics import FAMILIES, DomainCollector
 from shmdomains.metrics.families import Labels
 from shmdomains.metrics.guests import Guests
 
@@ -177,6 +177,48 @@ def test_a_counter_does_not_fall_when_a_process_dies(
         doms.unlink(force=True)
 
 
+def test_a_counter_does_not_fall_when_a_process_attaches_again(
+    start: Callable[..., Child], path: str
+) -> None:
+    """It keeps its number, but gets the place of one that left, and counts from nothing. Some of
+    its counts are larger than before by the time of the scrape."""
+    names = ("shmdomains_lock_acquisitions_total", "shmdomains_commits_total")
+    with DomainList.create(path=path, max_domains=8) as doms:
+        doms.define(xml("web1"))
+        collector = DomainCollector(doms)
+        leaver = start(attach_twice, path)
+        leaver.hear()
+        worker = start(attach_twice, path)
+        worker.hear()
+        found = scrape(collector)
+        locks, commits = (found[name,] for name in names)
+        leaver.ask()
+        worker.ask()
+        worker.ask()
+        found = scrape(collector)
+        assert [found[name,] for name in names] == [locks + 9, commits]
+        worker.kill()
+        doms.unlink(force=True)
+
+
+def attach_twice(pipe: Pipe, path: str) -> None:
+    """Commit five times; attach again, and lock more often, but change nothing."""
+    with DomainList.attach(path=path) as doms:
+        for number in range(5):
+            with doms.get("web1") as dom:
+                dom.data = number
+        del dom  # else it keeps what is attached
+        pipe.say()
+        pipe.listen()
+    pipe.say()
+    pipe.listen()
+    with DomainList.attach(path=path) as doms:
+        for _ in range(9):
+            doms.get("web1").unlock()
+        pipe.say()
+        pipe.rest()
+
+
 def test_a_guest(listed: Any) -> None:
     """This process is one, and so is one that ends."""
     guest = subprocess.Popen(["sleep", "60"])
@@ -210,22 +252,41 @@ def test_a_list_that_cannot_be_read_is_down(caplog: pytest.LogCaptureFixture) ->
     assert len(caplog.messages) == 1 and "cannot be scraped" in caplog.messages[0]
 
 
-def test_a_damaged_definition_is_counted_and_the_others_are_there(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("many", [4, 80])  # few definitions are read one by one
+@pytest.mark.parametrize("damaged", ["definition", "extent", "fields", "name", "state"])
+def test_a_damaged_domain_is_counted_and_the_others_are_there(
+    path: str, damaged: str, many: int
 ) -> None:
-    with DomainList(max_domains=8) as doms:
-        for name in ("web1", "web2"):
-            doms.define(xml(name))
+    with DomainList.create(path=path, max_domains=100) as doms, Planted(path) as planted:
+        for number in range(many):
+            doms.define(xml(f"web{number}"))
+        for at, bit in damage(doms, planted, damaged):
+            planted.flip(at, bit, 8)
         collector = DomainCollector(doms)
-        named = domains._named
-        monkeypatch.setattr(
-            domains,
-            "_named",
-            lambda info: (info.name, None) if info.name == "web1" else named(info),
-        )
-        found = scrape(collector)
-    assert found["shmdomains_damaged_domains",] == found["libvirt_domains",] == 1
-    assert ("libvirt_domain_info_vstate", "web2") in found
+        for _ in range(2):
+            found = scrape(collector)
+            assert found["libvirt_up",] == found["shmdomains_damaged_domains",] == 1
+            there = {key[1] for key in found if key[0] == "libvirt_domain_info_vstate"}
+            assert there == {f"web{number}" for number in range(many)} - {"web1"}
+        doms.unlink(force=True)
+
+
+def damage(doms: Any, planted: Planted, what: str) -> list[tuple[int, int]]:
+    """The bits that damage this of the second domain."""
+    extent, status = planted.extent(1, 0), planted.copy(1, "status")
+    if what == "state":  # an unknown one, and the bit of the checksum that goes with it
+        planted.flip(status, 3)
+        for bit in range(51, 64):
+            with planted.changed(status, planted.read(status) ^ 1 << bit):
+                if not doms._marked()[2]:
+                    return [(status, bit)]
+    cell = planted.read(extent) >> 25
+    return {
+        "definition": [(planted.at["heap"] + cell * 64 + 16, 1)],
+        "extent": [(extent, 62)],
+        "fields": [(status, 40)],
+        "name": [(planted.name(1, buffer), 8) for buffer in range(2)],
+    }[what]
 
 
 @pytest.mark.slow

@@ -155,11 +155,12 @@ class _Totals:
     def add(self, now: dict[int, Statistics]) -> Iterator[tuple[Family, Rows]]:
         """Of what the living say now."""
         for who, counts in now.items():
-            self._seen.pop(who, None)
+            before = self._seen.pop(who, None)
+            if before is not None and _fell(before, counts):  # it closed the list, and has it again
+                self._leave(before)
             self._seen[who] = counts  # the longest gone come first
         while len(self._seen) > _GONE_MAX + len(now):
-            counts = self._seen.pop(next(iter(self._seen)))
-            self._gone = counts if self._gone is None else _sum([self._gone, counts])
+            self._leave(self._seen.pop(next(iter(self._seen))))
         total = _sum([*self._seen.values(), *([self._gone] if self._gone else [])])
         yield f.ACQUISITIONS, one(total.acquisitions)
         yield f.WAITS, rows(_buckets(total.waits))
@@ -167,6 +168,18 @@ class _Totals:
         yield f.RECOVERIES, one(total.recoveries)
         yield f.DEATHS, one(total.deaths)
         yield f.UNLISTED, one(total.unlisted)
+
+    def _leave(self, counts: Statistics) -> None:
+        self._gone = counts if self._gone is None else _sum([self._gone, counts])
+
+
+def _fell(before: Statistics, now: Statistics) -> bool:
+    """Whether any count is smaller: then all of them began anew."""
+    old, new = (
+        (o.acquisitions, o.contended, o.commits, o.recoveries, o.deaths, o.unlisted, *o.waits)
+        for o in (before, now)
+    )
+    return any(is_now < was for was, is_now in zip(old, new, strict=True))
 
 
 def _sum(counts: list[Statistics]) -> Statistics:

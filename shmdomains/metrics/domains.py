@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..errors import DefinitionError, SegmentCorrupt
@@ -110,7 +111,7 @@ class Domains:
         sizes = {one.sizes.mark: one.sizes for one in self._known.values()}
         about = {place: self._doms._about(infos[place], marks[place]) for place in changed}
         unread = {infos[place].name for place, (mark, _) in about.items() if mark not in sizes}
-        definitions = dict(map(_named, self._read(unread)))
+        definitions = dict(self._read(unread))
         damaged = 0
         for place, (mark, started) in about.items():
             info = infos[place]
@@ -125,18 +126,34 @@ class Domains:
                     definition.current_memory * 1024,
                     definition.current_vcpus,
                 )
-            known[place] = _Known(info, sizes[mark], started)
+            try:
+                known[place] = _Known(info, sizes[mark], started)
+            except SegmentCorrupt:  # a state that nobody knows
+                damaged += 1
         return damaged
 
-    def _read(self, names: set[str]) -> Iterator[DomainInfo]:
-        """Those with these names, with their definitions."""
+    def _read(self, names: set[str]) -> Iterator[tuple[str, DomainDef | None]]:
+        """The definitions of those with these names; ``None`` for a damaged one."""
         if len(names) > _FEW:
-            yield from (info for info in self._doms.snapshot() if info.name in names)
-            return
+            with suppress(SegmentCorrupt):  # one damaged domain ends a listing: then one by one
+                yield from (_named(info) for info in self._doms.snapshot() if _name(info) in names)
+                return
         for name in names:
-            info = self._doms.peek(name=name)
-            if info is not None:
-                yield info
+            try:
+                info = self._doms.peek(name=name)
+            except SegmentCorrupt:
+                yield name, None
+            else:
+                if info is not None:
+                    yield _named(info)
+
+
+def _name(info: DomainInfo) -> str | None:
+    """``None`` for one that `_marked` has counted as damaged."""
+    try:
+        return info.name
+    except SegmentCorrupt:
+        return None
 
 
 def _named(info: DomainInfo) -> tuple[str, DomainDef | None]:
