@@ -10,11 +10,12 @@ from helpers import xml
 from killing import Nursery, Pipe, until
 from pg_servers import need
 
-from shmdomains import LockTimeout, opening
+from shmdomains import LockLost, LockTimeout, opening
 
 need()
 
 from shmdomains.postgres import PostgresDomainList  # noqa: E402
+from shmdomains.postgres.counts import Counts, all_counts  # noqa: E402
 
 
 def test_what_is_counted(pg_url: str) -> None:
@@ -119,6 +120,42 @@ def test_a_forked_child_counts_for_itself(pg_url: str) -> None:
         os.close(reader)
         os.wait()
         assert doms.statistics == before
+
+
+def test_a_process_that_got_a_new_row_counts_from_nothing(pg_url: str) -> None:
+    """Who adds up has the old counts already, under the old number."""
+    with PostgresDomainList.open(pg_url) as doms:
+        doms.define(xml("vm0"))
+        dom = doms.get("vm0")
+        dom.autostart = True
+        [(old, before)] = doms._statistics_of_each().items()
+        with doms._pool.connect() as conn:
+            conn.execute("DELETE FROM processes WHERE process = %s", [old])
+        with pytest.raises(LockLost):
+            dom.unlock()
+        with doms.get("vm0") as dom:
+            dom.autostart = True
+        [(new, after)] = doms._statistics_of_each().items()
+        assert new != old and before.commits > 0
+        assert (after.acquisitions, after.commits) == (1, 1)
+
+
+def test_what_this_process_counted_wins_over_its_row() -> None:
+    """The number may be another one by the time of the answer."""
+
+    def numeral(process: int) -> bytes:
+        return process.to_bytes(8, "big")
+
+    class Renumbered:
+        list, process, counts = 1, 1, Counts()
+
+        def ask(self, *args: object) -> list[list[bytes | None]]:
+            self.process = 2
+            return [[numeral(2), b""], [numeral(3), b"1 2"]]
+
+    pool = Renumbered()
+    pool.counts.got(False)
+    assert all_counts(pool) == {2: pool.counts.numbers, 3: [1, 2]}
 
 
 @pytest.mark.parametrize("url", ["shm:statistics", "postgresql"])

@@ -71,4 +71,5 @@ def all_counts(pool: Any) -> dict[int, list[int]]:
     that the server gave each of them."""
     rows = pool.ask(_OTHERS, [number(pool.list), number(pool.process)])
     others = {big(row[0]): [int(one) for one in text(row[1]).split()] for row in rows}
-    return {pool.process: pool.counts.numbers, **others}
+    # Asking may have given this process another number, whose row says nothing yet.
+    return {**others, pool.process: pool.counts.numbers}

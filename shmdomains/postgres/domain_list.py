@@ -630,8 +630,9 @@ class PostgresDomainList(PlainDomainList[int]):
 
     @property
     def statistics(self) -> Statistics:
-        """What this process counted since it opened the list: acquisitions, waits, commits, deaths.
-        A wait is from the request to the answer, the network's time with it."""
+        """What this process counted since it opened the list, or since the server lost its row:
+        acquisitions, waits, commits, deaths. A wait is from the request to the answer, the
+        network's time with it."""
         return counts.statistics([self._pool.counts.numbers])
 
     def statistics_of_all(self) -> Statistics:

@@ -178,6 +178,7 @@ class Pool:
             conn.close()
             if getattr(exc, "state", None) == "23503":  # a server that lost the process's row
                 self.process = 0
+                self.counts = Counts()  # whoever adds up has seen the old ones under the old number
             raise Unavailable(
                 f"{self.address.shown} cannot be used: {without_password(str(exc))}"
             ) from None
