@@ -129,7 +129,9 @@ def _news_of_state(
 
 def _told(state: DomainState, reason: int) -> DomainState:
     """A domain that is paused only because it is starting up was not suspended by anybody, so that
-    nobody is told: not of the pause, and not of its end."""
+    nobody is told: not of the pause, and not of its end. But one that was suspended, shutting down,
+    crashed or pmsuspended, and starts up anew with its id, is told as resumed or woken as the pause
+    begins."""
     starting = state is DomainState.PAUSED and reason == PausedReason.STARTING_UP
     return DomainState.NOSTATE if starting else state
 

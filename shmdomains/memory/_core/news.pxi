@@ -45,7 +45,9 @@ cdef uint16_t[REASONS_KNOWN] STOPPED_BY = [0, 0, 1, 2, 3, 4, 5, 6, 5, 0, 0, 0, 0
 
 cdef inline uint16_t state_told(const sd_values *values) noexcept:
     """A domain that is paused only because it is starting up was not suspended by anybody, so that
-    nobody is told: not of the pause, and not of its end."""
+    nobody is told: not of the pause, and not of its end. But one that was suspended, shutting down,
+    crashed or pmsuspended, and starts up anew with its id, is told as resumed or woken as the pause
+    begins."""
     if values.state == IS_PAUSED and values.reason == STARTING_UP:
         return NO_STATE
     return values.state
