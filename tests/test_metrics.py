@@ -13,7 +13,7 @@ from typing import Any
 import pg_servers
 import pytest
 from helpers import xml
-from killing import Child, Pipe, Planted, until
+from killing import DEADLINE, Child, Pipe, Planted, until
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -260,14 +260,19 @@ def test_a_damaged_domain_is_counted_and_the_others_are_there(
     with DomainList.create(path=path, max_domains=100) as doms, Planted(path) as planted:
         for number in range(many):
             doms.define(xml(f"web{number}"))
-        for at, bit in damage(doms, planted, damaged):
-            planted.flip(at, bit, 8)
-        collector = DomainCollector(doms)
-        for _ in range(2):
-            found = scrape(collector)
-            assert found["libvirt_up",] == found["shmdomains_damaged_domains",] == 1
-            there = {key[1] for key in found if key[0] == "libvirt_domain_info_vstate"}
-            assert there == {f"web{number}" for number in range(many)} - {"web1"}
+        with doms.job("web2", "copy"), doms.job("web1", "backup", timeout=DEADLINE):
+            bits = damage(doms, planted, damaged)
+            for at, bit in bits:
+                planted.flip(at, bit, 8)
+            collector = DomainCollector(doms)
+            for _ in range(2):
+                found = scrape(collector)
+                assert found["libvirt_up",] == found["shmdomains_damaged_domains",] == 1
+                there = {key[1] for key in found if key[0] == "libvirt_domain_info_vstate"}
+                assert there == {f"web{number}" for number in range(many)} - {"web1"}
+                assert found["shmdomains_jobs", "copy"] == 1
+            for at, bit in bits:
+                planted.flip(at, bit, 8)
         doms.unlink(force=True)
 
 
@@ -275,11 +280,10 @@ def damage(doms: Any, planted: Planted, what: str) -> list[tuple[int, int]]:
     """The bits that damage this of the second domain."""
     extent, status = planted.extent(1, 0), planted.copy(1, "status")
     if what == "state":  # an unknown one, and the bit of the checksum that goes with it
-        planted.flip(status, 3)
         for bit in range(51, 64):
-            with planted.changed(status, planted.read(status) ^ 1 << bit):
+            with planted.changed(status, planted.read(status) ^ 1 << bit ^ 1 << 3):
                 if not doms._marked()[2]:
-                    return [(status, bit)]
+                    return [(status, 3), (status, bit)]
     cell = planted.read(extent) >> 25
     return {
         "definition": [(planted.at["heap"] + cell * 64 + 16, 1)],

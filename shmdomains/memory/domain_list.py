@@ -524,7 +524,8 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         many wait and for how long.
 
         It only reads, and takes no lock, so it also answers when everything is stuck. A lock that
-        changes hands meanwhile is shown with one of its holders, or not at all.
+        changes hands meanwhile is shown with one of its holders, or not at all. Of a damaged
+        domain no job is shown.
 
         >>> doms = DomainList(max_domains=10)
         >>> with doms.locked(why="count them"):

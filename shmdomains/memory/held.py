@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
 import msgspec
 
+from ..errors import SegmentCorrupt
 from ..holder import LockHolder
 from ..job import JobInfo
 from ..rules.info import DomainInfo
@@ -83,17 +85,17 @@ class Statistics(msgspec.Struct, frozen=True):
 
 
 def job_locks(doms: Any) -> list[LockInfo]:
-    """The jobs of all domains; those who wait for one are counted with the first of its domain."""
+    """The jobs of all domains that are not damaged; those who wait for one are counted with the
+    first of its domain."""
     waits = doms._waits_for_jobs()
     found = []
     for dom in doms._with_work():
-        info, _ = doms._look(dom)
-        if info is None:
-            continue
         slot = dom._key[0]
-        for job in info.jobs:
-            waiting, longest = waits.pop(slot, (0, 0))
-            found.append(job_lock(info, job, waiting, longest / 1e9))
+        with suppress(SegmentCorrupt):
+            info, _ = doms._look(dom)
+            for job in () if info is None else info.jobs:
+                waiting, longest = waits.pop(slot, (0, 0))
+                found.append(job_lock(info, job, waiting, longest / 1e9))
     return found
 
 
