@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import SOAK
+from killing import Child, Pipe
 from qemu_guests import disagreements, files, guests, in_child, need, qemu_driver, xml
 
 need()
@@ -69,12 +70,10 @@ def die_before(line: int) -> Callable[..., Any]:
     return trace
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_killed_before_each_line(operation: str, tried: Callable[[str, int], None]) -> None:
+def kill_before_each_line(pipe: Pipe, operation: str) -> None:
     before, call = OPERATIONS[operation]
     line = random.Random(operation).randrange(STEP)
+    killed = 0
     while True:
         with qemu_driver() as driver:
             before(driver)
@@ -90,9 +89,20 @@ def test_killed_before_each_line(operation: str, tried: Callable[[str, int], Non
             driver.reconcile()
             assert disagreements(driver) == [], f"line {line}"
             assert driver.reconcile()[1:] == ([], [], [])
-        tried("workers killed at work with QEMU", 1)
+        killed += 1
         line += STEP
-    assert line > STEP
+    pipe.say(killed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_before_each_line(
+    operation: str, start: Callable[..., Child], tried: Callable[[str, int], None]
+) -> None:
+    killed = start(kill_before_each_line, operation).hear(1200)
+    assert killed
+    tried("workers killed at work with QEMU", killed)
 
 
 # --- a storm ------------------------------------------------------------------------------------
@@ -109,9 +119,7 @@ def work(driver: QemuDriver, done: int, seed: int) -> None:
         os.write(done, b".")
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_a_storm_of_workers_that_are_killed(tried: Callable[[str, int], None]) -> None:
+def storm(pipe: Pipe) -> None:
     chance = random.Random(15)
     workers: list[tuple[int, int]] = []
 
@@ -153,4 +161,13 @@ def test_a_storm_of_workers_that_are_killed(tried: Callable[[str, int], None]) -
             driver.destroy(info)
         assert guests(driver) == files(driver) == []
         assert psutil.Process().children(recursive=True) == []
+    pipe.say()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_storm_of_workers_that_are_killed(
+    start: Callable[..., Child], tried: Callable[[str, int], None]
+) -> None:
+    start(storm).hear(1800)
     tried("workers killed at work with QEMU", ROUNDS)
