@@ -17,8 +17,9 @@
 -- Marks of who holds what need not outlive a crash of the server by themselves, so locking alone
 -- never waits for the disk or for a standby (synchronous_commit off). A mark is lost at most for
 -- the last moments before a crash. A token must never be given twice, so each life of the server has
--- its own (from life * 2^40): after a crash, that of a single backend included, and on a standby that was promoted, the
--- unlogged table `life` is empty. The first session writes the next number, and that to the disk.
+-- its own, from life * 2^40: after a crash, that of a single backend included, and on a standby that
+-- was promoted, the unlogged table `life` is empty. The first session writes the next number, and
+-- that to the disk.
 
 CREATE TABLE lists (
     list bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
