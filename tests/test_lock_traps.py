@@ -631,9 +631,10 @@ def exec_while_holding(pipe: Pipe, path: str, held: list[str], in_a_thread: bool
 def command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         # While a thread that is not the leader takes the process's number over there is no such
-        # entry for a moment; a process that is really gone never becomes another.
+        # entry for a moment, or one to be opened and not read; a process that is really gone never
+        # becomes another.
         return b""
 
 
