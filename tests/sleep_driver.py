@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import UUID
 
+from killing import until
+
 from shmdomains import AnyDomainList, DomainInfo, DriverError
 from shmdomains.drivers import Driver, Launched, Orphan
 
@@ -126,6 +128,9 @@ class SleepDriver(Driver):
         if not self.alive(info) or info.pid is None:
             raise DriverError(f"domain '{info.name}' has no guest")
         os.kill(info.pid, number)
+        # The kernel is done with it only later, on a busy machine.
+        wanted = number == signal.SIGSTOP
+        until(lambda: not self.alive(info) or stopped(info.pid) == wanted, "the signal's effect")
 
 
 def paused(info: DomainInfo) -> bool:
@@ -133,8 +138,11 @@ def paused(info: DomainInfo) -> bool:
 
 
 def stopped(pid: int) -> bool:
-    """Whether the process was stopped, once the kernel has done with the last signal."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    """Whether the process was stopped; False if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 @contextmanager
