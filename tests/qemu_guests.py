@@ -34,10 +34,16 @@ XML = """<domain type="qemu"><name>{name}</name><memory unit="MiB">16</memory>
 </domain>"""
 
 
+def missing() -> str | None:
+    """What a test with QEMU lacks here."""
+    if shutil.which(PROGRAM) is None:
+        return f"{PROGRAM} is not installed: apt install qemu-system-x86"
+    return None
+
+
 def need() -> None:
     """Skip the module where there is no QEMU."""
-    if shutil.which(PROGRAM) is None:
-        text = f"{PROGRAM} is not installed: apt install qemu-system-x86"
+    if (text := missing()) is not None:
         pytest.skip(text, allow_module_level=True)
 
 

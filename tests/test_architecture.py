@@ -41,6 +41,7 @@ RANKS = [
     ["shmdomains"],  # the public names
     ["stress", "drivers"],
     ["cli"],
+    ["examples"],
     ["__main__"],
 ]
 """The lowest first: each may import those above it in this table, and its own line."""
