@@ -7,6 +7,7 @@ throughout each change of theirs; the others drop it after the find. Their words
 from __future__ import annotations
 
 import logging
+from hashlib import sha256
 from typing import Any
 
 from .. import (
@@ -17,6 +18,7 @@ from .. import (
     DomainInfo,
     DomainState,
     DomainTransient,
+    Election,
     InvalidName,
     Job,
     PausedReason,
@@ -25,11 +27,10 @@ from .. import (
     ShutoffReason,
 )
 from .changes import Changes
+from .guests import restarts
 from .words import INTERNAL, INVALID_OPERATION, as_kind
 
 logger = logging.getLogger(__name__)
-
-_USUAL = {"on_poweroff": "destroy", "on_reboot": "restart", "on_crash": "destroy"}
 
 
 class Driver(Changes):
@@ -189,7 +190,7 @@ class Driver(Changes):
             info = self._active(dom)
             if not self.ask_reboot(info):
                 return self.doms[dom]
-            if not _restarts(info, "on_reboot"):
+            if not restarts(info, "on_reboot"):
                 return self._end(dom, info, ShutoffReason.SHUTDOWN)
             with self._running(dom, info):
                 dom.set_state(DomainState.RUNNING, RunningReason.BOOTED)
@@ -243,25 +244,29 @@ class Driver(Changes):
         uuid = definition.uuid
         info = self.doms.peek(uuid=uuid) if uuid else self.doms.peek(name=definition.name)
         if info is not None and not self._is_settled(info):
-            self._reconcile_one(info)
+            self._settle_one(info)
 
-    def _obey(self, dom: Any, info: DomainInfo, event: str, reason: ShutoffReason) -> DomainInfo:
-        """The guest is off: do what the definition wants then."""
-        if _restarts(info, event):
-            return self._restart(dom, info)
-        if event == "on_crash" and info.definition.on_crash == "preserve":
-            with self._running(dom, info):
-                dom.state = DomainState.CRASHED
-            return self.doms[dom]
-        return self._end(dom, info, reason)
+    # --- watch ---
 
-    def _restart(self, dom: Any, info: DomainInfo) -> DomainInfo:
-        """A new guest for the same domain, which keeps its id."""
-        self.kill(info)
-        with self._running(dom, info):
-            dom.pid = None
-            dom.set_state(DomainState.PAUSED, PausedReason.STARTING_UP)
-        return self._boot(dom)
+    def supervise(self) -> Election:
+        """Take part in watching the guests of this host: of all workers that call this, after they
+        were forked, one does, and another one goes on when it dies.
+
+        A guest that ends by itself is off within milliseconds, by its reason, or begins anew, as
+        its definition wants; one that stops is paused; what a dead worker began is finished or
+        undone. Lasts until `Election.stop`, the end of its ``with`` block, or of the list. Raises
+        `NoEvents`.
+
+        >>> from shmdomains import DomainList
+        >>> with Driver(DomainList()).supervise() as election:
+        ...     election.running
+        True
+        """
+        from .supervision import Supervisor
+
+        self.doms.watch(timeout=0)  # raises at once if there are no events
+        host = getattr(self.doms, "host", "")
+        return self.doms.elect(_place_of(host), Supervisor(self).run)
 
     # --- look ---
 
@@ -274,7 +279,9 @@ class Driver(Changes):
         return self.doms.list(**filters)
 
 
-def _restarts(info: DomainInfo, event: str) -> bool:
-    """Whether the guest begins anew: also ``rename-restart`` and ``coredump-restart``."""
-    action = getattr(info.definition, event, None) or _USUAL.get(event, "destroy")
-    return action.endswith("restart")
+def _place_of(host: str) -> str:
+    """The named lock of whoever watches the guests of a host; 63 bytes at most."""
+    name = f"guests of {host}" if host else "guests"
+    return (
+        name if len(name.encode()) <= 63 else f"guests of {sha256(host.encode()).hexdigest()[:32]}"
+    )

@@ -37,13 +37,22 @@ from .. import (
     ShmDomainsError,
     ShutoffReason,
 )
-from .hooks import Hooks, Launched, Orphan
+from .hooks import Hooks, Launched, News, Orphan
 
 logger = logging.getLogger(__name__)
 
 _STARTING = DomainState.PAUSED, PausedReason.STARTING_UP
-_REASONS = {"destroy": ShutoffReason.DESTROYED, "shutdown": ShutoffReason.SHUTDOWN}
+_ENDS = {ShutoffReason.SHUTDOWN: "powered off", ShutoffReason.CRASHED: "crashed"}
+"""The jobs of whoever takes a guest that ended by itself out of the record."""
+_REASONS = {
+    "destroy": ShutoffReason.DESTROYED,
+    "shutdown": ShutoffReason.SHUTDOWN,
+    **{job: reason for reason, job in _ENDS.items()},
+}
 """Why a guest is gone whose end a dead worker was about to commit, by its job."""
+_USUAL = {"on_poweroff": "destroy", "on_reboot": "restart", "on_crash": "destroy"}
+_ANSWERS = {ShutoffReason.SHUTDOWN: "on_poweroff", ShutoffReason.CRASHED: "on_crash"}
+"""What of a definition says what is done about an end, unless more is known of it."""
 
 
 class Reconciled(NamedTuple):
@@ -62,8 +71,11 @@ class Guests(Hooks):
     def __init__(self, doms: AnyDomainList, timeout: float | None = 30.0) -> None:
         """`timeout`: how many seconds an operation waits for others' jobs and locks, each time.
 
-        `doms` must not read from a standby (``read="standby"``): what it says may be old.
+        Raises `ValueError` if `doms` reads from a standby, whose answers may be old.
         """
+        if getattr(doms, "read", "primary") == "standby":
+            text = "a driver needs what is so now: open the list without read='standby'"
+            raise ValueError(text)
         self.doms = doms
         self.timeout = timeout
 
@@ -213,24 +225,23 @@ class Guests(Hooks):
         """Compare the records with the guests of this host: after a restart of everything, or at
         any time.
 
-        What a dead worker began is finished or undone. A domain whose guest is gone becomes shut
-        off, crashed; its `on_crash` is not obeyed, for nobody saw how it ended. One that a living
-        worker is at work on is left to that. Guests without a record are listed and, with
-        `kill_orphans`, ended.
+        What a dead worker began is finished or undone. A guest that ended while nobody watched is
+        treated as `on_poweroff` or `on_crash` says; one whose process is gone, nobody knows how,
+        has crashed, and is off whatever `on_crash` says. A domain that a living worker is at work
+        on is left to that. Guests without a record are listed and, with `kill_orphans`, ended.
         """
-        found = Reconciled(0, [], [], [])
+        found = Reconciled(0, [], self.settle_all(), [])
+        settled = {info.uuid for info in found.settled}
         running = 0
-        for info in self.doms.list():
+        for info in self.doms.list(active=True):
             if not self._is_here(info):
                 continue
-            if not self._is_settled(info):
-                info = self._reconcile_one(info)
-                found.settled.append(info)
-            elif info.is_active and not _is_worked_on(info) and not self.alive(info):
-                info = self._reconcile_one(info)
-                if not info.is_active:
-                    found.ended.append(info)
-            running += info.is_active
+            if info.uuid not in settled and not _is_worked_on(info):
+                now = self._reconcile_one(info)
+                if not now.is_active:
+                    found.ended.append(now)
+                    continue
+            running += 1
         for orphan in self.orphans():
             if not self._is_recorded(orphan):
                 found.orphans.append(orphan)
@@ -238,15 +249,106 @@ class Guests(Hooks):
                     self.end_orphan(orphan)
         return found._replace(running=running)
 
-    def _reconcile_one(self, info: DomainInfo) -> DomainInfo:
+    def settle_all(self) -> list[DomainInfo]:
+        """Finish or undo what dead workers began; the domains that were so. Part of `reconcile`."""
+        here = (info for info in self.doms.list() if self._is_here(info))
+        return [self._settle_one(info) for info in here if not self._is_settled(info)]
+
+    def _settle_one(self, info: DomainInfo) -> DomainInfo:
         try:
-            with self._job(info, "reconcile", Job.DESTROY) as dom:
-                now = self.doms[dom]
-                if now.id == info.id and now.is_active and not self.alive(now):
-                    return self._end(dom, now, ShutoffReason.CRASHED)
-                return now
+            with self._job(info, "settle", Job.DESTROY) as dom:
+                return self.doms[dom]
         except DomainNotFound:
             return info
+
+    def _reconcile_one(self, info: DomainInfo) -> DomainInfo:
+        try:
+            return self.look(info)
+        except DriverError as error:
+            logger.error("nobody knows how the guest of '%s' is: %s", info.name, error)
+            return info
+
+    # --- what a guest does by itself ---
+
+    def look(self, guest: DomainInfo, news: News | None = None) -> DomainInfo:
+        """Make the record say what this guest did by itself, and do what its definition wants then.
+        `news` is what is known of it already.
+
+        The guest is looked at again with a job on the domain, so it does no harm to call this at
+        any time. Returns the domain, inactive if this guest has ended and no other one begun; as it
+        was told if it is gone.
+        """
+        news = news or News()
+        try:
+            now = self.doms[guest.uuid]
+            if not _is_same(now, guest):
+                return now
+            try:
+                how = self.ended(guest)
+            except DriverError:  # another worker may be ending it: asked again with a job
+                how = ShutoffReason.UNKNOWN
+            if how is not None:
+                return self._found_ended(guest, how, news)
+            return self._found_otherwise(guest)
+        except DomainNotFound:
+            return guest  # another worker was faster, and it was transient
+
+    def _found_ended(self, guest: DomainInfo, how: ShutoffReason, news: News) -> DomainInfo:
+        operation = _ENDS.get(news.reason or how, "ended")
+        with self._job(guest, operation, Job.DESTROY) as dom:
+            info = self.doms[dom]
+            if not _is_same(info, guest) or info.state is DomainState.CRASHED:
+                return info
+            now = self.ended(info)
+            if now is None:
+                return info
+            reason = news.reason or now
+            by = news.by or _ANSWERS.get(reason, "")
+            if not self.alive(info):
+                return self._end(dom, info, reason)
+            if by == "on_poweroff" and self.finish_reboot(info):
+                with self._running(dom, info):
+                    dom.set_state(DomainState.RUNNING, RunningReason.BOOTED)
+                return self.doms[dom]
+            return self._obey(dom, info, by, reason)
+
+    def _found_otherwise(self, guest: DomainInfo) -> DomainInfo:
+        """The guest lives. It may have stopped, or gone on, without anybody of ours."""
+        if not self._differs(guest):
+            return guest
+        with self._job(guest, "look") as dom:
+            info = self.doms[dom]
+            seen = self._differs(info) if _is_same(info, guest) else None
+            if seen:
+                with self._running(dom, info):
+                    dom.set_state(*seen)
+            return self.doms[dom]
+
+    def _differs(self, guest: DomainInfo) -> tuple[DomainState, int] | None:
+        """The state that the guest is in, if the record has another one."""
+        info = self.doms.peek(guest.uuid)
+        if info is None or not _is_same(info, guest) or not _may_differ(info):
+            return None
+        seen = self.seen(info)
+        return None if seen is None or seen[0] is info.state else seen
+
+    def _obey(self, dom: Any, info: DomainInfo, event: str, reason: ShutoffReason) -> DomainInfo:
+        """The guest is off: do what the definition wants then."""
+        if restarts(info, event):
+            return self._restart(dom, info)
+        if event == "on_crash" and info.definition.on_crash == "preserve":
+            with self._running(dom, info):
+                dom.state = DomainState.CRASHED
+            return self.doms[dom]
+        return self._end(dom, info, reason)
+
+    def _restart(self, dom: Any, info: DomainInfo) -> DomainInfo:
+        """A new guest for the same domain, which keeps its id."""
+        self.kill(info)
+        with self._running(dom, info):
+            dom.pid = None
+            dom.set_state(DomainState.PAUSED, PausedReason.STARTING_UP)
+        return self._boot(dom)
 
     def bury(self, host: str) -> list[DomainInfo]:
         """Say that a host is dead: its domains are off, and may start elsewhere. For lists of
@@ -271,6 +373,22 @@ class Guests(Hooks):
     def _is_recorded(self, orphan: Orphan) -> bool:
         info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
         return info is not None and info.is_active and info.pid in (None, orphan.pid)
+
+
+def _is_same(info: DomainInfo, guest: DomainInfo) -> bool:
+    """Whether it has this guest still: a domain that began anew may have kept its id."""
+    return info.is_active and (info.id, info.pid) == (guest.id, guest.pid)
+
+
+def _may_differ(info: DomainInfo) -> bool:
+    state = info.state, info.reason
+    return state != _STARTING and info.state in (DomainState.RUNNING, DomainState.PAUSED)
+
+
+def restarts(info: DomainInfo, event: str) -> bool:
+    """Whether the guest begins anew: also ``rename-restart`` and ``coredump-restart``."""
+    action = getattr(info.definition, event, None) or _USUAL.get(event, "destroy")
+    return bool(action.endswith("restart"))
 
 
 def _is_worked_on(info: DomainInfo) -> bool:

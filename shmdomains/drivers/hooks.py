@@ -11,10 +11,11 @@ to do: to pause a paused guest, to kill one that is gone or that never came to b
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
-from .. import DomainDef, DomainInfo
+from .. import DomainDef, DomainInfo, DomainState, ShutoffReason
 
 
 class Launched(NamedTuple):
@@ -33,6 +34,15 @@ class Orphan(NamedTuple):
     uuid: UUID | None = None
     name: str | None = None
     what: str = ""
+
+
+class News(NamedTuple):
+    """What a guest did by itself. `reason`: it has ended, and how; without one, look at it: it may
+    have stopped or gone on. `by` is what the definition has an answer to, ``"on_poweroff"``,
+    ``"on_reboot"`` or ``"on_crash"``; empty: to nothing, its process is about to go."""
+
+    reason: ShutoffReason | None = None
+    by: str = ""
 
 
 class Hooks:
@@ -80,6 +90,28 @@ class Hooks:
     def alive(self, info: DomainInfo) -> bool:
         """Whether there is a guest, running or not."""
         return True
+
+    def ended(self, info: DomainInfo) -> ShutoffReason | None:
+        """How the guest ended by itself; ``None``: it has not. One that cannot be found has
+        crashed."""
+        return None if self.alive(info) else ShutoffReason.CRASHED
+
+    def seen(self, info: DomainInfo) -> tuple[DomainState, int] | None:
+        """Whether the guest runs or is paused, and why; ``None``: nobody can tell, so it is as its
+        record says."""
+        return None
+
+    def finish_reboot(self, info: DomainInfo) -> bool:
+        """The guest has powered off: if that was `ask_reboot`'s doing, let it begin anew. Whether
+        it was."""
+        return False
+
+    def news(self, info: DomainInfo) -> AsyncIterator[News] | None:
+        """What the guest does by itself, as it happens: asked of by whoever supervises it, on an
+        asyncio loop, and closed when the guest is gone. First of all it says what happened before
+        it was asked. ``None``: there is nothing but the end of its process, which is seen
+        without."""
+        return None
 
     def set_guest_memory(self, info: DomainInfo, kib: int) -> None:
         """Give the guest so much of its memory."""

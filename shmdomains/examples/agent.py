@@ -127,7 +127,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     def begin(self, worker: Any) -> None:
         worker.wsgi.ends = lambda: not worker.alive
         # One of the workers watches the guests.
-        worker.supervision = getattr(self.driver, "supervise", int)()
+        worker.supervision = self.driver.supervise()
 
 
 def driver_of(said: argparse.Namespace) -> Driver:

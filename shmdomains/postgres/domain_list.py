@@ -471,6 +471,12 @@ class PostgresDomainList(PlainDomainList[int]):
         if state is not _EMPTY:
             self._pool.rest(state)
 
+    @property
+    def read(self) -> str:
+        """Where reads without a lock go: ``"primary"``, or ``"standby"``, whose answers may be
+        old (see `lag`)."""
+        return self._pool.address.read
+
     # --- reading ---
 
     def peek(

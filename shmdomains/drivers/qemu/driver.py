@@ -11,15 +11,25 @@ import asyncio
 import hashlib
 import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import UUID
 
-from ... import AnyDomainList, DomainDef, DomainInfo, DriverError, ShutoffReason
+from ... import (
+    AnyDomainList,
+    DomainDef,
+    DomainInfo,
+    DomainState,
+    DriverError,
+    PausedReason,
+    RunningReason,
+    ShutoffReason,
+)
 from ...text import shown_path
 from ..base import Driver
-from ..hooks import Launched, Orphan
-from . import process
+from ..hooks import Launched, News, Orphan
+from . import events, process
 from .command import command
 from .monitor import MonitorError, Say, execute, talk
 from .process import Guest
@@ -28,8 +38,15 @@ from .words import Place
 PATIENCE = 10.0  # seconds that QEMU gets to end by itself, as in libvirt
 _UNPLUG = 5.0  # seconds that a guest gets to give up a vCPU, as in libvirt
 _SLICE = 0.02  # seconds between two looks at what QEMU or the guest is about to do
-_OFF = {"shutdown": ShutoffReason.SHUTDOWN, "guest-panicked": ShutoffReason.CRASHED}
-"""What `query-status` says of a guest that has ended, and how it did."""
+_OFF = events.STOPPED
+_SEEN: dict[str, tuple[DomainState, int]] = {
+    "running": (DomainState.RUNNING, RunningReason.UNPAUSED),
+    "paused": (DomainState.PAUSED, PausedReason.UNKNOWN),
+    "io-error": (DomainState.PAUSED, PausedReason.IOERROR),
+    "watchdog": (DomainState.PAUSED, PausedReason.WATCHDOG),
+    "internal-error": (DomainState.PAUSED, PausedReason.UNKNOWN),
+}
+"""What `query-status` says of one that has not, as the record does."""
 _NOWHERE = UUID(int=0)
 _REBOOT = "reboot"  # the file that says that the guest is to begin anew when it has powered off
 
@@ -188,6 +205,12 @@ class QemuDriver(Driver):
             if self.alive(info):
                 raise
             return ShutoffReason.CRASHED
+
+    def seen(self, info: DomainInfo) -> tuple[DomainState, int] | None:
+        return _SEEN.get(self.status(info))
+
+    def news(self, info: DomainInfo) -> AsyncIterator[News]:
+        return events.follow(self.place(info).events)
 
     def set_guest_memory(self, info: DomainInfo, kib: int) -> None:
         async def balloon(say: Say) -> None:

@@ -13,6 +13,7 @@ of a conversation shuts the connection down, whoever has copies.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import struct
@@ -42,6 +43,15 @@ def _close_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_close_in_child)
+
+
+class Client(QMPClient):
+    """QEMU's own, which would log each guest's end as an error of its connection."""
+
+    logger = logging.getLogger("shmdomains.qmp")
+
+
+Client.logger.setLevel(logging.CRITICAL)
 
 
 class MonitorError(DriverError):
@@ -92,7 +102,7 @@ async def _talk(
     timeout: float,
     deadline: Deadline,
 ) -> _T:
-    client = QMPClient()
+    client = Client()
     doing = "the greeting"
 
     async def say(command: str, **arguments: Any) -> Any:
@@ -106,7 +116,6 @@ async def _talk(
             raise refusal from None
 
     connection = _connected(path, deadline)
-    _open.add(connection)
     try:
         await asyncio.wait_for(client.connect(connection), deadline.left())
         return await asyncio.wait_for(conversation(say), deadline.left())
@@ -116,8 +125,7 @@ async def _talk(
     except (QMPError, ExecInterruptedError, OSError, EOFError) as error:
         raise MonitorError(f"QEMU's monitor {path} broke off at {doing}: {error}") from None
     finally:
-        _open.discard(connection)
-        _hang_up(connection)
+        hang_up(connection)
         with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
             await client.disconnect()
         connection.close()
@@ -126,20 +134,32 @@ async def _talk(
 def _connected(path: str, deadline: Deadline) -> socket.socket:
     """While another talks, the kernel queues the next one, and lets others wait in `connect`; a
     socket that never blocks would be turned away."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection = opened()
     try:
+        connection.setblocking(True)
         left = max(deadline.left() or 0.0, 0.001)
         wait = struct.pack("ll", int(left), int(left % 1 * 1e6))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
         connection.connect(path)
         connection.setblocking(False)
     except OSError as error:
+        hang_up(connection)
         connection.close()
         text = f"QEMU's monitor {path} cannot be reached: {error.strerror or error}"
         raise MonitorError(text) from None
     return connection
 
 
-def _hang_up(connection: socket.socket) -> None:
+def opened() -> socket.socket:
+    """A socket that does not block, for a conversation or an ear; a fork's copy of it is closed."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.setblocking(False)
+    _open.add(connection)
+    return connection
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a conversation, also for whoever has a copy of the socket."""
+    _open.discard(connection)
     with suppress(OSError):  # QEMU may have hung up first
         connection.shutdown(socket.SHUT_RDWR)
