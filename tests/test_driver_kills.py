@@ -18,11 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pg_servers
 import pytest
-from helpers import SOAK
+from helpers import SOAK, list_url
 from killing import DEADLINE, Child, ChildDied, Pipe, fork, xml
 from sleep_driver import SleepDriver, sleep_driver
 
+import shmdomains
 import shmdomains.drivers
 from shmdomains import DomainInfo, DomainList, DriverError, Job, ShmDomainsError
 from shmdomains.drivers import TestDriver
@@ -212,7 +214,7 @@ def work(pipe: Pipe, driver: SleepDriver, seed: int) -> None:
 
 def storm(pipe: Pipe, lock: Any, seed: int) -> None:
     rng = random.Random(seed)
-    doms = DomainList(max_domains=8, lock=lock)
+    doms = shmdomains.open(lock) if "://" in lock else DomainList(max_domains=8, lock=lock)
     with tempfile.TemporaryDirectory() as place, sleep_driver(doms, Path(place)) as driver:
         workers: list[Child] = []
         for number in range(WORKERS + ROUNDS):
@@ -229,12 +231,16 @@ def storm(pipe: Pipe, lock: Any, seed: int) -> None:
     pipe.say(wrong)  # the test kills us when it has heard, and the guests have to be gone by then
 
 
-@KINDS
+@pytest.mark.parametrize("lock", ["robust", "multiprocessing", "postgres"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_storm(
     start: Callable[..., Child], tried: Callable[[str, int], None], lock: str, seed: int
 ) -> None:
     """A worker is killed anywhere in each round; in the end every record has its guest, and every
     guest its record."""
+    if lock == "postgres":
+        if (missing := pg_servers.missing()) is not None:
+            pytest.skip(f"no PostgreSQL: {missing}")
+        lock = list_url()
     assert start(storm, lock, seed).hear(30 * DEADLINE) == []
     tried("workers killed in storms of drivers' operations", WORKERS + ROUNDS)

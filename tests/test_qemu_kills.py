@@ -16,14 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pg_servers
 import psutil
 import pytest
-from helpers import SOAK
+from helpers import SOAK, list_url
 from killing import Child, Pipe
 from qemu_guests import disagreements, files, guests, in_child, need, qemu_driver, xml
 
 need()
 
+import shmdomains  # noqa: E402
 import shmdomains.drivers  # noqa: E402
 from shmdomains import ShmDomainsError  # noqa: E402
 from shmdomains.drivers.qemu import QemuDriver  # noqa: E402
@@ -119,7 +121,7 @@ def work(driver: QemuDriver, done: int, seed: int) -> None:
         os.write(done, b".")
 
 
-def storm(pipe: Pipe) -> None:
+def storm(pipe: Pipe, where: str) -> None:
     chance = random.Random(15)
     workers: list[tuple[int, int]] = []
 
@@ -139,7 +141,8 @@ def storm(pipe: Pipe) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         os.close(pipe)
 
-    with qemu_driver() as driver:
+    doms = shmdomains.open(where) if where else None
+    with qemu_driver(doms) as driver:
         for name in NAMES:
             driver.define(xml(driver, name=name))
         for number in range(4):
@@ -166,8 +169,11 @@ def storm(pipe: Pipe) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("store", ["memory", "postgres"])
 def test_a_storm_of_workers_that_are_killed(
-    start: Callable[..., Child], tried: Callable[[str, int], None]
+    start: Callable[..., Child], tried: Callable[[str, int], None], store: str
 ) -> None:
-    start(storm).hear(1800)
+    if store == "postgres" and (missing := pg_servers.missing()) is not None:
+        pytest.skip(f"no PostgreSQL: {missing}")
+    start(storm, list_url() if store == "postgres" else "").hear(1800)
     tried("workers killed at work with QEMU", ROUNDS)

@@ -54,6 +54,8 @@ _USUAL = {"on_poweroff": "destroy", "on_reboot": "restart", "on_crash": "destroy
 _ANSWERS = {ShutoffReason.SHUTDOWN: "on_poweroff", ShutoffReason.CRASHED: "on_crash"}
 """What of a definition says what is done about an end, unless more is known of it."""
 
+_ALL_IS_SAID = News(over=True)
+
 
 class Reconciled(NamedTuple):
     """What `Driver.reconcile` found: guests that run, domains whose guest was gone, those on which
@@ -270,15 +272,15 @@ class Guests(Hooks):
 
     # --- what a guest does by itself ---
 
-    def look(self, guest: DomainInfo, news: News | None = None) -> DomainInfo:
+    def look(self, guest: DomainInfo, news: News = _ALL_IS_SAID) -> DomainInfo:
         """Make the record say what this guest did by itself, and do what its definition wants then.
-        `news` is what is known of it already.
+        `news` is what is known of it already. If more may be heard of it, and nothing was of its
+        end, a process that is gone is left to who hears that.
 
         The guest is looked at again with a job on the domain, so it does no harm to call this at
         any time. Returns the domain, inactive if this guest has ended and no other one begun; as it
         was told if it is gone.
         """
-        news = news or News()
         try:
             now = self.doms[guest.uuid]
             if not _is_same(now, guest):
@@ -305,7 +307,8 @@ class Guests(Hooks):
             reason = news.reason or now
             by = news.by or _ANSWERS.get(reason, "")
             if not self.alive(info):
-                return self._end(dom, info, reason)
+                is_said = news.over or news.reason is not None
+                return self._end(dom, info, reason) if is_said else info
             if by == "on_poweroff" and self.finish_reboot(info):
                 with self._running(dom, info):
                     dom.set_state(DomainState.RUNNING, RunningReason.BOOTED)

@@ -37,12 +37,17 @@ class Orphan(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a guest did by itself. `reason`: it has ended, and how; without one, look at it: it may
-    have stopped or gone on. `by` is what the definition has an answer to, ``"on_poweroff"``,
-    ``"on_reboot"`` or ``"on_crash"``; empty: to nothing, its process is about to go."""
+    """What a guest did by itself.
+
+    `reason`: it has ended, and how; without one, look at it: it may have stopped or gone on. `by`
+    is what the definition has an answer to, ``"on_poweroff"``, ``"on_reboot"`` or ``"on_crash"``;
+    empty: to nothing, its process is about to go. `over`: nothing more will be heard, if its
+    process is gone.
+    """
 
     reason: ShutoffReason | None = None
     by: str = ""
+    over: bool = False
 
 
 class Hooks:

@@ -42,6 +42,8 @@ SWEEP = 5.0  # seconds between two looks at everything
 AGAIN = 1.0  # seconds until what failed is tried again
 SLICE = 0.01  # seconds between two looks whether another worker is done with the domain
 
+LAST_WORDS = 0.05  # seconds that what a dead guest had said may take
+
 _T = TypeVar("_T")
 
 
@@ -160,17 +162,35 @@ class _Watch:
                     heard.put_nowait(None)
             while True:
                 news = await heard.get()
-                if news is not None and news.reason is not None:
+                if news is None:
+                    await self._tell(guest, await self._last(listener, heard, last))
+                    continue
+                if news.reason is not None:
                     last = news
-                    if not news.by:
-                        continue  # its process is about to end
-                await self._tell(guest, last if news is None else news)
+                if news.by or (news.reason is None and not news.over):
+                    await self._tell(guest, news)  # else its process is about to end
         finally:
             if pidfd is not None:
                 self._loop.remove_reader(pidfd)
                 os.close(pidfd)
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
+
+    async def _last(
+        self, listener: asyncio.Task[None], heard: asyncio.Queue[News | None], last: News
+    ) -> News:
+        """The guest's process is gone. What was said before that may come in later."""
+        end = self._loop.time() + LAST_WORDS
+        while not listener.done() and (left := end - self._loop.time()) > 0:
+            try:
+                news = await asyncio.wait_for(heard.get(), left)
+            except asyncio.TimeoutError:
+                break
+            if news is not None and news.reason is not None:
+                last = news
+            if news is not None and news.over:
+                break
+        return last._replace(over=True)
 
     def _opened(self, pid: int) -> int | None:
         try:
@@ -219,6 +239,8 @@ class _Watch:
             return await self._loop.run_in_executor(self._threads, call, *arguments)
         except ListClosed:
             raise
-        except Exception as error:
-            logger.warning("supervision: %s; it will be tried again", str(error) or repr(error))
-            return None
+        except ShmDomainsError as error:
+            logger.warning("supervision: %s; it will be tried again", error)
+        except Exception:
+            logger.exception("supervision: a hook failed; it will be tried again")
+        return None

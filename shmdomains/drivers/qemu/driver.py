@@ -37,6 +37,7 @@ from .words import Place
 
 PATIENCE = 10.0  # seconds that QEMU gets to end by itself, as in libvirt
 _UNPLUG = 5.0  # seconds that a guest gets to give up a vCPU, as in libvirt
+_DYING = 1.0  # seconds that a process which was killed has to go
 _SLICE = 0.02  # seconds between two looks at what QEMU or the guest is about to do
 _OFF = events.STOPPED
 _SEEN: dict[str, tuple[DomainState, int]] = {
@@ -202,7 +203,9 @@ class QemuDriver(Driver):
         try:
             return _OFF.get(self.status(info))
         except MonitorError:
-            if self.alive(info):
+            # The kernel closes what a killed process had open a moment before it is gone.
+            guest = self._guest(info)
+            if self.alive(info) and (guest is None or not process.ends_soon(guest, _DYING)):
                 raise
             return ShutoffReason.CRASHED
 

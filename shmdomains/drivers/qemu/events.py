@@ -13,17 +13,16 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from qemu.qmp import ExecuteError, QMPError
-
 from ... import ShutoffReason
 from ..hooks import News
-from .monitor import Client, hang_up, opened
+from .monitor import BROKEN_OFF, Client, hang_up, opened
 
 _AGAIN = 0.1  # seconds until a connection that ended or was refused is tried again
 
 STOPPED = {"shutdown": ShutoffReason.SHUTDOWN, "guest-panicked": ShutoffReason.CRASHED}
 """What `query-status` says of a guest that has ended, and how it did."""
 _LOOK = News()
+_OVER = News(over=True)
 _OFF = News(ShutoffReason.SHUTDOWN, "on_poweroff")
 _RESET = News(ShutoffReason.SHUTDOWN, "on_reboot")
 _PANICKED = News(ShutoffReason.CRASHED, "on_crash")
@@ -36,7 +35,7 @@ _LOOKS = ("STOP", "RESUME", "SUSPEND", "WAKEUP")
 async def follow(path: str) -> AsyncIterator[News]:
     """What the guest whose events are at `path` does; without an end."""
     while True:
-        with suppress(QMPError, ExecuteError, OSError, EOFError):
+        with suppress(*BROKEN_OFF):
             connection = opened()
             client = Client()
             try:
@@ -46,6 +45,7 @@ async def follow(path: str) -> AsyncIterator[News]:
                     yield news
             finally:
                 await _close(client, connection)
+        yield _OVER
         await asyncio.sleep(_AGAIN)
 
 
@@ -74,7 +74,7 @@ def of_event(event: Any) -> News | None:
     """What an event of QEMU's says of the guest; ``None``: nothing that the record has.
 
     >>> of_event({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}})
-    News(reason=<ShutoffReason.SHUTDOWN: 1>, by='on_reboot')
+    News(reason=<ShutoffReason.SHUTDOWN: 1>, by='on_reboot', over=False)
     """
     name, data = event["event"], event.get("data") or {}
     if name == "SHUTDOWN":
@@ -101,5 +101,5 @@ async def _close(client: Client, connection: socket.socket) -> None:
 
 
 async def _disconnect(client: Client) -> None:
-    with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
+    with suppress(*BROKEN_OFF):  # QEMU may have ended
         await client.disconnect()

@@ -48,10 +48,16 @@ os.register_at_fork(after_in_child=_close_in_child)
 class Client(QMPClient):
     """QEMU's own, which would log each guest's end as an error of its connection."""
 
-    logger = logging.getLogger("shmdomains.qmp")
+    def __init__(self) -> None:
+        super().__init__()
+        self.logger = _SILENT
 
 
-Client.logger.setLevel(logging.CRITICAL)
+_SILENT = logging.getLogger("shmdomains.qmp")
+_SILENT.setLevel(logging.CRITICAL + 1)
+
+# An AssertionError is what `qemu.qmp` raises when QEMU ends at the moment that a session begins.
+BROKEN_OFF = (QMPError, ExecInterruptedError, AssertionError, OSError, EOFError)
 
 
 class MonitorError(DriverError):
@@ -122,11 +128,11 @@ async def _talk(
     except asyncio.TimeoutError:
         text = f"QEMU's monitor {path} did not answer within {timeout:g} s ({doing})"
         raise MonitorError(text) from None
-    except (QMPError, ExecInterruptedError, OSError, EOFError) as error:
+    except BROKEN_OFF as error:
         raise MonitorError(f"QEMU's monitor {path} broke off at {doing}: {error}") from None
     finally:
         hang_up(connection)
-        with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
+        with suppress(*BROKEN_OFF):  # QEMU may have ended
             await client.disconnect()
         connection.close()
 

@@ -271,6 +271,12 @@ def end(guest: Guest, patience: float, force: bool = True) -> bool:
     return False
 
 
+def ends_soon(guest: Guest, seconds: float) -> bool:
+    """Whether this very guest has ended, or does so within some seconds."""
+    with _opened(guest) as pidfd:
+        return pidfd is None or _ends(pidfd, seconds)
+
+
 @contextmanager
 def _opened(guest: Guest) -> Iterator[int | None]:
     """A pidfd of this very guest, or ``None`` if it has ended."""
