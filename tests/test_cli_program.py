@@ -286,6 +286,8 @@ def test_the_commands_of_the_readme_run(
             args += ["--seconds", "0.3", "--workers", "2"]
         if "--listen" in args:  # it goes on: test_cli_metrics.py asks it
             args[-1:] = ["127.0.0.1:0", "--once"]
+        if args[0] == "supervise":  # it goes on: test_cli_supervising.py ends it
+            args.append("--help")
         with what_is_there(args[0]):
             done = program(*args, env=environment(**exported))
         assert (done.returncode, done.stderr if exported else "") == (0, ""), (line, done)

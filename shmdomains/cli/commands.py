@@ -100,7 +100,7 @@ def cli(ctx: click.Context, segment: str, driver: str | None) -> None:
     ctx.with_resource(_logging())
 
 
-for _command in (
+_COMMANDS: tuple[click.Command | tuple[str, str], ...] = (
     segment_commands.create,
     segment_commands.load,
     domain_commands.list_domains,
@@ -128,6 +128,8 @@ for _command in (
     setting_commands.desc,
     setting_commands.title,
     setting_commands.edit,
+    ("reconcile", "supervising"),
+    ("supervise", "supervising"),
     nodeinfo,
     event_commands.events,
     job_commands.domjobinfo,
@@ -141,8 +143,14 @@ for _command in (
     segment_commands.import_command,
     segment_commands.unlink_segment,
     postgres_commands.postgres,
-):
-    cli.add_command(_command)
+)
+"""In the order of ``--help``; a name and a module: imported when it is used."""
+
+for _command in _COMMANDS:
+    if isinstance(_command, tuple):
+        cli.add_later(*_command)
+    else:
+        cli.add_command(_command)
 cli.with_driver["create"] = lifecycle_commands.create_domain
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -61,7 +62,7 @@ _WHAT_A_DRIVER_DOES = frozenset(_A_DRIVERS.split())
 
 _OURS = {
     *("load", "segments", "locks", "check", "recover", "export", "import", "unlink", "wait"),
-    *("postgres", "stress", "completion"),
+    *("postgres", "stress", "completion", "reconcile", "supervise"),
 }
 """Behind the others, which are virsh's, a blank line follows as in virsh."""
 
@@ -80,7 +81,16 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in self.with_driver and ctx.params.get("driver"):
             return self.with_driver[cmd_name]
-        return super().get_command(ctx, _OTHER_NAMES.get(cmd_name, cmd_name))
+        name = _OTHER_NAMES.get(cmd_name, cmd_name)
+        found = super().get_command(ctx, name)
+        if isinstance(found, _Later):
+            found = self.commands[name] = found.imported()
+        return found
+
+    def add_later(self, name: str, module: str) -> None:
+        """Add the command `name` of a module beside this one, which is imported when it is used:
+        commands that few use cost the others nothing."""
+        self.add_command(_Later(name, module))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -115,6 +125,19 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _failures(ctx):
             return super().invoke(ctx)
+
+
+class _Later(click.Command):
+    """Stands for a command whose module is not imported yet."""
+
+    def __init__(self, name: str, module: str) -> None:
+        super().__init__(name)
+        self._module = module
+
+    def imported(self) -> click.Command:
+        module = import_module(f"..{self._module}", __name__)
+        found: click.Command = getattr(module, str(self.name).replace("-", "_"))
+        return found
 
 
 class _Several(click.Command):
