@@ -93,6 +93,7 @@ class DictStore:
         self._numbers = itertools.count()
         self._ids = itertools.count(1)
         self._dirs: ConfigDirs | None = None
+        self._driver: str | None = None
         self.events_max = events
         self._events: deque[DomainEvent] = deque(maxlen=events)
         self._count = 0
@@ -270,6 +271,12 @@ class DictStore:
 
     def remember(self, dirs: ConfigDirs | None) -> None:
         self._dirs = dirs
+
+    def driver(self) -> str | None:
+        return self._driver
+
+    def set_driver(self, name: str | None) -> None:
+        self._driver = name
 
 
 _lists: WeakValueDictionary[int, DictDomainList] = WeakValueDictionary()

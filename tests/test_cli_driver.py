@@ -81,6 +81,9 @@ def test_a_command_says_that_it_needs_a_driver(
 def test_the_option_names_it_too(doms: DomainList, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHMDOMAINS_DRIVER")
     assert out("--driver", "test", "suspend", "db1") == ["Domain 'db1' suspended", ""]
+    assert doms.driver == "test"  # from now on, without being told
+    assert out("domstate", "db1") == ["paused", ""]
+    doms.driver = None
     assert out("domstate", "db1") == ["paused"]  # as ever: no blank line
     assert "'xen' is not one of" in invoke("--driver", "xen", "list", status=2).stderr
 
@@ -103,6 +106,7 @@ def test_create_is_virshs_with_a_driver_only(
     assert doms["tr1"].state is DomainState.PAUSED and not doms["tr1"].persistent
     assert "Usage: shmdomains create" in invoke("create", "--help").stdout
     monkeypatch.delenv("SHMDOMAINS_DRIVER")
+    doms.driver = None
     assert "This makes a segment" in invoke("create", "tr1.xml", status=2).stderr
 
 
@@ -366,6 +370,7 @@ def test_desc_in_an_editor(
 def test_desc_reads_without_a_driver(doms: DomainList, monkeypatch: pytest.MonkeyPatch) -> None:
     said("desc", "web1", "first\nsecond")
     monkeypatch.delenv("SHMDOMAINS_DRIVER")
+    doms.driver = None
     assert out("desc", "web1") == ["first", "second"]
     assert "'desc' needs a driver" in invoke("desc", "web1", "x", status=2).stderr
 
@@ -468,3 +473,39 @@ def test_colours_and_gaps_on_a_terminal(doms: DomainList) -> None:
 
 def test_the_help_lists_them(segment_dir: Path) -> None:
     assert {*NEED_A_DRIVER, "setmem", "nodeinfo"} <= cli.commands.keys()
+
+
+# --- the list remembers it ------------------------------------------------------------------------
+
+
+def test_the_first_command_with_a_driver_is_remembered(segment_dir: Path) -> None:
+    with DomainList.create(max_domains=8) as doms:
+        doms.define(xml("web1"))
+        assert invoke("driver").stdout == "-\n"
+        assert "needs a driver" in invoke("start", "web1", status=2).stderr
+        invoke("--driver", "test", "start", "web1")
+        assert doms.driver == "test" and invoke("driver").stdout == "test\n"
+        # From now on all words are virsh's: a blank line follows, and status 1 is a wrong line.
+        assert invoke("destroy", "web1").stdout == "Domain 'web1' destroyed\n\n"
+        assert "requires <domain> option" in invoke("start", status=1).stderr
+
+
+def test_another_driver_is_refused(segment_dir: Path) -> None:
+    with DomainList.create(max_domains=8) as doms:
+        doms.define(xml("web1"))
+        doms.driver = "qemu"
+        said = invoke("--driver", "test", "start", "web1", status=1).stderr
+        assert "are run by driver 'qemu', not 'test'; `shmdomains driver test` changes" in said
+        with doms.get("web1") as dom:
+            dom.activate()
+        for words in (["driver", "test"], ["driver", "--forget"]):
+            assert "1 of the domains" in invoke(*words, status=1).stderr
+        with doms.get("web1") as dom:
+            dom.deactivate()
+        invoke("driver", "test")
+        assert doms.driver == "test"
+        invoke("driver", "--forget")
+        assert doms.driver is None
+        doms.driver = "cloud-hypervisor"
+        said = invoke("start", "web1", status=1).stderr
+        assert "'cloud-hypervisor' is none of these commands'" in said

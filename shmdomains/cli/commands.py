@@ -33,7 +33,7 @@ from . import postgres as postgres_commands
 from . import segments as segment_commands
 from . import settings as setting_commands
 from .driving import DRIVER_VARIABLE, DRIVERS
-from .group import EXIT_STATUS, Commands
+from .group import EXIT_STATUS, Commands, driver_of
 from .node import nodeinfo
 from .tables import is_terminal, print_warning
 from .types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
@@ -86,7 +86,8 @@ def _logging() -> Iterator[None]:
     type=click.Choice(list(DRIVERS)),
     envvar=DRIVER_VARIABLE,
     show_envvar=True,
-    help="What runs the domains; the commands are then virsh's in every word.",
+    help="What runs the domains, unless the list remembers it; the commands are then virsh's in "
+    "every word.",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
@@ -96,7 +97,7 @@ def cli(ctx: click.Context, segment: str, driver: str | None) -> None:
     A DOMAIN is an id, a UUID or a name. Several commands in one argument are parted by ``;``:
     "suspend web1; domstate web1".
     """
-    ctx.obj = Target.of(segment)._replace(driver=driver)
+    ctx.obj = Target.of(segment)._replace(driver=driver_of(ctx))
     ctx.with_resource(_logging())
 
 
@@ -128,6 +129,7 @@ _COMMANDS: tuple[click.Command | tuple[str, str], ...] = (
     setting_commands.desc,
     setting_commands.title,
     setting_commands.edit,
+    ("driver", "driving"),
     ("reconcile", "supervising"),
     ("supervise", "supervising"),
     nodeinfo,

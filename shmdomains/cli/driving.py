@@ -1,7 +1,8 @@
 """The driver that a command works through: which one, and what is said when it fails.
 
-``--driver`` or ``$SHMDOMAINS_DRIVER`` names it. A list has no place to remember it in. Without one
-the commands change the list only, and what starts and stops domains says that it needs one.
+``--driver`` or ``$SHMDOMAINS_DRIVER`` names it, and a list that has none remembers it with the
+first command that works through it (`DomainList.driver`). Without one the commands change the list
+only, and what starts and stops domains says that it needs one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import click
 from ..errors import DomainNotFound, ShmDomainsError
 from ..rules.info import DomainInfo
 from .tables import Failure, describe, print_error
-from .types import Target, found_domain, plainly
+from .types import Target, flag, found_domain, plainly
 
 if TYPE_CHECKING:
     from ..drivers import Driver
@@ -38,8 +39,22 @@ def need_driver(target: Target) -> None:
 
 
 def driver_of(target: Target, doms: AnyDomainList, timeout: float | None) -> Driver:
-    """The driver, over an attached list. What it needs is imported now."""
+    """The driver, over an attached list. What it needs is imported now. The list's is another one:
+    two drivers would each take the other's guests for gone."""
     assert target.driver is not None
+    known = doms.driver
+    if known is None:
+        doms.driver = target.driver
+    elif known != target.driver:
+        raise Failure(
+            f"the domains of {target.what} are run by driver '{known}', not '{target.driver}'; "
+            f"`shmdomains driver {target.driver}` changes that while none is active"
+        )
+    if target.driver not in DRIVERS:
+        raise Failure(
+            f"driver '{target.driver}' is none of these commands', which have "
+            f"{' and '.join(DRIVERS)}; whoever runs the domains has to be asked"
+        )
     with plainly():
         made: Any = getattr(
             import_module(f"shmdomains.drivers.{target.driver}"), DRIVERS[target.driver]
@@ -78,3 +93,26 @@ def driven(
         driver = driver_of(target, doms, timeout)
         with _failing(failed and failed.format(name=info.name)):
             yield driver, info
+
+
+@click.command()
+@click.argument("name", required=False, type=click.Choice(list(DRIVERS)))
+@flag("forget", "Remember none.")
+@click.pass_obj
+def driver(target: Target, name: str | None, forget: bool) -> None:
+    """Show which driver runs the domains of a list, or say so.
+
+    The list remembers it, and commands need no --driver. It cannot change while domains are
+    active."""
+    if name is not None and forget:
+        raise click.UsageError("NAME or --forget, not both.")
+    with target.attach() as doms:
+        if name is None and not forget:
+            click.echo(doms.driver or "-")
+            return
+        if doms.driver not in (None, name) and (active := doms.count(active=True)):
+            raise Failure(
+                f"{active} of the domains of {target.what} are active, and run by driver "
+                f"'{doms.driver}'"
+            )
+        doms.driver = name

@@ -19,6 +19,7 @@ import click
 from ..errors import INTERRUPTED, ShmDomainsError
 from .script import Unreadable, is_script, split
 from .tables import BLANK, JSON, Failure, UsageFailure, describe, is_broken_pipe
+from .types import Target
 
 EXIT_STATUS = """\b
 Exit status:
@@ -62,9 +63,25 @@ _WHAT_A_DRIVER_DOES = frozenset(_A_DRIVERS.split())
 
 _OURS = {
     *("load", "segments", "locks", "check", "recover", "export", "import", "unlink", "wait"),
-    *("postgres", "stress", "completion", "reconcile", "supervise"),
+    *("postgres", "stress", "completion", "reconcile", "supervise", "driver"),
 }
 """Behind the others, which are virsh's, a blank line follows as in virsh."""
+
+
+_DRIVER = "shmdomains.driver"
+_OF_NO_LIST = ("segments", "unlink", "postgres", "stress", "completion")
+
+
+def driver_of(ctx: click.Context) -> str | None:
+    """The driver that was named, or that the list remembers. It is asked once."""
+    if ctx.params.get("driver"):
+        return str(ctx.params["driver"])
+    if "segment" not in ctx.params or ctx.invoked_subcommand in _OF_NO_LIST:
+        return None
+    if _DRIVER not in ctx.meta:
+        ctx.meta[_DRIVER] = Target.of(ctx.params["segment"]).remembered_driver()
+    found: str | None = ctx.meta[_DRIVER]
+    return found
 
 
 class Commands(click.Group):
@@ -79,7 +96,7 @@ class Commands(click.Group):
         return list(self.commands)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in self.with_driver and ctx.params.get("driver"):
+        if cmd_name in self.with_driver and driver_of(ctx):
             return self.with_driver[cmd_name]
         name = _OTHER_NAMES.get(cmd_name, cmd_name)
         found = super().get_command(ctx, name)
@@ -101,10 +118,10 @@ class Commands(click.Group):
             try:
                 return "", _Several(self, split(args[0])), []
             except Unreadable as exc:
-                if ctx.params.get("driver"):
+                if driver_of(ctx):
                     raise Failure(str(exc), exc) from None
                 raise click.UsageError(f"{exc}.", ctx) from None
-        if ctx.params.get("driver") and not args[0].startswith("-"):
+        if not args[0].startswith("-") and args[0] not in _OURS and driver_of(ctx):
             return "", _Several(self, [args]), []
         return self.resolve_one(ctx, args)
 
@@ -115,7 +132,7 @@ class Commands(click.Group):
         name = str(args[0])
         if self.get_command(ctx, name) or name.startswith("-"):
             return super().resolve_command(ctx, args)
-        raise click.UsageError(_unknown(name, bool(ctx.params.get("driver"))), ctx)
+        raise click.UsageError(_unknown(name, bool(driver_of(ctx))), ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[JSON] = _asks_for_json(args)
@@ -170,7 +187,7 @@ class _Several(click.Command):
             assert command is not None
             return command.make_context(name, args, parent=parent)
         except click.UsageError as exc:
-            if parent.params.get("driver"):
+            if driver_of(parent):
                 raise Failure(_in_virshs_words(exc, words[0]), exc) from None
             raise
 

@@ -75,6 +75,15 @@ class Target(NamedTuple):
         with plainly():
             return opening.attach(self.url, **options)
 
+    def remembered_driver(self) -> str | None:
+        """The driver that the list remembers; ``None`` also if it cannot be asked, which the
+        command itself will say."""
+        try:
+            with opening.attach(self.url) as doms:
+                return doms.driver
+        except (ShmDomainsError, OSError, ImportError, ValueError):
+            return None
+
     def open(self, **options: Any) -> AnyDomainList:
         with plainly():
             return opening.open(self.url, **self._given(options))

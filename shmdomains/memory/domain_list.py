@@ -11,7 +11,6 @@ import logging
 import mmap
 import os
 import sys
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -31,14 +30,13 @@ from ..errors import (
 )
 from ..events import DomainEvent, EventType, detail_of
 from ..holder import this_host
-from ..packing import pack
 from ..rules.compare import compare
 from ..rules.domain_list import DomainListRules
 from ..rules.elect import end_elections
 from ..rules.info import DomainInfo
 from ..rules.steps import settle_all
 from ..rules.store import Filter
-from . import holder, mp_locks, passing, segment_file
+from . import holder, mp_locks, passing, segment_file, settings
 from ._core import core
 from .domain import Domain
 from .held import LockInfo, Statistics, as_locks, job_locks
@@ -118,27 +116,6 @@ def _as_numbers(wanted: Filter) -> tuple[int, int, int, int]:
 def _is_here(wanted: Filter) -> bool:
     """Whether the filter's host is this one, the host of every domain in shared memory."""
     return wanted.host is None or wanted.host == this_host()
-
-
-def _encode_dirs(dirs: ConfigDirs) -> bytes:
-    paths = (dirs.config_dir, dirs.autostart_dir)
-    blob = pack([None if path is None else os.fsencode(path) for path in paths])
-    # With a flipped bit it would be another path, and files would be written there.
-    return zlib.crc32(blob).to_bytes(4, "big") + blob
-
-
-def _decode_dirs(blob: bytes) -> ConfigDirs:
-    if zlib.crc32(blob[4:]).to_bytes(4, "big") != blob[:4]:
-        raise SegmentCorrupt("the config directory that the segment remembers is damaged")
-    try:
-        paths = msgspec.msgpack.decode(blob[4:], type=tuple[bytes, bytes | None])
-    except msgspec.MsgspecError as exc:
-        raise SegmentCorrupt(f"the segment remembers no config directory: {exc}") from None
-    config_dir, autostart_dir = paths
-    return ConfigDirs(
-        Path(os.fsdecode(config_dir)),
-        None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
-    )
 
 
 class DomainList(core.Segment[Domain], DomainListRules[Domain]):
@@ -591,11 +568,22 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
         )
 
     def _remembered(self) -> ConfigDirs | None:
-        blob = self._settings()
-        return _decode_dirs(blob) if blob else None
+        return self._said().dirs
 
     def _remember(self, dirs: ConfigDirs | None) -> None:
-        self._set_settings(b"" if dirs is None else _encode_dirs(dirs))
+        with suppress(SegmentCorrupt):  # then what it said is lost, and this mends it
+            self._set_settings(settings.encode(self._said()._replace(dirs=dirs)))
+            return
+        self._set_settings(settings.encode(settings.Settings(dirs)))
+
+    def _said(self) -> settings.Settings:
+        return settings.decode(self._settings())
+
+    def _driver(self) -> str | None:
+        return self._said().driver
+
+    def _set_driver(self, name: str | None) -> None:
+        self._set_settings(settings.encode(self._said()._replace(driver=name)))
 
     def __repr__(self) -> str:
         if self.closed:

@@ -128,7 +128,7 @@ EVENTS = Statement(
     *("bigint", "bigint", "int"),
 )
 DIRS = Statement(
-    "SELECT config_dir, autostart_dir FROM directories WHERE list = $1 AND host = $2",
+    "SELECT config_dir, autostart_dir, driver FROM directories WHERE list = $1 AND host = $2",
     *("bigint", "text"),
 )
 SET_DIRS = Statement(
@@ -136,7 +136,11 @@ SET_DIRS = Statement(
     "ON CONFLICT (list, host) DO UPDATE SET config_dir = $3, autostart_dir = $4",
     *("bigint", "text", "bytea", "bytea"),
 )
-NO_DIRS = Statement("DELETE FROM directories WHERE list = $1 AND host = $2", "bigint", "text")
+SET_DRIVER = Statement(
+    "INSERT INTO directories (list, host, driver) VALUES ($1, $2, $3) "
+    "ON CONFLICT (list, host) DO UPDATE SET driver = $3",
+    *("bigint", "text", "text"),
+)
 
 BEHIND = Statement(
     "SELECT CASE WHEN pg_is_in_recovery() THEN coalesce("

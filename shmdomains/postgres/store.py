@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -270,27 +271,30 @@ class PostgresStore(Commits):
     # --- config directories ---
 
     def remembered(self) -> ConfigDirs | None:
-        rows = self._read(ask.DIRS, [self._list, self.pool.host.encode()])
-        if not rows:
+        config_dir, autostart_dir, _ = self._of_host()
+        if config_dir is None:
             return None
-        config_dir, autostart_dir = rows[0]
-        assert config_dir is not None
         return ConfigDirs(
             Path(os.fsdecode(config_dir)),
             None if autostart_dir is None else Path(os.fsdecode(autostart_dir)),
         )
 
     def remember(self, dirs: ConfigDirs | None) -> None:
-        host = self.pool.host.encode()
-        if dirs is None:
-            self._held(ask.NO_DIRS, [self._list, host])
-            return
-        autostart = dirs.autostart_dir
-        paths = [
-            os.fsencode(dirs.config_dir),
-            None if autostart is None else os.fsencode(autostart),
-        ]
-        self._held(ask.SET_DIRS, [self._list, host, *paths])
+        paths = (None, None) if dirs is None else (dirs.config_dir, dirs.autostart_dir)
+        bytes_of = [None if path is None else os.fsencode(path) for path in paths]
+        self._held(ask.SET_DIRS, [self._list, self.pool.host.encode(), *bytes_of])
+
+    def driver(self) -> str | None:
+        driver = self._of_host()[2]
+        return None if driver is None else driver.decode()
+
+    def set_driver(self, name: str | None) -> None:
+        driver = None if name is None else name.encode()
+        self._held(ask.SET_DRIVER, [self._list, self.pool.host.encode(), driver])
+
+    def _of_host(self) -> Sequence[bytes | None]:
+        rows = self._read(ask.DIRS, [self._list, self.pool.host.encode()])
+        return rows[0] if rows else (None, None, None)
 
 
 def _stops(what: str) -> AlreadyLocked:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import uuid as uuid_module
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,7 @@ from .work import Step, Work
 logger = logging.getLogger(__name__)
 
 _SHUTOFF = DomainState.SHUTOFF
+_DRIVER = re.compile("[A-Za-z0-9-]{1,63}")
 
 
 def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
@@ -129,6 +131,31 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
             yield dom
         finally:
             dom._release_unseen()
+
+    # --- what the list remembers ---
+
+    @property
+    def driver(self) -> str | None:
+        """The name of the driver that runs the domains, on a list of several hosts those of this
+        one. `shmdomains` commands that are told no other use it; nothing else is decided by it.
+
+        Setting it takes the list lock. A name has letters, digits and ``-``, up to 63; ``None``
+        forgets it.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> doms.driver = "qemu"
+        >>> doms.driver
+        'qemu'
+        """
+        return self._driver()
+
+    @driver.setter
+    def driver(self, name: str | None) -> None:
+        if name is not None and not _DRIVER.fullmatch(name):
+            raise InvalidName(f"driver {name!r}: a name has letters, digits and '-', up to 63")
+        with self.locked():
+            self._set_driver(name)
 
     # --- elections ---
 

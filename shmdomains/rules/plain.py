@@ -943,6 +943,14 @@ class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
         self._need_list_lock("settings")
         self._store.remember(dirs)
 
+    def _driver(self) -> str | None:
+        self._usable()
+        return self._store.driver()
+
+    def _set_driver(self, name: str | None) -> None:
+        self._need_list_lock("settings")
+        self._store.set_driver(name)
+
 
 def _slice(timeout: float | None) -> float:
     return SLICE if timeout is None else min(timeout, SLICE)

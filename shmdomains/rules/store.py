@@ -573,6 +573,14 @@ class ListBase(Protocol[D]):
         """List lock held. A dead caller leaves the old directories or the new ones."""
         ...
 
+    def _driver(self) -> str | None:
+        """The name that `_set_driver` was last called with, by any process."""
+        ...
+
+    def _set_driver(self, name: str | None) -> None:
+        """List lock held. A dead caller leaves the old name or the new one."""
+        ...
+
 
 # --- the second layer: what a store without a native core implements -----------------------------
 
@@ -724,3 +732,6 @@ class Store(Protocol[R]):
     def remember(self, dirs: ConfigDirs | None) -> None:
         """List held."""
         ...
+
+    def driver(self) -> str | None: ...
+    def set_driver(self, name: str | None) -> None: ...
