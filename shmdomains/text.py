@@ -31,11 +31,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def one_line(text: str) -> str:
+    """Text from outside, with whatever could break a line or control a terminal as escapes.
+
+    >>> print(one_line("Café\\n"))
+    Café\\n
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown_path(path: str | Path) -> str:
     """A path on one line; a file name may hold any byte but ``/`` and NUL.
 
     >>> print(shown_path("web\\n1.xml"))
     web\\n1.xml
     """
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))

@@ -37,7 +37,7 @@ RANKS = [
     ["memory"],
     ["postgres"],
     ["transfer", "aio", "green", "opening"],
-    ["metrics"],
+    ["metrics", "look"],
     ["shmdomains"],  # the public names
     ["stress", "drivers"],
     ["cli"],

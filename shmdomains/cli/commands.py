@@ -138,6 +138,8 @@ _COMMANDS: tuple[click.Command | tuple[str, str], ...] = (
     job_commands.domjobabort,
     segment_commands.segments,
     lock_commands.locks,
+    ("top", "look"),
+    ("trace", "look"),
     lock_commands.metrics,
     segment_commands.check,
     segment_commands.recover,

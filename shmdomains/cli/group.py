@@ -63,7 +63,7 @@ _WHAT_A_DRIVER_DOES = frozenset(_A_DRIVERS.split())
 
 _OURS = {
     *("load", "segments", "locks", "check", "recover", "export", "import", "unlink", "wait"),
-    *("postgres", "stress", "completion", "reconcile", "supervise", "driver"),
+    *("postgres", "stress", "completion", "reconcile", "supervise", "driver", "top", "trace"),
 }
 """Behind the others, which are virsh's, a blank line follows as in virsh."""
 
