@@ -36,7 +36,7 @@ RANKS = [
     ["rules"],
     ["memory"],
     ["postgres"],
-    ["transfer", "aio", "green", "opening"],
+    ["transfer", "libvirts", "aio", "green", "opening"],
     ["metrics", "look"],
     ["shmdomains"],  # the public names
     ["stress", "drivers"],

@@ -43,6 +43,7 @@ from .tables import (
     print_record,
     print_records,
     print_table,
+    print_warning,
     printable,
     size_text,
 )
@@ -52,6 +53,7 @@ from .types import (
     flag,
     format_option,
     limit_options,
+    plainly,
     segment_argument,
     source_text,
     timeout_option,
@@ -60,6 +62,8 @@ from .types import (
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from ..libvirts import Carried
 
 
 # --- create ---------------------------------------------------------------------------------
@@ -202,17 +206,27 @@ def _failure_record(failure: LoadFailure) -> dict[str, Any]:
 
 
 @click.command("export")
-@click.argument("file", metavar="FILE|DIR/", type=click.Path(allow_dash=True))
+@click.argument("file", metavar="FILE|DIR/", required=False, type=click.Path(allow_dash=True))
+@click.option("--to", metavar="URI", help="Define them in a libvirt: qemu:///system.")
 @flag("force", "Replace XML files that are there.")
 @click.pass_obj
-def export_command(target: Target, file: str, force: bool) -> None:
-    """Write all domains to a file, or their XML to a directory.
+def export_command(target: Target, file: str | None, to: str | None, force: bool) -> None:
+    """Write all domains to a file, their XML to a directory, or define them in a libvirt.
 
     FILE is for `import`: the way to another layout version of the segment, and to another host; -
     is standard output. A DIR that exists or ends in / gets NAME.xml for each domain, and
     next/NAME.xml where there is a next definition. No lock is taken, and a poisoned or damaged
     segment gives what can be read of it; what cannot be is named, and the exit status is then 1.
     """
+    if (file is None) == (to is None):
+        raise click.UsageError("Say FILE, DIR/ or --to URI, one of them.")
+    if to is not None:
+        from ..libvirts import to_libvirt
+
+        with target.attach() as doms, plainly():
+            _print_carried(to_libvirt(doms, to), f"defined in {to}", err=True)
+        return
+    assert file is not None
     failures: list[str] = []
 
     def failed(name: str, exc: ShmDomainsError) -> None:
@@ -232,6 +246,16 @@ def export_command(target: Target, file: str, force: bool) -> None:
     text += f", {len(failures)} with an error" if failures else ""
     click.echo(text, err=True)
     end_with_failure(failures)
+
+
+def _print_carried(carried: Carried, what: str, err: bool = False) -> None:
+    """Say what came over, what did not, and why."""
+    for name, left in carried.left:
+        print_warning(f"domain '{name}', not carried over: {left}")
+    for name, reason in carried.failures:
+        print_error(f"domain '{name}': {reason}")
+    click.echo(printable(f"{count_text(len(carried.names), 'domain')} {what}"), err=err)
+    end_with_failure(carried.failures)
 
 
 @contextmanager
@@ -264,22 +288,37 @@ def _is_special(file: str) -> bool:
 
 
 @click.command("import")
-@click.argument("file", type=click.Path(allow_dash=True))
+@click.argument("file", required=False, type=click.Path(allow_dash=True))
+@click.option("--from", "source", metavar="URI", help="Of a libvirt: qemu:///system.")
 @limit_options
 @timeout_option
 @click.pass_obj
 def import_command(
     target: Target,
-    file: str,
+    file: str | None,
+    source: str | None,
     max_domains: int | None,
     max_bytes: int | None,
     timeout: float | None,
 ) -> None:
-    """Enter the domains of an export.
+    """Enter the domains of an export, or those of a libvirt.
 
     Makes the list if need be. Active domains stay active and get new ids. A domain that cannot
     be entered is reported; the exit status is then 1. FILE may be - for standard input.
+
+    Of a libvirt persistent domains come in as they are defined, and are shut off. What cannot be
+    carried over is said.
     """
+    if (file is None) == (source is None):
+        raise click.UsageError("Say FILE or --from URI, one of them.")
+    if source is not None:
+        from ..libvirts import from_libvirt
+
+        with target.open(max_domains=max_domains, max_bytes=max_bytes) as doms, plainly():
+            carried = from_libvirt(doms, source, timeout)
+            _print_carried(carried, f"imported into {target.what}")
+        return
+    assert file is not None
     with (
         to_read(file) as stream,
         target.open(max_domains=max_domains, max_bytes=max_bytes) as doms,
