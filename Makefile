@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo demo-cluster test soak sanitize sanitize-threads sanitize-memory sanitize-suite bench bench-check \
-    bench-cluster bench-full instructions lint lint-ruff lint-mypy lint-cython lint-c format wheel wheel-check clean crash-links \
+    bench-cluster bench-full instructions lint lint-ruff lint-mypy lint-cython lint-c format docs wheel wheel-check clean crash-links \
     sanitizers sanitize-links FORCE
 
 py := $(VENV)/bin/python
@@ -97,6 +97,11 @@ format: $(VENV)/.installed-lint ## let ruff lay out the Python files
 	@$(py) -m ruff check --fix .
 	@$(py) -m ruff format .
 
+docs: $(VENV)/.installed-docs ## build the API pages and the man pages into build/docs and build/man
+	$(say) 'docs: pages into build/docs, man pages into build/man'
+	@rm -rf build/docs build/man
+	@$(py) .ci/make_docs.py build
+
 # The wheel is built from the sdist, so the sdist is known to be complete and nothing stale gets in.
 # Its tag is linux_x86_64 (or what the machine is): it runs on glibc at least as new as the builder's.
 wheel: $(VENV)/.installed-build ## build the sdist and the wheel into dist/
@@ -173,6 +178,10 @@ $(VENV)/.installed-lint: $(VENV)/pyvenv.cfg pyproject.toml
 
 $(VENV)/.installed-bench: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
 	$(call install,[bench])
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/pyvenv.cfg $(build_inputs) $(core_changed)
+	$(call install,[docs])
 	@touch $@
 
 $(VENV)/.installed-build: $(VENV)/pyvenv.cfg pyproject.toml
