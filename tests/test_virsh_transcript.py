@@ -105,3 +105,39 @@ def test_the_streams_and_statuses(with_test: None) -> None:
         assert "error" not in done.stdout and done.stdout.endswith("\n"), (command, done.output)
         lines = [line for line in done.stderr.splitlines() if not line.startswith(("<", "-"))]
         assert all(line.startswith("error: ") for line in lines), (command, done.output)
+
+
+# --- what virsh reads, and options -------------------------------------------------------------
+
+
+def more() -> list[str]:
+    return (TRANSCRIPT / "more.txt").read_text().splitlines()
+
+
+def test_more_of_it(with_test: None) -> None:
+    done = program("\n".join(more()), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    wanted = (TRANSCRIPT / "more_out.txt").read_text()
+    assert alike(done.stdout, True).splitlines() == _plain(wanted).splitlines()
+
+
+def _plain(said: str) -> str:
+    """As `alike`, without the exception for the first transcript."""
+    return re.sub(_DOCUMENT, _canonical, said, flags=re.MULTILINE | re.DOTALL)
+
+
+WRONG = {
+    "vcpucount": "error: command 'vcpucount' requires <domain> option",
+    "domstate --domain": "error: expected syntax: --domain <string>",
+    "qemu-monitor-command test": "error: command 'qemu-monitor-command' requires <cmd> option",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_line(with_test: None, command: str) -> None:
+    assert invoke(*command.split(), status=1).stderr == WRONG[command] + "\n"
+
+
+def test_quietly(with_test: None) -> None:
+    assert invoke("-q", "domstate", "test").stdout == "running\n"
+    assert invoke("-q", "list", "--all").stdout == " 1    test   running\n"
+    assert invoke("-q", "domstate test; domid test").stdout == "running\n1\n"

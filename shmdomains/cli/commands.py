@@ -34,8 +34,7 @@ from . import segments as segment_commands
 from . import settings as setting_commands
 from .driving import DRIVER_VARIABLE, DRIVERS
 from .group import EXIT_STATUS, Commands, driver_of
-from .node import nodeinfo
-from .tables import is_terminal, print_warning
+from .tables import QUIET, is_terminal, print_warning
 from .types import COMPLETE_VARIABLE, SEGMENT_VARIABLE, Target, complete_segment, flag
 
 PROGRAM = "shmdomains"
@@ -89,14 +88,16 @@ def _logging() -> Iterator[None]:
     help="What runs the domains, unless the list remembers it; the commands are then virsh's in "
     "every word.",
 )
+@click.option("--quiet", "-q", is_flag=True, help="No headers of tables, no blank lines.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
-def cli(ctx: click.Context, segment: str, driver: str | None) -> None:
+def cli(ctx: click.Context, segment: str, driver: str | None, quiet: bool) -> None:
     """The list of domains that a VM manager's processes share, in shared memory or on PostgreSQL.
 
     A DOMAIN is an id, a UUID or a name. Several commands in one argument are parted by ``;``:
     "suspend web1; domstate web1".
     """
+    ctx.meta[QUIET] = quiet
     ctx.obj = Target.of(segment)._replace(driver=driver_of(ctx))
     ctx.with_resource(_logging())
 
@@ -111,6 +112,8 @@ _COMMANDS: tuple[click.Command | tuple[str, str], ...] = (
     domain_commands.domname,
     domain_commands.domuuid,
     domain_commands.dumpxml,
+    ("vcpucount", "reading"),
+    ("domstats", "reading"),
     domain_commands.wait,
     definition_commands.define,
     definition_commands.undefine,
@@ -129,10 +132,12 @@ _COMMANDS: tuple[click.Command | tuple[str, str], ...] = (
     setting_commands.desc,
     setting_commands.title,
     setting_commands.edit,
+    ("console", "monitor"),
+    ("qemu-monitor-command", "monitor"),
     ("driver", "driving"),
     ("reconcile", "supervising"),
     ("supervise", "supervising"),
-    nodeinfo,
+    ("nodeinfo", "node"),
     event_commands.events,
     job_commands.domjobinfo,
     job_commands.domjobabort,

@@ -7,6 +7,7 @@ loaded from. With a driver it is the driver's operation, and words and refusals 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -39,9 +40,12 @@ from .types import (
 @click.command()
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(allow_dash=True))
 @click.option("--new", is_flag=True, help="Refuse a domain that is there; redefine none.")
+@flag("validate", "First by libvirt's own schema, which is in Debian's package libvirt0.")
 @timeout_option
 @click.pass_obj
-def define(target: Target, files: tuple[str, ...], new: bool, timeout: float | None) -> None:
+def define(
+    target: Target, files: tuple[str, ...], new: bool, validate: bool, timeout: float | None
+) -> None:
     """Define persistent domains from XML, or redefine them.
 
     Makes the list if need be. FILE may be - for standard input, which is also read if there is
@@ -52,13 +56,47 @@ def define(target: Target, files: tuple[str, ...], new: bool, timeout: float | N
         raise click.UsageError("Missing argument 'FILE'.")
     if new and target.driver:
         raise click.UsageError("--new is for lists without a driver.")
+    schema = Schema() if validate else None
     with target.open() as doms:
-        outcomes = [_define_one(target, doms, file, new, timeout) for file in files or ("-",)]
+        outcomes = [
+            _define_one(target, doms, file, new, schema, timeout) for file in files or ("-",)
+        ]
     end_with_failure(not all(outcomes))
 
 
+class Schema:
+    """libvirt's schema of a domain, where libvirt is installed."""
+
+    PLACE = Path("/usr/share/libvirt/schemas/domain.rng")
+
+    def __init__(self) -> None:
+        from lxml import etree
+
+        try:
+            self._schema = etree.RelaxNG(etree.parse(str(self.PLACE)))
+        except (OSError, etree.XMLSyntaxError, etree.RelaxNGParseError) as exc:
+            text = f"{self.PLACE} cannot be read ({exc}); Debian has it in the package libvirt0"
+            raise Failure(text, exc) from None
+
+    def check(self, text: bytes) -> None:
+        """Raises `DefinitionError` with what the schema says first (virXMLValidatorValidate)."""
+        root, _ = document.parse(text)
+        if self._schema.validate(root):
+            return
+        error = self._schema.error_log[0]
+        raise DefinitionError(
+            "XML document failed to validate against schema: Unable to validate doc against "
+            f"{self.PLACE}: {error.message} (line {error.line})"
+        )
+
+
 def _define_one(
-    target: Target, doms: AnyDomainList, file: str, new: bool, timeout: float | None
+    target: Target,
+    doms: AnyDomainList,
+    file: str,
+    new: bool,
+    schema: Schema | None,
+    timeout: float | None,
 ) -> bool:
     source = source_text(file)
     driver = target.driver and driver_of(target, doms, timeout)
@@ -66,6 +104,8 @@ def _define_one(
     try:
         text = read_xml(target, file)
         definition = DomainDef.from_xml(text)
+        if schema is not None:
+            schema.check(text)
         info = driver.define(definition) if driver else doms.define(definition, timeout, new=new)
     except Failure as exc:
         exc.show()

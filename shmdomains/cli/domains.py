@@ -18,6 +18,7 @@ from ..xml import document
 from ..xml.definition import DomainDef
 from .tables import (
     Column,
+    Failure,
     print_names,
     print_pairs,
     print_record,
@@ -70,6 +71,7 @@ _STATE_COLOURS = {
 @flag("uuid", "Print UUIDs only.")
 @flag("id", "Print ids only.")
 @flag("title", "Print titles as well.")
+@flag("table", "Print a table: as without options.")
 @flag("with-job", "Domains with a job, and what it does.")
 @click.option("--host", metavar="HOST", help="Domains that run there.")
 @format_option
@@ -80,6 +82,9 @@ def list_domains(target: Target, /, form: str, host: str | None, **flags: bool) 
     Active domains come first, by id, then the inactive ones, by name. Options of one kind add up
     (--state-running --state-paused), options of different kinds must all apply.
     """
+    for other in ("name", "uuid", "id"):
+        if flags["table"] and flags[other]:
+            raise Failure(f"Options --table and --{other} are mutually exclusive")
     with target.attach() as doms:
         infos = doms.list(
             active=_active_filter(flags),
@@ -342,14 +347,47 @@ def _is_updated(info: DomainInfo) -> bool:
 @click.command()
 @domain_argument
 @flag("inactive", "What the domain will be after its next start.")
+@click.option("--xpath", metavar="XPATH", help="Only the nodes that it finds.")
+@flag("wrap", "Put them into one element.")
 @click.pass_obj
-def dumpxml(target: Target, domain: str, inactive: bool) -> None:
+def dumpxml(target: Target, domain: str, inactive: bool, xpath: str | None, wrap: bool) -> None:
     """Print a domain's definition; of an active one with its id."""
     with found_domain(target, domain) as (_, info):
         if inactive:
-            print_xml(next_xml(info))
+            text = next_xml(info)
         else:
-            print_xml(_with_id(info.definition, info.id if info.is_active else None))
+            text = _with_id(info.definition, info.id if info.is_active else None)
+    if xpath is None:
+        print_xml(text)
+        return
+    found = [node for node in _found(text, xpath) if node]
+    if wrap:
+        found = ["<nodes>", *(f"  {node}" for node in found), "</nodes>"]
+    if found:
+        print_xml("\n".join(found))
+
+
+def _found(text: str, xpath: str) -> list[str]:
+    """Each node that an XPath finds, as it is written."""
+    from lxml import etree
+
+    root, _ = document.parse(text)
+    try:
+        nodes = root.xpath(xpath)
+    except etree.XPathError as exc:
+        raise Failure(f"XPath error : {exc}", exc) from None
+    if not isinstance(nodes, list):
+        raise Failure(f"internal error: Incorrect xpath '{xpath}'")
+    return [_written(node) for node in nodes]
+
+
+def _written(node: Any) -> str:
+    if isinstance(node, str):
+        name = getattr(node, "attrname", None)
+        return f' {name}="{node}"' if name else str(node)
+    from lxml import etree
+
+    return etree.tostring(node, encoding="unicode", with_tail=False)
 
 
 def next_xml(info: DomainInfo) -> str:

@@ -18,8 +18,9 @@ import click
 
 from ..errors import INTERRUPTED, ShmDomainsError
 from .script import Unreadable, is_script, split
-from .tables import BLANK, JSON, Failure, UsageFailure, describe, is_broken_pipe
+from .tables import BLANK, JSON, QUIET, Failure, UsageFailure, describe, is_broken_pipe
 from .types import Target
+from .words import in_order
 
 EXIT_STATUS = """\b
 Exit status:
@@ -37,25 +38,36 @@ _OTHER_NAMES = {"domrename": "rename", "event": "events"}  # virsh's; not listed
 
 _HARMLESS = (
     *("list", "dominfo", "domstate", "domid", "domname", "domuuid", "dumpxml"),
-    *("domjobinfo", "nodeinfo", "wait", "events", "segments", "locks", "metrics", "check"),
+    *(
+        "domjobinfo",
+        "nodeinfo",
+        "vcpucount",
+        "domstats",
+        "wait",
+        "events",
+        "segments",
+        "locks",
+        "metrics",
+        "check",
+    ),
 )
 
 # virsh's commands about domains (libvirt 9.0.0) that do not exist here.
 _A_DRIVERS = """
 attach-device attach-disk attach-interface backup-begin blkdeviotune blkiotune blockcommit
-blockcopy blockjob blockpull blockresize change-media console cpu-stats detach-device
+blockcopy blockjob blockpull blockresize change-media cpu-stats detach-device
 detach-device-alias detach-disk detach-interface domblkerror domblkinfo domblklist domblkstat
 domblkthreshold domcontrol domdirtyrate-calc domdisplay domdisplay-reload domfsfreeze domfsinfo
 domfsthaw domfstrim domhostname domif-getlink domif-setlink domifaddr domiflist domifstat
-domiftune domlaunchsecinfo dommemstat dompmsuspend dompmwakeup domsetlaunchsecstate domstats
+domiftune domlaunchsecinfo dommemstat dompmsuspend dompmwakeup domsetlaunchsecstate
 domtime domxml-from-native domxml-to-native dump get-user-sshkeys guest-agent-timeout guestinfo
 guestvcpus inject-nmi iothreadadd iothreaddel iothreadinfo iothreadpin iothreadset managedsave
 managedsave-define managedsave-dumpxml managedsave-edit managedsave-remove memtune metadata
 migrate migrate-compcache migrate-getmaxdowntime migrate-getspeed migrate-postcopy
 migrate-setmaxdowntime migrate-setspeed numatune perf qemu-agent-command qemu-attach
-qemu-monitor-command qemu-monitor-event restore save save-image-define save-image-dumpxml
+qemu-monitor-event restore save save-image-define save-image-dumpxml
 save-image-edit schedinfo screenshot send-key send-process-signal set-lifecycle-action
-set-user-password set-user-sshkeys setvcpu ttyconsole update-device update-memory-device vcpucount
+set-user-password set-user-sshkeys setvcpu ttyconsole update-device update-memory-device
 vcpuinfo vcpupin vncdisplay
 """
 _WHAT_A_DRIVER_DOES = frozenset(_A_DRIVERS.split())
@@ -131,7 +143,8 @@ class Commands(click.Group):
         """The command of these words."""
         name = str(args[0])
         if self.get_command(ctx, name) or name.startswith("-"):
-            return super().resolve_command(ctx, args)
+            found, command, rest = super().resolve_command(ctx, args)
+            return found, command, rest if command is None else in_order(command, ctx, rest)
         raise click.UsageError(_unknown(name, bool(driver_of(ctx))), ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -172,7 +185,8 @@ class _Several(click.Command):
         status = 0
         for words, command in zip(self._commands, parsed, strict=True):
             ctx.meta[JSON] = _asks_for_json(words)
-            ctx.meta[BLANK] = not ctx.meta[JSON] and words[0] not in _OURS
+            quiet = ctx.meta.get(QUIET, False)
+            ctx.meta[BLANK] = not (quiet or ctx.meta[JSON] or words[0] in _OURS)
             status = _status(command)
             if ctx.meta[BLANK]:
                 click.echo()

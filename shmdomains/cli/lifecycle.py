@@ -66,12 +66,30 @@ def destroy(target: Target, domain: str, graceful: bool, timeout: float | None) 
     click.echo(printable(f"Domain '{info.name}' destroyed"))
 
 
+_MODES = ("acpi", "agent", "initctl", "signal", "paravirt")
+_mode_option = click.option(
+    "--mode", metavar="MODE", help="How it is asked: acpi, by its power button, is what there is."
+)
+
+
+def _check_mode(mode: str | None, ends: str) -> None:
+    """As virsh reads a mode; a driver here has the power button only."""
+    for one in (mode or "acpi").split(","):
+        if one not in _MODES:
+            words = ", ".join(f"'{known}'" for known in _MODES[:-1])
+            raise Failure(f"Unknown mode {one} value, expecting {words}{ends} '{_MODES[-1]}'")
+        if one != "acpi":
+            raise Failure(f"argument unsupported: a guest is asked by its power button, not {one}")
+
+
 @click.command()
 @domain_argument
+@_mode_option
 @timeout_option
 @click.pass_obj
-def shutdown(target: Target, domain: str, timeout: float | None) -> None:
+def shutdown(target: Target, domain: str, mode: str | None, timeout: float | None) -> None:
     """Ask a domain's guest to shut down."""
+    _check_mode(mode, ", or")
     with driven(target, domain, "Failed to shutdown domain '{name}'", timeout) as (driver, info):
         driver.shutdown(info.uuid)
     click.echo(printable(f"Domain '{info.name}' is being shutdown"))
@@ -79,10 +97,12 @@ def shutdown(target: Target, domain: str, timeout: float | None) -> None:
 
 @click.command()
 @domain_argument
+@_mode_option
 @timeout_option
 @click.pass_obj
-def reboot(target: Target, domain: str, timeout: float | None) -> None:
+def reboot(target: Target, domain: str, mode: str | None, timeout: float | None) -> None:
     """Ask a domain's guest to reboot."""
+    _check_mode(mode, " or")
     with driven(target, domain, "Failed to reboot domain '{name}'", timeout) as (driver, info):
         driver.reboot(info.uuid)
     click.echo(printable(f"Domain '{info.name}' is being rebooted"))

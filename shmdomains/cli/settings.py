@@ -35,7 +35,7 @@ def _kibibytes(text: str) -> int:
     (1048576, 64)
     """
     match = _MEMORY.fullmatch(text)
-    bad = f"Scaled numeric value '{text}' for <size> option is malformed or out of range"
+    bad = f"Scaled numeric value '{text.strip()}' for <size> option is malformed or out of range"
     if match is None:
         raise Failure(bad)
     try:
@@ -45,6 +45,7 @@ def _kibibytes(text: str) -> int:
 
 
 def _count(text: str) -> int:
+    text = text.strip()
     count = parse_number(text, 2**31 - 1)
     if count is None:
         raise Failure(f"Numeric value '{text}' for <count> option is malformed or out of range")

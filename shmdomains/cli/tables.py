@@ -60,6 +60,8 @@ def path_text(path: Path) -> str:
 
 
 JSON = "shmdomains.json"
+QUIET = "shmdomains.quiet"
+"""In a context's `meta`: no headers, no blank lines (virsh's ``--quiet``)."""
 """The key in click's `Context.meta`: whether the user asked for JSON."""
 
 
@@ -156,6 +158,9 @@ def print_table(
     last cell, as virsh does, too."""
     cells = [[printable(cell) for cell in row] for row in rows]
     lines = _table_lines(columns, cells)
+    context = click.get_current_context(silent=True)
+    if context is not None and context.meta.get(QUIET):
+        lines = islice(lines, 2, None)  # without the head
     print_lines(lines if gaps else map(str.rstrip, lines))
 
 
