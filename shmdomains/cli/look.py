@@ -22,9 +22,9 @@ from .types import Target, flag, plainly, seconds
 @flag("once", "Print two looks' difference as text, and end; so does a pipe.")
 @click.pass_obj
 def top(target: Target, interval: float, once: bool) -> None:
-    """Watch a list: domains, rates, locks, jobs, events, the guests' CPU and memory.
+    """Watch a list, live.
 
-    Takes no lock. Needs the extra `top`; without it, --once works."""
+    Domains, rates, locks, jobs, events, the guests' CPU and memory. Takes no lock. Needs the extra `top`; without it, --once works."""
     import time
 
     from ..look.lines import report

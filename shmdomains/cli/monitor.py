@@ -42,7 +42,8 @@ def qemu_monitor_command(
 ) -> None:
     """Say a command to a guest's QEMU.
 
-    It is JSON, or with --hmp as QEMU's monitor for people takes it. Several words are put together. What it changes, the record does not know."""
+    It is JSON, or with --hmp as QEMU's monitor for people takes it. Several words are put together.
+    What it changes, the record does not know."""
     if hmp and pretty:
         raise Failure("Options --hmp and --pretty are mutually exclusive")
     text = " ".join(cmd)
