@@ -1,8 +1,21 @@
 """shmdomains: one list of domains for all worker processes of a VM manager.
 
 The list lives in shared memory and follows libvirt's `virDomainObjList`; each domain has its own
-lock. It survives the death of any worker at any instruction. Start with `DomainList`, or with
-`open`, which takes a URL (and stands in no ``import *``: it would hide Python's own).
+lock. It survives the death of any worker at any instruction.
+
+    from shmdomains import DomainList
+
+    doms = DomainList.open("agent")          # create, or attach if it exists
+    doms.define(xml)
+    with doms.get("web1", timeout=5) as dom:  # locked, and committed at the end of the block
+        dom.data = {"vnc": 5901}
+    doms.peek("web1").state                   # reading takes no lock
+
+Where to look: `help(shmdomains.DomainList)` has every operation, `help(shmdomains.Domain)` what a
+locked domain can do, `shmdomains.errors` what is raised. `shmdomains.open` takes a URL, also of a
+list on PostgreSQL (and stands in no ``import *``: it would hide Python's own). `shmdomains.drivers`
+run virtual machines; `shmdomains.aio` and `shmdomains.green` are for tasks, `shmdomains.metrics`
+for Prometheus, `shmdomains.libvirts` for a libvirt. On the command line: ``shmdomains --help``.
 """
 
 import sys as _sys

@@ -226,7 +226,15 @@ class _LockMany:
 
 class AsyncWatch(AsyncIterator[DomainEvent | EventsMissed]):
     """What `AsyncDomainList.watch` returns; see `shmdomains.DomainList.watch`. One task at a time
-    uses it."""
+    uses it.
+
+    >>> import asyncio
+    >>> from shmdomains import DomainList, aio
+    >>> async def main():
+    ...     return [event async for event in aio.wrap(DomainList()).watch(timeout=0)]
+    >>> asyncio.run(main())
+    []
+    """
 
     def __init__(self, doms: DomainList, watch: Watch) -> None:
         self._doms, self._watch = doms, watch
@@ -261,6 +269,14 @@ class AsyncDomainList(core.AsyncSegment):
     Arguments, results and errors of each call are those of the plain one. Whatever else a
     `DomainList` has (`peek`, `list`, `snapshot`, `info`, `len()`, ...) never waits, and is here
     unchanged.
+
+    >>> import asyncio
+    >>> from shmdomains import DomainList, aio
+    >>> async def main():
+    ...     async with aio.wrap(DomainList()).locked() as doms:
+    ...         return len(doms.plain)
+    >>> asyncio.run(main())
+    0
     """
 
     __slots__ = ()

@@ -75,7 +75,11 @@ class Detail(enum.IntEnum):
 
 
 class DefinedDetail(Detail):
-    """How a definition came (``virDomainEventDefinedDetailType``)."""
+    """How a definition came (``virDomainEventDefinedDetailType``).
+
+    >>> DefinedDetail.RENAMED.words
+    'Renamed'
+    """
 
     ADDED = 0
     UPDATED = 1
@@ -85,14 +89,22 @@ class DefinedDetail(Detail):
 
 class UndefinedDetail(Detail):
     """How it went (``virDomainEventUndefinedDetailType``). A renamed domain has this event with its
-    old name, and then `DefinedDetail.RENAMED` with the new one."""
+    old name, and then `DefinedDetail.RENAMED` with the new one.
+
+    >>> UndefinedDetail.REMOVED.words
+    'Removed'
+    """
 
     REMOVED = 0
     RENAMED = 1
 
 
 class StartedDetail(Detail):
-    """How a domain was started (``virDomainEventStartedDetailType``)."""
+    """How a domain was started (``virDomainEventStartedDetailType``).
+
+    >>> StartedDetail.BOOTED.words
+    'Booted'
+    """
 
     BOOTED = 0
     MIGRATED = 1
@@ -103,7 +115,11 @@ class StartedDetail(Detail):
 
 
 class SuspendedDetail(Detail):
-    """Why it was paused (``virDomainEventSuspendedDetailType``)."""
+    """Why it was paused (``virDomainEventSuspendedDetailType``).
+
+    >>> SuspendedDetail.IOERROR.words
+    'I/O Error'
+    """
 
     PAUSED = 0
     MIGRATED = 1
@@ -117,7 +133,11 @@ class SuspendedDetail(Detail):
 
 
 class ResumedDetail(Detail):
-    """Why it goes on (``virDomainEventResumedDetailType``)."""
+    """Why it goes on (``virDomainEventResumedDetailType``).
+
+    >>> ResumedDetail.UNPAUSED.words
+    'Unpaused'
+    """
 
     UNPAUSED = 0
     MIGRATED = 1
@@ -144,7 +164,11 @@ class StoppedDetail(Detail):
 
 
 class ShutdownDetail(Detail):
-    """Who had it shut down (``virDomainEventShutdownDetailType``)."""
+    """Who had it shut down (``virDomainEventShutdownDetailType``).
+
+    >>> ShutdownDetail.FINISHED.words
+    'Finished'
+    """
 
     FINISHED = 0
     GUEST = 1
@@ -152,21 +176,33 @@ class ShutdownDetail(Detail):
 
 
 class PMSuspendedDetail(Detail):
-    """Where its guest was suspended to (``virDomainEventPMSuspendedDetailType``)."""
+    """Where its guest was suspended to (``virDomainEventPMSuspendedDetailType``).
+
+    >>> PMSuspendedDetail.MEMORY.words
+    'Memory'
+    """
 
     MEMORY = 0
     DISK = 1
 
 
 class CrashedDetail(Detail):
-    """How it crashed (``virDomainEventCrashedDetailType``)."""
+    """How it crashed (``virDomainEventCrashedDetailType``).
+
+    >>> CrashedDetail.PANICKED.words
+    'Panicked'
+    """
 
     PANICKED = 0
     CRASHLOADED = 1
 
 
 class AutostartDetail(Detail):
-    """Whether the domain starts with the host from now on."""
+    """Whether the domain starts with the host from now on.
+
+    >>> AutostartDetail.ENABLED.words
+    'Enabled'
+    """
 
     DISABLED = 0
     ENABLED = 1
@@ -288,7 +324,11 @@ def _plain(value: int) -> str | int:
 
 class EventsMissed(msgspec.Struct, frozen=True):
     """`count` events are lost to this reader: it was too slow, or there was no memory for them.
-    `number` is that of the last one; ``watch(since=number)`` goes on after it."""
+    `number` is that of the last one; ``watch(since=number)`` goes on after it.
+
+    >>> EventsMissed(count=3, number=10).number
+    10
+    """
 
     count: int
     number: int

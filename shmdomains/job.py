@@ -85,6 +85,15 @@ class JobInfo(msgspec.Struct, frozen=True):
     `holder.alive` is of the moment when this was made. A dead holder's job excludes nobody; it
     stays until a job that it would have excluded takes its place. `allow` is ``None`` for all but
     an async job. `abort_requested` asks the holder to end it (`Domain.abort_job`).
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.job("web1", "backup"):
+    ...     [(job.operation, job.holder.alive) for job in doms["web1"].jobs]
+    [('backup', True)]
     """
 
     operation: str

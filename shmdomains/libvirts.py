@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 class Carried(msgspec.Struct, frozen=True):
     """What came over: the names; what of them did not (name, what); and those that did not at all
-    (name, why)."""
+    (name, why).
+
+    >>> Carried(["web1"], [("web1", "1 snapshot")], []).names
+    ['web1']
+    """
 
     names: list[str]
     left: list[tuple[str, str]]

@@ -59,7 +59,11 @@ _WORDS = (
 
 
 class NostateReason(enum.IntEnum):
-    """Why a domain has no state (``virDomainNostateReason``)."""
+    """Why a domain has no state (``virDomainNostateReason``).
+
+    >>> NostateReason.UNKNOWN.value
+    0
+    """
 
     UNKNOWN = 0
 
@@ -86,13 +90,21 @@ class RunningReason(enum.IntEnum):
 
 
 class BlockedReason(enum.IntEnum):
-    """Why a domain is blocked (``virDomainBlockedReason``)."""
+    """Why a domain is blocked (``virDomainBlockedReason``).
+
+    >>> BlockedReason.UNKNOWN.value
+    0
+    """
 
     UNKNOWN = 0
 
 
 class PausedReason(enum.IntEnum):
-    """Why a domain is paused (``virDomainPausedReason``)."""
+    """Why a domain is paused (``virDomainPausedReason``).
+
+    >>> PausedReason(5)
+    <PausedReason.IOERROR: 5>
+    """
 
     UNKNOWN = 0
     USER = 1
@@ -112,14 +124,22 @@ class PausedReason(enum.IntEnum):
 
 
 class ShutdownReason(enum.IntEnum):
-    """Why a domain is being shut down (``virDomainShutdownReason``)."""
+    """Why a domain is being shut down (``virDomainShutdownReason``).
+
+    >>> ShutdownReason(1)
+    <ShutdownReason.USER: 1>
+    """
 
     UNKNOWN = 0
     USER = 1
 
 
 class ShutoffReason(enum.IntEnum):
-    """Why a domain is off (``virDomainShutoffReason``)."""
+    """Why a domain is off (``virDomainShutoffReason``).
+
+    >>> ShutoffReason(2)
+    <ShutoffReason.DESTROYED: 2>
+    """
 
     UNKNOWN = 0
     SHUTDOWN = 1
@@ -133,14 +153,22 @@ class ShutoffReason(enum.IntEnum):
 
 
 class CrashedReason(enum.IntEnum):
-    """Why a domain has crashed (``virDomainCrashedReason``)."""
+    """Why a domain has crashed (``virDomainCrashedReason``).
+
+    >>> CrashedReason(1)
+    <CrashedReason.PANICKED: 1>
+    """
 
     UNKNOWN = 0
     PANICKED = 1
 
 
 class PMSuspendedReason(enum.IntEnum):
-    """Why a domain is suspended by its guest (``virDomainPMSuspendedReason``)."""
+    """Why a domain is suspended by its guest (``virDomainPMSuspendedReason``).
+
+    >>> PMSuspendedReason.UNKNOWN.value
+    0
+    """
 
     UNKNOWN = 0
 

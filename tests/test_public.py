@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
@@ -36,3 +37,35 @@ def test_a_key_goes_by_position_or_by_keyword(name: str) -> None:
     assert list(parameters)[:5] == ["self", "key", "uuid", "name", "id"]
     assert parameters["key"].kind is inspect.Parameter.POSITIONAL_ONLY
     assert parameters["uuid"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+MODULES = ["shmdomains", "shmdomains.drivers", "shmdomains.metrics", "shmdomains.aio"]
+WITHOUT = {
+    "AnyDomainList",  # for type hints
+    "HeldLock",  # only while another process lives and holds
+    "INVARIANTS",
+    "FAMILIES",
+    "Family",
+    "call",
+    "wait_until",
+}
+"""Public names whose page has no example, beside the errors."""
+
+
+def examples_are_missing() -> set[str]:
+    found = set()
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for public in module.__all__:
+            one = getattr(module, public)
+            is_error = inspect.isclass(one) and issubclass(one, BaseException)
+            if not is_error and ">>>" not in (inspect.getdoc(one) or ""):
+                found.add(public)
+    return found
+
+
+def test_a_public_name_has_an_example() -> None:
+    """Which the doctests run."""
+    assert examples_are_missing() == WITHOUT

@@ -24,7 +24,8 @@ from .types import Target, flag, plainly, seconds
 def top(target: Target, interval: float, once: bool) -> None:
     """Watch a list, live.
 
-    Domains, rates, locks, jobs, events, the guests' CPU and memory. Takes no lock. Needs the extra `top`; without it, --once works."""
+    Domains, rates, locks, jobs, events, the guests' CPU and memory. Takes no lock. Needs the extra
+    `top`; without it, --once works."""
     import time
 
     from ..look.lines import report
@@ -56,10 +57,11 @@ def top(target: Target, interval: float, once: bool) -> None:
 )
 @click.pass_obj
 def trace(target: Target, duration: float | None, output: str, interval: float) -> None:
-    """Record who holds which lock and job, as a trace for https://ui.perfetto.dev.
+    """Record who holds which lock and job, and when.
 
-    Locks are sampled, so that nobody pays for it: what is held for less than the interval is seen
-    by chance. Jobs and events are exact. Ctrl-C ends it, and writes what there is."""
+    The file is for https://ui.perfetto.dev. Locks are sampled, so that nobody pays for it: what is
+    held for less than the interval is seen by chance. Jobs and events are exact. Ctrl-C ends it,
+    and writes what there is."""
     from ..look.trace import Tracer
 
     with target.attach() as doms:

@@ -211,12 +211,13 @@ def _failure_record(failure: LoadFailure) -> dict[str, Any]:
 @flag("force", "Replace XML files that are there.")
 @click.pass_obj
 def export_command(target: Target, file: str | None, to: str | None, force: bool) -> None:
-    """Write all domains to a file, their XML to a directory, or define them in a libvirt.
+    """Write all domains to a file, or their XML to a directory.
 
-    FILE is for `import`: the way to another layout version of the segment, and to another host; -
-    is standard output. A DIR that exists or ends in / gets NAME.xml for each domain, and
-    next/NAME.xml where there is a next definition. No lock is taken, and a poisoned or damaged
-    segment gives what can be read of it; what cannot be is named, and the exit status is then 1.
+    With --to they are defined in a libvirt. FILE is for `import`: the way to another layout version
+    of the segment, and to another host; - is standard output. A DIR that exists or ends in / gets
+    NAME.xml for each domain, and next/NAME.xml where there is a next definition. No lock is taken,
+    and a poisoned or damaged segment gives what can be read of it; what cannot be is named, and the
+    exit status is then 1.
     """
     if (file is None) == (to is None):
         raise click.UsageError("Say FILE, DIR/ or --to URI, one of them.")

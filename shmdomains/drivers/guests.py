@@ -59,7 +59,13 @@ _ALL_IS_SAID = News(over=True)
 
 class Reconciled(NamedTuple):
     """What `Driver.reconcile` found: guests that run, domains whose guest was gone, those on which
-    a dead worker had been at work, and guests without a record."""
+    a dead worker had been at work, and guests without a record.
+
+    >>> from shmdomains import DomainList
+    >>> from shmdomains.drivers import TestDriver
+    >>> TestDriver(DomainList()).reconcile()
+    Reconciled(running=0, ended=[], settled=[], orphans=[])
+    """
 
     running: int
     ended: list[DomainInfo]

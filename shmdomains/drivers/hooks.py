@@ -20,7 +20,11 @@ from .. import DomainDef, DomainInfo, DomainState, ShutoffReason
 
 class Launched(NamedTuple):
     """A guest that was made: its process, if it has one, when that started (clock ticks since boot,
-    if the driver knows), and what the driver wants to find again in `DomainInfo.data`."""
+    if the driver knows), and what the driver wants to find again in `DomainInfo.data`.
+
+    >>> Launched(pid=4711, data={"vnc": 5900}).started is None
+    True
+    """
 
     pid: int | None = None
     started: int | None = None
@@ -28,7 +32,11 @@ class Launched(NamedTuple):
 
 
 class Orphan(NamedTuple):
-    """A guest that was found running: its process, which domain it says it is, and what to show."""
+    """A guest that was found running: its process, which domain it says it is, and what to show.
+
+    >>> Orphan(4711, name="web1").name
+    'web1'
+    """
 
     pid: int
     uuid: UUID | None = None

@@ -31,6 +31,17 @@ class Domain(core.Record, DomainRules):
     the lock are one transaction: `unlock` (or the end of the ``with`` block) commits them with one
     store; an exception in the block or the death of the worker rolls them back. A handle may be
     kept, pickled and locked again later; if its domain is gone, that raises `DomainRemoved`.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     id = dom.activate()
+    ...     dom.data = "mine"
+    >>> doms["web1"].data
+    'mine'
     """
 
     __slots__ = ()

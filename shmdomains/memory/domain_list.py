@@ -64,7 +64,12 @@ DEFAULT_MAX_DOMAINS_MULTIPROCESSING = 1_024
 
 
 class AttachedProcess(msgspec.Struct, frozen=True):
-    """A process that is attached to a segment; `started` in seconds since the epoch."""
+    """A process that is attached to a segment; `started` in seconds since the epoch.
+
+    >>> from shmdomains import DomainList
+    >>> [process.alive for process in DomainList().info.attached]
+    [True]
+    """
 
     pid: int
     started: float | None
@@ -76,6 +81,11 @@ class ListInfo(msgspec.Struct, frozen=True):
     """What `DomainList.info` says; sizes in bytes, times in seconds since the epoch.
 
     `poisoned` says which repair failed, where, who found it and when; ``None`` if none did.
+
+    >>> from shmdomains import DomainList
+    >>> info = DomainList(max_domains=10).info
+    >>> info.lock, info.domains, info.max_domains
+    ('robust', 0, 10)
     """
 
     name: str | None
@@ -99,7 +109,17 @@ class ListInfo(msgspec.Struct, frozen=True):
 
 class LockedDomains(core.Records[Domain]):
     """Domains locked by `DomainList.lock_many`, in the order asked for. The end of the ``with``
-    block unlocks them: committed, or rolled back if the block raised."""
+    block unlocks them: committed, or rolled back if the block raised.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.lock_many(["web1"]) as locked:
+    ...     [dom.name for dom in locked]
+    ['web1']
+    """
 
     __slots__ = ()
 
@@ -657,5 +677,11 @@ def unlink(
     timeout: float | None = segment_file.PATIENCE,
 ) -> None:
     """Remove a segment's name. Raises `SegmentNotFound`, `SegmentInUse` unless `force`, and
-    `LockTimeout` if the lock of its directory was not free within `timeout` seconds."""
+    `LockTimeout` if the lock of its directory was not free within `timeout` seconds.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList.create("example")
+    >>> doms.close()
+    >>> unlink("example")
+    """
     segment_file.unlink(segment_file.path_of(name, path), force, timeout=timeout)

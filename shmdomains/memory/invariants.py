@@ -86,6 +86,11 @@ class CheckReport(msgspec.Struct, frozen=True):
     found, but its lock was not free in time, or the list was too large to stop writers while it is
     counted. `longest_hold` is the longest time, in seconds, that the check held a lock; usually it
     needs none.
+
+    >>> from shmdomains import DomainList
+    >>> report = DomainList().check()
+    >>> bool(report), report.problems
+    (True, [])
     """
 
     problems: list[tuple[str, str]]
@@ -159,7 +164,12 @@ class HeldLock(msgspec.Struct, frozen=True):
 
 
 class RecoverReport(msgspec.Struct, frozen=True):
-    """What `DomainList.recover` did: repairs, locks that others hold, bytes of garbage freed."""
+    """What `DomainList.recover` did: repairs, locks that others hold, bytes of garbage freed.
+
+    >>> from shmdomains import DomainList
+    >>> DomainList().recover().repairs
+    []
+    """
 
     repairs: list[Repair]
     held: list[HeldLock]

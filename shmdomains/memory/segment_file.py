@@ -56,7 +56,14 @@ PATIENCE = 10.0
 
 
 class SegmentFile(msgspec.Struct, frozen=True):
-    """A named segment's file: name, path, owner, mode, and the memory it uses (bytes)."""
+    """A named segment's file: name, path, owner, mode, and the memory it uses (bytes).
+
+    >>> from shmdomains import DomainList, segments
+    >>> with DomainList.create("example") as doms:
+    ...     [oct(file.mode) for file in segments() if file.name == "example"]
+    ...     doms.unlink()
+    ['0o600']
+    """
 
     name: str
     path: Path

@@ -42,6 +42,11 @@ class Election:
 
     It goes on until `stop`, the end of its ``with`` block, or until the list is closed. After a
     fork it goes on in the parent; the child has no part in it.
+
+    >>> from shmdomains import DomainList
+    >>> with DomainList().elect("scheduler", lambda stop: stop.wait()) as election:
+    ...     election.name, election.running
+    ('scheduler', True)
     """
 
     def __init__(

@@ -34,6 +34,14 @@ class DomainInfo(metaclass=ABCMeta):
 
     Comes from `DomainList.peek`, `snapshot`, `list` and iteration. Each is consistent in itself;
     those of one listing may be of different moments. Compared by content, and picklable.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> info.name, info.state.words, info.is_active, info.to_dict()["id"]
+    ('web1', 'shut off', False, None)
     """
 
     __slots__ = ("_blobs", "_describe", "_started", "_work", "host", *_FIELDS)

@@ -252,6 +252,16 @@ class DomainJob:
     """A job on a domain, for one ``with`` block: `Domain.job`.
 
     It is its thread's, or its task's. Others, and a forked child, get `NotOwner`.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.job("web1", "backup") as job:
+    ...     job.progress("half of it")
+    ...     doms["web1"].jobs[0].progress
+    'half of it'
     """
 
     __slots__ = (

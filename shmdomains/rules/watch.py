@@ -27,6 +27,15 @@ class Watch(Iterator[DomainEvent | EventsMissed]):
 
     When it has ended because of its `timeout`, which may be changed, it may be iterated again, and
     goes on where it stopped. One thread at a time uses it.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> watch = doms.watch(timeout=0)
+    >>> info = doms.define(xml)
+    >>> [event.words for event in watch], watch.since
+    (['Defined Added'], 1)
     """
 
     def __init__(self, doms: ListBase[Any], since: int, timeout: float | None) -> None:

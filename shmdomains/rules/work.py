@@ -168,6 +168,21 @@ class Unfinished(msgspec.Struct, frozen=True):
     and since when (seconds since the epoch). See `Domain.unfinished`.
 
     `holder.alive` tells a worker that died from one whose ``with`` block ended with an exception.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     dom.intend("start", {"id": 1})
+    ...     raise RuntimeError("the hypervisor did not answer")
+    Traceback (most recent call last):
+        ...
+    RuntimeError: the hypervisor did not answer
+    >>> with doms.get("web1") as dom:
+    ...     dom.unfinished.name, dict(dom.unfinished.data)
+    ('start', {'id': 1})
     """
 
     name: str
