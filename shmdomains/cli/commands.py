@@ -122,6 +122,8 @@ for _command in (
     lifecycle_commands.resume,
     lifecycle_commands.reset,
     lifecycle_commands.destroy,
+    lifecycle_commands.reconcile,
+    lifecycle_commands.supervise,
     setting_commands.setmem,
     setting_commands.setmaxmem,
     setting_commands.setvcpus,

@@ -61,7 +61,7 @@ _WHAT_A_DRIVER_DOES = frozenset(_A_DRIVERS.split())
 
 _OURS = {
     *("load", "segments", "locks", "check", "recover", "export", "import", "unlink", "wait"),
-    *("postgres", "stress", "completion"),
+    *("postgres", "stress", "completion", "reconcile", "supervise"),
 }
 """Behind the others, which are virsh's, a blank line follows as in virsh."""
 

@@ -11,8 +11,8 @@ from ..errors import ShmDomainsError
 from ..xml.definition import DomainDef
 from .definitions import print_refusal, read_xml
 from .driving import driven, driver_of, need_driver
-from .tables import Failure, print_error, printable
-from .types import Target, domain_argument, flag, source_text, timeout_option
+from .tables import Failure, UsageFailure, print_error, printable
+from .types import Target, domain_argument, flag, format_option, source_text, timeout_option
 
 
 @click.command()
@@ -119,3 +119,51 @@ def resume(target: Target, domain: str, timeout: float | None) -> None:
     with driven(target, domain, "Failed to resume domain '{name}'", timeout) as (driver, info):
         driver.resume(info.uuid)
     click.echo(printable(f"Domain '{info.name}' resumed"))
+
+
+@click.command()
+@flag("kill_orphans", "End the guests that have no record.")
+@click.option("--host", metavar="NAME", help="Another host, whose domains are to be off.")
+@flag("host_is_dead", "You know that it is dead; else its guests would run twice.")
+@timeout_option
+@format_option
+@click.pass_obj
+def reconcile(
+    target: Target,
+    kill_orphans: bool,
+    host: str | None,
+    host_is_dead: bool,
+    timeout: float | None,
+    form: str,
+) -> None:
+    """Compare the records with the guests of this host, and mend what differs.
+
+    What dead workers began is finished or undone; a guest that ended is treated as its definition
+    says. Guests without a record are shown and, with --kill-orphans, ended.
+
+    With --host NAME --host-is-dead the domains of that host are off, and may start elsewhere. For
+    lists of several hosts.
+    """
+    need_driver(target)
+    if (host is not None) != host_is_dead:
+        raise UsageFailure("--host and --host-is-dead go together: only you can know that it is")
+    if host is not None and kill_orphans:
+        raise UsageFailure("--kill-orphans ends guests of this host; --host is another one")
+    from .supervising import reconciled
+
+    reconciled(target, kill_orphans, host, timeout, form)
+
+
+@click.command()
+@timeout_option
+@click.pass_obj
+def supervise(target: Target, timeout: float | None) -> None:
+    """Watch the guests of this host until Ctrl-C or SIGTERM.
+
+    What they do by themselves gets into the record within milliseconds, and is answered as their
+    definitions say. Of all that supervise one does the work; another one goes on when it dies.
+    """
+    need_driver(target)
+    from .supervising import supervised
+
+    supervised(target, timeout)

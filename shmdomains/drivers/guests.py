@@ -109,6 +109,12 @@ class Guests(Hooks):
     def _is_here(self, domain: Any) -> bool:
         return not domain.is_active or getattr(self.doms, "host", domain.host) == domain.host
 
+    def _is_watchable(self, info: DomainInfo) -> bool:
+        """Whether there is a guest here by now."""
+        if info.pid is None and (info.state, info.reason) == _STARTING:
+            return False
+        return info.is_active and self._is_here(info)
+
     def _need_here(self, domain: Any) -> None:
         """Of an info, or of a domain that is locked."""
         if not self._is_here(domain):
@@ -281,7 +287,7 @@ class Guests(Hooks):
         news = news or News()
         try:
             now = self.doms[guest.uuid]
-            if not _is_same(now, guest):
+            if not is_same(now, guest):
                 return now
             try:
                 how = self.ended(guest)
@@ -297,8 +303,10 @@ class Guests(Hooks):
         operation = _ENDS.get(news.reason or how, "ended")
         with self._job(guest, operation, Job.DESTROY) as dom:
             info = self.doms[dom]
-            if not _is_same(info, guest) or info.state is DomainState.CRASHED:
+            if not is_same(info, guest):
                 return info
+            if info.state is DomainState.CRASHED and self.alive(info):
+                return info  # preserved, to be looked at
             now = self.ended(info)
             if now is None:
                 return info
@@ -318,7 +326,7 @@ class Guests(Hooks):
             return guest
         with self._job(guest, "look") as dom:
             info = self.doms[dom]
-            seen = self._differs(info) if _is_same(info, guest) else None
+            seen = self._differs(info) if is_same(info, guest) else None
             if seen:
                 with self._running(dom, info):
                     dom.set_state(*seen)
@@ -327,7 +335,7 @@ class Guests(Hooks):
     def _differs(self, guest: DomainInfo) -> tuple[DomainState, int] | None:
         """The state that the guest is in, if the record has another one."""
         info = self.doms.peek(guest.uuid)
-        if info is None or not _is_same(info, guest) or not _may_differ(info):
+        if info is None or not is_same(info, guest) or not _may_differ(info):
             return None
         seen = self.seen(info)
         return None if seen is None or seen[0] is info.state else seen
@@ -375,7 +383,7 @@ class Guests(Hooks):
         return info is not None and info.is_active and info.pid in (None, orphan.pid)
 
 
-def _is_same(info: DomainInfo, guest: DomainInfo) -> bool:
+def is_same(info: DomainInfo, guest: DomainInfo) -> bool:
     """Whether it has this guest still: a domain that began anew may have kept its id."""
     return info.is_active and (info.id, info.pid) == (guest.id, guest.pid)
 

@@ -108,9 +108,10 @@ class Hooks:
 
     def news(self, info: DomainInfo) -> AsyncIterator[News] | None:
         """What the guest does by itself, as it happens: asked of by whoever supervises it, on an
-        asyncio loop, and closed when the guest is gone. First of all it says what happened before
-        it was asked. ``None``: there is nothing but the end of its process, which is seen
-        without."""
+        asyncio loop. First of all it says what happened before it was asked. It ends when there is
+        nothing more to be heard, also because the guest is gone; while the domain has this guest
+        it is called again then. ``None``: there is nothing but the end of its process, which is
+        seen without."""
         return None
 
     def set_guest_memory(self, info: DomainInfo, kib: int) -> None:

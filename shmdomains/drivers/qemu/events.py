@@ -19,8 +19,6 @@ from ... import ShutoffReason
 from ..hooks import News
 from .monitor import Client, hang_up, opened
 
-_AGAIN = 0.1  # seconds until a connection that ended or was refused is tried again
-
 STOPPED = {"shutdown": ShutoffReason.SHUTDOWN, "guest-panicked": ShutoffReason.CRASHED}
 """What `query-status` says of a guest that has ended, and how it did."""
 _LOOK = News()
@@ -34,24 +32,25 @@ _LOOKS = ("STOP", "RESUME", "SUSPEND", "WAKEUP")
 
 
 async def follow(path: str) -> AsyncIterator[News]:
-    """What the guest whose events are at `path` does; without an end."""
-    while True:
-        with suppress(QMPError, ExecuteError, OSError, EOFError):
-            connection = opened()
-            client = Client()
-            try:
-                connection.connect(path)  # it does not block; if it would it fails
-                await client.connect(connection)
-                async for news in _told(client):
-                    yield news
-            finally:
-                await _close(client, connection)
-        await asyncio.sleep(_AGAIN)
+    """What the guest whose events are at `path` does, until QEMU hangs up."""
+    with suppress(QMPError, ExecuteError, OSError, EOFError):
+        connection = opened()
+        client = Client()
+        try:
+            connection.connect(path)  # it does not block; if it would it fails
+            await client.connect(connection)
+            async for news in _told(client):
+                yield news
+        finally:
+            await _close(client, connection)
 
 
 async def _told(client: Client) -> AsyncIterator[News]:
-    now: Any = await client.execute("query-status")
-    yield _OF_A_STATUS.get(now["status"], _LOOK)
+    try:
+        now: Any = await client.execute("query-status")
+        yield _OF_A_STATUS.get(now["status"], _LOOK)
+    except QMPError:  # it has hung up meanwhile, and may have said why
+        pass
     ended = asyncio.ensure_future(client.runstate_changed())
     try:
         while True:

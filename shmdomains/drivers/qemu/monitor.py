@@ -48,10 +48,13 @@ os.register_at_fork(after_in_child=_close_in_child)
 class Client(QMPClient):
     """QEMU's own, which would log each guest's end as an error of its connection."""
 
-    logger = logging.getLogger("shmdomains.qmp")
+    def __init__(self) -> None:
+        super().__init__()
+        self.logger = _quiet  # each client's own: it hides the class's
 
 
-Client.logger.setLevel(logging.CRITICAL)
+_quiet = logging.getLogger("shmdomains.qmp")
+_quiet.setLevel(logging.CRITICAL)
 
 
 class MonitorError(DriverError):
