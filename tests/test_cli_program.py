@@ -29,6 +29,7 @@ CHANGES = {
     *("create", "load", "define", "undefine", "rename", "domrename", "autostart", "recover"),
     *("import", "unlink", "stress", "postgres", "start", "shutdown", "reboot", "suspend", "resume"),
     *("reset", "destroy", "setmem", "setmaxmem", "setvcpus", "desc", "title", "edit"),
+    *("reconcile", "supervise"),
 }
 
 # --- create, unlink -------------------------------------------------------------------------
@@ -284,6 +285,9 @@ def test_the_commands_of_the_readme_run(
         args = shlex.split(line)[1:]
         if args[0] == "stress":
             args += ["--seconds", "0.3", "--workers", "2"]
+        if args[-1] == "supervise":  # it goes on: test_cli_supervise.py ends it
+            ran.add("supervise")
+            continue
         if "--listen" in args:  # it goes on: test_cli_metrics.py asks it
             args[-1:] = ["127.0.0.1:0", "--once"]
         with what_is_there(args[0]):

@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import pg_servers
 import pytest
-from helpers import list_url
 from killing import Child, Pipe, fork, until
 from qemu_guests import (
     HALT,
@@ -33,7 +31,6 @@ from qemu_guests import (
 
 need()
 
-import shmdomains  # noqa: E402
 from shmdomains import (  # noqa: E402
     DomainInfo,
     DomainState,
@@ -41,7 +38,6 @@ from shmdomains import (  # noqa: E402
     PausedReason,
     RunningReason,
     ShmDomainsError,
-    StoppedDetail,
 )
 from shmdomains.drivers.qemu import QemuDriver, monitor  # noqa: E402
 

@@ -122,9 +122,9 @@ def resume(target: Target, domain: str, timeout: float | None) -> None:
 
 
 @click.command()
-@flag("kill_orphans", "End the guests that have no record.")
+@flag("kill-orphans", "End the guests that have no record.")
 @click.option("--host", metavar="NAME", help="Another host, whose domains are to be off.")
-@flag("host_is_dead", "You know that it is dead; else its guests would run twice.")
+@flag("host-is-dead", "You know that it is dead; else its guests would run twice.")
 @timeout_option
 @format_option
 @click.pass_obj
