@@ -437,6 +437,25 @@ def test_whoever_comes_next_ends_what_a_dead_worker_began(
     assert guests(driver) == files(driver) == []
 
 
+def test_a_vcpu_that_a_dead_worker_plugged_in_is_in_the_record(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.define(xml(driver))
+    driver.start("web1")
+
+    def worker() -> None:
+        monkeypatch.setattr(QemuDriver, "set_guest_vcpus", after(QemuDriver.set_guest_vcpus))
+        driver.set_vcpus("web1", 2)
+
+    assert in_child(worker) == -signal.SIGKILL
+    assert [info.name for info in driver.reconcile().settled] == ["web1"]
+    info = driver.get("web1")
+    assert (info.definition.current_vcpus, driver.guest_vcpus(info)) == (2, 2)
+    assert info.next_definition is not None and info.next_definition.current_vcpus == 1
+    assert caplog.text == ""
+    driver.destroy("web1")
+
+
 def test_what_a_dead_worker_still_starts_is_waited_for(driver: QemuDriver, place: Path) -> None:
     """Between a fork and QEMU's exec there is no QEMU to be found, but its lock."""
     slow = place / "slow"

@@ -155,7 +155,8 @@ class Guests(Hooks):
         """End a guest that was not started to the end. If even that fails, it stays as one that is
         starting up, and the next job ends it."""
         try:
-            self.kill(self.doms.peek(dom) or info)
+            now = self.doms.peek(dom)  # another host may have it by now
+            self.kill(now if now is not None and now.id == info.id else info)
             self._off(dom, info, ShutoffReason.FAILED)
         except ShmDomainsError as error:
             logger.error("domain '%s' was not started, nor is it off: %s", info.name, error)
@@ -210,22 +211,34 @@ class Guests(Hooks):
         elif not self.alive(info):
             info = self._end(dom, info, _REASONS.get(died[0].operation, ShutoffReason.CRASHED))
         else:
-            self._restore(info)
+            self._restore(dom, info)
         if not info.is_active and not info.persistent:
             raise DomainNotFound(f"no domain with matching name '{info.name}'")
 
-    def _restore(self, info: DomainInfo) -> None:
-        """Make the guest what its record says. What cannot be is logged: the domain can be
-        destroyed all the same."""
+    def _restore(self, dom: Any, info: DomainInfo) -> None:
+        """Make the guest what its record says, but for vCPUs that a dead worker had plugged in: a
+        guest may not give them up, so the record gets them. What cannot be is logged: the domain
+        can be destroyed all the same."""
         try:
             if info.state is DomainState.RUNNING:
                 self.unpause(info)
             elif info.state is DomainState.PAUSED:
                 self.pause(info)
             self.set_guest_memory(info, info.definition.current_memory)
-            self.set_guest_vcpus(info, info.definition.current_vcpus)
+            plugged = self.guest_vcpus(info)
+            if plugged is not None and plugged > info.definition.current_vcpus:
+                self._take_vcpus(dom, info, plugged)
+            else:
+                self.set_guest_vcpus(info, info.definition.current_vcpus)
         except DriverError as error:
             logger.error("the guest of '%s' is not what its record says: %s", info.name, error)
+
+    def _take_vcpus(self, dom: Any, info: DomainInfo, count: int) -> None:
+        with self._running(dom, info):
+            stored = dom.next_definition or dom.definition
+            dom.definition = dom.definition.replace(current_vcpus=count)
+            if info.persistent:
+                dom.next_definition = stored
 
     def reconcile(self, kill_orphans: bool = False) -> Reconciled:
         """Compare the records with the guests of this host: after a restart of everything, or at
@@ -364,7 +377,8 @@ class Guests(Hooks):
 
         Nobody can see from here whether a host is dead or only silent. Fence it first: guests that
         it still runs would run twice. Should it come back, its workers have lost their locks, and
-        its `reconcile` finds the guests without a record.
+        its `reconcile` finds the guests without a record. One lock is held for the decision and the
+        commit, and its token is logged: what comes with a lower one to storage or network is late.
         """
         if host == getattr(self.doms, "host", host):
             raise DriverError(f"host '{host}' is this one, and lives")
@@ -374,8 +388,16 @@ class Guests(Hooks):
                 suppress(DomainNotFound, DomainRemoved),
                 self.doms.get(info, timeout=self.timeout) as dom,
                 dom.job("bury", Job.DESTROY, timeout=self.timeout),
+                self.doms.locked(self.timeout),
             ):
-                buried.append(self._off(dom, info, ShutoffReason.FAILED))
+                with dom:
+                    if not dom.is_active or (dom.id, dom.host) != (info.id, host):
+                        continue  # it had ended, and may have begun anew elsewhere
+                    token = dom.token
+                    dom.deactivate(ShutoffReason.FAILED)
+                buried.append(self._sweep(dom))
+                text = "domain '%s' of host '%s' is off, by token %d"
+                logger.info(text, info.name, host, token)
         return buried
 
     def _is_recorded(self, orphan: Orphan) -> bool:

@@ -120,6 +120,10 @@ class Hooks:
     def set_guest_vcpus(self, info: DomainInfo, count: int) -> None:
         """Give the guest so many of its processors."""
 
+    def guest_vcpus(self, info: DomainInfo) -> int | None:
+        """How many it has; ``None``: as many as its record says."""
+        return None
+
     def orphans(self) -> list[Orphan]:
         """The guests of this driver that run on this host and may have no record; `reconcile`
         leaves out those that have."""
