@@ -120,5 +120,3 @@ def test_supervise(doms: DomainList, number: int, status: int) -> None:
             program.kill()
     assert doms["c"].reason is ShutoffReason.FAILED
     assert [lock.holder for lock in doms.locks() if lock.name == "guests"] in ([], [None])
-
-

@@ -12,18 +12,20 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import pg_servers
 import psutil
 import pytest
-from helpers import SOAK
-from killing import Child, Pipe
-from qemu_guests import disagreements, files, guests, in_child, need, qemu_driver, xml
+from helpers import SOAK, list_url
+from killing import Child, Pipe, until
+from qemu_guests import POWER_OFF, disagreements, files, guests, in_child, need, qemu_driver, xml
 
 need()
 
+import shmdomains  # noqa: E402
 import shmdomains.drivers  # noqa: E402
 from shmdomains import ShmDomainsError  # noqa: E402
 from shmdomains.drivers.qemu import QemuDriver  # noqa: E402
@@ -39,10 +41,18 @@ STEP = 1 if SOAK else 12
 """Killed before each line, or before one of so many."""
 ROUNDS = 200 if SOAK else 40
 
+
+def powered_off(driver: QemuDriver) -> None:
+    info = driver.create(xml(driver, POWER_OFF))
+    until(lambda: driver.ended(info) is not None, "the power-off")
+
+
 OPERATIONS: dict[str, tuple[Callable[[QemuDriver], Any], ...]] = {
     "start": (lambda d: d.define(xml(d)), lambda d: d.start("web1")),
     "create": (lambda d: None, lambda d: d.create(xml(d))),
     "suspend": (lambda d: d.create(xml(d)), lambda d: d.suspend("web1")),
+    "set_vcpus": (lambda d: d.create(xml(d)), lambda d: d.set_vcpus("web1", 2)),
+    "powered off": (powered_off, lambda d: d.look(d.get("web1"))),
     "destroy": (lambda d: (d.define(xml(d)), d.start("web1")), lambda d: d.destroy("web1")),
 }
 NEXT: list[Callable[[QemuDriver], Any]] = [
@@ -84,8 +94,9 @@ def kill_before_each_line(pipe: Pipe, operation: str) -> None:
 
             if in_child(victim) != -signal.SIGKILL:
                 break
-            with suppress(ShmDomainsError):  # by what it found; that is right, too
-                NEXT[line // STEP % len(NEXT)](driver)
+            if operation != "powered off":
+                with suppress(ShmDomainsError):  # by what it found; that is right, too
+                    NEXT[line // STEP % len(NEXT)](driver)
             driver.reconcile()
             assert disagreements(driver) == [], f"line {line}"
             assert driver.reconcile()[1:] == ([], [], [])
@@ -105,6 +116,17 @@ def test_killed_before_each_line(
     tried("workers killed at work with QEMU", killed)
 
 
+STORES = pytest.mark.parametrize("where", ["memory", "postgres"])
+
+
+def place_of(where: str) -> str:
+    if where != "postgres":
+        return where
+    if (missing := pg_servers.missing()) is not None:
+        pytest.skip(f"no PostgreSQL: {missing}")
+    return list_url()
+
+
 # --- a storm ------------------------------------------------------------------------------------
 
 NAMES = ("a", "b", "c")
@@ -119,7 +141,7 @@ def work(driver: QemuDriver, done: int, seed: int) -> None:
         os.write(done, b".")
 
 
-def storm(pipe: Pipe) -> None:
+def storm(pipe: Pipe, where: str) -> None:
     chance = random.Random(15)
     workers: list[tuple[int, int]] = []
 
@@ -139,7 +161,9 @@ def storm(pipe: Pipe) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         os.close(pipe)
 
-    with qemu_driver() as driver:
+    with ExitStack() as stack:
+        doms = stack.enter_context(shmdomains.open(where)) if "://" in where else None
+        driver = stack.enter_context(qemu_driver(doms))
         for name in NAMES:
             driver.define(xml(driver, name=name))
         for number in range(4):
@@ -166,8 +190,9 @@ def storm(pipe: Pipe) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
+@STORES
 def test_a_storm_of_workers_that_are_killed(
-    start: Callable[..., Child], tried: Callable[[str, int], None]
+    start: Callable[..., Child], tried: Callable[[str, int], None], where: str
 ) -> None:
-    start(storm).hear(1800)
+    start(storm, place_of(where)).hear(1800)
     tried("workers killed at work with QEMU", ROUNDS)

@@ -132,9 +132,12 @@ class Guests(Hooks):
 
     # --- begin and end ---
 
-    def _boot(self, dom: Any, paused: bool = False) -> DomainInfo:
-        """Make a guest for a domain that is starting up. If that fails, the domain is off again."""
+    def _boot(self, dom: Any, paused: bool = False, id: int | None = None) -> DomainInfo:
+        """Make a guest for a domain that is starting up, with this id. If that fails, the domain is
+        off again."""
         info = self.doms[dom]
+        if id not in (None, info.id):
+            raise DomainInactive(f"domain '{info.name}' was stopped meanwhile")
         try:
             launched = self.launch(info)
             with self._running(dom, info):

@@ -28,7 +28,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-from .. import DomainInfo, EventsMissed, Job, ListClosed
+from .. import DomainInfo, EventsMissed, Job, ListClosed, ShmDomainsError
 from .guests import is_same
 from .hooks import News
 
@@ -290,4 +290,6 @@ async def _within(seconds: float | None, doing: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _log(error: Exception) -> None:
-    logger.warning("supervision: %s; it will be tried again", str(error) or repr(error))
+    mistake = None if isinstance(error, ShmDomainsError) else error
+    text = "supervision: %s; it will be tried again"
+    logger.warning(text, str(error) or repr(error), exc_info=mistake)

@@ -52,9 +52,15 @@ class Client(QMPClient):
         super().__init__()
         self.logger = _quiet  # each client's own: it hides the class's
 
+    async def connect(self, address: Any, ssl: Any = None) -> None:
+        try:
+            await super().connect(address, ssl)
+        except AssertionError:  # it has a check for that
+            raise QMPError("it hung up after its greeting") from None
+
 
 _quiet = logging.getLogger("shmdomains.qmp")
-_quiet.setLevel(logging.CRITICAL)
+_quiet.setLevel(logging.CRITICAL + 1)
 
 
 class MonitorError(DriverError):
