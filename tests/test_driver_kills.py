@@ -138,15 +138,12 @@ def made(where: Any) -> Any:
     if "://" not in where:
         return DomainList(max_domains=8, lock=where)
     doms = shmdomains.open(where)
+    driver = TestDriver(doms)
     for info in doms.list():
-        with doms.locked(), doms.get(info) as dom:
-            with dom:
-                if dom.is_active:
-                    dom.deactivate()
-            if info.persistent:
-                doms.undefine(dom)
-            else:
-                doms.remove_inactive(dom)
+        if info.is_active:
+            driver.destroy(info)
+        if info.persistent:
+            driver.undefine(info)
     return doms
 
 

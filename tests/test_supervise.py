@@ -383,6 +383,17 @@ def test_a_mistake_in_reading_does_not_end_it(
         until(lambda: is_off(sleeps), "the end in the record")
 
 
+def test_many_guests_have_no_thread_each(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with DomainList(max_domains=256) as doms, sleep_driver(doms, tmp_path) as driver:
+        infos = [driver.create(xml(f"g{number}")) for number in range(200)]
+        with driver.supervise():
+            for info in infos[:20]:
+                end(info)
+            until(lambda: len(doms) == 180, "their ends in the record")
+            assert threading.active_count() - before <= supervision.THREADS + 3
+
+
 def test_missed_events_are_no_missed_guests(sleeps: SleepDriver) -> None:
     """Whoever is told that events were missed looks at all."""
     seen: list[Any] = []
