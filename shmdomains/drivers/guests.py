@@ -253,17 +253,20 @@ class Guests(Hooks):
         on is left to that. Guests without a record are listed and, with `kill_orphans`, ended.
         """
         found = Reconciled(0, [], self.settle_all(), [])
-        settled = {info.uuid for info in found.settled}
+        settled = {info.uuid: at for at, info in enumerate(found.settled)}
         running = 0
         for info in self.doms.list(active=True):
             if not self._is_here(info):
                 continue
-            if info.uuid not in settled and not _is_worked_on(info):
+            if not _is_worked_on(info):
                 now = self._reconcile_one(info)
-                if not now.is_active:
+                if info.uuid in settled:
+                    found.settled[settled[info.uuid]] = now
+                elif not now.is_active:
                     found.ended.append(now)
-                    continue
-            running += 1
+                running += now.is_active
+            else:
+                running += 1
         for orphan in self.orphans():
             if not self._is_recorded(orphan):
                 found.orphans.append(orphan)
