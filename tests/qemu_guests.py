@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import Child, Pipe
 
 from shmdomains import DomainList
 from shmdomains.drivers.qemu import QemuDriver, process
@@ -92,6 +95,39 @@ def disagreements(driver: QemuDriver) -> list[str]:
         f"{info} is off and not defined" for info in driver.list(active=False, persistent=False)
     ]
     return wrong
+
+
+_BODIES: dict[str, Callable[..., None]] = {}
+
+
+def forking(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that forks, run in a clean process: pytest's has threads. `driver` and `monkeypatch`
+    are made there, other arguments here."""
+    wanted = inspect.signature(test).parameters
+    made_there = ("driver", "monkeypatch")
+
+    def wrapper(start: Callable[..., Child], **given: Any) -> None:
+        start(_run_there, Path(inspect.getfile(test)).stem, test.__name__, given).hear(60)
+
+    given = [one for name, one in wanted.items() if name not in made_there]
+    begin = inspect.Parameter("start", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__
+    wrapper.__signature__ = inspect.Signature([begin, *given])  # type: ignore[attr-defined]
+    _BODIES[test.__name__] = test
+    return wrapper
+
+
+def _run_there(pipe: Pipe, module: str, name: str, given: dict[str, Any]) -> None:
+    importlib.import_module(module)
+    body = _BODIES[name]
+    wanted = inspect.signature(body).parameters
+    with pytest.MonkeyPatch.context() as monkeypatch, ExitStack() as stack:
+        if "monkeypatch" in wanted:
+            given["monkeypatch"] = monkeypatch
+        if "driver" in wanted:
+            given["driver"] = stack.enter_context(qemu_driver())
+        body(**given)
+    pipe.say()
 
 
 def in_child(call: Callable[[], Any]) -> int:

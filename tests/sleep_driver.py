@@ -48,6 +48,8 @@ class SleepDriver(Driver):
         finally:
             os.close(lock)
         guest.send_signal(signal.SIGSTOP)
+        # It stops when its `exec` is over: before that its environment is not to be seen.
+        until(lambda: state(guest.pid) in ("T", "Z", ""), "the guest")
         guest.returncode = 0  # others may wait for it
         return Launched(guest.pid, data={"of": info.id})
 
@@ -139,10 +141,15 @@ def paused(info: DomainInfo) -> bool:
 
 def stopped(pid: int) -> bool:
     """Whether the process was stopped; False if it is gone."""
+    return state(pid) == "T"
+
+
+def state(pid: int) -> str:
+    """The kernel's letter; empty if the process is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 @contextmanager

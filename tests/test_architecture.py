@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import shmdomains
+
 PACKAGE = Path(__file__).resolve().parent.parent / "shmdomains"
 
 RANKS = [
@@ -181,3 +183,14 @@ def test_a_planted_arrow_is_noticed(tmp_path: Path, file: str, text: str, fault:
         grown.write(text + "\n")
     said = faults(arrows(tmp_path))
     assert any(fault in one for one in said), said
+
+
+def test_drivers_are_an_example_to_copy() -> None:
+    """But for `qemu`, they import the public names of the package and each other."""
+    for file in sorted((PACKAGE / "drivers").glob("*.py")):
+        for one in ast.walk(ast.parse(file.read_text())):
+            if isinstance(one, ast.ImportFrom) and (one.level > 1 or one.module == "shmdomains"):
+                names = [alias.name for alias in one.names]
+                public = set(shmdomains.__all__)
+                assert (one.level, one.module) == (2, None), f"{file.name}: {ast.unparse(one)}"
+                assert public.issuperset(names), f"{file.name}: {set(names) - public}"

@@ -93,7 +93,7 @@ def test_a_dead_host() -> None:
 def test_supervise(doms: DomainList) -> None:
     """It watches until it is told to end, and then ends in order."""
     command = [sys.executable, "-m", "shmdomains", "--driver", "test", "supervise"]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, status in {signal.SIGINT: 130, signal.SIGTERM: 0}.items():
         with subprocess.Popen(
             command, env=environment(), stderr=subprocess.PIPE, text=True
         ) as process:
@@ -101,5 +101,5 @@ def test_supervise(doms: DomainList) -> None:
             assert "Supervising default; end with Ctrl-C" in process.stderr.readline()
             until(lambda: any(one.name == "guests" for one in doms.locks()), "the leader")
             process.send_signal(number)
-            assert process.wait(DEADLINE) == 130
+            assert process.wait(DEADLINE) == status
             assert process.stderr.read() == ""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from helpers import EVERY_STORE, Party, thread_party, xml
+from helpers import DEADLINE, EVERY_STORE, Party, thread_party, xml
+from killing import until
 from test_driver_operations import A, B, acting, is_now
 
 from shmdomains import (
@@ -21,6 +23,7 @@ from shmdomains import (
     DomainNotFound,
     DomainState,
     DriverError,
+    Job,
     JobTimeout,
     PausedReason,
     RunningReason,
@@ -420,3 +423,25 @@ def test_a_transient_record_that_never_ran(doms: Any, driver: Driver) -> None:
         dom = doms.assign_def(driver._accepted(A))
     dom.unlock()
     assert driver.create(A).is_active
+
+
+def test_a_create_that_is_overtaken_makes_no_guest(doms: Any) -> None:
+    """It had entered the record, and waited for a job whose holder ended it."""
+    launched: list[DomainInfo] = []
+
+    class Launching(TestDriver):
+        def launch(self, info: DomainInfo) -> Launched:
+            launched.append(info)
+            return super().launch(info)
+
+    driver = Launching(doms, timeout=DEADLINE)
+    driver.define(xml("web1"))
+    with ThreadPoolExecutor(1) as thread:
+        with doms.get("web1") as dom, dom.job("destroy", Job.DESTROY):
+            created = thread.submit(driver.create, xml("web1"))
+            until(lambda: driver.get("web1").is_active, "its entry")
+            with dom:
+                dom.deactivate(ShutoffReason.DESTROYED)
+        with pytest.raises(DomainInactive, match="domain 'web1' was stopped meanwhile"):
+            created.result(DEADLINE)
+    assert launched == [] and not driver.get("web1").is_active

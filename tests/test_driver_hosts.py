@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import pg_servers
@@ -85,7 +86,9 @@ def test_reconcile_leaves_other_hosts_alone(drivers: tuple[Driver, Driver]) -> N
     assert not two.get("web1").is_active
 
 
-def test_a_host_that_is_dead(drivers: tuple[Driver, Driver]) -> None:
+def test_a_host_that_is_dead(
+    drivers: tuple[Driver, Driver], caplog: pytest.LogCaptureFixture
+) -> None:
     one, two = drivers
     one.define(xml("web1"))
     one.start("web1")
@@ -93,8 +96,36 @@ def test_a_host_that_is_dead(drivers: tuple[Driver, Driver]) -> None:
     two.create(xml("web2"))
     with pytest.raises(DriverError, match="host 'b' is this one, and lives"):
         two.bury("b")
-    assert sorted(info.name for info in two.bury("a")) == ["tr1", "web1"]
+    with caplog.at_level(logging.INFO, "shmdomains.drivers"):
+        assert sorted(info.name for info in two.bury("a")) == ["tr1", "web1"]
+    tokens = [int(line.rpartition(" ")[2]) for line in caplog.messages if "by token" in line]
+    assert len(tokens) == 2
     assert sorted(info.name for info in two.list()) == ["web1", "web2"]
     assert two.start("web1").host == "b"
+    with two.doms.get("web1") as dom:
+        assert dom.token > max(tokens)
     with pytest.raises(DomainStateError, match="runs on host 'b'"):
         one.destroy("web1")
+
+
+def test_one_that_is_elsewhere_by_now_is_not_buried(
+    drivers: tuple[Driver, Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was seen on the dead host, and ended before it was locked."""
+    one, two = drivers
+    one.define(xml("web1"))
+    one.start("web1")
+    seen = two.list(active=True, host="a")
+    one.destroy("web1")
+    two.start("web1")
+    monkeypatch.setattr(two.doms, "list", lambda **_: seen)
+    assert two.bury("a") == [] and two.get("web1").host == "b"
+
+
+@pytest.mark.parametrize("driver", [TestDriver, Blind])
+def test_a_list_that_reads_from_a_standby_is_refused(
+    drivers: tuple[Driver, Driver], monkeypatch: pytest.MonkeyPatch, driver: type[Driver]
+) -> None:
+    monkeypatch.setattr(type(drivers[0].doms), "read", "standby")
+    with pytest.raises(ValueError, match="open the list without read='standby'"):
+        driver(drivers[0].doms)

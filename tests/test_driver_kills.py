@@ -24,18 +24,27 @@ from helpers import SOAK, list_url
 from killing import DEADLINE, Child, ChildDied, Pipe, fork, xml
 from sleep_driver import SleepDriver, sleep_driver
 
-import shmdomains
 import shmdomains.drivers
 from shmdomains import DomainInfo, DomainList, DriverError, Job, ShmDomainsError
 from shmdomains.drivers import TestDriver
+from shmdomains.drivers.hooks import News
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 KINDS = pytest.mark.parametrize("lock", ["robust", "multiprocessing"])
+STORES = pytest.mark.parametrize("where", ["robust", "multiprocessing", "postgres"])
 DRIVERS = str(Path(shmdomains.drivers.__file__).parent)
 HOOKS = {SleepDriver.launch.__code__, SleepDriver.kill.__code__}
 UUID = "11111111-1111-1111-1111-111111111111"
 VM = xml("vm", UUID)
+
+RESTARTED = VM.replace("<os>", "<on_poweroff>restart</on_poweroff><os>")
+
+
+def end_guest(driver: SleepDriver, info: DomainInfo) -> None:
+    """As it ends by itself."""
+    driver.end(info.uuid)
+
 
 OPERATIONS: dict[str, tuple[Callable[[SleepDriver], Any], ...]] = {
     "start": (lambda d: d.define(VM), lambda d: d.start("vm")),
@@ -51,10 +60,21 @@ OPERATIONS: dict[str, tuple[Callable[[SleepDriver], Any], ...]] = {
     ),
     "suspend": (lambda d: d.create(VM), lambda d: d.suspend("vm")),
     "resume": (lambda d: d.create(VM, paused=True), lambda d: d.resume("vm")),
+    "powered off": (
+        lambda d: end_guest(d, d.create(VM)),
+        lambda d: d.look(d.get("vm"), News(shmdomains.ShutoffReason.SHUTDOWN, "on_poweroff")),
+    ),
+    "begun anew": (
+        lambda d: end_guest(d, d.create(RESTARTED)),
+        lambda d: d.look(d.get("vm"), News(shmdomains.ShutoffReason.SHUTDOWN, "on_poweroff")),
+    ),
     "undefine": (lambda d: (d.define(VM), d.start("vm")), lambda d: d.undefine("vm")),
     "set_memory": (lambda d: (d.define(VM), d.start("vm")), lambda d: d.set_memory("vm", 99)),
 }
 """What is there before, and what the worker is killed in."""
+
+BY_ITSELF = ("powered off", "begun anew")
+"""Who died before he looked leaves a guest that ended by itself, which only another look finds."""
 
 NEXT: dict[str, Callable[[SleepDriver], Any]] = {
     "reconcile": lambda d: d.reconcile(),
@@ -104,11 +124,34 @@ def killed(driver: SleepDriver, operation: str, line: int) -> bool:
         child.close()
 
 
-def every_line(pipe: Pipe, lock: Any, operation: str, following: list[str], step: int) -> None:
+def place_of(where: str) -> str:
+    """What `made` takes."""
+    if where != "postgres":
+        return where
+    if (missing := pg_servers.missing()) is not None:
+        pytest.skip(f"no PostgreSQL: {missing}")
+    return list_url()
+
+
+def made(where: Any) -> Any:
+    """The list of a test in a clean process; one on PostgreSQL is emptied first."""
+    if "://" not in where:
+        return DomainList(max_domains=8, lock=where)
+    doms = shmdomains.open(where)
+    driver = TestDriver(doms)
+    for info in doms.list():
+        if info.is_active:
+            driver.destroy(info)
+        if info.persistent:
+            driver.undefine(info)
+    return doms
+
+
+def every_line(pipe: Pipe, where: str, operation: str, following: list[str], step: int) -> None:
     wrong: list[Any] = []
     with tempfile.TemporaryDirectory() as place:
         for deaths, line in enumerate(range(0, 10000, step)):
-            doms = DomainList(max_domains=4, lock=lock)
+            doms = made(where)
             with sleep_driver(doms, Path(place)) as driver:
                 OPERATIONS[operation][0](driver)
                 if not killed(driver, operation, line):
@@ -124,15 +167,17 @@ def every_line(pipe: Pipe, lock: Any, operation: str, following: list[str], step
     pipe.say(f"{operation}, line {line}, then {name}: {wrong}" if wrong else deaths)
 
 
-@KINDS
+@STORES
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_before_each_line(
-    start: Callable[..., Child], tried: Callable[[str, int], None], lock: str, operation: str
+    start: Callable[..., Child], tried: Callable[[str, int], None], where: str, operation: str
 ) -> None:
     deaths = 0
-    step = 3 if lock == "multiprocessing" and not SOAK else 1
-    for following in [[name] for name in NEXT] if SOAK else [list(NEXT)]:
-        said = start(every_line, lock, operation, following, step).hear(30 * DEADLINE)
+    step = 1 if SOAK else {"robust": 1, "multiprocessing": 3, "postgres": 7}[where]
+    url = place_of(where)
+    names = ["reconcile"] if operation in BY_ITSELF else list(NEXT)
+    for following in [[name] for name in names] if SOAK else [names]:
+        said = start(every_line, url, operation, following, step).hear(30 * DEADLINE)
         assert isinstance(said, int), said
         deaths += said
     assert deaths * step > 20
@@ -212,9 +257,9 @@ def work(pipe: Pipe, driver: SleepDriver, seed: int) -> None:
             rng.choice(operations)(rng.choice(NAMES))
 
 
-def storm(pipe: Pipe, lock: Any, seed: int) -> None:
+def storm(pipe: Pipe, where: str, seed: int) -> None:
     rng = random.Random(seed)
-    doms = shmdomains.open(lock) if "://" in lock else DomainList(max_domains=8, lock=lock)
+    doms = made(where)
     with tempfile.TemporaryDirectory() as place, sleep_driver(doms, Path(place)) as driver:
         workers: list[Child] = []
         for number in range(WORKERS + ROUNDS):
@@ -231,16 +276,12 @@ def storm(pipe: Pipe, lock: Any, seed: int) -> None:
     pipe.say(wrong)  # the test kills us when it has heard, and the guests have to be gone by then
 
 
-@pytest.mark.parametrize("lock", ["robust", "multiprocessing", "postgres"])
+@STORES
 @pytest.mark.parametrize("seed", range(2))
 def test_a_storm(
-    start: Callable[..., Child], tried: Callable[[str, int], None], lock: str, seed: int
+    start: Callable[..., Child], tried: Callable[[str, int], None], where: str, seed: int
 ) -> None:
     """A worker is killed anywhere in each round; in the end every record has its guest, and every
     guest its record."""
-    if lock == "postgres":
-        if (missing := pg_servers.missing()) is not None:
-            pytest.skip(f"no PostgreSQL: {missing}")
-        lock = list_url()
-    assert start(storm, lock, seed).hear(30 * DEADLINE) == []
+    assert start(storm, place_of(where), seed).hear(30 * DEADLINE) == []
     tried("workers killed in storms of drivers' operations", WORKERS + ROUNDS)

@@ -1,6 +1,7 @@
 """Real QEMUs: started stopped, operated by any worker, found by whoever comes after a dead one.
 
 The guests have no system. One halts, one powers off as soon as it runs: 512 bytes are enough.
+Tests that fork run in a clean process.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from qemu_guests import (
     RESET,
     disagreements,
     files,
+    forking,
     guests,
     in_child,
     need,
@@ -44,6 +46,7 @@ from qemu_guests import (
 need()
 
 from shmdomains import DomainDef, DomainList, DomainState, DriverError, ShutoffReason  # noqa: E402
+from shmdomains.drivers import guests as guests_module  # noqa: E402
 from shmdomains.drivers.qemu import QemuDriver, monitor, process  # noqa: E402
 from shmdomains.drivers.qemu import driver as driver_module  # noqa: E402
 from shmdomains.drivers.qemu.command import command  # noqa: E402
@@ -60,6 +63,11 @@ def driver() -> Iterator[QemuDriver]:
 @pytest.fixture
 def place(driver: QemuDriver) -> Path:
     return driver.directory.parent
+
+
+@pytest.fixture
+def url() -> str:
+    return list_url()
 
 
 # --- operating ----------------------------------------------------------------------------------
@@ -83,6 +91,7 @@ def test_a_guest_is_made_stopped_and_operated_over_its_monitor(driver: QemuDrive
     assert guests(driver) == files(driver) == [] and not driver.alive(info)
 
 
+@forking
 def test_it_outlives_its_worker_and_any_other_operates_it(driver: QemuDriver) -> None:
     driver.define(xml(driver))
 
@@ -109,6 +118,7 @@ def test_a_worker_has_no_child_and_no_zombie(driver: QemuDriver) -> None:
     assert psutil.Process().children(recursive=True) == before
 
 
+@forking
 def test_a_process_that_is_init_reaps_it(driver: QemuDriver) -> None:
     def worker() -> None:
         assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
@@ -343,6 +353,7 @@ def test_one_talks_and_the_others_wait(driver: QemuDriver) -> None:
     driver.destroy("web1")
 
 
+@forking
 def test_a_fork_in_a_conversation_does_not_keep_it_open(driver: QemuDriver) -> None:
     driver.define(xml(driver))
     info = driver.start("web1")
@@ -415,6 +426,7 @@ NEXT: dict[str, Callable[[QemuDriver], Any]] = {
 
 @pytest.mark.parametrize("next", NEXT)
 @pytest.mark.parametrize("death", DEATHS)
+@forking
 def test_whoever_comes_next_ends_what_a_dead_worker_began(
     driver: QemuDriver, monkeypatch: pytest.MonkeyPatch, death: str, next: str
 ) -> None:
@@ -437,8 +449,32 @@ def test_whoever_comes_next_ends_what_a_dead_worker_began(
     assert guests(driver) == files(driver) == []
 
 
-def test_what_a_dead_worker_still_starts_is_waited_for(driver: QemuDriver, place: Path) -> None:
+@forking
+def test_a_vcpu_that_a_dead_worker_plugged_in_is_in_the_record(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(guests_module.logger, "error", lambda *words: said.append(words))
+    driver.define(xml(driver))
+    driver.start("web1")
+
+    def worker() -> None:
+        monkeypatch.setattr(QemuDriver, "set_guest_vcpus", after(QemuDriver.set_guest_vcpus))
+        driver.set_vcpus("web1", 2)
+
+    assert in_child(worker) == -signal.SIGKILL
+    assert [info.name for info in driver.reconcile().settled] == ["web1"]
+    info = driver.get("web1")
+    assert (info.definition.current_vcpus, driver.guest_vcpus(info)) == (2, 2)
+    assert info.next_definition is not None and info.next_definition.current_vcpus == 1
+    assert said == []
+    driver.destroy("web1")
+
+
+@forking
+def test_what_a_dead_worker_still_starts_is_waited_for(driver: QemuDriver) -> None:
     """Between a fork and QEMU's exec there is no QEMU to be found, but its lock."""
+    place = driver.directory.parent
     slow = place / "slow"
     slow.write_text(f'#!/bin/sh\nread line < {place}/gate\nexec {PROGRAM} "$@"\n')
     slow.chmod(0o755)
@@ -464,10 +500,10 @@ def test_what_a_dead_worker_still_starts_is_waited_for(driver: QemuDriver, place
 
 
 @pytest.mark.skipif(pg_servers.missing() is not None, reason=str(pg_servers.missing()))
-def test_the_same_on_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+@forking
+def test_the_same_on_postgresql(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     from shmdomains.postgres import PostgresDomainList
 
-    url = list_url()
     with PostgresDomainList.create(url) as doms, qemu_driver(doms) as driver:
         driver.define(xml(driver))
 

@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import pg_servers
 import psutil
 import pytest
 from helpers import SOAK, list_url
-from killing import Child, Pipe
-from qemu_guests import disagreements, files, guests, in_child, need, qemu_driver, xml
+from killing import Child, Pipe, until
+from qemu_guests import POWER_OFF, disagreements, files, guests, in_child, need, qemu_driver, xml
 
 need()
 
@@ -41,10 +41,18 @@ STEP = 1 if SOAK else 12
 """Killed before each line, or before one of so many."""
 ROUNDS = 200 if SOAK else 40
 
+
+def powered_off(driver: QemuDriver) -> None:
+    info = driver.create(xml(driver, POWER_OFF))
+    until(lambda: driver.ended(info) is not None, "the power-off")
+
+
 OPERATIONS: dict[str, tuple[Callable[[QemuDriver], Any], ...]] = {
     "start": (lambda d: d.define(xml(d)), lambda d: d.start("web1")),
     "create": (lambda d: None, lambda d: d.create(xml(d))),
     "suspend": (lambda d: d.create(xml(d)), lambda d: d.suspend("web1")),
+    "set_vcpus": (lambda d: d.create(xml(d)), lambda d: d.set_vcpus("web1", 2)),
+    "powered off": (powered_off, lambda d: d.look(d.get("web1"))),
     "destroy": (lambda d: (d.define(xml(d)), d.start("web1")), lambda d: d.destroy("web1")),
 }
 NEXT: list[Callable[[QemuDriver], Any]] = [
@@ -86,8 +94,9 @@ def kill_before_each_line(pipe: Pipe, operation: str) -> None:
 
             if in_child(victim) != -signal.SIGKILL:
                 break
-            with suppress(ShmDomainsError):  # by what it found; that is right, too
-                NEXT[line // STEP % len(NEXT)](driver)
+            if operation != "powered off":
+                with suppress(ShmDomainsError):  # by what it found; that is right, too
+                    NEXT[line // STEP % len(NEXT)](driver)
             driver.reconcile()
             assert disagreements(driver) == [], f"line {line}"
             assert driver.reconcile()[1:] == ([], [], [])
@@ -105,6 +114,17 @@ def test_killed_before_each_line(
     killed = start(kill_before_each_line, operation).hear(1200)
     assert killed
     tried("workers killed at work with QEMU", killed)
+
+
+STORES = pytest.mark.parametrize("where", ["memory", "postgres"])
+
+
+def place_of(where: str) -> str:
+    if where != "postgres":
+        return where
+    if (missing := pg_servers.missing()) is not None:
+        pytest.skip(f"no PostgreSQL: {missing}")
+    return list_url()
 
 
 # --- a storm ------------------------------------------------------------------------------------
@@ -141,8 +161,9 @@ def storm(pipe: Pipe, where: str) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         os.close(pipe)
 
-    doms = shmdomains.open(where) if where else None
-    with qemu_driver(doms) as driver:
+    with ExitStack() as stack:
+        doms = stack.enter_context(shmdomains.open(where)) if "://" in where else None
+        driver = stack.enter_context(qemu_driver(doms))
         for name in NAMES:
             driver.define(xml(driver, name=name))
         for number in range(4):
@@ -169,11 +190,9 @@ def storm(pipe: Pipe, where: str) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("store", ["memory", "postgres"])
+@STORES
 def test_a_storm_of_workers_that_are_killed(
-    start: Callable[..., Child], tried: Callable[[str, int], None], store: str
+    start: Callable[..., Child], tried: Callable[[str, int], None], where: str
 ) -> None:
-    if store == "postgres" and (missing := pg_servers.missing()) is not None:
-        pytest.skip(f"no PostgreSQL: {missing}")
-    start(storm, list_url() if store == "postgres" else "").hear(1800)
+    start(storm, place_of(where)).hear(1800)
     tried("workers killed at work with QEMU", ROUNDS)

@@ -1,23 +1,20 @@
-"""Real QEMUs that end, stop and go on by themselves, and the worker that watches them.
+"""What real QEMUs do by themselves, and whoever watches them.
 
-How each end comes about is the guest's doing: it powers off, panics, resets; or somebody's from
-outside: a signal, `quit`, SIGKILL.
+Each end is told once, by its reason. A guest that halts is ended from outside, the others end as
+soon as they run.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import random
 import signal
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import pg_servers
-import psutil
 import pytest
-from helpers import DEADLINE, SOAK, list_url
 from killing import Child, Pipe, fork, until
 from qemu_guests import (
     HALT,
@@ -34,245 +31,256 @@ from qemu_guests import (
 
 need()
 
-import shmdomains  # noqa: E402
 from shmdomains import (  # noqa: E402
     DomainInfo,
-    DomainList,
     DomainState,
     EventType,
     PausedReason,
     RunningReason,
     ShmDomainsError,
-    ShutoffReason,
-    StoppedDetail,
 )
-from shmdomains.drivers.qemu import QemuDriver, events  # noqa: E402
+from shmdomains.drivers.qemu import QemuDriver, monitor  # noqa: E402
+
+PVPANIC = '<panic model="isa"/>'
 
 
 @pytest.fixture
 def driver() -> Iterator[QemuDriver]:
-    with qemu_driver() as driver:
-        yield driver
+    with qemu_driver() as found:
+        yield found
 
 
-def signalled(number: int) -> Callable[[QemuDriver, DomainInfo], None]:
-    return lambda driver, info: os.kill(info.pid or 0, number)
+def acting(text: str, **actions: str) -> str:
+    said = "".join(f"<{event}>{action}</{event}>" for event, action in actions.items())
+    return text.replace("<devices>", f"{said}<devices>")
+
+
+def state_of(driver: QemuDriver) -> str:
+    info = driver.get("web1")
+    return f"{info.state.words} ({getattr(info.reason, 'name', '').lower()})"
+
+
+def stopped(events: Any) -> list[Any]:
+    return [event.detail for event in events if event.type is EventType.STOPPED]
+
+
+def kill(driver: QemuDriver, info: DomainInfo) -> None:
+    os.kill(info.pid or 0, signal.SIGKILL)
+
+
+def terminate(driver: QemuDriver, info: DomainInfo) -> None:
+    os.kill(info.pid or 0, signal.SIGTERM)
+
+
+def quit_it(driver: QemuDriver, info: DomainInfo) -> None:
+    with suppress(ShmDomainsError):  # it may hang up before it answers
+        driver.qmp(info, "quit")
 
 
 def nothing(driver: QemuDriver, info: DomainInfo) -> None:
-    """The guest does it."""
+    """It ends by itself."""
 
 
-PANICS = '<panic model="isa"/>'
-ENDS: dict[str, tuple[bytes, Callable[[QemuDriver, DomainInfo], Any], ShutoffReason]] = {
-    "powers off": (POWER_OFF, nothing, ShutoffReason.SHUTDOWN),
-    "panics": (PANIC, nothing, ShutoffReason.CRASHED),
-    "resets": (RESET, nothing, ShutoffReason.SHUTDOWN),
-    "is killed": (HALT, signalled(signal.SIGKILL), ShutoffReason.CRASHED),
-    "is told to end": (HALT, signalled(signal.SIGTERM), ShutoffReason.SHUTDOWN),
-    "quits": (HALT, lambda driver, info: driver.qmp(info, "quit"), ShutoffReason.SHUTDOWN),
+ENDS: dict[str, tuple[bytes, dict[str, str], Callable[[QemuDriver, DomainInfo], None], str, str]]
+ENDS = {
+    "power-off": (POWER_OFF, {}, nothing, "shut off (shutdown)", "SHUTDOWN"),
+    "panic": (PANIC, {}, nothing, "shut off (crashed)", "CRASHED"),
+    "reset": (
+        RESET,
+        {"on_reboot": "destroy", "on_poweroff": "restart"},
+        nothing,
+        "shut off (shutdown)",
+        "SHUTDOWN",
+    ),
+    "SIGKILL": (HALT, {}, kill, "shut off (crashed)", "CRASHED"),
+    "SIGTERM": (HALT, {}, terminate, "shut off (shutdown)", "SHUTDOWN"),
+    "quit": (HALT, {}, quit_it, "shut off (shutdown)", "SHUTDOWN"),
 }
 
 
-def definition(driver: QemuDriver, code: bytes, name: str = "web1", more: str = "") -> str:
-    """A reset ends it."""
-    text = xml(driver, code, name, more=PANICS)
-    return text.replace("<devices>", f"<on_reboot>destroy</on_reboot>{more}<devices>")
-
-
-def is_off(driver: QemuDriver, name: str = "web1") -> bool:
-    return not driver.get(name).is_active
-
-
-@pytest.fixture
-def followed(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Counts the guests that somebody listens to."""
-    count, follow = threading.Semaphore(0), events.follow
-
-    async def counted(path: str) -> AsyncIterator[Any]:
-        told = follow(path)
-        yield await anext(told)
-        count.release()
-        async for news in told:
-            yield news
-
-    monkeypatch.setattr(events, "follow", counted)
-    return count
-
-
-@pytest.mark.parametrize("way", ENDS)
-def test_one_that_ends_by_itself(
-    driver: QemuDriver, followed: threading.Semaphore, way: str
-) -> None:
-    """Watched from its beginning; there when somebody begins to watch; ended before that."""
-    code, act, reason = ENDS[way]
-    watch = driver.doms.watch(timeout=0)
-    driver.define(definition(driver, code))
+@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+@pytest.mark.parametrize("how", ENDS)
+def test_a_guest_that_ends(driver: QemuDriver, how: str, paused: bool) -> None:
+    code, actions, end, wanted, detail = ENDS[how]
+    driver.define(acting(xml(driver, code, more=PVPANIC), **actions))
+    events = driver.doms.watch(timeout=0)
     with driver.supervise():
-        info = driver.start("web1", paused=True)
-        assert followed.acquire(timeout=DEADLINE)
-        act(driver, driver.resume("web1"))
-        until(lambda: is_off(driver), "the end in the record")
-        driver.start("web1", paused=True)
-        assert followed.acquire(timeout=DEADLINE)
-    with driver.supervise():
-        assert followed.acquire(timeout=DEADLINE)
-        act(driver, driver.resume("web1"))
-        until(lambda: is_off(driver), "the end in the record")
-    info = driver.start("web1")
-    act(driver, info)
-    until(lambda: driver.ended(info) is not None, "the end")
-    with driver.supervise():
-        until(lambda: is_off(driver), "the end in the record")
-        stopped = [event.detail for event in watch if event.type is EventType.STOPPED]
-    detail = StoppedDetail[reason.name]
-    # Nobody heard why its process ended, but of one that is there it can be seen.
-    alone = detail if code != HALT else StoppedDetail.CRASHED
-    assert stopped == [detail, detail, alone]
+        info = driver.start("web1", paused=paused)
+        if paused and end is nothing:
+            driver.resume("web1")
+        if end in (terminate, quit_it):  # only who listens knows
+            until(lambda: listened(driver, info), "whoever listens")
+        end(driver, info)
+        until(lambda: not driver.get("web1").is_active, "the end in the record")
+        assert state_of(driver) == wanted
+    assert [one.name for one in stopped(events)] == [detail]
     assert guests(driver) == files(driver) == []
 
 
-def test_a_power_off_that_begins_anew(driver: QemuDriver) -> None:
-    """Also of a guest that was asked to reboot, and one whose definition wants that."""
-    driver.define(definition(driver, POWER_OFF, more="<on_poweroff>restart</on_poweroff>"))
+def test_one_that_begins_anew_is_watched_again(driver: QemuDriver) -> None:
+    driver.define(acting(xml(driver, POWER_OFF), on_poweroff="restart"))
+    events = driver.doms.watch(timeout=0)
+    pids = set()
     with driver.supervise():
         info = driver.start("web1")
-        pids = {info.pid}
-        until(
-            lambda: pids.add(driver.get("web1").pid) or len(pids - {None}) > 3, "its fourth guest"
-        )
-        now = driver.get("web1")
-        assert now.id == info.id
+        for _ in range(3):
+            pids.add(driver.get("web1").pid)
+            before = driver.get("web1").pid
+            until(lambda before=before: driver.get("web1").pid not in (None, before), "a new guest")
         driver.destroy("web1")
-    assert guests(driver) == files(driver) == []
-    driver.define(definition(driver, POWER_OFF).replace("destroy</on_reboot", "restart</on_reboot"))
-    watch = driver.doms.watch(timeout=0)
+    assert len(pids) == 3 and [one.name for one in stopped(events)] == ["DESTROYED"]
+    assert driver.get("web1").id != info.id and guests(driver) == files(driver) == []
+
+
+def test_one_that_is_asked_to_reboot(driver: QemuDriver) -> None:
+    """The first power-off is the reboot's, the second one is its own."""
+    driver.define(xml(driver, POWER_OFF))
+    info = driver.start("web1", paused=True)
+    driver.reboot("web1")
+    events = driver.doms.watch(timeout=0)
     with driver.supervise():
-        info = driver.start("web1", paused=True)
-        driver.reboot("web1")  # it powers off as it would if it had a system
         driver.resume("web1")
-        until(lambda: is_off(driver), "its second power-off")
-    stopped = [event.detail for event in watch if event.type is EventType.STOPPED]
-    assert stopped == [StoppedDetail.SHUTDOWN] and info.id > 0
+        until(lambda: not driver.get("web1").is_active, "the second power-off")
+    said = [(event.type.name, event.id) for event in events]
+    assert said.count(("STOPPED", info.id)) == 1 and state_of(driver) == "shut off (shutdown)"
 
 
 def test_one_that_stops_and_goes_on(driver: QemuDriver) -> None:
-    driver.define(definition(driver, HALT))
+    """As if by somebody else's hand, and by its disk."""
+    driver.define(xml(driver))
     info = driver.start("web1")
     with driver.supervise():
-        for command, state in {
-            "stop": (DomainState.PAUSED, PausedReason.UNKNOWN),
-            "cont": (DomainState.RUNNING, RunningReason.UNPAUSED),
-        }.items():
-            driver.qmp(info, command)
-
-            def is_so(state: tuple[DomainState, int] = state) -> bool:
-                now = driver.get("web1")
-                return (now.state, now.reason) == state
-
-            until(is_so, "the state in the record")
-        assert driver.suspend("web1").reason is PausedReason.USER
-        assert driver.resume("web1").state is DomainState.RUNNING
+        driver.qmp(info, "stop")
+        until(lambda: driver.get("web1").state is DomainState.PAUSED, "the pause")
+        assert driver.get("web1").reason is PausedReason.UNKNOWN
+        driver.qmp(info, "cont")
+        until(lambda: driver.get("web1").state is DomainState.RUNNING, "the way on")
+        assert driver.get("web1").reason is RunningReason.UNPAUSED
         driver.destroy("web1")
-    assert guests(driver) == files(driver) == []
 
 
-def test_a_guest_that_does_not_answer_is_no_hindrance(driver: QemuDriver) -> None:
-    """It is stopped, so it says nothing; that it is killed is seen all the same, and so is the end
-    of others meanwhile."""
+@pytest.mark.parametrize("how", ["power-off", "panic", "SIGKILL"])
+def test_one_that_ended_while_nobody_watched(driver: QemuDriver, how: str) -> None:
+    code, _, end, wanted, detail = ENDS[how]
+    driver.define(xml(driver, code, more=PVPANIC))
+    info = driver.start("web1")
+    end(driver, info)
+    until(lambda: driver.ended(info) is not None, "the end")
+    events = driver.doms.watch(timeout=0)
+    assert [one.name for one in driver.reconcile().ended] == ["web1"]
+    assert state_of(driver) == wanted and [one.name for one in stopped(events)] == [detail]
+    assert driver.reconcile()[1:] == ([], [], [])
+
+
+def test_a_reconcile_obeys(driver: QemuDriver) -> None:
+    driver.define(acting(xml(driver, POWER_OFF), on_poweroff="restart"))
+    info = driver.start("web1")
+    until(lambda: driver.ended(info) is not None, "the end")
+    assert driver.reconcile().ended == []
+    assert driver.get("web1").is_active and driver.get("web1").pid != info.pid
+    driver.destroy("web1")
+
+
+# --- its connection -----------------------------------------------------------------------------
+
+
+def listened(driver: QemuDriver, info: DomainInfo) -> bool:
+    """Whether somebody has the guest's events: QEMU greets one at a time."""
+    with socket.socket(socket.AF_UNIX) as another:
+        another.settimeout(0.2)
+        another.connect(driver.place(info).events)
+        try:
+            return not another.recv(4096)
+        except TimeoutError:
+            return True
+
+
+def test_a_connection_that_an_older_one_still_has(driver: QemuDriver) -> None:
+    """Its end is seen without; when it is free it is taken."""
     for name in ("web1", "web2"):
-        driver.define(definition(driver, HALT, name))
-        driver.start(name)
-    frozen, other = driver.get("web1"), driver.get("web2")
+        driver.define(xml(driver, name=name))
+    one, two = driver.start("web1"), driver.start("web2")
+    older = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    try:
+        for connection, info in zip(older, (one, two), strict=True):
+            connection.connect(driver.place(info).events)
+            assert connection.recv(4096)
+        with driver.supervise():
+            kill(driver, one)
+            until(lambda: not driver.get("web1").is_active, "the end in the record")
+            older[1].close()
+            until(lambda: listened(driver, two), "its turn")
+            driver.qmp(two, "stop")
+            until(lambda: driver.get("web2").state is DomainState.PAUSED, "the pause")
+            driver.destroy("web2")
+    finally:
+        for connection in older:
+            connection.close()
+
+
+def test_a_qemu_that_is_frozen(driver: QemuDriver) -> None:
+    """It answers nobody; the others are watched all the same, and it again when it wakes up."""
+    driver.qmp_timeout = 0.2
+    for name in ("web1", "web2"):
+        driver.define(xml(driver, name=name))
+    frozen, other = driver.start("web1"), driver.start("web2")
     os.kill(frozen.pid or 0, signal.SIGSTOP)
     with driver.supervise():
-        os.kill(other.pid or 0, signal.SIGTERM)
-        until(lambda: is_off(driver, "web2"), "the end of the other one")
-        os.kill(frozen.pid or 0, signal.SIGKILL)
-        until(lambda: is_off(driver), "the end of the frozen one")
-    assert guests(driver) == files(driver) == []
+        kill(driver, other)
+        until(lambda: not driver.get("web2").is_active, "the other's end")
+        assert driver.get("web1").state is DomainState.RUNNING
+        os.kill(frozen.pid or 0, signal.SIGCONT)
+        until(lambda: listened(driver, frozen), "its turn")
+        driver.qmp(frozen, "stop")
+        until(lambda: driver.get("web1").state is DomainState.PAUSED, "the pause")
+        os.kill(frozen.pid or 0, signal.SIGSTOP)
+        kill(driver, frozen)
+        until(lambda: not driver.get("web1").is_active, "its end")
 
 
-# --- a storm ------------------------------------------------------------------------------------
+def a_fork(pipe: Pipe) -> None:
+    """A child of the process that supervises keeps nothing, and its end ends nothing."""
+    with qemu_driver() as driver:
+        for name in ("web1", "web2"):
+            driver.define(xml(driver, name=name))
+        one, two = driver.start("web1"), driver.start("web2")
+        election = driver.supervise()
+        until(lambda: listened(driver, one) and listened(driver, two), "whoever listens")
+        lasting = fork(rest)
+        assert lasting.hear() == "begun"
+        fork(collect).hear()
+        driver.qmp(one, "stop")
+        until(lambda: driver.get("web1").state is DomainState.PAUSED, "the pause")
+        election.stop()
+        alone = [not listened(driver, info) for info in (one, two)]
+        with driver.supervise():
+            kill(driver, two)
+            until(lambda: not driver.get("web2").is_active, "the end in the record")
+        lasting.close()
+        driver.destroy("web1")
+        pipe.say((alone, disagreements(driver), files(driver)))
 
-NAMES = ("a", "b")
-WORKERS = 3
-ROUNDS = 200 if SOAK else 24
+
+def collect(pipe: Pipe) -> None:
+    """What a child's end does, to what it has of its parent's loop."""
+    gc.collect()
+    pipe.say()
 
 
-def work(pipe: Pipe, driver: QemuDriver, seed: float) -> None:
-    chance = random.Random(seed)
+def rest(pipe: Pipe) -> None:
+    pipe.say("begun")
+    pipe.rest()
+
+
+def test_a_fork_of_the_one_that_watches(start: Callable[..., Child]) -> None:
+    assert start(a_fork).hear() == ([True, True], [], [])
+
+
+def test_the_list_is_closed_under_it(driver: QemuDriver) -> None:
+    driver.define(xml(driver))
+    info = driver.start("web1")
     election = driver.supervise()
-    pipe.say(election.name)
-    calls = (driver.start, driver.suspend, driver.resume, driver.destroy)
-    while True:
-        with suppress(ShmDomainsError):  # another worker was faster
-            chance.choice(calls)(chance.choice(NAMES))
-
-
-def storm(pipe: Pipe, where: str) -> None:
-    """`own` is ended by this process or by itself alone, in each of the ways, while workers are
-    killed: every other time the one that watches."""
-    chance = random.Random(15)
-    doms = shmdomains.open(where) if "://" in where else DomainList(max_domains=8)
-    workers: list[Child] = []
-    wrong: list[Any] = []
-    wanted: dict[int, tuple[ShutoffReason, bool]] = {}
-    with qemu_driver(doms) as driver:
-        for name in NAMES:
-            driver.define(definition(driver, HALT, name))
-        watch = doms.watch(timeout=0)
-        for number in range(WORKERS + ROUNDS):
-            workers.append(fork(work, driver, chance.random()))
-            lock = workers[-1].hear()
-            if number < WORKERS:
-                continue
-            code, act, reason = list(ENDS.values())[number % len(ENDS)]
-            driver.define(definition(driver, code, "own"))
-            info = driver.start("own")
-            watching = [one.holder.pid for one in doms.locks() if one.name == lock and one.holder]
-            victims = [one for one in workers if one.pid in watching] if number % 4 < 2 else []
-            victim = chance.choice(victims or workers)
-            if code != HALT and number % 2:
-                victim.close()
-            with suppress(ShmDomainsError):
-                act(driver, info)
-            until(lambda: is_off(driver, "own"), "the end of a guest in the record", DEADLINE)
-            victim.close()
-            workers.remove(victim)
-            wanted[info.id] = reason, code != HALT
-        for worker in workers:
-            worker.close()
-        driver.reconcile()
-        wrong += [*disagreements(driver), *doms.check().problems]
-        for info in driver.list(active=True):
-            driver.destroy(info)
-        wrong += guests(driver) + files(driver)
-        # Killed workers are there, for `fork` waits for none.
-        wrong += [one for one in psutil.Process().children() if "qemu" in one.name()]
-        stopped: dict[int, list[Any]] = {}
-        for event in watch:
-            if event.type is EventType.STOPPED:
-                stopped.setdefault(event.id, []).append(event.detail)
-        wrong += [f"{id} was stopped {how}" for id, how in stopped.items() if len(how) != 1]
-        for id, (reason, is_seen) in wanted.items():
-            # Of a process that is gone somebody has to have heard why.
-            may_be = {reason.name} if is_seen else {reason.name, "CRASHED"}
-            if not {how.name for how in stopped.get(id, [])} <= may_be or id not in stopped:
-                wrong.append(f"{id} ended {stopped.get(id)}, not {reason.name}")
-    pipe.say(([str(one) for one in wrong], len(stopped)))
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("where", ["memory", "postgres"])
-def test_a_storm(
-    start: Callable[..., Child], tried: Callable[[str, int], None], where: str
-) -> None:
-    if where == "postgres":
-        if (missing := pg_servers.missing()) is not None:
-            pytest.skip(f"no PostgreSQL: {missing}")
-        where = list_url()
-    wrong, stopped = start(storm, where).hear(1800)
-    assert wrong == []
-    tried("QEMUs that ended, while who watches them was killed", stopped)
-    tried("supervising workers killed", ROUNDS)
+    until(lambda: listened(driver, info), "whoever listens")
+    driver.doms.close()
+    until(lambda: not election.running, "its end")
+    assert not listened(driver, info) and not monitor._open

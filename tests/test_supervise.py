@@ -6,6 +6,7 @@ Most guests are `sleep`s; one driver says of guests that are no processes whatev
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import signal
@@ -282,6 +283,115 @@ def test_one_that_cannot_be_asked_is_asked_again(
         told.say(OFF)
         until(lambda: is_off(told), "the end")
     assert not answers and info.is_active
+
+
+def test_one_whose_end_the_driver_sees_late(
+    sleeps: SleepDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is gone, and the driver finds it still, a few times."""
+    sleeps.define(xml("web1"))
+    info = sleeps.start("web1")
+    end(info)
+    late = iter([True] * 5)
+    alive = sleeps.alive
+    monkeypatch.setattr(sleeps, "alive", lambda info: next(late, False) or alive(info))
+    with sleeps.supervise():
+        until(lambda: is_off(sleeps), "the end in the record")
+    assert next(late, None) is None
+
+
+def test_one_that_is_preserved_and_then_gone(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    told.define(acting("on_crash", "preserve"))
+    info = told.start("web1")
+    told.ends[info.id] = ShutoffReason.CRASHED
+    for _ in range(2):
+        assert told.look(info, PANIC).state is DomainState.CRASHED
+    monkeypatch.setattr(told, "alive", lambda info: False)
+    assert told.look(info).state is DomainState.SHUTOFF
+
+
+class Remote(Told):
+    """Its guests have no process of this host."""
+
+    def launch(self, info: DomainInfo) -> Launched:
+        return super().launch(info)._replace(pid=None)
+
+
+def test_a_guest_without_a_process_is_heard(doms: Any) -> None:
+    driver = Remote(doms)
+    driver.define(xml("web1"))
+    with driver.supervise():
+        info = driver.start("web1")
+        driver.ends[info.id] = ShutoffReason.SHUTDOWN
+        driver.say(OFF)
+        until(lambda: is_off(driver), "the end in the record")
+
+
+def test_a_mistake_in_a_source_of_news_does_not_end_it(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "AGAIN", 0.01)
+    news, mistakes = told.news, [RuntimeError("in it"), ValueError("before it")]
+
+    def failing(info: DomainInfo) -> Any:
+        if mistakes:
+            raise mistakes.pop()
+        return news(info)
+
+    told.news = failing  # type: ignore[assignment]
+    told.define(xml("web1"))
+    info = told.start("web1")
+    with told.supervise():
+        until(lambda: told.ears, "whoever listens")
+        told.ends[info.id] = ShutoffReason.SHUTDOWN
+        told.say(OFF)
+        until(lambda: is_off(told), "the end in the record")
+    assert not mistakes
+
+
+def test_without_descriptors_it_is_looked_at_now_and_then(
+    sleeps: SleepDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(supervision.os, "pidfd_open", refused)
+    monkeypatch.setattr(supervision, "SWEEP", 0.05)
+    sleeps.define(xml("web1"))
+    with sleeps.supervise():
+        info = sleeps.start("web1")
+        end(info)
+        until(lambda: is_off(sleeps), "the end in the record")
+
+
+def test_a_mistake_in_reading_does_not_end_it(
+    sleeps: SleepDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "AGAIN", 0.01)
+    mistakes = [RuntimeError("a"), RuntimeError("b")]
+    peek = supervision._Watch._look_at_all
+
+    def failing(self: Any) -> None:
+        if mistakes:
+            raise mistakes.pop()
+        peek(self)
+
+    monkeypatch.setattr(supervision._Watch, "_look_at_all", failing)
+    sleeps.define(xml("web1"))
+    end(sleeps.start("web1"))
+    with sleeps.supervise():
+        until(lambda: is_off(sleeps), "the end in the record")
+
+
+def test_many_guests_have_no_thread_each(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with DomainList(max_domains=256) as doms, sleep_driver(doms, tmp_path) as driver:
+        infos = [driver.create(xml(f"g{number}")) for number in range(200)]
+        with driver.supervise():
+            for info in infos[:20]:
+                end(info)
+            until(lambda: len(doms) == 180, "their ends in the record")
+            assert threading.active_count() - before <= supervision.THREADS + 3
 
 
 def test_missed_events_are_no_missed_guests(sleeps: SleepDriver) -> None:

@@ -5,16 +5,18 @@ They are ours, not virsh's: libvirt's daemon does both by itself.
 
 from __future__ import annotations
 
+import resource
 import signal
-import time
-from types import FrameType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..rules.info import DomainInfo
 from .driving import driver_of, need_driver
-from .tables import UsageFailure, print_lines, print_record, printable
+from .tables import Failure, UsageFailure, print_lines, print_record, printable
 from .types import Target, flag, format_option, plainly, timeout_option
 
 if TYPE_CHECKING:
@@ -105,14 +107,30 @@ def supervise(target: Target, timeout: float | None) -> None:
     Guests that end by themselves become shut off, or begin anew, as their definitions say. Of all
     who do this one is elected, and another one goes on when it dies."""
     need_driver(target)
-    with target.attach() as doms:
+    _let_many_files_be_open()
+    with target.attach() as doms, _told_to_end() as end:
         driver = driver_of(target, doms, timeout)
-        signal.signal(signal.SIGTERM, _interrupt)
         with driver.supervise() as election:
             click.echo(f"Supervising {printable(target.shown)}; end with Ctrl-C", err=True)
-            while election.running:
-                time.sleep(LOOK)
+            while election.running and not end.wait(LOOK):
+                pass
+            if not end.is_set():
+                raise Failure("the supervision is over: the list was closed or removed")
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """Set by SIGTERM."""
+    end = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: end.set())
+    try:
+        yield end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _let_many_files_be_open() -> None:
+    """Two for each guest; a shell's limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -6,7 +6,11 @@
 - `base`: `Driver`, libvirt's operations.
 - `test`: `TestDriver`, which has no guests at all.
 
-It stands on the public names of `shmdomains` only, as a driver of your own does.
+- `supervision`: guests that do something by themselves, and the worker that watches them.
+- `qemu`: `QemuDriver`, a real machine for each domain.
+
+All but `qemu` stand on the public names of `shmdomains` only, as a driver of your own does: they
+are the example to copy. `qemu` is part of the package, and shares its parsers and its words.
 """
 
 from .base import Driver

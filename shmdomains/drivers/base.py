@@ -101,12 +101,13 @@ class Driver(Changes):
         domain runs with this definition, once (virDomainCreateXML)."""
         definition = self._accepted(xml)
         self._settle_namesake(definition)
-        dom = self._entered(definition)
+        dom, id = self._entered(definition)
         with dom, dom.job("create", timeout=self.timeout):
-            return self._boot(dom, paused)
+            # While this waited for another one's job, that may have ended it.
+            return self._boot(dom, paused, id)
 
-    def _entered(self, definition: DomainDef) -> Any:
-        """The domain of this definition, starting up, and still locked."""
+    def _entered(self, definition: DomainDef) -> tuple[Any, int]:
+        """The domain of this definition, starting up, and still locked; and its id."""
         with self.doms.locked(self.timeout):
             dom = self.doms.assign_def(definition, timeout=self.timeout)
             try:
@@ -122,7 +123,7 @@ class Driver(Changes):
                 dom.unlock()
                 self._sweep(dom)
                 raise
-        return dom
+        return dom, dom.id
 
     def start(self, key: Any, paused: bool = False) -> DomainInfo:
         """Start a domain (virDomainCreateWithFlags)."""

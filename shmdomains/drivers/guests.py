@@ -117,6 +117,12 @@ class Guests(Hooks):
     def _is_here(self, domain: Any) -> bool:
         return not domain.is_active or getattr(self.doms, "host", domain.host) == domain.host
 
+    def _is_watchable(self, info: DomainInfo) -> bool:
+        """Whether there is a guest here by now."""
+        if info.pid is None and (info.state, info.reason) == _STARTING:
+            return False
+        return info.is_active and self._is_here(info)
+
     def _need_here(self, domain: Any) -> None:
         """Of an info, or of a domain that is locked."""
         if not self._is_here(domain):
@@ -134,9 +140,12 @@ class Guests(Hooks):
 
     # --- begin and end ---
 
-    def _boot(self, dom: Any, paused: bool = False) -> DomainInfo:
-        """Make a guest for a domain that is starting up. If that fails, the domain is off again."""
+    def _boot(self, dom: Any, paused: bool = False, id: int | None = None) -> DomainInfo:
+        """Make a guest for a domain that is starting up, with this id. If that fails, the domain is
+        off again."""
         info = self.doms[dom]
+        if id not in (None, info.id):
+            raise DomainInactive(f"domain '{info.name}' was stopped meanwhile")
         try:
             launched = self.launch(info)
             with self._running(dom, info):
@@ -157,7 +166,8 @@ class Guests(Hooks):
         """End a guest that was not started to the end. If even that fails, it stays as one that is
         starting up, and the next job ends it."""
         try:
-            self.kill(self.doms.peek(dom) or info)
+            now = self.doms.peek(dom)  # another host may have it by now
+            self.kill(now if now is not None and now.id == info.id else info)
             self._off(dom, info, ShutoffReason.FAILED)
         except ShmDomainsError as error:
             logger.error("domain '%s' was not started, nor is it off: %s", info.name, error)
@@ -212,22 +222,34 @@ class Guests(Hooks):
         elif not self.alive(info):
             info = self._end(dom, info, _REASONS.get(died[0].operation, ShutoffReason.CRASHED))
         else:
-            self._restore(info)
+            self._restore(dom, info)
         if not info.is_active and not info.persistent:
             raise DomainNotFound(f"no domain with matching name '{info.name}'")
 
-    def _restore(self, info: DomainInfo) -> None:
-        """Make the guest what its record says. What cannot be is logged: the domain can be
-        destroyed all the same."""
+    def _restore(self, dom: Any, info: DomainInfo) -> None:
+        """Make the guest what its record says, but for vCPUs that a dead worker had plugged in: a
+        guest may not give them up, so the record gets them. What cannot be is logged: the domain
+        can be destroyed all the same."""
         try:
             if info.state is DomainState.RUNNING:
                 self.unpause(info)
             elif info.state is DomainState.PAUSED:
                 self.pause(info)
             self.set_guest_memory(info, info.definition.current_memory)
-            self.set_guest_vcpus(info, info.definition.current_vcpus)
+            plugged = self.guest_vcpus(info)
+            if plugged is not None and plugged > info.definition.current_vcpus:
+                self._take_vcpus(dom, info, plugged)
+            else:
+                self.set_guest_vcpus(info, info.definition.current_vcpus)
         except DriverError as error:
             logger.error("the guest of '%s' is not what its record says: %s", info.name, error)
+
+    def _take_vcpus(self, dom: Any, info: DomainInfo, count: int) -> None:
+        with self._running(dom, info):
+            stored = dom.next_definition or dom.definition
+            dom.definition = dom.definition.replace(current_vcpus=count)
+            if info.persistent:
+                dom.next_definition = stored
 
     def reconcile(self, kill_orphans: bool = False) -> Reconciled:
         """Compare the records with the guests of this host: after a restart of everything, or at
@@ -239,17 +261,20 @@ class Guests(Hooks):
         on is left to that. Guests without a record are listed and, with `kill_orphans`, ended.
         """
         found = Reconciled(0, [], self.settle_all(), [])
-        settled = {info.uuid for info in found.settled}
+        settled = {info.uuid: at for at, info in enumerate(found.settled)}
         running = 0
         for info in self.doms.list(active=True):
             if not self._is_here(info):
                 continue
-            if info.uuid not in settled and not _is_worked_on(info):
+            if not _is_worked_on(info):
                 now = self._reconcile_one(info)
-                if not now.is_active:
+                if info.uuid in settled:
+                    found.settled[settled[info.uuid]] = now
+                elif not now.is_active:
                     found.ended.append(now)
-                    continue
-            running += 1
+                running += now.is_active
+            else:
+                running += 1
         for orphan in self.orphans():
             if not self._is_recorded(orphan):
                 found.orphans.append(orphan)
@@ -289,7 +314,7 @@ class Guests(Hooks):
         """
         try:
             now = self.doms[guest.uuid]
-            if not _is_same(now, guest):
+            if not is_same(now, guest):
                 return now
             try:
                 how = self.ended(guest)
@@ -305,8 +330,10 @@ class Guests(Hooks):
         operation = _ENDS.get(news.reason or how, "ended")
         with self._job(guest, operation, Job.DESTROY) as dom:
             info = self.doms[dom]
-            if not _is_same(info, guest) or info.state is DomainState.CRASHED:
+            if not is_same(info, guest):
                 return info
+            if info.state is DomainState.CRASHED and self.alive(info):
+                return info  # preserved, to be looked at
             now = self.ended(info)
             if now is None:
                 return info
@@ -327,7 +354,7 @@ class Guests(Hooks):
             return guest
         with self._job(guest, "look") as dom:
             info = self.doms[dom]
-            seen = self._differs(info) if _is_same(info, guest) else None
+            seen = self._differs(info) if is_same(info, guest) else None
             if seen:
                 with self._running(dom, info):
                     dom.set_state(*seen)
@@ -336,7 +363,7 @@ class Guests(Hooks):
     def _differs(self, guest: DomainInfo) -> tuple[DomainState, int] | None:
         """The state that the guest is in, if the record has another one."""
         info = self.doms.peek(guest.uuid)
-        if info is None or not _is_same(info, guest) or not _may_differ(info):
+        if info is None or not is_same(info, guest) or not _may_differ(info):
             return None
         seen = self.seen(info)
         return None if seen is None or seen[0] is info.state else seen
@@ -365,7 +392,8 @@ class Guests(Hooks):
 
         Nobody can see from here whether a host is dead or only silent. Fence it first: guests that
         it still runs would run twice. Should it come back, its workers have lost their locks, and
-        its `reconcile` finds the guests without a record.
+        its `reconcile` finds the guests without a record. One lock is held for the decision and the
+        commit, and its token is logged: what comes with a lower one to storage or network is late.
         """
         if host == getattr(self.doms, "host", host):
             raise DriverError(f"host '{host}' is this one, and lives")
@@ -375,8 +403,16 @@ class Guests(Hooks):
                 suppress(DomainNotFound, DomainRemoved),
                 self.doms.get(info, timeout=self.timeout) as dom,
                 dom.job("bury", Job.DESTROY, timeout=self.timeout),
+                self.doms.locked(self.timeout),
             ):
-                buried.append(self._off(dom, info, ShutoffReason.FAILED))
+                with dom:
+                    if not dom.is_active or (dom.id, dom.host) != (info.id, host):
+                        continue  # it had ended, and may have begun anew elsewhere
+                    token = dom.token
+                    dom.deactivate(ShutoffReason.FAILED)
+                buried.append(self._sweep(dom))
+                text = "domain '%s' of host '%s' is off, by token %d"
+                logger.info(text, info.name, host, token)
         return buried
 
     def _is_recorded(self, orphan: Orphan) -> bool:
@@ -384,7 +420,7 @@ class Guests(Hooks):
         return info is not None and info.is_active and info.pid in (None, orphan.pid)
 
 
-def _is_same(info: DomainInfo, guest: DomainInfo) -> bool:
+def is_same(info: DomainInfo, guest: DomainInfo) -> bool:
     """Whether it has this guest still: a domain that began anew may have kept its id."""
     return info.is_active and (info.id, info.pid) == (guest.id, guest.pid)
 

@@ -121,9 +121,10 @@ class Hooks:
 
     def news(self, info: DomainInfo) -> AsyncIterator[News] | None:
         """What the guest does by itself, as it happens: asked of by whoever supervises it, on an
-        asyncio loop, and closed when the guest is gone. First of all it says what happened before
-        it was asked. ``None``: there is nothing but the end of its process, which is seen
-        without."""
+        asyncio loop. First of all it says what happened before it was asked. It ends when there is
+        nothing more to be heard, also because the guest is gone; while the domain has this guest
+        it is called again then. ``None``: there is nothing but the end of its process, which is
+        seen without."""
         return None
 
     def set_guest_memory(self, info: DomainInfo, kib: int) -> None:
@@ -131,6 +132,10 @@ class Hooks:
 
     def set_guest_vcpus(self, info: DomainInfo, count: int) -> None:
         """Give the guest so many of its processors."""
+
+    def guest_vcpus(self, info: DomainInfo) -> int | None:
+        """How many it has; ``None``: as many as its record says."""
+        return None
 
     def orphans(self) -> list[Orphan]:
         """The guests of this driver that run on this host and may have no record; `reconcile`

@@ -22,13 +22,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from .. import DomainInfo, EventsMissed, Job, ListClosed, ShmDomainsError
+from .guests import is_same
 from .hooks import News
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ STOP = 0.1  # seconds between two looks whether the supervisor is to stop
 SWEEP = 5.0  # seconds between two looks at everything
 AGAIN = 1.0  # seconds until what failed is tried again
 SLICE = 0.01  # seconds between two looks whether another worker is done with the domain
+HEAR_AGAIN = 0.1  # seconds until a hypervisor that said all is asked again
+LAST_WORDS = 0.5  # seconds that are given to what a guest whose process has ended had still said
 
-LAST_WORDS = 0.05  # seconds that what a dead guest had said may take
+_WORKED_ON, _THERE, _LET_GO = "worked on", "there", "let go"
 
 _T = TypeVar("_T")
 
@@ -64,7 +67,7 @@ class _Watch:
 
     def __init__(self, driver: Guests) -> None:
         self._driver, self._doms = driver, driver.doms
-        self._tasks: dict[UUID, tuple[tuple[int, int], asyncio.Task[None]]] = {}
+        self._tasks: dict[UUID, tuple[tuple[int, int | None], asyncio.Task[None]]] = {}
         """Of each domain: the id and the pid of its guest, and the task that watches it."""
 
     async def run(self, stop: threading.Event) -> None:
@@ -102,8 +105,8 @@ class _Watch:
                     self._read_events()
                 except ListClosed:
                     raise
-                except ShmDomainsError as error:
-                    logger.warning("supervision: %s; it will be tried again", error)
+                except Exception as error:
+                    _log(error)
                     self._over.wait(AGAIN)
 
     def _read_events(self) -> None:
@@ -132,8 +135,8 @@ class _Watch:
     def _look_at(self, uuid: UUID, info: DomainInfo | None) -> None:
         """Begin to watch this domain's guest, or another one than before, or none any more."""
         guest = None
-        if info is not None and info.pid is not None and self._driver._is_here(info):
-            guest = (info.id, info.pid) if info.is_active else None
+        if info is not None and self._driver._is_watchable(info):
+            guest = info.id, info.pid
         watched, task = self._tasks.get(uuid, (None, None))
         if watched == guest:
             return
@@ -149,26 +152,37 @@ class _Watch:
         """Until this is cancelled, for the domain has another guest or none."""
         heard: asyncio.Queue[News | None] = asyncio.Queue()
         last = News()
-        assert guest.pid is not None
-        pidfd = self._opened(guest.pid)
-        listener = self._loop.create_task(self._listen(guest, heard))
+        ear = _Ear(self._driver, guest, heard)
+        listener = self._loop.create_task(ear.listen())
+        pidfd = self._opened(guest.pid, heard)
         try:
-            if pidfd is None:
-                heard.put_nowait(None)
-            else:
+            if pidfd is not None:
                 self._loop.add_reader(pidfd, self._gone, pidfd, heard)
                 # The number may have been another process's when it was opened.
                 if not await self._tried(self._driver.alive, guest):
                     heard.put_nowait(None)
             while True:
-                news = await heard.get()
-                if news is None:
-                    await self._tell(guest, await self._last(listener, heard, last))
-                    continue
-                if news.reason is not None:
+                # Without a descriptor somebody has to look now and then.
+                patience = SWEEP if pidfd is None and guest.pid is not None else None
+                gone = False
+                try:
+                    news = await _within(patience, heard.get())
+                    gone = news is None
+                except TimeoutError:
+                    news = last
+                if news is None:  # what it said of its end may be on its way still
+                    await ear.rest(LAST_WORDS)
+                    while not heard.empty():
+                        said = heard.get_nowait()
+                        last = said if said is not None and said.reason is not None else last
+                    news = last
+                elif news.reason is not None:
                     last = news
-                if news.by or (news.reason is None and not news.over):
-                    await self._tell(guest, news)  # else its process is about to end
+                    if not news.by:
+                        continue  # its process is about to end
+                # More may be heard of one whose process is there.
+                news = news._replace(over=gone or pidfd is None)
+                await self._tell(guest, news, gone)
         finally:
             if pidfd is not None:
                 self._loop.remove_reader(pidfd)
@@ -176,60 +190,49 @@ class _Watch:
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
 
-    async def _last(
-        self, listener: asyncio.Task[None], heard: asyncio.Queue[News | None], last: News
-    ) -> News:
-        """The guest's process is gone. What was said before that may come in later."""
-        end = self._loop.time() + LAST_WORDS
-        while not listener.done() and (left := end - self._loop.time()) > 0:
-            try:
-                news = await asyncio.wait_for(heard.get(), left)
-            except asyncio.TimeoutError:
-                break
-            if news is not None and news.reason is not None:
-                last = news
-            if news is not None and news.over:
-                break
-        return last._replace(over=True)
-
-    def _opened(self, pid: int) -> int | None:
+    def _opened(self, pid: int | None, heard: asyncio.Queue[News | None]) -> int | None:
+        if pid is None:
+            return None
         try:
             return os.pidfd_open(pid)
         except ProcessLookupError:
-            return None
-        except OSError as error:  # no descriptor is left: what the hypervisor says has to do
-            logger.error("process %d cannot be watched: %s", pid, error.strerror)
-            return None
+            heard.put_nowait(None)
+        except OSError as error:  # no descriptor is left
+            text = "process %d is looked at every %g s only: %s"
+            logger.error(text, pid, SWEEP, error.strerror)
+        return None
 
     def _gone(self, pidfd: int, heard: asyncio.Queue[News | None]) -> None:
         self._loop.remove_reader(pidfd)
         heard.put_nowait(None)
 
-    async def _listen(self, guest: DomainInfo, heard: asyncio.Queue[News | None]) -> None:
-        told = self._driver.news(guest)
-        if told is None:
-            return
-        async for news in told:
-            heard.put_nowait(news)
-
-    async def _tell(self, guest: DomainInfo, news: News) -> None:
-        """Look at the guest until that succeeds."""
+    async def _tell(self, guest: DomainInfo, news: News, gone: bool) -> None:
+        """Look at the guest until that succeeds; at one whose process is `gone`, until its record
+        does not have it any more. The driver may see that later than the kernel."""
+        late = SLICE
         while True:
             done = await self._tried(self._look, guest, news)
-            if done:
+            if done is None:
+                await asyncio.sleep(AGAIN)
+            elif done is _WORKED_ON:
+                await asyncio.sleep(SLICE)
+            elif gone and done is _THERE:
+                await asyncio.sleep(late)
+                late = min(2 * late, AGAIN)
+            else:
                 return
-            await asyncio.sleep(AGAIN if done is None else SLICE)
 
-    def _look(self, guest: DomainInfo, news: News) -> bool:
-        """Whether it could be looked at. A worker that has a job on the domain may take long, and
-        may be ending the guest: no thread waits for it."""
+    def _look(self, guest: DomainInfo, news: News) -> str:
+        """What has become of it. A worker that has a job on the domain may take long, and may be
+        ending the guest: no thread waits for it."""
         now = self._doms.peek(guest.uuid)
         if now is not None and any(
             job.kind is not Job.ASYNC and job.holder.alive for job in now.jobs
         ):
-            return False
+            return _WORKED_ON
         self._driver.look(guest, news)
-        return True
+        now = self._doms.peek(guest.uuid)
+        return _THERE if now is not None and is_same(now, guest) else _LET_GO
 
     # --- hooks and locks ---
 
@@ -239,8 +242,56 @@ class _Watch:
             return await self._loop.run_in_executor(self._threads, call, *arguments)
         except ListClosed:
             raise
-        except ShmDomainsError as error:
-            logger.warning("supervision: %s; it will be tried again", error)
-        except Exception:
-            logger.exception("supervision: a hook failed; it will be tried again")
-        return None
+        except Exception as error:
+            _log(error)
+            return None
+
+
+class _Ear:
+    """What the hypervisor says of one guest, again and again."""
+
+    def __init__(
+        self, driver: Guests, guest: DomainInfo, heard: asyncio.Queue[News | None]
+    ) -> None:
+        self._driver, self._guest, self._heard = driver, guest, heard
+        self._deaf = asyncio.Event()
+
+    async def listen(self) -> None:
+        while True:
+            try:
+                told = self._driver.news(self._guest)
+                if told is None:
+                    return
+                self._deaf.clear()
+                async for news in told:
+                    self._heard.put_nowait(news)
+                pause = HEAR_AGAIN
+            except Exception as error:
+                _log(error)
+                pause = AGAIN
+            finally:
+                self._deaf.set()
+            await asyncio.sleep(pause)
+
+    async def rest(self, seconds: float) -> None:
+        """Until it has said all, or nothing more is to be heard."""
+        with suppress(TimeoutError):
+            await _within(seconds, self._deaf.wait())
+
+
+async def _within(seconds: float | None, doing: Coroutine[Any, Any, _T]) -> _T:
+    """Its result, or `TimeoutError`. (`asyncio.wait_for` may swallow a cancellation.)"""
+    task = asyncio.ensure_future(doing)
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+        if not task.done():
+            raise TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def _log(error: Exception) -> None:
+    mistake = None if isinstance(error, ShmDomainsError) else error
+    text = "supervision: %s; it will be tried again"
+    logger.warning(text, str(error) or repr(error), exc_info=mistake)

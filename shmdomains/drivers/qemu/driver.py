@@ -231,6 +231,9 @@ class QemuDriver(Driver):
     def set_guest_vcpus(self, info: DomainInfo, count: int) -> None:
         talk(self.place(info).monitor, lambda say: _plug(say, count), self.qmp_timeout + _UNPLUG)
 
+    def guest_vcpus(self, info: DomainInfo) -> int | None:
+        return sum("qom-path" in place for place in self.qmp(info, "query-hotpluggable-cpus"))
+
     def orphans(self) -> list[Orphan]:
         found = []
         for guest in process.scan(self.directory):

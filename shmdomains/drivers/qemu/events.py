@@ -13,16 +13,15 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from qemu.qmp import ExecuteError, QMPError
+
 from ... import ShutoffReason
 from ..hooks import News
-from .monitor import BROKEN_OFF, Client, hang_up, opened
-
-_AGAIN = 0.1  # seconds until a connection that ended or was refused is tried again
+from .monitor import Client, hang_up, opened
 
 STOPPED = {"shutdown": ShutoffReason.SHUTDOWN, "guest-panicked": ShutoffReason.CRASHED}
 """What `query-status` says of a guest that has ended, and how it did."""
 _LOOK = News()
-_OVER = News(over=True)
 _OFF = News(ShutoffReason.SHUTDOWN, "on_poweroff")
 _RESET = News(ShutoffReason.SHUTDOWN, "on_reboot")
 _PANICKED = News(ShutoffReason.CRASHED, "on_crash")
@@ -33,25 +32,25 @@ _LOOKS = ("STOP", "RESUME", "SUSPEND", "WAKEUP")
 
 
 async def follow(path: str) -> AsyncIterator[News]:
-    """What the guest whose events are at `path` does; without an end."""
-    while True:
-        with suppress(*BROKEN_OFF):
-            connection = opened()
-            client = Client()
-            try:
-                connection.connect(path)  # it does not block; if it would it fails
-                await client.connect(connection)
-                async for news in _told(client):
-                    yield news
-            finally:
-                await _close(client, connection)
-        yield _OVER
-        await asyncio.sleep(_AGAIN)
+    """What the guest whose events are at `path` does, until QEMU hangs up."""
+    with suppress(QMPError, ExecuteError, OSError, EOFError):
+        connection = opened()
+        client = Client()
+        try:
+            connection.connect(path)  # it does not block; if it would it fails
+            await client.connect(connection)
+            async for news in _told(client):
+                yield news
+        finally:
+            await _close(client, connection)
 
 
 async def _told(client: Client) -> AsyncIterator[News]:
-    now: Any = await client.execute("query-status")
-    yield _OF_A_STATUS.get(now["status"], _LOOK)
+    try:
+        now: Any = await client.execute("query-status")
+        yield _OF_A_STATUS.get(now["status"], _LOOK)
+    except QMPError:  # it has hung up meanwhile, and may have said why
+        pass
     ended = asyncio.ensure_future(client.runstate_changed())
     try:
         while True:
@@ -74,7 +73,7 @@ def of_event(event: Any) -> News | None:
     """What an event of QEMU's says of the guest; ``None``: nothing that the record has.
 
     >>> of_event({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}})
-    News(reason=<ShutoffReason.SHUTDOWN: 1>, by='on_reboot', over=False)
+    News(reason=<ShutoffReason.SHUTDOWN: 1>, by='on_reboot')
     """
     name, data = event["event"], event.get("data") or {}
     if name == "SHUTDOWN":
@@ -101,5 +100,5 @@ async def _close(client: Client, connection: socket.socket) -> None:
 
 
 async def _disconnect(client: Client) -> None:
-    with suppress(*BROKEN_OFF):  # QEMU may have ended
+    with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
         await client.disconnect()

@@ -50,14 +50,17 @@ class Client(QMPClient):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logger = _SILENT
+        self.logger = _quiet  # each client's own: it hides the class's
+
+    async def connect(self, address: Any, ssl: Any = None) -> None:
+        try:
+            await super().connect(address, ssl)
+        except AssertionError:  # it has a check for that
+            raise QMPError("it hung up after its greeting") from None
 
 
-_SILENT = logging.getLogger("shmdomains.qmp")
-_SILENT.setLevel(logging.CRITICAL + 1)
-
-# An AssertionError is what `qemu.qmp` raises when QEMU ends at the moment that a session begins.
-BROKEN_OFF = (QMPError, ExecInterruptedError, AssertionError, OSError, EOFError)
+_quiet = logging.getLogger("shmdomains.qmp")
+_quiet.setLevel(logging.CRITICAL + 1)
 
 
 class MonitorError(DriverError):
@@ -128,11 +131,11 @@ async def _talk(
     except asyncio.TimeoutError:
         text = f"QEMU's monitor {path} did not answer within {timeout:g} s ({doing})"
         raise MonitorError(text) from None
-    except BROKEN_OFF as error:
+    except (QMPError, ExecInterruptedError, OSError, EOFError) as error:
         raise MonitorError(f"QEMU's monitor {path} broke off at {doing}: {error}") from None
     finally:
         hang_up(connection)
-        with suppress(*BROKEN_OFF):  # QEMU may have ended
+        with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
             await client.disconnect()
         connection.close()
 
