@@ -45,6 +45,8 @@ from qemu_guests import (
 
 need()
 
+from qemu.qmp import QMPError  # noqa: E402
+
 from shmdomains import DomainDef, DomainList, DomainState, DriverError, ShutoffReason  # noqa: E402
 from shmdomains.drivers import guests as guests_module  # noqa: E402
 from shmdomains.drivers.qemu import QemuDriver, monitor, process  # noqa: E402
@@ -351,6 +353,27 @@ def test_one_talks_and_the_others_wait(driver: QemuDriver) -> None:
     with pytest.raises(DriverError, match="unable to execute QEMU command 'nonsense'"):
         driver.qmp(info, "nonsense")
     driver.destroy("web1")
+
+
+def test_a_greeting_that_is_not_understood_is_asked_for_anew(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What QEMU tells as somebody connects may get among it."""
+    info = driver.create(xml(driver))
+    connect, refusals = monitor.Client.connect, [QMPError("no greeting")] * 2
+
+    async def failing(self: monitor.Client, address: Any, ssl: Any = None) -> None:
+        await connect(self, address, ssl)
+        if refusals:
+            raise refusals.pop()
+
+    monkeypatch.setattr(monitor.Client, "connect", failing)
+    assert driver.status(info) == "running" and refusals == []
+    refusals += [QMPError("no greeting")] * 99
+    with pytest.raises(DriverError, match="broke off at the greeting: no greeting"):
+        driver.status(info)
+    refusals.clear()
+    driver.destroy(info)
 
 
 @forking

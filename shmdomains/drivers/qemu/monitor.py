@@ -28,6 +28,7 @@ from ...deadline import Deadline
 from ...errors import DriverError
 
 TIMEOUT = 10.0  # seconds for a conversation
+_GREETINGS = 5
 
 _T = TypeVar("_T")
 Say = Callable[..., Awaitable[Any]]
@@ -111,7 +112,7 @@ async def _talk(
     timeout: float,
     deadline: Deadline,
 ) -> _T:
-    client = Client()
+    client, connection = await _greeted(path, timeout, deadline)
     doing = "the greeting"
 
     async def say(command: str, **arguments: Any) -> Any:
@@ -124,9 +125,7 @@ async def _talk(
             refusal.refused = True
             raise refusal from None
 
-    connection = _connected(path, deadline)
     try:
-        await asyncio.wait_for(client.connect(connection), deadline.left())
         return await asyncio.wait_for(conversation(say), deadline.left())
     except asyncio.TimeoutError:
         text = f"QEMU's monitor {path} did not answer within {timeout:g} s ({doing})"
@@ -134,10 +133,39 @@ async def _talk(
     except (QMPError, ExecInterruptedError, OSError, EOFError) as error:
         raise MonitorError(f"QEMU's monitor {path} broke off at {doing}: {error}") from None
     finally:
-        hang_up(connection)
-        with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
-            await client.disconnect()
-        connection.close()
+        await _end(client, connection)
+
+
+async def _end(client: Client, connection: socket.socket) -> None:
+    hang_up(connection)
+    with suppress(QMPError, OSError, EOFError):  # QEMU may have ended
+        await client.disconnect()
+    connection.close()
+
+
+async def _greeted(path: str, timeout: float, deadline: Deadline) -> tuple[Client, socket.socket]:
+    """A conversation that has begun. What QEMU tells at the moment at which somebody connects, as
+    that the guest powers off, gets among its greeting, which then cannot be understood. Nothing has
+    been said by then, so it is asked anew."""
+    left = _GREETINGS
+    while True:
+        left -= 1
+        client, connection = Client(), _connected(path, deadline)
+        try:
+            await asyncio.wait_for(client.connect(connection), deadline.left())
+            return client, connection
+        except asyncio.TimeoutError:
+            await _end(client, connection)
+            text = f"QEMU's monitor {path} did not answer within {timeout:g} s (the greeting)"
+            raise MonitorError(text) from None
+        except (QMPError, OSError, EOFError) as error:
+            await _end(client, connection)
+            if not left:
+                text = f"QEMU's monitor {path} broke off at the greeting: {error}"
+                raise MonitorError(text) from None
+        except BaseException:
+            await _end(client, connection)
+            raise
 
 
 def _connected(path: str, deadline: Deadline) -> socket.socket:
