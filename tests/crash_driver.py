@@ -62,7 +62,6 @@ from shmdomains import (
 from shmdomains.config import ConfigDirs
 from shmdomains.memory import segment_file
 from shmdomains.memory._core import core
-from shmdomains.memory.domain_list import _encode_dirs
 from shmdomains.rules.values import encode_data
 from shmdomains.rules.work import Begun, Caller, Work
 
@@ -215,9 +214,9 @@ def snapshot(doms: DomainList) -> Iterator[None]:
 @operation(points=17)
 def settings(doms: DomainList) -> Iterator[None]:
     with doms.locked():
-        doms._set_settings(_encode_dirs(ConfigDirs(Path("/larger" * 10))))
+        doms._remember(ConfigDirs(Path("/larger" * 10)))
         yield
-        doms._set_settings(_encode_dirs(ConfigDirs(Path("/small"))))
+        doms._remember(ConfigDirs(Path("/small")))
         yield
 
 

@@ -34,7 +34,7 @@ import msgpack
 import msgspec
 import pytest
 from helpers import SOAK, Party, Process, xml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lxml import etree
 from test_definition_libvirt import FOLDER
@@ -47,7 +47,7 @@ from shmdomains import (
     SegmentCorrupt,
     SegmentError,
 )
-from shmdomains.memory.domain_list import _decode_dirs
+from shmdomains.memory import settings as remembered
 from shmdomains.rules.values import decode_data, encode_data
 from shmdomains.transfer import export_domains, import_domains
 from shmdomains.xml.devices import KINDS
@@ -963,14 +963,16 @@ def test_stored_blobs_that_are_damaged(reader: Party, tried: Callable[[str, int]
 @given(st.binary(max_size=60) | values.map(encode_data))
 @settings(derandomize=True, max_examples=200)
 def test_settings_that_are_damaged(blob: bytes) -> None:
+    assume(blob)  # none is remembered
     with pytest.raises(SegmentCorrupt, match="config directory"):
-        _decode_dirs(blob)
+        remembered.decode(blob)
     try:
-        dirs = _decode_dirs(zlib.crc32(blob).to_bytes(4, "big") + blob)
+        dirs, driver = remembered.decode(zlib.crc32(blob).to_bytes(4, "big") + blob)
     except (SegmentCorrupt, ConfigError) as error:
         assert "directory" in str(error)
     else:
-        assert dirs.config_dir.is_absolute()
+        assert dirs is None or dirs.config_dir.is_absolute()
+        assert driver is None or isinstance(driver, str)
 
 
 # --- MessagePack: streams ----------------------------------------------------------------------

@@ -49,11 +49,12 @@ def decode(blob: bytes) -> Settings:
         raise SegmentCorrupt("the config directory that the segment remembers is damaged")
     try:
         words = msgspec.msgpack.decode(blob[4:], type=list[bytes | None])
-    except msgspec.MsgspecError as exc:
+        config_dir, autostart_dir, driver = (*words, None) if len(words) == 2 else words
+        name = None if driver is None else driver.decode()
+    except (msgspec.MsgspecError, ValueError) as exc:
         raise SegmentCorrupt(f"the segment remembers no config directory: {exc}") from None
-    config_dir, autostart_dir, driver = (*words, None, None, None)[:3]
     dirs = None
     if config_dir is not None:
         autostart = None if autostart_dir is None else Path(os.fsdecode(autostart_dir))
         dirs = ConfigDirs(Path(os.fsdecode(config_dir)), autostart)
-    return Settings(dirs, None if driver is None else driver.decode())
+    return Settings(dirs, name)
