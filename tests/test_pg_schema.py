@@ -350,3 +350,28 @@ def test_lists_of_one_database_do_not_see_each_other(url: str) -> None:
                 assert len(two.locks()) == 3
         one.unlink()
         assert two.peek("a") is not None
+
+
+def test_a_schema_of_before_is_upgraded(
+    pg_server: Server, database: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a list remembered before there was a driver is there afterwards."""
+    everything = schema.steps()
+    with monkeypatch.context() as before:
+        before.setattr(schema, "steps", lambda: everything[:1])
+        with PostgresDomainList.create(url, host="here"):
+            pg_server.psql(
+                "INSERT INTO shmdomains.directories (list, host, config_dir) "
+                "SELECT list, 'here', '/etc/agent' FROM shmdomains.lists",
+                database,
+            )
+    with PostgresDomainList.attach(url, host="here") as doms:
+        assert doms.driver is None and doms.info.config_dir == "/etc/agent"
+        doms.driver = "qemu"
+        doms.forget_configs()
+        assert doms.driver == "qemu" and doms.info.config_dir is None
+        assert doms.check().problems == []
+    with PostgresDomainList.attach(url, host="there") as doms:
+        assert doms.driver is None  # each host has its own
+    rows = pg_server.psql("SELECT number FROM shmdomains.migrations ORDER BY number", database)
+    assert rows.split() == [str(number) for number, _ in everything]
