@@ -140,6 +140,7 @@ def driver_of(said: argparse.Namespace) -> Driver:
         from shmdomains.drivers.qemu import QemuDriver
 
         driver = QemuDriver(doms, directory=said.directory)
+    doms.driver = driver.name  # for `shmdomains -s agent list --all` and the like
     if doms.created:
         driver.autostart_all()
     return driver
