@@ -27,6 +27,14 @@ class ShmDomainsError(Exception):
 
     `kind` is libvirt's name for this kind of error, which virsh writes before the message; empty if
     libvirt has none. The drivers raise some with another one than the class's.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> try:
+    ...     doms["nobody"]
+    ... except ShmDomainsError as error:
+    ...     print(type(error).__name__)
+    DomainNotFound
     """
 
     kind: str = ""
@@ -36,27 +44,86 @@ class ShmDomainsError(Exception):
 
 
 class ContractError(ShmDomainsError):
-    """The calling code broke a rule about locks."""
+    """The calling code broke a rule about locks.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> try:
+    ...     doms.unlock()
+    ... except ContractError as error:
+    ...     print(type(error).__name__)
+    ListNotLocked
+    """
 
 
 class ListNotLocked(ContractError):
-    """The call needs the list lock, and this thread does not hold it."""
+    """The call needs the list lock, and this thread does not hold it.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> doms.remove_inactive(None)
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.ListNotLocked: ...
+    """
 
 
 class DomainNotLocked(ContractError):
-    """The call needs the domain's lock, and this thread does not hold it."""
+    """The call needs the domain's lock, and this thread does not hold it.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     pass
+    >>> dom.data = 1
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainNotLocked: ...
+    """
 
 
 class DomainLocked(ContractError):
-    """This thread holds the domain, and the call would wait for it."""
+    """This thread holds the domain, and the call would wait for it.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1"):
+    ...     doms.wait("web1", until=lambda info: info.is_active)
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainLocked: ...
+    """
 
 
 class MutexNotLocked(ContractError):
-    """The call needs the named lock, and this thread does not hold it."""
+    """The call needs the named lock, and this thread does not hold it.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> doms.mutex("backup").unlock()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.MutexNotLocked: ...
+    """
 
 
 class AlreadyLocked(ContractError):
-    """This thread holds the lock already; the locks are not recursive."""
+    """This thread holds the lock already; the locks are not recursive.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> with doms.locked():
+    ...     doms.lock()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.AlreadyLocked: ...
+    """
 
 
 class NotOwner(ContractError):
@@ -64,7 +131,19 @@ class NotOwner(ContractError):
 
 
 class LockOrder(ContractError):
-    """Waiting for this lock now could form a cycle; the order is list, then domain."""
+    """Waiting for this lock now could form a cycle; the order is list, then domain.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1"):
+    ...     doms.lock()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.LockOrder: ...
+    """
 
 
 class TooManyLocks(ContractError):
@@ -72,18 +151,61 @@ class TooManyLocks(ContractError):
 
 
 class WrongList(ContractError):
-    """The domain belongs to another list."""
+    """The domain belongs to another list.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with DomainList().locked():
+    ...     pass
+    >>> other = DomainList()
+    >>> with doms.get("web1") as dom:
+    ...     other.set_autostart(dom, True)
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.WrongList: ...
+    """
 
 
 class UncommittedChanges(ContractError):
-    """The call makes a commit of its own, and the domain has changes; commit or roll back first."""
+    """The call makes a commit of its own, and the domain has changes; commit or roll back first.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.locked(), doms.get("web1") as dom:
+    ...     dom.data = 1
+    ...     doms.rename(dom, "web2")
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.UncommittedChanges: ...
+    """
 
 
 # --- waiting --------------------------------------------------------------------------------
 
 
 class LockTimeout(ShmDomainsError, TimeoutError):
-    """A lock was not free in time. `holder` says who has it; ``None`` if that is not known."""
+    """A lock was not free in time. `holder` says who has it; ``None`` if that is not known.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> import threading
+    >>> doms.lock()
+    >>> def impatient():
+    ...     try:
+    ...         doms.lock(timeout=0.01)
+    ...     except LockTimeout as error:
+    ...         print(error.holder.alive)
+    >>> thread = threading.Thread(target=impatient)
+    >>> thread.start(); thread.join()
+    True
+    >>> doms.unlock()
+    """
 
     def __init__(self, message: str, holder: LockHolder | None = None) -> None:
         super().__init__(message)
@@ -107,7 +229,18 @@ class DomainBusy(JobTimeout):
 
 
 class WaitTimeout(ShmDomainsError, TimeoutError):
-    """What was waited for did not come in time. The message says what the domain is now."""
+    """What was waited for did not come in time. The message says what the domain is now.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> doms.wait("web1", until=lambda info: info.is_active, timeout=0)
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.WaitTimeout: ...
+    """
 
 
 class Busy(ShmDomainsError, TimeoutError):
@@ -118,7 +251,15 @@ class Busy(ShmDomainsError, TimeoutError):
 
 
 class DomainNotFound(ShmDomainsError, KeyError):
-    """No domain has this uuid, name or id."""
+    """No domain has this uuid, name or id.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> doms["nobody"]
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainNotFound: ...
+    """
 
     kind = "Domain not found"
 
@@ -126,27 +267,90 @@ class DomainNotFound(ShmDomainsError, KeyError):
 
 
 class DomainExists(ShmDomainsError):
-    """Another domain has this name or this uuid."""
+    """Another domain has this name or this uuid.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> doms.define(xml.replace("</name>",
+    ...             "</name><uuid>11111111-2222-3333-4444-555555555555</uuid>"))
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainExists: ...
+    """
 
     kind = "operation failed"
 
 
 class DomainRemoved(ShmDomainsError, LookupError):
-    """The handle outlived its domain."""
+    """The handle outlived its domain.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     pass
+    >>> doms.undefine("web1")
+    >>> dom.lock()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainRemoved: ...
+    """
 
 
 class DomainStateError(ShmDomainsError):
-    """The domain is in the wrong state for the call (VIR_ERR_OPERATION_INVALID)."""
+    """The domain is in the wrong state for the call (VIR_ERR_OPERATION_INVALID).
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     dom.deactivate()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainInactive: ...
+    """
 
     kind = "Requested operation is not valid"
 
 
 class DomainActive(DomainStateError):
-    """The call needs an inactive domain."""
+    """The call needs an inactive domain.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     id = dom.activate()
+    ...     dom.activate()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainActive: ...
+    """
 
 
 class DomainInactive(DomainStateError):
-    """The call needs an active domain."""
+    """The call needs an active domain.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.get("web1") as dom:
+    ...     dom.deactivate()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DomainInactive: ...
+    """
 
 
 class DomainTransient(DomainStateError):
@@ -154,7 +358,15 @@ class DomainTransient(DomainStateError):
 
 
 class DefinitionError(ShmDomainsError, ValueError):
-    """The definition is refused. `element` and `line` say where, if known."""
+    """The definition is refused. `element` and `line` say where, if known.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> doms.define("<domain>")
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.DefinitionError: ...
+    """
 
     kind = "XML error"
 
@@ -165,11 +377,28 @@ class DefinitionError(ShmDomainsError, ValueError):
 
 
 class InvalidName(DefinitionError):
-    """The name cannot be a domain's: it is empty, too long, or no file name."""
+    """The name cannot be a domain's: it is empty, too long, or no file name.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> info = doms.define(xml)
+    >>> with doms.locked(), doms.get("web1") as dom:
+    ...     doms.rename(dom, "a/b")
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.InvalidName: ...
+    """
 
 
 class DriverError(ShmDomainsError):
-    """A hypervisor could not do what its driver asked for, or the guest is gone."""
+    """A hypervisor could not do what its driver asked for, or the guest is gone.
+
+    >>> from shmdomains.drivers.base import Driver
+    >>> issubclass(DriverError, ShmDomainsError), DriverError.kind
+    (True, 'internal error')
+    """
 
     kind = "internal error"
 
@@ -186,11 +415,27 @@ class SegmentError(ShmDomainsError):
 
 
 class ListClosed(SegmentError):
-    """This `DomainList` was closed."""
+    """This `DomainList` was closed.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList()
+    >>> doms.close()
+    >>> len(doms)
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.ListClosed: ...
+    """
 
 
 class SegmentNotFound(SegmentError, FileNotFoundError):
-    """No segment has this name."""
+    """No segment has this name.
+
+    >>> from shmdomains import DomainList
+    >>> DomainList.attach("nobody-made-it")
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.SegmentNotFound: ...
+    """
 
 
 class SegmentExists(SegmentError, FileExistsError):
@@ -219,11 +464,29 @@ class SegmentPoisoned(SegmentError):
 
 
 class SegmentFull(SegmentError, MemoryError):
-    """No room for another domain, or no memory for its definition."""
+    """No room for another domain, or no memory for its definition.
+
+    >>> from shmdomains import DomainList
+    >>> doms = DomainList(max_domains=1)
+    >>> xml = ("<domain type='kvm'><name>{}</name><memory>1024</memory>"
+    ...        "<os><type>hvm</type></os></domain>")
+    >>> for name in ("a", "b"):
+    ...     info = doms.define(xml.format(name))
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.SegmentFull: ...
+    """
 
 
 class NoEvents(SegmentError):
-    """The list keeps no events."""
+    """The list keeps no events.
+
+    >>> from shmdomains import DomainList
+    >>> DomainList(events=0).watch()
+    Traceback (most recent call last):
+    ...
+    shmdomains.errors.NoEvents: ...
+    """
 
 
 class TooManyMutexes(SegmentError):

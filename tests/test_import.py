@@ -23,7 +23,7 @@ from shmdomains.memory import holder
 ROOT = Path(shmdomains.__file__).parents[1]
 HEAVY = {
     *("lxml", "psutil", "filelock", "rich", "multiprocessing", "subprocess", "tempfile"),
-    *("psycopg", "psycopg_binary", "socket"),
+    *("psycopg", "psycopg_binary", "socket", "textual", "libvirt", "qemu", "gunicorn"),
 }
 """What only XML, config files, error messages, other locks and stores, and colours need."""
 
