@@ -65,8 +65,6 @@ def preload() -> None:
 
     For a process that will lose access to Python's modules (another user, a chroot) or run out of
     descriptors.
-
-    >>> preload()
     """
     for module in _all:
         module._load()

@@ -50,6 +50,7 @@ WITHOUT = {
     "Family",
     "call",
     "wait_until",
+    "preload",
     # What another process, another kernel, damage or a full disk has to bring about.
     *("NotOwner", "TooManyLocks", "JobTimeout", "DomainBusy", "Busy", "DomainTransient"),
     *("ConfigError", "SegmentError", "SegmentExists", "SegmentInUse", "SegmentMismatch"),

@@ -72,8 +72,8 @@ async def _told(client: Client) -> AsyncIterator[News]:
 def of_event(event: Any) -> News | None:
     """What an event of QEMU's says of the guest; ``None``: nothing that the record has.
 
-    >>> of_event({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}})
-    News(reason=<ShutoffReason.SHUTDOWN: 1>, by='on_reboot')
+    >>> of_event({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}}).by
+    'on_reboot'
     """
     name, data = event["event"], event.get("data") or {}
     if name == "SHUTDOWN":
