@@ -38,7 +38,8 @@ class SleepDriver(Driver):
     def launch(self, info: DomainInfo) -> Launched:
         lock = os.open(self.place / str(info.uuid), os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever asks whether a guest lives has it for a moment; a guest would keep it.
+            until(lambda: _taken(lock, fcntl.LOCK_EX), "the end of the guest before", DEADLINE)
             guest = subprocess.Popen(
                 ["sleep", "1000"],
                 env={**os.environ, "GUEST": f"{self.place}:{info.uuid}"},
@@ -81,12 +82,9 @@ class SleepDriver(Driver):
     def lives(self, uuid: UUID) -> bool:
         try:
             with (self.place / str(uuid)).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return not _taken(lock.fileno(), fcntl.LOCK_SH)  # two who ask do not meet
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        return False
 
     def orphans(self) -> list[Orphan]:
         return [Orphan(pid, uuid) for pid, uuid in self.guests()]
@@ -133,6 +131,14 @@ class SleepDriver(Driver):
         # The kernel is done with it only later, on a busy machine.
         wanted = number == signal.SIGSTOP
         until(lambda: not self.alive(info) or stopped(info.pid) == wanted, "the signal's effect")
+
+
+def _taken(lock: int, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def paused(info: DomainInfo) -> bool:
