@@ -203,7 +203,7 @@ def proven(
     follower.enough.set()
     follower.join(DEADLINE)
     assert follower.numbers == list(range(1, last[-1] + 1)), "an event was missed, or told twice"
-    assert asked.kills >= 3 and asked.broken >= 1 and "Traceback" not in server.words()
+    assert asked.kills >= 3 and "Traceback" not in server.words()
     tried("requests to the agent", asked.done)
     tried("of them broken off", asked.broken)
     tried("workers of the agent killed", asked.kills)
