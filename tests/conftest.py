@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import killing
 import other_user
 import pg_servers
 import psutil
@@ -339,10 +340,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 # --- signals -----------------------------------------------------------------------------------
 
 
-def pytest_configure() -> None:
-    """A shell has Ctrl-C ignored by what it starts with ``&``, and by all that this starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell has Ctrl-C ignored by what it starts with `&`, and by all that this starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Processes that are killed do not clean up: what they compile has one place for the session.
+    built = tempfile.mkdtemp(prefix=f"shmdomains-test-{os.getpid()}-")
+    os.environ[killing.BUILT] = built
+    config.add_cleanup(lambda: shutil.rmtree(built, ignore_errors=True))
 
 
 # --- collections -------------------------------------------------------------------------------

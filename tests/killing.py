@@ -287,19 +287,32 @@ def driver(sanitize: bool = False) -> Path | None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return None
-    home = tempfile.TemporaryDirectory(prefix="shmdomains-test-")
-    _homes.append(home)
-    program = Path(home.name) / "core_test"
+    program = _built() / ("core_test.sanitized" if sanitize else "core_test")
+    if program.exists():  # another process of this session has made it
+        return program
+    made = program.with_name(f"{program.name}.{os.getpid()}")
     command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{CORE}", "-pthread"]
     command += ["-DSD_CRASH_POINTS"]
-    command += ["-o", str(program), str(TESTS / "core_test.c"), *map(str, _SOURCES)]
+    command += ["-o", str(made), str(TESTS / "core_test.c"), *map(str, _SOURCES)]
     plain = ["-O0"]
     checked = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     for options in (checked, plain) if sanitize else (plain,):
         done = subprocess.run([*command, *options], capture_output=True, text=True)
         if done.returncode == 0:
-            return program
+            return made.replace(program)
     raise AssertionError(done.stderr)
+
+
+BUILT = "SHMDOMAINS_TEST_BUILT"
+"""The environment's name for the folder of what is compiled once for all processes of a session."""
+
+
+def _built() -> Path:
+    if BUILT in os.environ:
+        return Path(os.environ[BUILT])
+    home = tempfile.TemporaryDirectory(prefix="shmdomains-test-")
+    _homes.append(home)
+    return Path(home.name)
 
 
 _homes: list[tempfile.TemporaryDirectory[str]] = []
