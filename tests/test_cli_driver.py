@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -509,3 +510,23 @@ def test_another_driver_is_refused(segment_dir: Path) -> None:
         doms.driver = "cloud-hypervisor"
         said = invoke("start", "web1", status=1).stderr
         assert "'cloud-hypervisor' is none of these commands'" in said
+
+
+def test_to_remember_it_waits_no_longer_than_it_was_told(segment_dir: Path) -> None:
+    with DomainList.create(max_domains=8) as doms, thread_party(doms=doms) as other:
+        TestDriver(doms).define(xml("web1"))
+        other.do("doms.lock()")
+        said = failure("--driver", "test", "start", "web1", "--timeout", "0.1")
+        assert "list lock" in said and f"process {os.getpid()}" in said
+        other.do("doms.unlock()")
+        assert doms.driver is None and not doms["web1"].is_active
+
+
+def test_what_cannot_be_had_is_not_remembered(
+    segment_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shmdomains.drivers.qemu", None)
+    with DomainList.create(max_domains=8) as doms:
+        doms.define(xml("web1"))
+        failure("--driver", "qemu", "start", "web1")
+        assert doms.driver is None

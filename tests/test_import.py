@@ -27,7 +27,7 @@ HEAVY = {
 }
 """What only XML, config files, error messages, other locks and stores, and colours need."""
 
-LIBRARY, PROGRAM = 112, 151
+LIBRARY, PROGRAM = 112, 150
 """So many modules at most, Python's own among them: 82 and 122 with CPython 3.11."""
 
 _AFTER = """

@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shmdomains import DomainDef, DomainList, DomainState, opening
+from shmdomains.look.guests import Guests
 from shmdomains.metrics import FAMILIES, DomainCollector
 from shmdomains.metrics.families import Labels
-from shmdomains.metrics.guests import Guests
 
 MANY = 10_000
 
@@ -240,7 +240,7 @@ def test_a_guest(listed: Any) -> None:
 
 def test_a_pid_that_is_another_process_by_now_is_no_guest() -> None:
     labels = Labels(domain="web1")
-    assert Guests().read([(labels, os.getpid(), 1)]) == (([], []), ([], []))
+    assert Guests().read([(labels, os.getpid(), 1)]) == ([], [], [])
 
 
 def test_a_list_that_cannot_be_read_is_down(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ import click
 from ..errors import DomainNotFound, ShmDomainsError
 from ..rules.info import DomainInfo
 from .tables import Failure, describe, print_error
-from .types import Target, flag, found_domain, plainly
+from .types import Target, flag, found_domain, plainly, timeout_option
 
 if TYPE_CHECKING:
     from ..drivers import Driver
@@ -43,9 +43,7 @@ def driver_of(target: Target, doms: AnyDomainList, timeout: float | None) -> Dri
     two drivers would each take the other's guests for gone."""
     assert target.driver is not None
     known = doms.driver
-    if known is None:
-        doms.driver = target.driver
-    elif known != target.driver:
+    if known not in (None, target.driver):
         raise Failure(
             f"the domains of {target.what} are run by driver '{known}', not '{target.driver}'; "
             f"`shmdomains driver {target.driver}` changes that while none is active"
@@ -59,8 +57,16 @@ def driver_of(target: Target, doms: AnyDomainList, timeout: float | None) -> Dri
         made: Any = getattr(
             import_module(f"shmdomains.drivers.{target.driver}"), DRIVERS[target.driver]
         )
-    found: Driver = made(doms, timeout=timeout)
+        found: Driver = made(doms, timeout=timeout)
+    if known is None:
+        remember(doms, target.driver, timeout)
     return found
+
+
+def remember(doms: AnyDomainList, name: str | None, timeout: float | None) -> None:
+    """As `doms.driver = name`, but no longer than that for the list lock."""
+    with doms.locked(timeout):
+        doms._set_driver(name)
 
 
 def in_libvirts_words(exc: BaseException) -> str:
@@ -98,8 +104,9 @@ def driven(
 @click.command()
 @click.argument("name", required=False, type=click.Choice(list(DRIVERS)))
 @flag("forget", "Remember none.")
+@timeout_option
 @click.pass_obj
-def driver(target: Target, name: str | None, forget: bool) -> None:
+def driver(target: Target, name: str | None, forget: bool, timeout: float | None) -> None:
     """Show which driver runs the domains of a list, or say so.
 
     The list remembers it, and commands need no --driver. It cannot change while domains are
@@ -115,4 +122,4 @@ def driver(target: Target, name: str | None, forget: bool) -> None:
                 f"{active} of the domains of {target.what} are active, and run by driver "
                 f"'{doms.driver}'"
             )
-        doms.driver = name
+        remember(doms, name, timeout)

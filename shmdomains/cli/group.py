@@ -17,10 +17,9 @@ from typing import Any
 import click
 
 from ..errors import INTERRUPTED, ShmDomainsError
-from .script import Unreadable, is_script, split
+from .script import Unreadable, in_order, is_script, split
 from .tables import BLANK, JSON, QUIET, Failure, UsageFailure, describe, is_broken_pipe
 from .types import Target
-from .words import in_order
 
 EXIT_STATUS = """\b
 Exit status:
@@ -81,14 +80,14 @@ _OURS = {
 
 
 _DRIVER = "shmdomains.driver"
-_OF_NO_LIST = ("segments", "unlink", "postgres", "stress", "completion")
+_ASKS_NO_DRIVER = _OURS - {"reconcile", "supervise"}
 
 
 def driver_of(ctx: click.Context) -> str | None:
     """The driver that was named, or that the list remembers. It is asked once."""
     if ctx.params.get("driver"):
         return str(ctx.params["driver"])
-    if "segment" not in ctx.params or ctx.invoked_subcommand in _OF_NO_LIST:
+    if "segment" not in ctx.params or ctx.invoked_subcommand in _ASKS_NO_DRIVER:
         return None
     if _DRIVER not in ctx.meta:
         ctx.meta[_DRIVER] = Target.of(ctx.params["segment"]).remembered_driver()

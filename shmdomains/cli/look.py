@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from contextlib import suppress
+import threading
 
 import click
 
-from .tables import Failure, is_terminal, print_lines
+from .tables import Failure, is_terminal, print_lines, printable
 from .types import Target, flag, plainly, seconds
 
 
@@ -60,14 +61,20 @@ def trace(target: Target, duration: float | None, output: str, interval: float) 
     """Record who holds which lock and job, and when.
 
     The file is for https://ui.perfetto.dev. Locks are sampled, so that nobody pays for it: what is
-    held for less than the interval is seen by chance. Jobs and events are exact. Ctrl-C ends it,
-    and writes what there is."""
+    held for less than the interval is seen by chance. Where a job begins, and events, are exact.
+    Ctrl-C ends it, and writes what there is."""
     from ..look.trace import Tracer
 
     with target.attach() as doms:
         tracer = Tracer(doms, interval)
-        with suppress(KeyboardInterrupt):
-            tracer.run(float("inf") if duration is None else duration)
+        # Ctrl-C is heard between two looks: in the middle of one it would lose what is open.
+        stop = threading.Event()
+        before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+        try:
+            click.echo(f"Tracing {printable(target.shown)}; Ctrl-C ends it", err=True)
+            tracer.run(float(threading.TIMEOUT_MAX) if duration is None else duration, stop)
+        finally:
+            signal.signal(signal.SIGINT, before)
         if output == "-":
             tracer.write(sys.stdout, target.shown)
             return

@@ -17,7 +17,7 @@ import click
 from ..rules.info import DomainInfo
 from .driving import driver_of, need_driver
 from .tables import Failure, UsageFailure, print_lines, print_record, printable
-from .types import Target, flag, format_option, plainly, timeout_option
+from .types import Target, flag, format_option, timeout_option
 
 if TYPE_CHECKING:
     from ..drivers import Driver
@@ -49,8 +49,7 @@ def reconcile(
     if (host is None) == host_is_dead:
         raise UsageFailure("--host and --host-is-dead belong together: nobody sees that from here")
     with target.attach() as doms:
-        with plainly():
-            driver = driver_of(target, doms, timeout)
+        driver = driver_of(target, doms, timeout)
         if host is None:
             record = _reconciled(driver, kill_orphans)
         elif getattr(doms, "host", None) is None:

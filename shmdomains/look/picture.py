@@ -9,24 +9,21 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from ..events import DomainEvent
 from ..holder import this_host
-from ..lazy import LazyModule
 from ..memory.held import LockInfo
-from ..memory.holder import is_running
 from ..rules.info import DomainInfo
+from .guests import Guests
 
 if TYPE_CHECKING:
-    import psutil
-
+    from ..memory.held import Statistics
     from ..opening import AnyDomainList
-else:
-    psutil = LazyModule("psutil")
 
+_COUNTED = {"locks": "acquisitions", "commits": "commits", "waits": "contended"}
+"""What a rate is called, and the count that it is of."""
 EVENTS = 200
 """So many of the last events are kept."""
 
@@ -72,10 +69,13 @@ class Looker:
     """Looks at a list, again and again. Not for several threads at once."""
 
     def __init__(self, doms: AnyDomainList, shown: str = "") -> None:
-        self._doms, self._shown = doms, shown
+        self._doms: Any = doms
+        self._shown = shown
         self._at = 0.0
-        self._counted: dict[str, int] = {}
-        self._processes: dict[tuple[int, int], tuple[psutil.Process, float]] = {}
+        self._counted: dict[int, Statistics] = {}
+        self._guests: Guests[tuple[UUID, int]] = Guests()
+        self._seconds: dict[tuple[UUID, int], float] = {}
+        """CPU time of the guests that were seen last."""
         self._starts: dict[tuple[int, int | None], int] = {}
         """When the guests' processes started, by the ids of domain and process."""
         self._recent: deque[str] = deque(maxlen=EVENTS)
@@ -90,21 +90,16 @@ class Looker:
         told, count = self._told()
         infos = self._doms.list()
         locks = self._doms.locks()
-        statistics = self._doms.statistics_of_all()
-        counted = {
-            "locks": statistics.acquisitions,
-            "commits": statistics.commits,
-            "waits": statistics.contended,
-        }
-        rates = self._rates(counted, count, elapsed)
+        rates = self._rates(count, elapsed)
+        counted = self._counted.values()
         rows = self._rows(infos, locks, told, elapsed)
         self._at = began
         return Picture(
             self._shown,
             dict(Counter(info.state.words for info in infos)),
             rates,
-            statistics.processes,
-            statistics.deaths,
+            len(counted),
+            sum(one.deaths for one in counted),
             rows,
             sorted(locks, key=_importance),
             list(self._recent),
@@ -112,13 +107,18 @@ class Looker:
             time.monotonic() - began,
         )
 
-    def _rates(self, counted: dict[str, int], events: int, elapsed: float) -> dict[str, float]:
-        # A process that ended took its counts along; that is no negative rate.
-        before, self._counted = self._counted, counted
-        if not before:
+    def _rates(self, events: int, elapsed: float) -> dict[str, float]:
+        before, self._counted = self._counted, self._doms._statistics_of_each()
+        if not elapsed:
             return {}
-        rates = {name: max(now - before[name], 0) / elapsed for name, now in counted.items()}
-        return {**rates, "events": events / elapsed}
+        done = {"locks": 0, "commits": 0, "waits": 0, "events": events}
+        for who, now in self._counted.items():
+            # Who was not there before began at 0; a smaller number began anew.
+            was = before.get(who)
+            for name, field in _COUNTED.items():
+                count, last = getattr(now, field), getattr(was, field, 0)
+                done[name] += count - last if count >= last else count
+        return {name: count / elapsed for name, count in done.items()}
 
     def _told(self) -> tuple[Counter[UUID], int]:
         """The events since the last look, by domain, and how many they were."""
@@ -146,11 +146,10 @@ class Looker:
         waits: Counter[UUID | None] = Counter()
         for lock in locks:
             waits[lock.uuid] += lock.waiting
-        before, self._processes = self._processes, {}
-        self._learn(infos)
+        use = self._use(infos, elapsed)
         found = []
         for info in infos:
-            cpu, memory = self._use(info, before, elapsed)
+            cpu, memory = use.get(info.uuid, (None, None))
             owned = held.get(info.uuid)
             found.append(
                 Row(
@@ -173,37 +172,34 @@ class Looker:
         another listing tells it, so that is asked for new guests alone."""
         if all((info.id, info.pid) in self._starts for info in infos if info.pid is not None):
             return
-        doms: Any = self._doms
-        marked, marks, _ = doms._marked()
+        marked, marks, _ = self._doms._marked()
         self._starts = {
-            (info.id, info.pid): doms._about(info, mark)[1]
+            (info.id, info.pid): self._doms._about(info, mark)[1]
             for info, mark in zip(marked, marks, strict=True)
             if info.pid is not None
         }
 
     def _use(
-        self,
-        info: DomainInfo,
-        before: dict[tuple[int, int], tuple[psutil.Process, float]],
-        elapsed: float,
-    ) -> tuple[float | None, int | None]:
-        """Processor and memory of the guest's process, if it is still the one of the record."""
-        started = self._starts.get((info.id, info.pid))
-        if info.pid is None or not started or info.host != this_host():
-            return None, None
-        with suppress(OSError, psutil.Error):
-            process, last = before.get((info.pid, started), (None, 0.0))
-            process = process or psutil.Process(info.pid)
-            with process.oneshot():
-                times = process.cpu_times()
-                memory = process.memory_info().rss
-            seconds = times.user + times.system
-            if not is_running(info.pid, started):
-                return None, None
-            known = (info.pid, started) in before and elapsed > 0
-            self._processes[info.pid, started] = process, seconds
-            return (100 * (seconds - last) / elapsed if known else None), memory
-        return None, None
+        self, infos: Sequence[DomainInfo], elapsed: float
+    ) -> dict[UUID, tuple[float | None, int]]:
+        """Processor and memory of the guests' processes on this host. A process that was not seen
+        before has no rate."""
+        self._learn(infos)
+        here = [info for info in infos if info.pid is not None and info.host == this_host()]
+        guests = [
+            ((info.uuid, info.pid), info.pid, started)
+            for info in here
+            if (started := self._starts.get((info.id, info.pid))) and info.pid is not None
+        ]
+        before = self._seconds
+        found, seconds, resident = self._guests.read(guests)
+        self._seconds = dict(zip(found, seconds, strict=True))
+        use: dict[UUID, tuple[float | None, int]] = {}
+        for guest, now, memory in zip(found, seconds, resident, strict=True):
+            last = before.get(guest)
+            is_known = last is not None and elapsed
+            use[guest[0]] = (100 * (now - (last or 0)) / elapsed if is_known else None), int(memory)
+        return use
 
 
 def _job_text(job: Any) -> str:

@@ -4,8 +4,8 @@ The core has no tracing in its paths, which are too fast for it: a lock is taken
 less time than a note of it would take. So locks are *sampled*, from outside: at each look whoever
 holds or waits for one is noted, and looks that follow each other and see the same holding are one
 span. A holding shorter than the interval is seen by chance, in proportion to its time; a span's
-ends are late or early by one interval at most. Jobs have exact beginnings, which their records say,
-and events are exact: the list keeps them.
+ends are late or early by one interval at most. Where a job begins is exact, for its record says it,
+and so are events, for the list keeps them.
 
 The format is Chrome's Trace Event format: ``X`` events for spans, ``i`` for the list's events,
 times in microseconds since the first look.
@@ -14,8 +14,9 @@ times in microseconds since the first look.
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..events import DomainEvent
@@ -66,14 +67,19 @@ class Tracer:
         self._ended = self._began
         self._watch = doms.watch(timeout=0) if doms.info.events_max else ()
 
-    def run(self, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
-        """Look for so many seconds, or until `stop` says so."""
-        end = time.monotonic() + seconds
-        turn = time.monotonic()
-        while (now := time.monotonic()) < end and not stop():
+    def run(self, seconds: float, stop: threading.Event | None = None) -> None:
+        """Look for so many seconds, or until `stop` is set; once in any case."""
+        stop = stop or threading.Event()
+        turn = now = time.monotonic()
+        end = now + seconds
+        while True:
             self.look()
             turn = max(turn + self._interval, now)
-            time.sleep(max(min(turn, end) - time.monotonic(), 0.0))
+            if stop.wait(max(min(turn, end) - time.monotonic(), 0.0)):
+                return
+            now = time.monotonic()
+            if now >= end:
+                return
 
     def look(self) -> None:
         """One look at all locks and jobs. Takes none."""
@@ -170,7 +176,7 @@ class Tracer:
                     "seconds": round(seconds, 3),
                     "events missed": self._missed,
                     "note": "locks are sampled: a holding shorter than the interval between two "
-                    "looks is seen by chance; jobs and events are exact",
+                    "looks is seen by chance; where a job begins, and events, are exact",
                 },
                 "traceEvents": events,
             },

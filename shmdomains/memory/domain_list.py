@@ -679,9 +679,10 @@ def unlink(
     """Remove a segment's name. Raises `SegmentNotFound`, `SegmentInUse` unless `force`, and
     `LockTimeout` if the lock of its directory was not free within `timeout` seconds.
 
+    >>> import os
     >>> from shmdomains import DomainList
-    >>> doms = DomainList.create("example")
+    >>> doms = DomainList.create(f"example-{os.getpid()}")
     >>> doms.close()
-    >>> unlink("example")
+    >>> unlink(f"example-{os.getpid()}")
     """
     segment_file.unlink(segment_file.path_of(name, path), force, timeout=timeout)

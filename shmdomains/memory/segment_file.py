@@ -58,9 +58,10 @@ PATIENCE = 10.0
 class SegmentFile(msgspec.Struct, frozen=True):
     """A named segment's file: name, path, owner, mode, and the memory it uses (bytes).
 
+    >>> import os
     >>> from shmdomains import DomainList, segments
-    >>> with DomainList.create("example") as doms:
-    ...     [oct(file.mode) for file in segments() if file.name == "example"]
+    >>> with DomainList.create(f"example-{os.getpid()}") as doms:
+    ...     [oct(file.mode) for file in segments() if file.name == doms.info.name]
     ...     doms.unlink()
     ['0o600']
     """

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from ..errors import DefinitionError, SegmentCorrupt
 from ..holder import this_host
+from ..look.guests import Guests
 from ..rules.info import DomainInfo
 from ..states import DomainState
 from ..xml.definition import DomainDef
 from . import families as f
 from .families import Family, Labels, Rows
-from .guests import Guest, Guests
 
 _FEW = 64
 """So many changed definitions are read one by one, more of them with a listing."""
@@ -57,7 +57,7 @@ class _Known:
         self.state = info.state.value
         self.autostart = info.autostart
         _, self.maximum, self.usage, self.vcpus = sizes
-        self.guest: Guest | None = None
+        self.guest: tuple[Labels, int, int] | None = None
         if info.pid is not None and started and info.host == this_host():
             self.guest = self.labels, info.pid, started
 
@@ -68,7 +68,7 @@ class Domains:
     def __init__(self, doms: Any) -> None:
         self._doms = doms
         self._known: dict[bytes, _Known] = {}
-        self._guests = Guests()
+        self._guests: Guests[Labels] = Guests()
 
     def read(self) -> Iterator[tuple[Family, Rows]]:
         """Their families."""
@@ -90,9 +90,9 @@ class Domains:
         yield f.USAGE, (labels, [one.usage for one in now])
         yield f.VCPUS, (labels, [one.vcpus for one in now])
         guests = [one.guest for one in now if one.guest is not None]
-        seconds, resident = self._guests.read(guests)
-        yield f.CPU_TIME, seconds
-        yield f.RSS, resident
+        running, seconds, resident = self._guests.read(guests)
+        yield f.CPU_TIME, (running, seconds)
+        yield f.RSS, (running, resident)
         many = Counter(states)
         yield f.PER_STATE, f.rows((of, many[state]) for state, of in _STATES.items())
         autostart = [one.labels for one in now if one.autostart]

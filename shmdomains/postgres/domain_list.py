@@ -474,7 +474,7 @@ class PostgresDomainList(PlainDomainList[int]):
     @property
     def read(self) -> str:
         """Where reads without a lock go: ``"primary"``, or ``"standby"``, whose answers may be
-        old (see `lag`)."""
+        old (see `behind`)."""
         return self._pool.address.read
 
     # --- reading ---

@@ -8,34 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ..lazy import LazyModule
 from ..memory.holder import is_running
-from .families import Labels, Rows
 
 if TYPE_CHECKING:
     import psutil
 else:
     psutil = LazyModule("psutil")
 
-Guest = tuple[Labels, int, int]
-"""A domain's labels, its process, and when that started, in ticks since boot."""
+K = TypeVar("K")
 
 
-class Guests:
+class Guests(Generic[K]):
     """The processes that were read last: psutil's objects are kept, which saves half the time."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], psutil.Process] = {}
 
-    def read(self, guests: Iterable[Guest]) -> tuple[Rows, Rows]:
-        """CPU seconds and resident bytes, of those that run."""
-        found: list[Labels] = []
+    def read(
+        self, guests: Iterable[tuple[K, int, int]]
+    ) -> tuple[list[K], list[float], list[float]]:
+        """Those that run, their CPU seconds and resident bytes. Of each is given what the caller
+        calls it, its process, and when that started, in ticks since boot."""
+        found: list[K] = []
         seconds: list[float] = []
         resident: list[float] = []
         before, self._kept = self._kept, {}
-        for labels, pid, started in guests:
+        for key, pid, started in guests:
             with suppress(OSError, psutil.Error):
                 process = before.get((pid, started)) or psutil.Process(pid)
                 with process.oneshot():
@@ -43,7 +44,7 @@ class Guests:
                     memory = process.memory_info()
                 if is_running(pid, started):
                     self._kept[pid, started] = process
-                    found.append(labels)
+                    found.append(key)
                     seconds.append(round(times.user + times.system, 2))
                     resident.append(memory.rss)
-        return (found, seconds), (found, resident)
+        return found, seconds, resident
