@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from helpers import DEADLINE, EVERY_STORE, Party, environment, xml
 from killing import Child, Pipe, fork
@@ -125,6 +126,20 @@ def an_end(pipe: Pipe) -> None:
         dom.data = "ours"
     rates = looker.look().rates
     pipe.say([rates["commits"] > 0, rates["locks"] > 0])
+
+
+def test_a_process_that_began_anew_lowers_no_rate(doms: Any) -> None:
+    """It closed the list and has it again: its counts are smaller than they were."""
+    doms.define(xml("web1"))
+    looker = Looker(doms)
+    looker.look()
+    more = {
+        who: msgspec.structs.replace(one, commits=10**6, acquisitions=10**6)
+        for who, one in looker._counted.items()
+    }
+    looker._counted = more
+    rates = looker.look().rates
+    assert rates["commits"] >= 0 and rates["locks"] >= 0
 
 
 # --- the screen -----------------------------------------------------------------------------------

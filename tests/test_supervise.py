@@ -156,11 +156,16 @@ class Told(TestDriver):
         self.ears: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[News]]] = []
         self.reboots = 0
         self.launches = 0
+        self.pid = os.getpid()
+        self.lives = True
 
     def launch(self, info: DomainInfo) -> Launched:
         self.launches += 1
         self.ends.clear()
-        return Launched(os.getpid(), data={"number": self.launches})
+        return Launched(self.pid, data={"number": self.launches})
+
+    def alive(self, info: DomainInfo) -> bool:
+        return self.lives
 
     def ended(self, info: DomainInfo) -> ShutoffReason | None:
         return self.ends.get(info.id)
@@ -238,6 +243,32 @@ def test_what_is_said_of_a_guest_that_is_there_no_more(told: Told) -> None:
     assert told.launches == 2
     told.destroy("web1")
     assert told.look(old, OFF).state is DomainState.SHUTOFF and told.launches == 2
+
+
+def test_the_end_of_an_older_guest_is_not_that_of_the_one_after_it(told: Told) -> None:
+    """Which has ended, too, in another way, and waits for whoever heard that."""
+    told.define(acting("on_poweroff", "restart"))
+    old = told.start("web1")
+    told.ends[old.id] = ShutoffReason.SHUTDOWN
+    told.pid = os.getppid()
+    new = told.look(old, OFF)
+    assert new.id == old.id and new.pid != old.pid
+    told.ends[old.id] = ShutoffReason.CRASHED
+    assert told.look(old, OFF).state is DomainState.RUNNING and told.launches == 2
+    assert told.look(new, PANIC).reason is ShutoffReason.CRASHED
+
+
+def test_a_process_that_is_gone_is_left_to_who_hears_why(told: Told) -> None:
+    """It went between two words: a stop, and why it ended."""
+    told.define(xml("web1"))
+    info = told.start("web1")
+    with told.supervise():
+        until(lambda: told.ears, "whoever listens")
+        told.ends[info.id] = ShutoffReason.CRASHED  # as all who are gone
+        told.lives = False
+        told.say(LOOK, OFF)
+        until(lambda: is_off(told), "the end")
+    assert told.get("web1").reason is ShutoffReason.SHUTDOWN
 
 
 def test_a_reboot_is_finished(told: Told) -> None:
