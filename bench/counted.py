@@ -29,6 +29,7 @@ def fill(count: int) -> tuple[DomainList, list[bytes]]:
         with doms.locked():
             dom = doms.assign_def(model.replace(name=f"vm{number}", uuid=key), True)
         dom.activate()
+        dom.data = {"vnc": 5901, "requests": number}
         dom.unlock()
     return doms, keys
 
@@ -45,6 +46,7 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
         model.replace(name=name, uuid=UUID(bytes=key))
         for name, key in zip(names, chosen, strict=True)
     ]
+    text = "x" * 2000
     added = model.replace(name="added", uuid=UUID(int=2))
     paused = DomainState.PAUSED
 
@@ -66,6 +68,21 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
         for at in range(count):
             with doms.get(uuid=chosen[at & 63]) as dom:
                 dom.state = paused
+
+    def read_data(count: int) -> None:
+        for at in range(count):
+            with doms.get(uuid=chosen[at & 63]) as dom:
+                _ = dom.data
+
+    def change_data(count: int) -> None:
+        for at in range(count):
+            with doms.get(uuid=chosen[at & 63]) as dom:
+                dom.data = {"vnc": 5901, "requests": dom.data["requests"] + 1}
+
+    def large_data(count: int) -> None:
+        for at in range(count):
+            with doms.get(uuid=keys[1 + at % 8]) as dom:
+                dom.data = {"text": text, "requests": at}
 
     def definition(count: int) -> None:
         for at in range(count):
@@ -104,8 +121,8 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
         for _ in range(count // SHORT):
             _ = [(info.id, info.name, info.state) for info in doms.list(definitions=False)]
 
-    every = [get_state, patch_state, change_state, definition, by_id, miss, peek]
-    every += [replace, define_remove]
+    every = [get_state, patch_state, change_state, read_data, change_data, large_data, definition]
+    every += [by_id, miss, peek, replace, define_remove]
     if listed:
         every.append(rows)
     return {one.__name__: one for one in every}

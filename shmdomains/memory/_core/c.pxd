@@ -6,7 +6,7 @@ promises, which lock it needs and which codes it returns, stands in core.h.
 """
 
 from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "handle.h":
     object new_handle(object type, object no_arguments)
@@ -24,6 +24,8 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object)
     void *PyUnicode_1BYTE_DATA(object)
     int PyErr_CheckSignals()
+    long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
+    object PyDictProxy_New(object)
     void PyErr_Fetch(PyObject **, PyObject **, PyObject **)
     void PyErr_SetObject(object, object)
     void PyErr_Restore(PyObject *, PyObject *, PyObject *)
@@ -74,6 +76,7 @@ cdef extern from "core.h" nogil:
     ctypedef struct sd_segment:
         int fd
         uint64_t device, inode
+        unsigned users
         unsigned open
         unsigned handles
         unsigned inside
@@ -152,6 +155,15 @@ cdef extern from "core.h" nogil:
         uint64_t uuid[2]
         unsigned char name[252]
         int32_t id
+    ctypedef struct sd_stored:
+        const sd_word *at
+        uint64_t bytes
+    ctypedef struct sd_token:
+        int kind
+        int64_t number
+        double real
+        const unsigned char *bytes
+        uint64_t size
     ctypedef struct sd_blob:
         bint change
         const void *bytes
@@ -176,6 +188,9 @@ cdef extern from "core.h" nogil:
         SD_KIND_ROBUST, SD_KIND_MULTIPROCESSING
         SD_UUID_INDEX, SD_NAME_INDEX, SD_ID_INDEX
         SD_DEFINITION, SD_NEXT_DEFINITION, SD_DATA, SD_WORK
+        SD_PACK_NIL, SD_PACK_FALSE, SD_PACK_TRUE, SD_PACK_INT, SD_PACK_UNSIGNED, SD_PACK_FLOAT
+        SD_PACK_STR, SD_PACK_BIN, SD_PACK_EXT, SD_PACK_ARRAY, SD_PACK_MAP, SD_PACK_ROOM
+        SD_SMALL_MAX
         SD_HELD_MAX, SD_ATTACHED_MAX, SD_SETTINGS_BYTES, SD_SLOTS_MAX, SD_BLOB_MAX, SD_NAME_MAX
         SD_NAMED_MAX, SD_NAMED_NAME_MAX
         SD_CELL, SD_IDS, SD_EVENTS, SD_HEAP, SD_NEWS_MAX, SD_EVENTS_MAX, SD_RING_MIN
@@ -277,9 +292,17 @@ cdef extern from "core.h" nogil:
     int sd_verify(const sd_segment *, uint32_t, const sd_key *, sd_values *)
     int sd_values_get(const sd_segment *, uint32_t, sd_values *)
     int sd_values_settled(const sd_segment *, uint32_t, sd_values *)
+    const unsigned char *sd_pack_next(const unsigned char *, const unsigned char *, sd_token *)
+    unsigned char *sd_pack_int(unsigned char *, int64_t)
+    unsigned char *sd_pack_float(unsigned char *, double)
+    unsigned char *sd_pack_str(unsigned char *, const void *, uint32_t)
+    unsigned char *sd_pack_map(unsigned char *, uint32_t)
+    int sd_pack_add(const unsigned char *, uint64_t, const void *, uint32_t, int64_t,
+                    unsigned char *, uint64_t *, sd_token *)
     uint64_t sd_blob_sum(const uint64_t *, int, uint64_t, const void *, uint64_t)
     void sd_name_get(const sd_segment *, uint32_t, uint64_t, unsigned char *)
-    int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, uint64_t *)
+    int sd_blob_get(const sd_segment *, uint32_t, const sd_values *, int, sd_stored *)
+    uint64_t sd_small_bytes(const sd_values *)
     int sd_commit(sd_segment *, uint32_t, sd_values *, const sd_blob *, const unsigned char *,
                   const sd_news *, uint64_t)
     int sd_take_id(sd_segment *, int32_t *, uint64_t)
@@ -290,7 +313,7 @@ cdef extern from "core.h" nogil:
                   const sd_values *, const sd_blob *, const sd_news *, uint64_t)
     int sd_remove(sd_segment *, uint32_t, const sd_news *, uint64_t)
     int sd_view_begin(const sd_segment *, uint32_t, sd_view *)
-    int sd_view_extent(const sd_segment *, uint32_t, const sd_view *, int, uint64_t *)
+    int sd_view_blob(const sd_segment *, uint32_t, const sd_view *, int, sd_stored *)
     int sd_view_check(const sd_segment *, uint32_t, const sd_view *)
     int sd_view_blobs_check(const sd_segment *, uint32_t, const sd_view *)
     uint32_t sd_slot_count(const sd_segment *)

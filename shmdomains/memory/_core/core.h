@@ -14,6 +14,7 @@
 #include "codes.h"          /* what functions answer */
 #include "prefetch.h"       /* cache lines ahead of their use */
 #include "sum.h"            /* the checksum of a blob */
+#include "pack.h"           /* MessagePack, as much of it as counting takes */
 #include "thread.h"         /* this process's threads, who else runs, the time */
 #include "mutex.h"          /* one robust mutex */
 #include "wait.h"           /* sleep until a word changes */

@@ -20,7 +20,10 @@ may run the collector and freeing an object a `__del__`, and these may run anyth
 from .c cimport *
 
 cdef enum:
-    BLOBS = 4  # SD_BLOBS, which the compiler of this file does not know
+    # Which the compiler of this file does not know:
+    BLOBS = 4  # SD_BLOBS
+    SMALL_WORDS = 16  # SD_SMALL_WORDS
+    SMALL_MAX = 120  # SD_SMALL_MAX
 
 cdef object EMPTY = ()
 
@@ -62,6 +65,7 @@ include "tasks.pxi"     # how tasks and greenlets wait
 include "waiting.pxi"   # time-outs, signals, what a code of the core raises
 include "holders.pxi"   # who holds a lock
 include "keys.pxi"      # uuid, name, id
+include "flat.pxi"      # flat values of the data, to bytes and back
 include "info.pxi"      # DomainInfo: a committed state, decoded and cached
 include "locks.pxi"     # the list's lock and a slot's, of either kind
 include "find.pxi"      # from a key to a locked domain

@@ -140,23 +140,24 @@ bool sd_uuid_sound(const sd_slot *record)
 
 /* --- blobs ----------------------------------------------------------------------------------- */
 
-static const sd_word *current_extent(const sd_segment *segment, uint32_t slot,
-                                     const sd_values *values, int blob)
+sd_word *sd_small_at(const sd_segment *segment, uint32_t slot, uint64_t flags)
 {
-    const uint64_t flags = values->flags;
-    return &segment->slots[slot].extent[sd_place(flags, blob)][sd_choice(flags, blob)];
-}
-
-static bool holds_blob(const sd_segment *segment, uint64_t extent)
-{
-    return sd_extent_valid(segment, extent) && SD_EXTENT_BYTES(extent) > 8;
+    sd_word *spare = segment->names[slot].word[!(flags & SD_FLAG_NAME)];
+    return spare + SD_SMALL_WORDS * sd_choice(flags, SD_DATA);
 }
 
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
-                uint64_t *extent)
+                sd_stored *stored)
 {
-    *extent = sd_load(current_extent(segment, slot, values, blob));
-    return holds_blob(segment, *extent) ? SD_OK : SD_CORRUPT;
+    const uint64_t flags = values->flags, small = sd_small_bytes(values);
+    if (blob == SD_DATA && small) {
+        *stored = (sd_stored){sd_small_at(segment, slot, flags), small + 8};
+        return small <= SD_SMALL_MAX ? SD_OK : SD_CORRUPT;
+    }
+    const sd_slot *record = &segment->slots[slot];
+    uint64_t extent = sd_load(&record->extent[sd_place(flags, blob)][sd_choice(flags, blob)]);
+    *stored = (sd_stored){sd_extent_at(segment, extent), SD_EXTENT_BYTES(extent)};
+    return sd_extent_valid(segment, extent) && stored->bytes > 8 ? SD_OK : SD_CORRUPT;
 }
 
 /* --- views ----------------------------------------------------------------------------------- */
@@ -176,12 +177,11 @@ int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
     return sound ? SD_OK : SD_CORRUPT;
 }
 
-int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
-                   uint64_t *extent)
+int sd_view_blob(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
+                 sd_stored *stored)
 {
     if (!(view->values.flags & SD_FLAG_PRESENT(blob))) return SD_MISS;
-    *extent = sd_load(current_extent(segment, slot, &view->values, blob));
-    if (holds_blob(segment, *extent)) return SD_OK;
+    if (sd_blob_get(segment, slot, &view->values, blob, stored) == SD_OK) return SD_OK;
     return sd_view_check(segment, slot, view) == SD_OK ? SD_CORRUPT : SD_DOUBT;
 }
 
@@ -193,8 +193,8 @@ int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view)
                                                                                      : SD_DOUBT;
 }
 
-/* A current blob is not overwritten before a commit with another version of it, or the end of this
- * life.  So what was copied is whole, and belongs to the view, if neither has come by now, however
+/* A current blob, small data too, is not overwritten before a commit with another version of it, or
+ * the end of this life.  So what was copied is whole, and belongs to the view, if neither has come by now, however
  * many other commits have.  (Asking for the same `cur` would be right as well, but each change of
  * state would send the reader back.) */
 int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view *view)

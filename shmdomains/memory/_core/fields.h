@@ -38,7 +38,13 @@ static inline int sd_place(uint64_t flags, int blob)
 /* The value of `cur` in a version. */
 static inline uint64_t sd_version_count(uint64_t version)
 {
-    return version & ~SD_BORN_NEXT;
+    return sd_count_value(version);
+}
+
+/* How many bytes of data lie in the record (I7); 0: it lies in the heap, or there is none. */
+static inline uint64_t sd_small_bytes(const sd_values *values)
+{
+    return values->version[SD_DATA] >> SD_SMALL_SHIFT;
 }
 
 /* name: 252 bytes, length first; length 0, which no domain has: name or uuid is damaged.  The truth
@@ -50,9 +56,17 @@ void sd_name_set(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_
 /* Does the uuid fit its checksum?  The truth with the slot's or the list lock held. */
 bool sd_uuid_sound(const sd_slot *record);
 
-/* The extent of a blob that is present, checksum first; slot lock held.  SD_CORRUPT. */
+/* Where a blob lies, checksum first. */
+typedef struct {
+    const sd_word *at;
+    uint64_t bytes; /* with the checksum */
+} sd_stored;
+
+/* A blob that is present; slot lock held.  SD_CORRUPT: it lies nowhere. */
 int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *values, int blob,
-                uint64_t *extent);
+                sd_stored *stored);
+/* The half of the spare name buffer that these flags choose. */
+sd_word *sd_small_at(const sd_segment *segment, uint32_t slot, uint64_t flags);
 
 /* A committed record without any lock: begin, copy the blobs that are wanted, then check that they
  * still belong to the view (or, more than is needed, that nothing moved at all).
@@ -67,8 +81,8 @@ typedef struct {
 } sd_view;
 
 int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view);
-int sd_view_extent(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
-                   uint64_t *extent); /* SD_OK, SD_MISS (none), SD_DOUBT, SD_CORRUPT */
+int sd_view_blob(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
+                 sd_stored *stored); /* SD_OK, SD_MISS (none), SD_DOUBT, SD_CORRUPT */
 int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
 int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view *view);
 

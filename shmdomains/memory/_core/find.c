@@ -49,11 +49,11 @@ static uint64_t hash_of(const sd_segment *segment, const sd_key *key)
 
 static bool identity_sound(const sd_segment *segment, uint32_t slot)
 {
-    unsigned char name[SD_NAME_MAX + 1];
-    sd_values values;
-    if (sd_values_settled(segment, slot, &values) != SD_OK) return false;
-    sd_name_get(segment, slot, values.flags, name);
-    return name[0];
+    sd_view view;
+    int result;
+    do result = sd_view_begin(segment, slot, &view);
+    while (result == SD_DOUBT);
+    return result == SD_MISS || (result == SD_OK && view.name[0]);
 }
 
 int sd_verify(const sd_segment *segment, uint32_t slot, const sd_key *key, sd_values *values)

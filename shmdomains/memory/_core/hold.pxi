@@ -164,11 +164,24 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
     record.touched = False
     record.noted.count = 0
     remember_state(record)
-    if is_pending(record, SD_DEFINITION) and record.objects[SD_DEFINITION] is not None:
-        cache(record.segment.decoded, record.slot, record.life,
-              record.values.version[SD_DEFINITION], record.objects[SD_DEFINITION])
-    drop_changes(record)
+    if record.pending:
+        remember_value(record, SD_DEFINITION)
+        remember_value(record, SD_DATA)
+        drop_changes(record)
     return 0
+
+
+cdef void remember_value(Record record, int which) noexcept:
+    """What was just committed of it need not be decoded."""
+    if not is_pending(record, which):
+        return
+    value = record.objects[which]
+    if value is None or value is UNDECODED:
+        return
+    if which == SD_DATA and PyBytes_GET_SIZE(record.blobs[which]) > CACHED_MAX:
+        return
+    cache(record.segment.decoded, which, record.slot, record.life, record.values.version[which],
+          value)
 
 
 cdef int commit_work(Record record, object work, bytes encoded, uint64_t deadline,
@@ -377,33 +390,59 @@ cdef int set_blob(Record record, int which, object value, bytes encoded) except 
 
 cdef object read_blob(Record record, int which):
     """The holder's own change, else what is committed, else None. Domain lock held."""
-    cdef uint64_t extent
+    cdef sd_stored stored
     if is_pending(record, which):
         return record.objects[which]
     if not record.values.flags & SD_FLAG_PRESENT(which):
         return None
-    if sd_blob_get(record.segment.segment, record.slot, &record.values, which, &extent) != SD_OK:
+    if sd_blob_get(record.segment.segment, record.slot, &record.values, which, &stored) != SD_OK:
         raise_code(SD_CORRUPT, "read")
-    return decode(which, copy_extent(record.segment.segment, extent), record.uuid_raw,
-                  record.values.version[which])
+    return decode_stored(which, &stored, record.uuid_raw, record.values.version[which])
+
+
+cdef object read_data(Record record):
+    """`read_blob` of the data, decoded once."""
+    cdef sd_stored stored
+    cdef uint64_t version = record.values.version[SD_DATA]  # decoding may run a signal handler
+    cdef uint32_t slot = record.slot
+    cdef uint64_t life = record.life
+    cdef Decoded decoded = record.segment.decoded
+    if is_pending(record, SD_DATA):
+        if record.objects[SD_DATA] is UNDECODED:
+            encoded = record.blobs[SD_DATA]
+            value = DECODE[SD_DATA](encoded)
+            if is_pending(record, SD_DATA) and record.blobs[SD_DATA] is encoded:
+                record.objects[SD_DATA] = value
+            return value
+        return record.objects[SD_DATA]
+    if not record.values.flags & SD_FLAG_PRESENT(SD_DATA):
+        return None
+    value = cached(decoded, SD_DATA, slot, life, version)
+    if value is None:
+        if sd_blob_get(record.segment.segment, slot, &record.values, SD_DATA, &stored) != SD_OK:
+            raise_code(SD_CORRUPT, "read")
+        value = decode_stored(SD_DATA, &stored, record.uuid_raw, version)
+        if stored.bytes <= CACHED_MAX:
+            cache(decoded, SD_DATA, slot, life, version, value)
+    return value
 
 
 cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd_values *values):
     """The committed definition, from the cache or decoded. Domain lock held."""
-    cdef uint64_t extent
+    cdef sd_stored stored
     cdef uint64_t uuid[2]
     cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
-    value = cached(doms.decoded, slot, life, version)
+    value = cached(doms.decoded, SD_DEFINITION, slot, life, version)
     if value is not None:
         return value
     if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
         decode(SD_DEFINITION, None, NULL, 0)
     uuid[0] = sd_load(&doms.segment.slots[slot].uuid[0])
     uuid[1] = sd_load(&doms.segment.slots[slot].uuid[1])
-    if sd_blob_get(doms.segment, slot, values, SD_DEFINITION, &extent) != SD_OK:
+    if sd_blob_get(doms.segment, slot, values, SD_DEFINITION, &stored) != SD_OK:
         raise_code(SD_CORRUPT, "definition")
-    value = decode(SD_DEFINITION, copy_extent(doms.segment, extent), uuid, version)
-    cache(doms.decoded, slot, life, version, value)
+    value = decode_stored(SD_DEFINITION, &stored, uuid, version)
+    cache(doms.decoded, SD_DEFINITION, slot, life, version, value)
     return value
 
 

@@ -1,7 +1,7 @@
 # Infos: what was committed of a domain, copied out of the segment and checked.
 #
-# `Info` is what is read without a lock, `Blobs` the large part of it, `Decoded` the cache of
-# definitions. Every blob carries a checksum over its bytes, its domain's uuid, its kind and its
+# `DomainInfo` is what is read without a lock, `Blobs` the large part of it, `Decoded` the cache of
+# definitions and of data. Every blob carries a checksum over its bytes, its domain's uuid, its kind and its
 # version, and is checked before it is decoded. What is damaged raises `SegmentCorrupt`; it is
 # never handed out.
 
@@ -15,6 +15,7 @@ from shmdomains import errors
 
 cdef enum:
     CACHE_SIZE = 4096  # a power of two
+    CACHED_MAX = 4096  # bytes of data that is remembered decoded
     IDENTITY = 1       # the name is damaged
     FIELDS = 2         # state, id and the other values are
     MARK_PERSISTENT = 1
@@ -61,15 +62,37 @@ cdef object decode(int which, bytes blob, const uint64_t *uuid, uint64_t version
         f"the {BLOB_NAMES[which]} of a domain is damaged: {reason}") from None
 
 
-cdef bytes copy_extent(sd_segment *segment, uint64_t extent):
+cdef bytes copy_stored(const sd_stored *stored):
     """A blob and the checksum before it."""
-    cdef Py_ssize_t size = <Py_ssize_t>SD_EXTENT_BYTES(extent)
-    cdef const sd_word *at = sd_extent_at(segment, extent)
     cdef bytes blob
-    sd_prefetch_read(at, size)
-    blob = PyBytes_FromStringAndSize(NULL, size)
-    sd_copy_out(PyBytes_AS_STRING(blob), at, size)
+    sd_prefetch_read(stored.at, stored.bytes)
+    blob = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>stored.bytes)
+    sd_copy_out(PyBytes_AS_STRING(blob), stored.at, stored.bytes)
     return blob
+
+
+cdef object decode_stored(int which, const sd_stored *stored, const uint64_t *uuid,
+                          uint64_t version):
+    """The value of a blob that nobody changes meanwhile."""
+    cdef uint64_t copy[SMALL_WORDS]
+    if which != SD_DATA or stored.bytes > sizeof(copy):
+        return decode(which, copy_stored(stored), uuid, version)
+    sd_copy_out(copy, stored.at, stored.bytes)
+    return decode_small(copy, stored.bytes, uuid, version)
+
+
+cdef object decode_small(const uint64_t *copy, uint64_t size, const uint64_t *uuid,
+                         uint64_t version):
+    """The value of data of at most SD_SMALL_MAX bytes, behind its checksum."""
+    if copy[0] == sd_blob_sum(uuid, SD_DATA, version, copy + 1, size - 8):
+        try:
+            value = decode_flat(<const unsigned char *>(copy + 1), size - 8)
+        except UnicodeDecodeError:
+            value = UNDECODED
+        if value is not UNDECODED:
+            return value
+    return decode(SD_DATA, PyBytes_FromStringAndSize(<const char *>copy, <Py_ssize_t>size), uuid,
+                  version)
 
 
 cdef struct cache_key:
@@ -80,37 +103,46 @@ cdef struct cache_key:
 @cython.final
 @cython.no_gc
 cdef class Decoded:
-    """The cache of decoded definitions, one place for each of CACHE_SIZE slots: a committed
-    version is decoded once while it stays here.
+    """The cache of decoded definitions and data, one place of each for each of CACHE_SIZE slots: a
+    committed version is decoded once while it stays here.
 
-    A list and its infos share the cache, and it leads to neither: definitions are immutable
-    values. So no cycle runs through an `Info`, and the collector need not visit them, which it
-    would do several times for each of 100,000 listed ones.
+    A list and its infos share the cache, and it leads to neither: what is in it are immutable
+    values. So no cycle runs through a `DomainInfo`, and the collector need not visit them, which it
+    would do several times for each of 100,000 listed ones. It keeps the mapping for them.
     """
+    cdef sd_segment *segment
     cdef cache_key *keys
     cdef list values
 
     def __cinit__(self):
-        self.values = [None] * CACHE_SIZE
-        self.keys = <cache_key *>PyMem_Calloc(CACHE_SIZE, sizeof(cache_key))
+        self.segment = NULL
+        self.values = [None] * (2 * CACHE_SIZE)
+        self.keys = <cache_key *>PyMem_Calloc(2 * CACHE_SIZE, sizeof(cache_key))
         if self.keys == NULL:
             raise MemoryError
 
     def __dealloc__(self):
         PyMem_Free(self.keys)
+        if self.segment != NULL:
+            sd_unmap(self.segment)
 
 
-cdef object cached(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version):
-    cdef uint32_t at = slot & (CACHE_SIZE - 1)
+cdef inline uint32_t cache_place(int which, uint32_t slot) noexcept:
+    return (slot & (CACHE_SIZE - 1)) + (CACHE_SIZE if which == SD_DATA else 0)
+
+
+cdef object cached(Decoded decoded, int which, uint32_t slot, uint64_t life, uint64_t version):
+    """The value of this version of a definition or of data, or None."""
+    cdef uint32_t at = cache_place(which, slot)
     cdef const cache_key *key = &decoded.keys[at]
     if key.slot == slot and key.life == life and key.version == version:
         return decoded.values[at]
     return None
 
 
-cdef void cache(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version,
+cdef void cache(Decoded decoded, int which, uint32_t slot, uint64_t life, uint64_t version,
                 object value) noexcept:
-    cdef uint32_t at = slot & (CACHE_SIZE - 1)
+    cdef uint32_t at = cache_place(which, slot)
     cdef object _old = decoded.values[at]  # freed last: that may run anything
     decoded.values[at] = value
     decoded.keys[at] = cache_key(life, version, slot)
@@ -121,28 +153,64 @@ cdef void cache(Decoded decoded, uint32_t slot, uint64_t life, uint64_t version,
 @cython.auto_pickle(False)
 @cython.freelist(8)
 cdef class Blobs:
-    """The definitions and data of an `Info`: copied with it, decoded when first asked for.
+    """The definitions and data of a `DomainInfo`: copied with it, decoded when first asked for.
 
-    Filled before the `Info` is handed out, unless the record is damaged. One that is not filled
-    has no cache, so neither this nor an `Info` can be made from a pickle.
+    The definition of one that was peeked at is copied when it is asked for: until then `later` is
+    where it lies. Its checksum covers its version, so what is copied is of that moment, or does
+    not pass.
+
+    Filled before the `DomainInfo` is handed out, unless the record is damaged. One that is not
+    filled has no cache, so neither this nor a `DomainInfo` can be made from a pickle.
     """
     cdef Decoded decoded
     cdef uint32_t slot
     cdef uint64_t life
     cdef uint64_t uuid_raw[2]
     cdef uint64_t version[BLOBS]
-    cdef object known  # the definition, once it is decoded
+    cdef sd_stored later
+    cdef object known       # the definition, once it is decoded
+    cdef object known_data  # the data, if it is
     cdef bytes definition, next_definition, data, work
 
 
 cdef object live_definition(Blobs blobs):
     cdef uint64_t version = blobs.version[SD_DEFINITION]
     if blobs.known is None:
-        blobs.known = cached(blobs.decoded, blobs.slot, blobs.life, version)
+        blobs.known = cached(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version)
     if blobs.known is None:
+        if blobs.definition is None and blobs.later.bytes:
+            blobs.definition = definition_of_then(blobs)
         blobs.known = decode(SD_DEFINITION, blobs.definition, blobs.uuid_raw, version)
-        cache(blobs.decoded, blobs.slot, blobs.life, version, blobs.known)
+        cache(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version, blobs.known)
     return blobs.known
+
+
+cdef bytes definition_of_then(Blobs blobs):
+    """What lies where the definition lay, and raise `Busy` if that is another one's by now."""
+    cdef sd_view view
+    cdef int result = SD_DOUBT
+    cdef uint64_t version = blobs.version[SD_DEFINITION]
+    cdef bytes blob = copy_stored(&blobs.later)
+    if unsealed_blob(SD_DEFINITION, blob, blobs.uuid_raw, version) is not None:
+        return blob
+    while result == SD_DOUBT:
+        result = sd_view_begin(blobs.decoded.segment, blobs.slot, &view)
+    if (result == SD_OK and view.life == blobs.life
+            and view.values.version[SD_DEFINITION] == version):
+        return blob  # still current, so it is damaged
+    raise errors.Busy(
+        f"the definition of domain {uuid_object(blobs.uuid_raw)} was replaced after this "
+        "DomainInfo was taken, before its definition was asked for; peek again, or take both at "
+        "once: peek(..., definitions=True)")
+
+
+cdef object data_of(Blobs blobs):
+    cdef uint64_t version = blobs.version[SD_DATA]
+    if blobs.known_data is None and blobs.data is not None:
+        blobs.known_data = decode(SD_DATA, blobs.data, blobs.uuid_raw, version)
+        if PyBytes_GET_SIZE(blobs.data) <= CACHED_MAX:
+            cache(blobs.decoded, SD_DATA, blobs.slot, blobs.life, version, blobs.known_data)
+    return blobs.known_data
 
 
 cdef object decode_or_none(Blobs blobs, int which, bytes blob):
@@ -235,7 +303,10 @@ cdef class DomainInfo:
 
     @property
     def definition(self):
-        """The live definition (`DomainDef`), decoded when first asked for."""
+        """The live definition (`DomainDef`), decoded when first asked for.
+
+        Of an info that was peeked at it is read only then, too. If it was replaced meanwhile and
+        this process has not seen it before, that raises `Busy`."""
         return live_definition(blobs_of(self))
 
     @property
@@ -247,8 +318,7 @@ cdef class DomainInfo:
     @property
     def data(self):
         """The driver's own data, or None."""
-        cdef Blobs blobs = blobs_of(self)
-        return decode_or_none(blobs, SD_DATA, blobs.data)
+        return data_of(blobs_of(self))
 
     @property
     def _work(self):

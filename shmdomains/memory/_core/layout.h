@@ -10,7 +10,7 @@
  *   named        64 x 256 B   locks that belong to no domain, each with its name
  *   indexes      3 x levels   UUID, name, id -> slot; table k has 1024 << k entries
  *   slots        384 B each   mutex, identity, both field copies, extent descriptors
- *   names        512 B each   two name buffers a slot
+ *   names        512 B each   two name buffers a slot; small data lies in the spare one
  *   counters     256 B each   what each attached process counted
  *   waiters      64 B each    who sleeps for a lock
  *   ring         320 B each   the last events
@@ -30,7 +30,7 @@
  * release store *and* a release fence: a release store alone lets later stores move above it.
  *
  * I1  life, uuid and names change only under list lock + slot lock; the store of `life` commits an
- *     insert or a remove.
+ *     insert or a remove.  What is in the spare name buffer besides is I7's.
  * I2  A descriptor changes only under slot lock + heap lock.  Allocate: write the spare descriptor,
  *     then mark the map.  Free: clear the descriptor, then the map.  Every extent in use is named
  *     by a descriptor, so the map can be rebuilt from descriptors alone.  The rebuild keeps every
@@ -50,6 +50,12 @@
  *     byte of the heap changes, so a domain can be stopped when the heap is full.  A dead writer
  *     has done it or not; the old definition is garbage like any other.  The blob keeps its version
  *     and with it its checksum.
+ * I7  Data of up to SD_SMALL_MAX bytes lies in the spare name buffer, in one of its two halves, as
+ *     SD_FLAG_CHOICE has it; its version says so, and how many bytes.  Slot lock: the half that does
+ *     not count, then `cur`.  No descriptor, map or byte of the heap changes, so it takes no other
+ *     lock.  A dead writer leaves garbage in the half that does not count.  A rename, which needs
+ *     the whole buffer, moves small data to the heap in a commit of its own before it writes the
+ *     name there: in one commit, its death between the two would leave neither.
  *
  * W1  Whoever waits for a commit sleeps on the low half of `cur`, which every commit changes, and
  *     the end of a domain, too.  It raises `waiting` to the number of the commit that it waits for,
@@ -86,7 +92,7 @@
  * Damage.  A flipped bit must not make a wrong domain under a right name.  So what says which
  * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
  * uuid, the uuid alone (for a find by id, which need not read the name), the field copies with
- * their `cur`, each blob with uuid, kind and version.  Words that stand alone are sealed with their
+ * their `cur`, each blob, small data too, with uuid, kind and version.  Words that stand alone are sealed with their
  * own complement.  A checksum is written into the spare together with what it covers, so it commits
  * with it and needs no repair.  What is derived (indexes, counts, map, hints) has no checksum: it
  * is verified against the record, and rebuilt.
@@ -109,7 +115,7 @@
 #include <string.h>
 
 #define SD_MAGIC 0x31534e4d4f444853ull /* "SHDOMNS1", little endian */
-#define SD_LAYOUT 6u
+#define SD_LAYOUT 7u
 
 #define SD_CACHE_LINE 64
 #define SD_PAGE 4096u
@@ -128,6 +134,8 @@
 #define SD_BLOB_MAX (16u << 20)
 #define SD_EXTENT_MAX (SD_BLOB_MAX + 8) /* a blob and its checksum, which comes first */
 #define SD_NAME_MAX 251u
+#define SD_SMALL_MAX 120u /* bytes of data that lie in the record, I7 */
+#define SD_SMALL_WORDS 16  /* of them and their checksum, which comes first */
 #define SD_HINTS 64
 #define SD_ID_END (1ull << 31)
 #define SD_EVENTS_MAX (1u << 24)
@@ -150,7 +158,8 @@ typedef struct {
     sd_word ids;               /* low half: id (int32, -1 inactive); high half: pid (int32, -1) */
     sd_word status;            /* bits 0-15 state, 16-31 reason, 32-50 SD_FLAG_*, 51.. checksum */
     sd_word version[SD_BLOBS]; /* value of `cur` that brought this blob in, and whether as the next
-                                  definition (SD_BORN_NEXT): decoders cache by it */
+                                  definition (SD_BORN_NEXT), or as small data of how many bytes
+                                  (SD_SMALL_SHIFT): decoders cache by it */
     sd_word event;   /* number of the domain's last event, or 0 (E1) */
     sd_word started; /* when process `pid` started, ticks since boot; 0: unknown, or there is none */
 } sd_fields;
@@ -165,6 +174,9 @@ typedef struct {
 
 /* One commit may bring in both definitions; this tells their versions apart, for good. */
 #define SD_BORN_NEXT (1ull << 48)
+
+/* Of the version of data: bytes that lie in the record (I7), or 0: they lie in the heap. */
+#define SD_SMALL_SHIFT 56
 
 #define SD_SUM_SHIFT 51
 #define SD_SUM_BITS 13
@@ -262,7 +274,8 @@ typedef struct {
 
 /* Two buffers a slot: in the first four bytes a checksum of name and uuid, then one byte of length
  * and the name, so that most names are one cache line.  List + slot lock, and only the spare buffer
- * (or either, in a FREE slot); a dead writer leaves garbage there. */
+ * (or either, in a FREE slot); a dead writer leaves garbage there.  Otherwise the spare buffer is
+ * room for small data, in two halves: a checksum and the bytes.  Slot lock (I7). */
 #define SD_NAME_AT 4u
 typedef struct {
     sd_word word[2][32];
@@ -444,6 +457,9 @@ _Static_assert(sizeof(sd_entry) == 5 * SD_CACHE_LINE, "an event is five cache li
 _Static_assert(sizeof(sd_counters) == 4 * SD_CACHE_LINE, "a block of counters is four lines");
 _Static_assert(sizeof(sd_waiter) == SD_CACHE_LINE, "a waiter is a cache line");
 _Static_assert(sizeof(sd_names) == 2 * (SD_NAME_AT + 1 + SD_NAME_MAX), "two name buffers");
+_Static_assert(2 * SD_SMALL_WORDS * sizeof(sd_word) == sizeof(sd_names) / 2 &&
+                   8 + SD_SMALL_MAX == SD_SMALL_WORDS * sizeof(sd_word),
+               "two halves of a name buffer");
 _Static_assert(sizeof(sd_header) <= 2 * SD_PAGE, "the header has two pages");
 
 /* --- the only stores into a published segment ------------------------------------------------ */

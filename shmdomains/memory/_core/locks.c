@@ -225,7 +225,8 @@ uint64_t sd_free_garbage(sd_segment *segment, uint32_t slot)
         for (int i = 0; i < 2; i++) {
             if (!sd_load(&record->extent[place][i])) continue; /* nearly all of them */
             int b = sd_place(values.flags, place); /* it is its own inverse */
-            bool current = values.flags & SD_FLAG_PRESENT(b) && sd_choice(values.flags, b) == i;
+            bool current = values.flags & SD_FLAG_PRESENT(b) && sd_choice(values.flags, b) == i &&
+                           !(b == SD_DATA && sd_small_bytes(&values));
             if (!live || !current) cells += sd_heap_free(segment, &record->extent[place][i]);
         }
     sd_publish(&record->dirty, 0);

@@ -12,6 +12,10 @@ from shmdomains import errors
 
 cdef enum:
     ALL_STATES = 0xffffffff
+    # What of a record's blobs an info gets.
+    WITHOUT = 0
+    WITH = 1
+    WHEN_ASKED = 2  # the definition, which is large; the others at once
 
 
 cdef uint32_t slot_count(Segment doms) except? 0:
@@ -22,7 +26,7 @@ cdef uint32_t slot_count(Segment doms) except? 0:
     return slots
 
 
-cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint blobs,
+cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, int blobs,
                           uint64_t deadline):
     """A consistent copy of the slot. None: no domain lives there, or not the one of `key`."""
     cdef sd_view view
@@ -45,7 +49,7 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint b
                 return None
             if not blobs:
                 break
-            result = read_blobs(doms, slot, &view, info.blobs)
+            result = read_blobs(doms, slot, &view, info.blobs, blobs == WHEN_ASKED)
             if result == SD_CORRUPT:
                 raise_code(result, "read")
             if result == SD_OK:
@@ -61,24 +65,33 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, bint b
     return fill_info(info, &view)
 
 
-cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs) except? -1:
-    """Copy the blobs that the view leads to into empty `blobs`. SD_DOUBT: a writer came in between,
-    read again."""
+cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs,
+                    bint later) except? -1:
+    """Copy the blobs that the view leads to into empty `blobs`, but not those that are in the
+    cache, nor, if `later`, the definition. SD_DOUBT: a writer came in between, read again."""
     cdef bytes blob
-    cdef uint64_t extent
+    cdef sd_stored stored
     cdef int b, result
     blobs.decoded = doms.decoded
     blobs.slot, blobs.life = slot, view.life
     blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
     memcpy(blobs.version, view.values.version, sizeof(blobs.version))
-    blobs.known = cached(doms.decoded, slot, view.life, view.values.version[SD_DEFINITION])
+    blobs.known = cached(doms.decoded, SD_DEFINITION, slot, view.life,
+                         view.values.version[SD_DEFINITION])
+    if view.values.flags & SD_FLAG_PRESENT(SD_DATA):
+        blobs.known_data = cached(doms.decoded, SD_DATA, slot, view.life,
+                                  view.values.version[SD_DATA])
     for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, BLOBS):
-        if not view.values.flags & SD_FLAG_PRESENT(b):
+        if not view.values.flags & SD_FLAG_PRESENT(b) or (
+                b == SD_DATA and blobs.known_data is not None):
             continue
-        result = sd_view_extent(doms.segment, slot, view, b, &extent)
+        result = sd_view_blob(doms.segment, slot, view, b, &stored)
         if result != SD_OK:
             return result
-        blob = copy_extent(doms.segment, extent)
+        if later and b == SD_DEFINITION:
+            blobs.later = stored
+            continue
+        blob = copy_stored(&stored)
         if b == SD_DEFINITION:
             blobs.definition = blob
         elif b == SD_NEXT_DEFINITION:
@@ -90,7 +103,7 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
     return sd_view_blobs_check(doms.segment, slot, view)
 
 
-cdef DomainInfo read_by_key(Segment doms, const sd_key *key, bint blobs, uint64_t deadline):
+cdef DomainInfo read_by_key(Segment doms, const sd_key *key, int blobs, uint64_t deadline):
     """The committed state of a domain, or None. An index that is in the middle of a change, maybe
     of somebody who was stopped, or that is damaged, is passed by. Raises `Busy` at the deadline."""
     cdef uint32_t slot

@@ -1,7 +1,8 @@
 /* record.c - commit, insert and remove.
  *
- * A holder changes nothing in place.  sd_commit() writes new blobs into fresh extents and the name
- * and the fields into their spares; then one store of `cur` makes all of it current (fields.c).
+ * A holder changes nothing in place.  sd_commit() writes new blobs into fresh extents, and small
+ * data, the name and the fields into their spares; then one store of `cur` makes all of it current
+ * (fields.c).
  * What was current before is garbage from then on, and is freed afterwards (locks.c).  So a holder
  * that dies leaves the old record or the new one, with some garbage.
  *
@@ -96,15 +97,15 @@ static bool is_next(const sd_segment *segment, uint32_t slot, const uint64_t uui
                     const sd_values *now, const sd_blob blobs[SD_BLOBS])
 {
     const sd_blob *wanted = &blobs[SD_DEFINITION];
-    uint64_t extent, version = now->version[SD_NEXT_DEFINITION];
+    sd_stored stored;
+    uint64_t version = now->version[SD_NEXT_DEFINITION];
     if (!wanted->bytes || !blobs[SD_NEXT_DEFINITION].change) return false;
     if (!(now->flags & SD_FLAG_PRESENT(SD_NEXT_DEFINITION))) return false;
-    if (sd_blob_get(segment, slot, now, SD_NEXT_DEFINITION, &extent) != SD_OK) return false;
-    if (SD_EXTENT_BYTES(extent) != wanted->size + 8) return false;
-    const sd_word *there = sd_extent_at(segment, extent);
-    if (memcmp((const void *)(there + 1), wanted->bytes, wanted->size)) return false;
-    return sd_load(there) == sd_blob_sum(uuid, SD_NEXT_DEFINITION, version, wanted->bytes,
-                                         wanted->size);
+    if (sd_blob_get(segment, slot, now, SD_NEXT_DEFINITION, &stored) != SD_OK) return false;
+    if (stored.bytes != wanted->size + 8) return false;
+    if (memcmp((const void *)(stored.at + 1), wanted->bytes, wanted->size)) return false;
+    return sd_load(stored.at) == sd_blob_sum(uuid, SD_NEXT_DEFINITION, version, wanted->bytes,
+                                             wanted->size);
 }
 
 /* The next definition becomes the definition where it lies (I6); it leaves no next one. */
@@ -161,16 +162,16 @@ static void flip_with_name(sd_segment *segment, uint32_t slot, const sd_values *
     else mend_or_leave(segment, SD_NAME_INDEX);
 }
 
-/* After the commit: count it, and wake whoever waits for this domain, or for any (W1).  `cur` is
- * `step` larger. */
-static void tell(sd_segment *segment, uint32_t slot, unsigned step)
+/* After the commit: count it, and wake whoever waits for this domain, or for any (W1).  `before`:
+ * the number of the commit before it. */
+static void tell(sd_segment *segment, uint32_t slot, uint64_t before)
 {
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
     uint64_t cur = sd_count_value(sd_load(&record->cur));
     sd_count(&segment->counters->commits);
     atomic_thread_fence(memory_order_seq_cst);
-    sd_tell(&record->cur, &record->waiting, cur - step + 1, cur);
+    sd_tell(&record->cur, &record->waiting, before + 1, cur);
     uint64_t seq = sd_load(&header->any_seq);
     if (__builtin_expect(sd_load(&header->any_waiting) <= seq, 1)) return;
     sd_crash_point();
@@ -191,6 +192,41 @@ static int make_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2]
     sd_heap_unlock(segment);
     if (result == SD_OK) fill_blobs(segment, slot, uuid, next, blobs);
     return result;
+}
+
+/* Small data goes where `next` chooses it then (I7). */
+static void put_small(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_values *next,
+                      const sd_blob *data)
+{
+    uint64_t version = sd_count_value(sd_load(&segment->slots[slot].cur)) + 1;
+    next->version[SD_DATA] = version | data->size << SD_SMALL_SHIFT;
+    next->flags ^= SD_FLAG_CHOICE(SD_DATA);
+    next->flags |= SD_FLAG_PRESENT(SD_DATA);
+    sd_blob_put(sd_small_at(segment, slot, next->flags), uuid, SD_DATA, next->version[SD_DATA],
+                data->bytes, data->size);
+}
+
+/* Small data leaves the name buffer for the heap, for a name that comes there (I7): a commit that
+ * nobody sees, so nobody is told.  What is damaged is not moved: it would get a sum that fits. */
+static int make_way(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_values *now,
+                    uint64_t deadline)
+{
+    sd_stored small;
+    uint64_t copy[SD_SMALL_WORDS];
+    sd_blob blobs[SD_BLOBS] = {{0}};
+    sd_values next = *now;
+    if (!(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now)) return SD_OK;
+    if (sd_blob_get(segment, slot, now, SD_DATA, &small) != SD_OK) return SD_CORRUPT;
+    sd_copy_out(copy, small.at, small.bytes);
+    uint64_t size = small.bytes - 8;
+    if (copy[0] != sd_blob_sum(uuid, SD_DATA, now->version[SD_DATA], copy + 1, size))
+        return SD_CORRUPT;
+    blobs[SD_DATA] = (sd_blob){true, copy + 1, size};
+    int result = make_blobs(segment, slot, uuid, &next, blobs, deadline);
+    if (result != SD_OK) return result;
+    sd_values_flip(&segment->slots[slot], &next);
+    *now = next;
+    return SD_OK;
 }
 
 /* The flip, with what belongs to it in indexes and events; their locks are held. */
@@ -214,14 +250,13 @@ static void flip(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], con
 int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_blob changes[SD_BLOBS],
               const unsigned char *name, const sd_news *news, uint64_t deadline)
 {
-    const sd_blob *blobs = changes;
-    sd_blob without[SD_BLOBS];
+    sd_blob blobs[SD_BLOBS] = {{0}}; /* those of the heap */
     sd_slot *record = &segment->slots[slot];
     sd_values now, next = *values;
     unsigned char old_name[SD_NAME_MAX + 1];
     const uint64_t private_flags =
         ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
-    bool new_blobs = false;
+    bool new_blobs = false, tidy = sd_load(&record->dirty);
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (!sd_has_news(segment, news)) news = NULL;
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
@@ -229,20 +264,30 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
         sd_name_get(segment, slot, now.flags, old_name);
         if (name && !old_name[0]) return SD_CORRUPT;
     }
+    const uint64_t before = sd_count_value(sd_load(&record->cur));
+    int result = name ? make_way(segment, slot, uuid, &now, deadline) : SD_OK;
+    if (result != SD_OK) return result;
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
     if (changes) {
+        const sd_blob *data = &changes[SD_DATA];
+        memcpy(blobs, changes, sizeof blobs);
         if (changes[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, changes)) {
             change_places(&next);
-            memcpy(without, changes, sizeof without);
-            without[SD_DEFINITION].change = false;
-            blobs = without;
+            blobs[SD_DEFINITION].change = false;
         }
-        for (int b = 0; b < SD_BLOBS; b++) new_blobs |= blobs[b].change && blobs[b].bytes;
+        if (data->change && data->bytes && data->size <= SD_SMALL_MAX && !name) {
+            put_small(segment, slot, uuid, &next, data);
+            blobs[SD_DATA].change = false;
+            tidy |= now.flags & SD_FLAG_PRESENT(SD_DATA) && !sd_small_bytes(&now);
+        }
+        for (int b = 0; b < SD_BLOBS; b++) {
+            tidy |= blobs[b].change;
+            new_blobs |= blobs[b].change && blobs[b].bytes;
+        }
     }
-    bool tidy = changes || sd_load(&record->dirty);
-    int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0), result = SD_OK;
+    int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0);
 
     if (new_blobs) result = make_blobs(segment, slot, uuid, &next, blobs, deadline);
     else if (changes) fill_blobs(segment, slot, uuid, &next, blobs);
@@ -257,7 +302,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     }
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
-    if (result == SD_OK) tell(segment, slot, 1);
+    if (result == SD_OK) tell(segment, slot, before);
     /* In a child that a signal handler forked, the new blobs are its parent's. */
     if (result == SD_OK ? tidy : new_blobs && result != SD_FORKED) sd_tidy(segment, slot);
     errno = error;
@@ -363,6 +408,7 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     sd_header *header = segment->header;
     sd_slot *record = &segment->slots[slot];
     sd_values next = *values;
+    const uint64_t before = sd_count_value(sd_load(&record->cur));
     uint64_t life = sd_life_begun(sd_load(&record->life));
     int locks = event_lock_of(segment);
     if (!sd_has_news(segment, news)) news = NULL;
@@ -389,7 +435,7 @@ int sd_insert(sd_segment *segment, uint32_t slot, sd_word *link, const uint64_t 
     else mend_or_leave(segment, SD_NAME_INDEX);
     if (news) sd_ring_publish(segment, next.event);
     sd_short_unlock(segment, locks);
-    tell(segment, slot, 1);
+    tell(segment, slot, before);
     return SD_OK;
 }
 
@@ -404,6 +450,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     if (sd_values_get(segment, slot, &now) != SD_OK) return SD_CORRUPT;
     sd_name_get(segment, slot, now.flags, name); /* a damaged one makes the index be rebuilt */
     bool ids = now.id >= 0;
+    const uint64_t before = sd_count_value(sd_load(&record->cur));
     uint64_t life = sd_life_ended(sd_load(&record->life));
     int locks = event_lock_of(segment) | (ids ? SD_IDS : 0);
     int result = locks ? sd_short_locks(segment, locks, deadline) : SD_OK;
@@ -415,7 +462,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     sd_sequence_begin(&header->list_seq);
     sd_publish(&record->life, life);
     /* For those who wait for it (W1).  Two further, so that the same copy stays the current one. */
-    sd_publish(&record->cur, sd_count_seal(sd_count_value(sd_load(&record->cur)) + 2));
+    sd_publish(&record->cur, sd_count_seal(before + 2));
     int by_uuid = sd_index_delete(segment, SD_UUID_INDEX, sd_hash_uuid(segment, uuid), slot);
     int by_name = sd_index_delete(segment, SD_NAME_INDEX,
                                   sd_hash_name(segment, name + 1, name[0]), slot);
@@ -432,7 +479,7 @@ int sd_remove(sd_segment *segment, uint32_t slot, const sd_news *news, uint64_t 
     }
     if (event) sd_ring_publish(segment, event);
     sd_short_unlock(segment, locks);
-    tell(segment, slot, 2);
+    tell(segment, slot, before);
     sd_tidy(segment, slot);
     return SD_OK;
 }

@@ -296,14 +296,20 @@ cdef class Record:
         Raises `TypeError` or `ValueError` for what MessagePack cannot carry, and leaves it as it
         was.
         """
-        return read_blob(need_locked(self), SD_DATA)
+        return read_data(need_locked(self))
 
     @data.setter
     def data(self, value):
-        need_changeable(self)
-        encoded = None if value is None else ENCODE_DATA(value)
-        decoded = None if encoded is None else DECODE[SD_DATA](encoded)
-        set_blob(need_changeable(self), SD_DATA, decoded, encoded)
+        cdef Record mine = need_changeable(self)
+        if value is None:
+            set_blob(mine, SD_DATA, None, None)
+            return
+        encoded = encode_flat(value)
+        if encoded is not None:
+            set_blob(mine, SD_DATA, read_only(value), encoded)
+            return
+        encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
+        set_blob(need_changeable(self), SD_DATA, UNDECODED, encoded)
 
     @property
     def previous_owner_died(self):

@@ -213,7 +213,8 @@ cdef uint64_t slots_to_salvage(Segment doms) except? 0:
 
 cdef object salvage_slot(Segment doms, uint32_t slot):
     cdef sd_view view
-    cdef uint64_t extent, deadline = sd_now() + SECOND
+    cdef sd_stored stored
+    cdef uint64_t deadline = sd_now() + SECOND
     cdef int result, b
     cdef unsigned tries = 0
     cdef list blobs, damaged
@@ -229,9 +230,9 @@ cdef object salvage_slot(Segment doms, uint32_t slot):
         if result == SD_OK or result == SD_CORRUPT:
             blobs, damaged = [None] * BLOBS, [False] * BLOBS
             for b in range(BLOBS):
-                result = sd_view_extent(doms.segment, slot, &view, b, &extent)
+                result = sd_view_blob(doms.segment, slot, &view, b, &stored)
                 if result == SD_OK:
-                    blobs[b] = unsealed_blob(b, copy_extent(doms.segment, extent), view.uuid,
+                    blobs[b] = unsealed_blob(b, copy_stored(&stored), view.uuid,
                                              view.values.version[b])
                 damaged[b] = result == SD_CORRUPT or (result == SD_OK and blobs[b] is None)
             if sd_view_check(doms.segment, slot, &view) == SD_OK:

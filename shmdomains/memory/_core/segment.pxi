@@ -64,6 +64,8 @@ cdef class Segment:
         if result != SD_OK:
             raise_code(result, "attach")
         self.segment = segment
+        self.decoded.segment = segment
+        segment.users += 1
         self.multiprocessing = segment.kind == SD_KIND_MULTIPROCESSING
         self.list_lock, self.slot_locks = list_lock, slot_locks
         if list_lock is not None:
@@ -244,19 +246,23 @@ cdef class Segment:
 
     # --- reading without any lock ---
 
-    def peek(self, key=None, /, *, uuid=None, name=None, id=None, timeout=1.0):
+    def peek(self, key=None, /, *, uuid=None, name=None, id=None, timeout=1.0, definitions=None):
         """The committed state of one domain (`DomainInfo`), or None. Takes no lock and never waits
         for one.
 
         One key, as for `get`. `timeout`: seconds after which a read that writers keep overtaking
-        raises `Busy`.
+        raises `Busy`. The info is of one moment. `definitions`: None reads the definition when it
+        is asked for, and raises `Busy` there if it was replaced meanwhile and this process has
+        never seen it; True reads it now; False leaves definitions and data out.
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         need_open(self)
         if not make_key(&wanted, key, uuid, name, id):
             return None
-        return read_by_key(self, &wanted, True, deadline)
+        if definitions is None:
+            return read_by_key(self, &wanted, WHEN_ASKED, deadline)
+        return read_by_key(self, &wanted, WITH if definitions else WITHOUT, deadline)
 
     def _who_has(self, uuid, name):
         """The domain that has this uuid or, if none has, this name: a `DomainInfo` without

@@ -1,0 +1,119 @@
+# Flat values of the data: numbers, strings, and maps of them, to MessagePack and back.
+#
+# Most data is one: {"vnc": 5901, "requests": 7}. They are encoded and decoded here in one pass over
+# a buffer on the stack. Whatever is larger or deeper is left to `values.encode_data` and
+# `decode_data`, and so are all errors. Both ways give the same bytes and the same values.
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.dict cimport PyDict_Copy, PyDict_Next, PyDict_SetItem
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef enum:
+    FLAT_MAX = SMALL_MAX  # bytes
+    FLAT_ROOM = SMALL_MAX + 16
+
+
+cdef object UNDECODED = object()  # a change of the data that nobody has read yet
+
+
+cdef bytes encode_flat(object value):
+    """The value's bytes. None: it is not flat, or not small, or an error."""
+    cdef unsigned char buffer[FLAT_ROOM]
+    cdef unsigned char *at = buffer
+    cdef const unsigned char *end = buffer + FLAT_MAX
+    cdef PyObject *key
+    cdef PyObject *one
+    cdef Py_ssize_t place = 0
+    if type(value) is not dict:
+        at = put_flat(at, end, value)
+    else:
+        at = sd_pack_map(at, <uint32_t>min(len(<dict>value), FLAT_MAX))
+        while at != NULL and PyDict_Next(value, &place, &key, &one):
+            if type(<object>key) is not str:
+                return None
+            at = put_flat(at, end, <object>key)
+            if at != NULL:
+                at = put_flat(at, end, <object>one)
+    if at == NULL or at > end:
+        return None
+    return PyBytes_FromStringAndSize(<char *>buffer, at - buffer)
+
+
+cdef inline object read_only(object value):
+    """A flat value as it will be read: the caller may go on changing his dict."""
+    return PyDictProxy_New(PyDict_Copy(value)) if type(value) is dict else value
+
+
+cdef unsigned char *put_flat(unsigned char *at, const unsigned char *end, object value) noexcept:
+    """Write one that holds no other. NULL: not this one, or not before `end`."""
+    cdef Py_ssize_t size = 0
+    cdef const char *text
+    cdef int beyond = 0
+    cdef long long number
+    if at + 9 > end + (FLAT_ROOM - FLAT_MAX):
+        return NULL
+    if type(value) is int:
+        number = PyLong_AsLongLongAndOverflow(value, &beyond)
+        return NULL if beyond else sd_pack_int(at, number)
+    if type(value) is str:
+        if not PyUnicode_IS_COMPACT_ASCII(value):
+            return NULL
+        size = len(<str>value)
+        if size + 5 > end - at + 3:
+            return NULL
+        return sd_pack_str(at, PyUnicode_1BYTE_DATA(value), <uint32_t>size)
+    if type(value) is float:
+        return sd_pack_float(at, <double>value)
+    if value is None or value is True or value is False:
+        at[0] = 0xc0 if value is None else 0xc3 if value is True else 0xc2
+        return at + 1
+    return NULL
+
+
+cdef object decode_flat(const unsigned char *at, uint64_t size):
+    """The value of these bytes, read-only. UNDECODED: it is not flat."""
+    cdef const unsigned char *end = at + size
+    cdef sd_token token
+    cdef uint64_t pairs
+    cdef dict found
+    at = sd_pack_next(at, end, &token)
+    if at == NULL:
+        return UNDECODED
+    if token.kind != SD_PACK_MAP:
+        return taken(&token) if at == end else UNDECODED
+    found = {}
+    pairs = token.size
+    while pairs:
+        pairs -= 1
+        at = sd_pack_next(at, end, &token)
+        if at == NULL or token.kind != SD_PACK_STR:
+            return UNDECODED
+        key = taken(&token)
+        at = sd_pack_next(at, end, &token)
+        if at == NULL:
+            return UNDECODED
+        one = taken(&token)
+        if one is UNDECODED:
+            return UNDECODED
+        PyDict_SetItem(found, key, one)
+    return PyDictProxy_New(found) if at == end else UNDECODED
+
+
+cdef object taken(const sd_token *token):
+    """The value of a token that holds no other; else UNDECODED."""
+    if token.kind == SD_PACK_STR:
+        return PyUnicode_DecodeUTF8(<const char *>token.bytes, <Py_ssize_t>token.size, NULL)
+    if token.kind == SD_PACK_INT:
+        return token.number
+    if token.kind == SD_PACK_UNSIGNED:
+        return <uint64_t>token.number
+    if token.kind == SD_PACK_FLOAT:
+        return token.real
+    if token.kind == SD_PACK_NIL:
+        return None
+    if token.kind == SD_PACK_TRUE or token.kind == SD_PACK_FALSE:
+        return token.kind == SD_PACK_TRUE
+    if token.kind == SD_PACK_BIN:
+        return PyBytes_FromStringAndSize(<const char *>token.bytes, <Py_ssize_t>token.size)
+    return UNDECODED
