@@ -46,6 +46,9 @@ OPERATIONS = (
     ("read_definition", "definition, seen before"),
     ("read_changed", "definition, changed since"),
     ("replace", "replace the definition"),
+    ("read_data", "the driver's data, read"),
+    ("change_data", "the driver's data, changed"),
+    ("increment", "a number in it, one more"),
     ("define", "define"),
     ("remove", "remove"),
 )
@@ -59,7 +62,7 @@ def _look(name: str) -> dict[str, Any]:
 def _operations(results: Results, plt: Any) -> Any:
     sizes = {figure.domains for figure in results.figures if figure.work == "read_state"}
     domains = min(sizes)
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(9, 7))
     for contestant in ALL:
         points = [
             (seconds * 1e6, row)

@@ -41,9 +41,18 @@ OPERATIONS: list[Column] = [
     ("peek", "peek", 1, _us),
     ("g list ms", "rows", 1, _ms),
 ]
+DATA: list[Column] = [
+    ("o read", "read_data", 1, _us),
+    ("o change", "change_data", 1, _us),
+    ("o increment", "increment", 1, _us),
+    ("o read 2 KB", "read_data_large", 1, _us),
+    ("o change 2 KB", "change_data_large", 1, _us),
+]
 PARTIES: list[Column] = [
     ("f random 1", "contend random", 1, _thousands),
     ("f random 2", "contend random", 2, _thousands),
+    ("f random 4", "contend random", 4, _thousands),
+    ("f one 1", "contend one", 1, _thousands),
     ("f one 2", "contend one", 2, _thousands),
     ("f one 4", "contend one", 4, _thousands),
     ("f least", "contend one: least share", 4, "{:.2f}".format),
@@ -91,6 +100,7 @@ def tables(results: Results) -> Iterator[Table]:
     for domains in sizes:
         for title, columns in (
             ("µs per operation", OPERATIONS),
+            ("the driver's own data, µs per operation", DATA),
             ("several processes (f: thousands a second)", PARTIES),
             ("room", ROOM),
         ):
