@@ -99,12 +99,24 @@ def test_a_contestant_gives_the_answers_of_a_dict(
     assert asked.read_state([keys[2]]) == world.PAUSED
     asked.remove([one.uuid for one in more])
     asked.miss([one.uuid for one in more])
+    asked.define([(one.uuid, one.name, prepare(one.definition)) for one in more])
+    left = [one.name for one in more if not has_no_data(hosted, one.uuid)]
+    assert not left, "data of domains that were removed"
+    asked.remove([one.uuid for one in more])
     assert sorted(asked.rows()) == rows()
     tried("contestants of the bench compared with a dict", 1)
 
 
 def told_data(hosted: host.Host, uuid: bytes) -> Any:
     return msgpack.unpackb(hosted.call("data", uuid))
+
+
+def has_no_data(hosted: host.Host, uuid: bytes) -> bool:
+    """Who has none may say so, or fail: no work reads what was never written."""
+    try:
+        return told_data(hosted, uuid) is None
+    except host.FailedError:
+        return True
 
 
 def test_increments_leave_the_rest_of_the_data(kind: type[Contestant], hosted: host.Host) -> None:
