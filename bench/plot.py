@@ -108,7 +108,7 @@ def _by_domains(results: Results, axes: Any) -> None:
 
 def _by_workers(results: Results, axes: Any) -> None:
     for contestant in ALL:
-        for work, style in (("contend random", "-"), ("contend one", ":")):
+        for work, style in (("count random", "-"), ("count one", ":")):
             points = sorted(
                 (one.workers, one.median)
                 for one in results.figures

@@ -284,7 +284,7 @@ def test_a_missing_contestant_is_named_in_a_line_and_a_broken_one_dropped(
 def test_a_run_measures_every_work(results: Results) -> None:
     measured = {figure.work for figure in results.figures if figure.contestant == Robust.name}
     singles = {*work.SINGLE, "remove"}
-    parties = {"contend random", "contend one", "contend own", "killed, waiting", "killed, later"}
+    parties = {"count random", "count one", "count own", "killed, waiting", "killed, later"}
     room = {"bytes per domain", "create", "attach", "fork", "private"}
     others = {
         "wake",
@@ -355,7 +355,7 @@ def test_the_data_has_its_targets() -> None:
     ):
         for name_of in ("read_state", "increment", "change_data_large"):
             results.add(name_of, name, 1_000, [seconds])
-        results.add("contend random", name, 1_000, [rate], workers=4)
+        results.add("count random", name, 1_000, [rate], workers=4)
     found = {target.what: target for target in targets.evaluate(results)}
     lmdb, hand = (
         found[f"increment in the data, 1,000: {peer}"] for peer in (targets.LMDB, targets.HAND)

@@ -143,7 +143,7 @@ class Robust(Contestant):
         for uuid in uuids:
             with get(uuid=uuid) as dom:
                 data = dom.data
-                dom.data = {**data, "requests": data["requests"] + 1}
+                dom.data = data | {"requests": data["requests"] + 1}
 
     def hold(self, uuid: bytes) -> None:
         self.held = self.doms.get(uuid=uuid)
