@@ -55,11 +55,16 @@ class Contention(NamedTuple):
 
 
 def contend(works: Shared, workers: int, where: str, seconds: float, seed: int) -> Contention:
-    """Increments by so many workers: on ``random`` domains, all on ``one``, or each on a list of
-    its ``own``, which is what they would reach if they had nothing in common."""
+    """Increments of a number in the data by so many workers: on ``random`` domains, all on
+    ``one``, or each on a list of its ``own``, which is what they would reach if they had nothing in
+    common."""
     contestant, keys = works.contestant, works.keys
     _must_offer(contestant, "increment")
     targets = keys[:1] if where == "one" else keys
+    if isinstance(contestant, Contestant):
+        if not contestant.shared:
+            raise NotOfferedError("no other process can count in it")
+        contestant.change_data(targets, world.SMALL[0])
     before = sum(contestant.count(key) for key in targets)
     children = [
         Child(partial(_worker, works=works, where=where, seconds=seconds, seed=seed + number))
@@ -94,6 +99,7 @@ def _worker(
         keys = list(keys[:1000])
         contestant = own = type(contestant)()
         own.fill(world.domains(keys), len(keys))
+        own.change_data(keys, world.SMALL[0])
     else:
         contestant.attach()
     source = random.Random(seed)

@@ -46,6 +46,9 @@ OPERATIONS = (
     ("read_definition", "definition, seen before"),
     ("read_changed", "definition, changed since"),
     ("replace", "replace the definition"),
+    ("read_data", "the driver's data, read"),
+    ("change_data", "the driver's data, changed"),
+    ("increment", "a number in it, one more"),
     ("define", "define"),
     ("remove", "remove"),
 )
@@ -59,7 +62,7 @@ def _look(name: str) -> dict[str, Any]:
 def _operations(results: Results, plt: Any) -> Any:
     sizes = {figure.domains for figure in results.figures if figure.work == "read_state"}
     domains = min(sizes)
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(9, 7))
     for contestant in ALL:
         points = [
             (seconds * 1e6, row)
@@ -105,7 +108,7 @@ def _by_domains(results: Results, axes: Any) -> None:
 
 def _by_workers(results: Results, axes: Any) -> None:
     for contestant in ALL:
-        for work, style in (("contend random", "-"), ("contend one", ":")):
+        for work, style in (("count random", "-"), ("count one", ":")):
             points = sorted(
                 (one.workers, one.median)
                 for one in results.figures

@@ -223,13 +223,13 @@ class Runner:
                 beside.setdefault(host, []).append(shared.rate / value.rate)
         self._contended(own, "own", domains, 2)
         for host, ratios in beside.items():
-            self._add("contend random, of own", host, domains, ratios, workers=2)
+            self._add("count random, of own", host, domains, ratios, workers=2)
 
     def _contended(
         self, runs: dict[Host, list[Any]], where: str, domains: int, workers: int
     ) -> None:
         for host, taken in runs.items():
-            name, rates = f"contend {where}", [one.rate for one in taken]
+            name, rates = f"count {where}", [one.rate for one in taken]
             self._add(name, host, domains, rates, [one.cpu for one in taken], workers)
             least, most = [one.least for one in taken], [one.most for one in taken]
             self._add(f"{name}: least share", host, domains, least, workers=workers)

@@ -41,12 +41,23 @@ OPERATIONS: list[Column] = [
     ("peek", "peek", 1, _us),
     ("g list ms", "rows", 1, _ms),
 ]
+DATA: list[Column] = [
+    ("o read", "read_data", 1, _us),
+    ("o change", "change_data", 1, _us),
+    ("o increment", "increment", 1, _us),
+    ("o read 2 KB", "read_data_large", 1, _us),
+    ("o change 2 KB", "change_data_large", 1, _us),
+]
+CROWDS: list[Column] = [
+    ("f random 1", "count random", 1, _thousands),
+    ("f random 2", "count random", 2, _thousands),
+    ("f random 4", "count random", 4, _thousands),
+    ("f one 1", "count one", 1, _thousands),
+    ("f one 2", "count one", 2, _thousands),
+    ("f one 4", "count one", 4, _thousands),
+    ("f least", "count one: least share", 4, "{:.2f}".format),
+]
 PARTIES: list[Column] = [
-    ("f random 1", "contend random", 1, _thousands),
-    ("f random 2", "contend random", 2, _thousands),
-    ("f one 2", "contend one", 2, _thousands),
-    ("f one 4", "contend one", 4, _thousands),
-    ("f least", "contend one: least share", 4, "{:.2f}".format),
     ("g kept", "kept while listed", 1, "{:.2f}".format),
     ("h waits ms", "killed, waiting", 1, _ms),
     ("h later ms", "killed, later", 1, _ms),
@@ -91,7 +102,9 @@ def tables(results: Results) -> Iterator[Table]:
     for domains in sizes:
         for title, columns in (
             ("µs per operation", OPERATIONS),
-            ("several processes (f: thousands a second)", PARTIES),
+            ("the driver's own data, µs per operation", DATA),
+            ("increments in the data by several workers, thousands a second", CROWDS),
+            ("several processes", PARTIES),
             ("room", ROOM),
         ):
             made = _table(results, f"{domains:,} domains: {title}", domains, columns)

@@ -92,19 +92,37 @@ def _definitions(results: Results) -> Iterator[Target]:
             yield at_least(letter, f"{title}, {domains:,}: {peer}", factor, reached)
 
 
+def _data(results: Results, domains: int) -> Iterator[Target]:
+    for title, work, peer, factor in (
+        ("read the data", "read_data", LMDB, 3),
+        ("increment in the data", "increment", LMDB, 2.5),
+        ("increment in the data", "increment", HAND, 2),
+        ("read data of 2 KB", "read_data_large", LMDB, 1.5),
+        ("change data of 2 KB", "change_data_large", LMDB, 1.5),
+    ):
+        reached = _faster(results, work, work, peer, domains)
+        yield at_least("o", f"{title}, {domains:,}: {peer}", factor, reached)
+
+
+def _best_peer(results: Results, domains: int, workers: int) -> float | None:
+    rates = [results.get("count random", peer, domains, workers) for peer in SHARED_PEERS]
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
 def _contention(results: Results, domains: int) -> Iterator[Target]:
-    two = results.get("contend random", OURS, domains, 2)
-    beside = results.get("contend random, of own", OURS, domains, 2)
+    beside = results.get("count random, of own", OURS, domains, 2)
     yield at_least("f", "2 workers, random: each on its own list", 0.9, beside)
-    rates = [results.get("contend random", peer, domains, 2) for peer in SHARED_PEERS]
-    best = max((rate for rate in rates if rate is not None), default=None)
-    yield at_least("f", "2 workers, random: the best peer", 8, ratio(two, best))
-    four = results.get("contend one", OURS, domains, 4)
-    single = results.get("contend one", OURS, domains, 1)
+    for workers, factor in ((2, 8), (4, 5)):
+        ours = results.get("count random", OURS, domains, workers)
+        best = _best_peer(results, domains, workers)
+        what = f"{workers} workers, random: the best peer"
+        yield at_least("f", what, factor, ratio(ours, best))
+    four = results.get("count one", OURS, domains, 4)
+    single = results.get("count one", OURS, domains, 1)
     yield at_least("f", "4 workers on one: uncontended", 0.5, ratio(four, single))
-    least = results.get("contend one: least share", OURS, domains, 4)
+    least = results.get("count one: least share", OURS, domains, 4)
     yield at_least("f", "4 workers on one: the unluckiest, of the mean", 0.5, least)
-    longest = results.get("contend one: longest", OURS, domains, 4)
+    longest = results.get("count one: longest", OURS, domains, 4)
     says = "not measured" if longest is None else f"{longest * 1e3:.2f} ms"
     yield Target("f", "4 workers on one: the longest wait", "reported", says, None)
 
@@ -187,6 +205,7 @@ def evaluate(results: Results) -> list[Target]:
     return [
         *_hot(results),
         *_definitions(results),
+        *_data(results, first),
         *_contention(results, first),
         *_flat(results, largest),
         *_rest(results, first),

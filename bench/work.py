@@ -136,6 +136,50 @@ class Works:
         uuids = [world.fresh(made[number].uuid) for number in order]
         yield "remove", count, lambda: self.contestant.remove(uuids)
 
+    def _with_data(self, count: int, seed: int, value: Any) -> tuple[list[bytes], int]:
+        """Domains whose data is this: nothing may depend on which work was there before."""
+        numbers, passes = self._drawn(count, seed)
+        uuids = self._uuids(numbers)
+        self.contestant.change_data(uuids, value)
+        return uuids, passes
+
+    def read_data(self, count: int, seed: int) -> Iterator[Run]:
+        yield self._reading("read_data", *self._with_data(count, seed, world.SMALL[0]))
+
+    def read_data_large(self, count: int, seed: int) -> Iterator[Run]:
+        uuids, passes = self._with_data(count, seed, world.LARGE[0])
+        _, operations, run = self._reading("read_data", uuids, passes)
+        yield "read_data_large", operations, run
+        self.contestant.change_data(uuids, world.SMALL[0])  # as little room as before
+
+    def _changing(self, name: str, count: int, seed: int, values: tuple[Any, ...]) -> Iterator[Run]:
+        """There and back, as with states."""
+        uuids, passes = self._with_data(count // 2, seed, values[0])
+        change = self.contestant.change_data
+
+        def run() -> None:
+            for _ in range(passes):
+                change(uuids, values[1])
+                change(uuids, values[0])
+
+        yield name, 2 * passes * len(uuids), run
+        change(uuids, world.SMALL[0])
+
+    def change_data(self, count: int, seed: int) -> Iterator[Run]:
+        return self._changing("change_data", count, seed, world.SMALL)
+
+    def change_data_large(self, count: int, seed: int) -> Iterator[Run]:
+        return self._changing("change_data_large", count, seed, world.LARGE)
+
+    def increment(self, count: int, seed: int) -> Iterator[Run]:
+        """Of a small value."""
+        uuids, passes = self._with_data(count, seed, world.SMALL[0])
+        first = world.SMALL[0]["requests"]
+        yield self._reading("increment", uuids, passes)
+        counted = sum(self.contestant.count(uuid) - first for uuid in uuids)
+        if counted != passes * len(uuids):
+            raise RuntimeError(f"{passes * len(uuids)} increments were made, {counted} are there")
+
     def by_id(self, count: int, seed: int) -> Iterator[Run]:
         numbers, passes = self._drawn(count, seed)
         first = self.contestant.first_id
@@ -178,6 +222,11 @@ SINGLE = (
     "change_state",
     "replace",
     "define",
+    "read_data",
+    "read_data_large",
+    "change_data",
+    "change_data_large",
+    "increment",
     "by_id",
     "miss",
     "peek",

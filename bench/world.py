@@ -20,6 +20,16 @@ from shmdomains import DomainDef
 DOCUMENTS = Path(__file__).parents[1] / "tests" / "data" / "domains"
 RUNNING, PAUSED = 1, 3
 
+# The driver's own data, and what each is changed into: small, and 2 KB with a command line in it.
+SMALL = ({"vnc": 5901, "requests": 7}, {"vnc": 5902, "requests": 8})
+LARGE = tuple(
+    {
+        **small,
+        "command": [f"-device virtio-blk-pci,id=virtio-disk{n},bus=pci.{n}" for n in range(40)],
+    }
+    for small in SMALL
+)
+
 
 class Made(NamedTuple):
     """A domain to be known: all of them run, and their ids follow their order."""

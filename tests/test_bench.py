@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from rich.console import Console
 
@@ -90,15 +91,68 @@ def test_a_contestant_gives_the_answers_of_a_dict(
     assert asked.read_state([more[1].uuid]) == 5
     assert facts(asked.read_definition(["new2"])) == facts(prepare(more[2].definition))
     assert len(asked.rows()) == COUNT + 3
+    for value in (world.SMALL[0], world.LARGE[1], world.SMALL[1], {"é": [1.5, None, {}]}):
+        asked.change_data([more[0].uuid, keys[2]], value)
+        assert told_data(hosted, more[0].uuid) == told_data(hosted, keys[2]) == value
+    asked.change_data([keys[3]], world.SMALL[0])
+    assert told_data(hosted, keys[2]) == value, "a value is one domain's"
+    assert asked.read_state([keys[2]]) == world.PAUSED
     asked.remove([one.uuid for one in more])
     asked.miss([one.uuid for one in more])
+    asked.define([(one.uuid, one.name, prepare(one.definition)) for one in more])
+    left = [one.name for one in more if not has_no_data(hosted, one.uuid)]
+    assert not left, "data of domains that were removed"
+    asked.remove([one.uuid for one in more])
     assert sorted(asked.rows()) == rows()
     tried("contestants of the bench compared with a dict", 1)
 
 
-def test_no_increment_of_two_workers_is_lost(kind: type[Contestant], hosted: host.Host) -> None:
+def told_data(hosted: host.Host, uuid: bytes) -> Any:
+    return msgpack.unpackb(hosted.call("data", uuid))
+
+
+def has_no_data(hosted: host.Host, uuid: bytes) -> bool:
+    """Who has none may say so, or fail: no work reads what was never written."""
+    try:
+        return told_data(hosted, uuid) is None
+    except host.FailedError:
+        return True
+
+
+def test_increments_leave_the_rest_of_the_data(kind: type[Contestant], hosted: host.Host) -> None:
     if kind.increment is Contestant.increment:
-        pytest.skip(f"{kind.name} has no number to count in")
+        pytest.skip(f"{kind.name} cannot count")
+    keys = world.uuids(COUNT)
+    asked = Conversation(hosted)
+    for value in (world.SMALL[0], world.LARGE[0]):
+        asked.change_data(keys[:3], value)
+        asked.increment([keys[0], keys[1], keys[0]])
+        for key, made in zip(keys, (2, 1, 0), strict=False):
+            count = value["requests"] + made
+            assert asked.count(key) == count
+            assert told_data(hosted, key) == {**value, "requests": count}
+
+
+def test_data_is_as_large_as_it_says() -> None:
+    assert all(len(msgpack.packb(value)) <= 48 for value in world.SMALL)
+    assert all(2_000 <= len(msgpack.packb(value)) <= 2_100 for value in world.LARGE)
+
+
+def test_increments_that_are_lost_are_told_of() -> None:
+    class Forgetful(InProcess):
+        def increment(self, uuids: Sequence[bytes]) -> None:
+            super().increment(uuids[1:])
+
+    keys = world.uuids(COUNT)
+    contestant = Forgetful()
+    contestant.fill(world.domains(keys), COUNT)
+    with pytest.raises(RuntimeError, match="10 increments were made, 9 are there"):
+        work.Works(contestant, keys).measure("increment", 0.001, 1)
+
+
+def test_no_increment_of_two_workers_is_lost(kind: type[Contestant], hosted: host.Host) -> None:
+    if kind.increment is Contestant.increment or not kind.shared:
+        pytest.skip(f"no two processes can count in {kind.name}")
     for where in ("random", "one"):
         contention = hosted.call("contend", 2, where, 0.05, 1)
         assert contention.lost == 0
@@ -230,7 +284,7 @@ def test_a_missing_contestant_is_named_in_a_line_and_a_broken_one_dropped(
 def test_a_run_measures_every_work(results: Results) -> None:
     measured = {figure.work for figure in results.figures if figure.contestant == Robust.name}
     singles = {*work.SINGLE, "remove"}
-    parties = {"contend random", "contend one", "contend own", "killed, waiting", "killed, later"}
+    parties = {"count random", "count one", "count own", "killed, waiting", "killed, later"}
     room = {"bytes per domain", "create", "attach", "fork", "private"}
     others = {
         "wake",
@@ -289,6 +343,29 @@ def test_targets_are_ratios_of_the_run() -> None:
     results.add("miss", "dict + threading.Lock", 1_000, [0.6e-6])
     found = {target.what: target for target in targets.evaluate(results)}
     assert found["miss, 1,000: dict + threading.Lock"].met is False
+
+
+def test_the_data_has_its_targets() -> None:
+    results = Results(made="", machine={}, versions={})
+    for name, seconds, rate in (
+        (Robust.name, 1e-6, 6e5),
+        ("LMDB", 2.6e-6, 1e5),
+        ("shared_memory by hand", 1.9e-6, 1.5e5),
+        ("dict + threading.Lock", 0.1e-6, 9e9),  # is nobody's peer with several processes
+    ):
+        for name_of in ("read_state", "increment", "change_data_large"):
+            results.add(name_of, name, 1_000, [seconds])
+        results.add("count random", name, 1_000, [rate], workers=4)
+    found = {target.what: target for target in targets.evaluate(results)}
+    lmdb, hand = (
+        found[f"increment in the data, 1,000: {peer}"] for peer in (targets.LMDB, targets.HAND)
+    )
+    assert (lmdb.wanted, lmdb.reached, lmdb.met) == ("≥ 2.5x", "2.60x", True)
+    assert (hand.wanted, hand.reached, hand.met) == ("≥ 2x", "1.90x", False)
+    assert found["change data of 2 KB, 1,000: LMDB"].met is True
+    assert found["read the data, 1,000: LMDB"].met is None
+    four = found["4 workers, random: the best peer"]
+    assert (four.wanted, four.reached, four.met) == ("≥ 5x", "4.00x", False)
 
 
 def test_a_start_has_its_targets() -> None:

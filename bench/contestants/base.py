@@ -13,9 +13,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any, ClassVar
+
+import msgpack
 
 from shmdomains import DomainDef
 
@@ -109,14 +111,26 @@ class Contestant(ABC):
         """The state without waiting for a holder, where that is possible."""
         return self.read_state(uuids)
 
-    # --- several processes -------------------------------------------------------------------
+    # --- the driver's own data: none until it is changed for the first time -------------------
+
+    @abstractmethod
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        """Find, locked where there are locks; the value, decoded; unlock."""
+
+    @abstractmethod
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        """Find, replace the whole value, unlock; encoding is part of it."""
 
     def increment(self, uuids: Sequence[bytes]) -> None:
-        """Find, read a number of the domain, write one more, unlock: nothing may be lost."""
-        raise NotOfferedError("a domain has no number to count in")
+        """Find, read the data, write it with one more of ``requests``, unlock: nothing may be
+        lost."""
+        raise NotOfferedError("nothing keeps two from writing the same count")
 
     def count(self, uuid: bytes) -> int:
-        raise NotOfferedError("a domain has no number to count in")
+        """The ``requests`` of the data."""
+        return int(self.read_data((uuid,))["requests"])
+
+    # --- several processes -------------------------------------------------------------------
 
     def hold(self, uuid: bytes) -> None:
         """Take the domain's lock, or whatever keeps others from changing it, and keep it."""
@@ -132,6 +146,10 @@ class Contestant(ABC):
         """Bytes of memory shared by all, or ``None``: what this process has grown by."""
         return None
 
+
+# `msgpack.packb` makes an encoder for each value, which takes longer than to encode a small one.
+pack_data: Callable[[Any], bytes] = msgpack.Packer().pack
+unpack_data: Callable[[Any], Any] = msgpack.unpackb
 
 MEMORY = "/dev/shm"
 

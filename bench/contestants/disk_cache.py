@@ -1,7 +1,7 @@
 """diskcache on tmpfs: a dict in SQLite files, with transactions and locks that expire.
 
-Small fields and definitions are entries of their own; a change is a transaction, as the
-documentation shows, of which there is one at a time for all domains. A lock that outlives a
+Small fields, the driver's data and definitions are entries of their own; a change is a transaction,
+as the documentation shows, of which there is one at a time for all domains. A lock that outlives a
 transaction is its `Lock` recipe with an expiry of ten seconds.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from ..world import RUNNING, Made
-from .base import Contestant, Row, drop, lacks, memory_folder
+from .base import Contestant, Row, drop, lacks, memory_folder, pack_data, unpack_data
 
 EXPIRY = 10.0
 
@@ -50,7 +50,7 @@ class DiskCache(Contestant):
         drop(self.folder)
 
     def _put(self, uuid: bytes, name: str, id: int, state: int, definition: Any) -> None:
-        if not self.cache.add(uuid, (state, id, name, 0)) or not self.cache.add(name, uuid):
+        if not self.cache.add(uuid, (state, id, name)) or not self.cache.add(name, uuid):
             raise ValueError("exists")
         self.cache[b"definition:" + uuid] = msgpack.packb(definition)
         if id >= 0:
@@ -91,6 +91,7 @@ class DiskCache(Contestant):
                 del cache[cache[uuid][2]]
                 del cache[uuid]
                 del cache[b"definition:" + uuid]
+                cache.delete(b"data:" + uuid)
 
     def by_id(self, ids: Sequence[int]) -> int:
         cache = self.cache
@@ -107,19 +108,29 @@ class DiskCache(Contestant):
         found = []
         for key in self.cache:
             if isinstance(key, bytes) and len(key) == 16:
-                state, id, name, _count = self.cache[key]
+                state, id, name = self.cache[key]
                 found.append((id, name, state))
         return found
 
-    def increment(self, uuids: Sequence[bytes]) -> None:
-        cache = self.cache
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        cache, unpack = self.cache, unpack_data
         for uuid in uuids:
-            with cache.transact():
-                state, id, name, count = cache[uuid]
-                cache[uuid] = (state, id, name, count + 1)
+            value = unpack(cache[b"data:" + uuid])
+        return value
 
-    def count(self, uuid: bytes) -> int:
-        return int(self.cache[uuid][3])
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        cache, pack = self.cache, pack_data
+        for uuid in uuids:
+            cache[b"data:" + uuid] = pack(value)
+
+    def increment(self, uuids: Sequence[bytes]) -> None:
+        cache, pack, unpack = self.cache, pack_data, unpack_data
+        for uuid in uuids:
+            key = b"data:" + uuid
+            with cache.transact():
+                value = unpack(cache[key])
+                value["requests"] += 1
+                cache[key] = pack(value)
 
     def hold(self, uuid: bytes) -> None:
         import diskcache

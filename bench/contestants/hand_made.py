@@ -1,10 +1,10 @@
 """`multiprocessing.shared_memory`, `multiprocessing.Lock`s and msgpack, put together by hand.
 
-Records of a fixed size lie in one shared memory: small fields as a struct, the definition as
-msgpack. Every process has its own dicts from keys to records, which it brings up to date from a
-journal in the shared memory while it holds the list lock, so finding is the patch's form. A record
-has a lock of its own up to `LOCKS` of them (each maps a page, and a process can map 65,530);
-beyond that, records share them.
+Records of a fixed size lie in one shared memory: small fields as a struct, the driver's data and
+the definition as msgpack, each in room of its own. Every process has its own dicts from keys to
+records, which it brings up to date from a journal in the shared memory while it holds the list
+lock, so finding is the patch's form. A record has a lock of its own up to `LOCKS` of them (each
+maps a page, and a process can map 65,530); beyond that, records share them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from typing import Any
 import msgpack
 
 from ..world import RUNNING, Made
-from .base import Contestant, Row
+from .base import Contestant, Row, pack_data, unpack_data
 
 LOCKS = 16_384
-RECORD = 4096
-HEAD = struct.Struct("<q i i q 16s i 64s i")  # life, state, id, count, uuid, name, definition
-STATE = struct.Struct("<i")
-COUNT = struct.Struct("<q")
-AT_LIFE, AT_STATE, AT_COUNT, AT_DEFINITION = 0, 8, 16, 108
+RECORD = 6656
+HEAD = struct.Struct("<q i i 16s i 64s i i")  # life, state, id, uuid, name, definition, data
+LIFE = struct.Struct("<q")
+STATE = struct.Struct("<i")  # and how many bytes a definition and the data have
+AT_LIFE, AT_STATE, AT_DEFINITION, AT_DATA = 0, 8, 100, 104
+DATA = HEAD.size  # where the data begins
+DEFINITION = DATA + 2560
 JOURNAL = 1 << 20  # entries that the journal holds; whoever is further behind reads all records
 
 
@@ -72,8 +74,9 @@ class HandMade(Contestant):
             slot = self.used[0]
             self.used[0] += 1
         at = self.base + slot * RECORD
-        HEAD.pack_into(self.buf, at, 1, state, id, 0, uuid, len(name), name.encode(), len(packed))
-        begin = at + HEAD.size
+        text = name.encode()
+        HEAD.pack_into(self.buf, at, 1, state, id, uuid, len(text), text, len(packed), 0)
+        begin = at + DEFINITION
         self.buf[begin : begin + len(packed)] = packed
         self._note(slot)
 
@@ -89,7 +92,7 @@ class HandMade(Contestant):
             slots = [self.journal[number % JOURNAL] for number in range(self.seen, changes)]
         for slot in slots:
             at = self.base + slot * RECORD
-            life, _state, id, _count, uuid, size, name, _ = HEAD.unpack_from(self.buf, at)
+            life, _state, id, uuid, size, name, *_ = HEAD.unpack_from(self.buf, at)
             text = name[:size].decode()
             if life:
                 self.by_uuid[uuid] = self.by_name[text] = slot
@@ -122,7 +125,7 @@ class HandMade(Contestant):
 
     def read_definition(self, names: Sequence[str]) -> Any:
         find, index, buf = self._find, self.by_name, self.buf
-        size, begin, unpack = AT_DEFINITION, HEAD.size, msgpack.unpackb
+        size, begin, unpack = AT_DEFINITION, DEFINITION, msgpack.unpackb
         for name in names:
             lock, at = find(index, name)
             length = STATE.unpack_from(buf, at + size)[0]
@@ -139,7 +142,7 @@ class HandMade(Contestant):
             lock.release()
 
     def replace(self, changes: Sequence[tuple[bytes, Any]]) -> None:
-        find, index, buf, begin = self._find, self.by_uuid, self.buf, HEAD.size
+        find, index, buf, begin = self._find, self.by_uuid, self.buf, DEFINITION
         for uuid, definition in changes:
             packed = msgpack.packb(definition)
             lock, at = find(index, uuid)
@@ -163,7 +166,7 @@ class HandMade(Contestant):
                 self._follow()
                 slot = self.by_uuid[uuid]
                 with self.locks[slot % LOCKS]:
-                    COUNT.pack_into(self.buf, self.base + slot * RECORD + AT_LIFE, 0)
+                    LIFE.pack_into(self.buf, self.base + slot * RECORD + AT_LIFE, 0)
                 self._note(slot)
                 self._follow()
                 self.free.append(slot)
@@ -189,21 +192,42 @@ class HandMade(Contestant):
             with self.locks[slot % LOCKS]:
                 head = HEAD.unpack_from(self.buf, self.base + slot * RECORD)
             if head[0]:
-                found.append((head[2], head[6][: head[5]].decode(), head[1]))
+                found.append((head[2], head[5][: head[4]].decode(), head[1]))
         return found
+
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        find, index, buf = self._find, self.by_uuid, self.buf
+        size, begin, unpack = AT_DATA, DATA, unpack_data
+        for uuid in uuids:
+            lock, at = find(index, uuid)
+            length = STATE.unpack_from(buf, at + size)[0]
+            packed = bytes(buf[at + begin : at + begin + length])
+            lock.release()
+            value = unpack(packed)
+        return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        find, index, buf = self._find, self.by_uuid, self.buf
+        size, begin, pack = AT_DATA, DATA, pack_data
+        for uuid in uuids:
+            packed = pack(value)
+            lock, at = find(index, uuid)
+            buf[at + begin : at + begin + len(packed)] = packed
+            STATE.pack_into(buf, at + size, len(packed))
+            lock.release()
 
     def increment(self, uuids: Sequence[bytes]) -> None:
         find, index, buf = self._find, self.by_uuid, self.buf
+        size, begin, pack, unpack = AT_DATA, DATA, pack_data, unpack_data
         for uuid in uuids:
             lock, at = find(index, uuid)
-            COUNT.pack_into(buf, at + AT_COUNT, COUNT.unpack_from(buf, at + AT_COUNT)[0] + 1)
+            start = at + begin
+            value = unpack(buf[start : start + STATE.unpack_from(buf, at + size)[0]])
+            value["requests"] += 1
+            packed = pack(value)
+            buf[start : start + len(packed)] = packed
+            STATE.pack_into(buf, at + size, len(packed))
             lock.release()
-
-    def count(self, uuid: bytes) -> int:
-        value: int = COUNT.unpack_from(
-            self.buf, self.base + self.by_uuid[uuid] * RECORD + AT_COUNT
-        )[0]
-        return value
 
     def hold(self, uuid: bytes) -> None:
         self._find(self.by_uuid, uuid)

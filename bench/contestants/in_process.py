@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from shmdomains import DomainDef
 
@@ -17,12 +18,13 @@ from .base import Contestant, Row
 
 
 class Entry:
-    __slots__ = ("definition", "id", "lock", "name", "state", "uuid")
+    __slots__ = ("data", "definition", "id", "lock", "name", "state", "uuid")
 
     def __init__(self, uuid: bytes, name: str, id: int, state: int, definition: DomainDef) -> None:
         self.lock = threading.Lock()
         self.uuid, self.name, self.id, self.state = uuid, name, id, state
         self.definition = definition
+        self.data: Any = None
 
 
 class InProcess(Contestant):
@@ -129,3 +131,31 @@ class InProcess(Contestant):
         for uuid in uuids:
             state = entries[uuid].state
         return state
+
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        lock, entries = self.lock, self.by_uuid
+        for uuid in uuids:
+            with lock:
+                entry = entries[uuid]
+                entry.lock.acquire()
+            value = entry.data
+            entry.lock.release()
+        return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        lock, entries = self.lock, self.by_uuid
+        for uuid in uuids:
+            with lock:
+                entry = entries[uuid]
+                entry.lock.acquire()
+            entry.data = dict(value)  # one that nobody else counts in
+            entry.lock.release()
+
+    def increment(self, uuids: Sequence[bytes]) -> None:
+        lock, entries = self.lock, self.by_uuid
+        for uuid in uuids:
+            with lock:
+                entry = entries[uuid]
+                entry.lock.acquire()
+            entry.data["requests"] += 1
+            entry.lock.release()

@@ -1,18 +1,23 @@
 """libvirt itself through its Python binding, with its test driver: in process, and its daemon.
 
 A definition is the XML, which libvirt parses, checks and writes; its finds take its own locks. A
-change of state is a suspend or a resume. In process nothing is shared; the daemon is one of the
+change of state is a suspend or a resume. The driver's data is JSON in an element of the metadata,
+where libvirt keeps what is an application's own; nothing locks a domain from its reading to its
+writing, so nobody can count there. In process nothing is shared; the daemon is one of the
 bench's own, on a private socket, without privileges and without any driver but the built-in test.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import psutil
 
@@ -22,6 +27,8 @@ from ..world import PAUSED, Made
 from .base import Contestant, Row, drop, lacks, memory_folder
 
 INACTIVE = 2  # VIR_DOMAIN_XML_INACTIVE: what it will be, which is what a change replaces
+ELEMENT, CURRENT = 2, 0  # VIR_DOMAIN_METADATA_ELEMENT, VIR_DOMAIN_AFFECT_CURRENT
+SPACE = "https://example.org/driver"
 MISSING = "libvirt's Python binding is not installed: apt install python3-libvirt, or pip install \
 libvirt-python with libvirt-dev"
 
@@ -104,6 +111,18 @@ class LibvirtInProcess(Contestant):
         find = self.connection.lookupByUUID
         for uuid in uuids:
             find(uuid).undefine()
+
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        find, parse, decode = self.connection.lookupByUUID, ElementTree.fromstring, json.loads
+        for uuid in uuids:
+            value = decode(parse(find(uuid).metadata(ELEMENT, SPACE, CURRENT)).text or "")
+        return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        find, encode = self.connection.lookupByUUID, json.dumps
+        for uuid in uuids:
+            element = f"<data>{escape(encode(value))}</data>"
+            find(uuid).setMetadata(ELEMENT, element, "driver", SPACE, CURRENT)
 
     def by_id(self, ids: Sequence[int]) -> int:
         find = self.connection.lookupByID

@@ -1,8 +1,9 @@
 """LMDB on tmpfs, without syncing, with a writable map: the fastest that its documentation offers.
 
-Small fields and definitions lie in databases of their own, so that a change of state does not copy
-a definition; names and ids lead to UUIDs. A read is a read transaction, which takes no lock and
-sees one moment; a change is a write transaction, of which there is one at a time for all domains.
+Small fields, the driver's data and definitions lie in databases of their own, so that a change of
+one does not copy the others; names and ids lead to UUIDs. A read is a read transaction, which takes
+no lock and sees one moment; a change is a write transaction, of which there is one at a time for
+all domains.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 import msgpack
 
 from ..world import RUNNING, Made
-from .base import Contestant, Row, drop, lacks, memory_folder
+from .base import Contestant, Row, drop, lacks, memory_folder, pack_data, unpack_data
 
-FIELDS = struct.Struct("<iiq")  # state, id, count; the name follows
+FIELDS = struct.Struct("<ii")  # state, id; the name follows
 ID = struct.Struct(">i")
 
 
@@ -47,13 +48,14 @@ class Lmdb(Contestant):
         self.env = lmdb.open(
             self.folder,
             map_size=self.size,
-            max_dbs=4,
+            max_dbs=5,
             sync=False,
             metasync=False,
             writemap=True,
             map_async=True,
         )
         self.fields = self.env.open_db(b"fields")
+        self.data = self.env.open_db(b"data")
         self.definitions = self.env.open_db(b"definitions")
         self.names = self.env.open_db(b"names")
         self.ids = self.env.open_db(b"ids")
@@ -64,7 +66,7 @@ class Lmdb(Contestant):
 
     def _put(self, txn: Any, uuid: bytes, name: str, id: int, state: int, definition: Any) -> None:
         text = name.encode()
-        if not txn.put(uuid, FIELDS.pack(state, id, 0) + text, db=self.fields, overwrite=False):
+        if not txn.put(uuid, FIELDS.pack(state, id) + text, db=self.fields, overwrite=False):
             raise ValueError("exists")
         if not txn.put(text, uuid, db=self.names, overwrite=False):
             raise ValueError("exists")
@@ -92,8 +94,7 @@ class Lmdb(Contestant):
         for uuid in uuids:
             with begin(db=fields, write=True) as txn:
                 was = txn.get(uuid)
-                _state, id, count = unpack(was)
-                txn.put(uuid, pack(state, id, count) + was[size:])
+                txn.put(uuid, pack(state, unpack(was)[1]) + was[size:])
 
     def replace(self, changes: Sequence[tuple[bytes, Any]]) -> None:
         begin, definitions, pack = self.env.begin, self.definitions, msgpack.packb
@@ -113,6 +114,7 @@ class Lmdb(Contestant):
                 was = txn.pop(uuid, db=self.fields)
                 txn.delete(was[FIELDS.size :], db=self.names)
                 txn.delete(uuid, db=self.definitions)
+                txn.delete(uuid, db=self.data)
                 id = FIELDS.unpack_from(was)[1]
                 if id >= 0:
                     txn.delete(ID.pack(id), db=self.ids)
@@ -136,23 +138,31 @@ class Lmdb(Contestant):
         with self.env.begin(db=self.fields) as txn:
             found = []
             for value in txn.cursor().iternext(keys=False):
-                state, id, _count = unpack(value)
+                state, id = unpack(value)
                 found.append((id, value[size:].decode(), state))
         return found
 
-    def increment(self, uuids: Sequence[bytes]) -> None:
-        begin, fields, pack, unpack = self.env.begin, self.fields, FIELDS.pack, FIELDS.unpack_from
-        size = FIELDS.size
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        begin, data, unpack = self.env.begin, self.data, unpack_data
         for uuid in uuids:
-            with begin(db=fields, write=True) as txn:
-                was = txn.get(uuid)
-                state, id, count = unpack(was)
-                txn.put(uuid, pack(state, id, count + 1) + was[size:])
-
-    def count(self, uuid: bytes) -> int:
-        with self.env.begin(db=self.fields) as txn:
-            value: int = FIELDS.unpack_from(txn.get(uuid))[2]
+            with begin(db=data, buffers=True) as txn:
+                value = unpack(txn.get(uuid))
         return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        begin, data, pack = self.env.begin, self.data, pack_data
+        for uuid in uuids:
+            packed = pack(value)
+            with begin(db=data, write=True) as txn:
+                txn.put(uuid, packed)
+
+    def increment(self, uuids: Sequence[bytes]) -> None:
+        begin, data, pack, unpack = self.env.begin, self.data, pack_data, unpack_data
+        for uuid in uuids:
+            with begin(db=data, write=True, buffers=True) as txn:
+                value = unpack(txn.get(uuid))
+                value["requests"] += 1
+                txn.put(uuid, pack(value))
 
     def hold(self, uuid: bytes) -> None:
         self.held = self.env.begin(write=True)
@@ -165,7 +175,8 @@ class Lmdb(Contestant):
             pages = sum(
                 stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
                 for stat in (
-                    txn.stat(db) for db in (self.fields, self.definitions, self.names, self.ids)
+                    txn.stat(db)
+                    for db in (self.fields, self.data, self.definitions, self.names, self.ids)
                 )
             )
             return int(pages * self.env.stat()["psize"])

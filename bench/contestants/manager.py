@@ -27,7 +27,6 @@ class Domains:
         self.by_uuid: dict[bytes, Entry] = {}
         self.by_name: dict[str, Entry] = {}
         self.ids: dict[int, Entry] = {}
-        self.counts: dict[bytes, int] = {}
 
     def add(self, uuid: bytes, name: str, id: int, state: int, definition: Any) -> None:
         entry = Entry(uuid, name, id, state, definition)
@@ -71,12 +70,20 @@ class Domains:
     def rows(self) -> list[Row]:
         return [(entry.id, entry.name, entry.state) for entry in list(self.by_uuid.values())]
 
-    def increment(self, uuid: bytes) -> None:
-        with self.by_uuid[uuid].lock:
-            self.counts[uuid] = self.counts.get(uuid, 0) + 1
+    def data(self, uuid: bytes) -> Any:
+        entry = self.by_uuid[uuid]
+        with entry.lock:
+            return entry.data
 
-    def count(self, uuid: bytes) -> int:
-        return self.counts.get(uuid, 0)
+    def set_data(self, uuid: bytes, value: Any) -> None:
+        entry = self.by_uuid[uuid]
+        with entry.lock:
+            entry.data = value
+
+    def increment(self, uuid: bytes) -> None:
+        entry = self.by_uuid[uuid]
+        with entry.lock:
+            entry.data = {**entry.data, "requests": entry.data["requests"] + 1}
 
     def lock(self, uuid: bytes) -> None:
         self.by_uuid[uuid].lock.acquire()
@@ -176,13 +183,21 @@ class Manager(Contestant):
         found: list[Row] = self.call("rows")
         return found
 
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        call = self.call
+        for uuid in uuids:
+            value = call("data", (uuid,))
+        return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        call = self.call
+        for uuid in uuids:
+            call("set_data", (uuid, value))
+
     def increment(self, uuids: Sequence[bytes]) -> None:
         call = self.call
         for uuid in uuids:
             call("increment", (uuid,))
-
-    def count(self, uuid: bytes) -> int:
-        return int(self.call("count", (uuid,)))
 
     def hold(self, uuid: bytes) -> None:
         self.call("lock", (uuid,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from shmdomains import DomainDef, DomainList, DomainState
 
@@ -125,16 +125,25 @@ class Robust(Contestant):
             state = info.state
         return state
 
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        get = self.doms.get
+        for uuid in uuids:
+            with get(uuid=uuid) as dom:
+                value = dom.data
+        return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        get = self.doms.get
+        for uuid in uuids:
+            with get(uuid=uuid) as dom:
+                dom.data = value
+
     def increment(self, uuids: Sequence[bytes]) -> None:
         get = self.doms.get
         for uuid in uuids:
             with get(uuid=uuid) as dom:
-                dom.pid = (dom.pid or 0) + 1  # a number that is nobody's business here
-
-    def count(self, uuid: bytes) -> int:
-        with self.doms.get(uuid=uuid) as dom:
-            count = dom.pid
-        return count or 0
+                data = dom.data
+                dom.data = data | {"requests": data["requests"] + 1}
 
     def hold(self, uuid: bytes) -> None:
         self.held = self.doms.get(uuid=uuid)

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 
 from ..world import RUNNING, Made
-from .base import Contestant, Row, drop, lacks, memory_folder
+from .base import Contestant, Row, drop, lacks, memory_folder, pack_data, unpack_data
 
 LEASE = 10.0
 STATE = "return redis.call('HGET', KEYS[1], 'state')"
@@ -31,6 +31,9 @@ DEFINE = """if redis.call('EXISTS', KEYS[1]) == 1 or redis.call('HSETNX', 'names
 redis.call('HSET', KEYS[1], 'name', ARGV[2], 'id', -1, 'state', 5, 'definition', ARGV[3])"""
 REMOVE = """redis.call('HDEL', 'names', redis.call('HGET', KEYS[1], 'name'))
 redis.call('DEL', KEYS[1])"""
+INCREMENT = """local data = cmsgpack.unpack(redis.call('HGET', KEYS[1], 'data'))
+data.requests = data.requests + 1
+redis.call('HSET', KEYS[1], 'data', cmsgpack.pack(data))"""
 
 
 def _server() -> str | None:
@@ -109,6 +112,7 @@ class Redis(Contestant):
         register = self.client.register_script
         self._state, self._by_id, self._definition = map(register, (STATE, BY_ID, DEFINITION))
         self._set, self._define, self._remove = map(register, (SET, DEFINE, REMOVE))
+        self._increment = register(INCREMENT)
 
     def close(self) -> None:
         self.client.close()
@@ -170,13 +174,21 @@ class Redis(Contestant):
                 found.append((int(id), name.decode(), int(state)))
         return found
 
-    def increment(self, uuids: Sequence[bytes]) -> None:
-        add = self.client.hincrby
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        get, unpack = self.client.hget, unpack_data
         for uuid in uuids:
-            add(b"domain:" + uuid, "count", 1)
+            value = unpack(get(b"domain:" + uuid, "data"))
+        return value
 
-    def count(self, uuid: bytes) -> int:
-        return int(self.client.hget(b"domain:" + uuid, "count") or 0)
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        script, pack = self._set, pack_data
+        for uuid in uuids:
+            script(keys=(b"domain:" + uuid,), args=("data", pack(value)))
+
+    def increment(self, uuids: Sequence[bytes]) -> None:
+        script = self._increment
+        for uuid in uuids:
+            script(keys=(b"domain:" + uuid,))
 
     def hold(self, uuid: bytes) -> None:
         self.held = self.client.lock(b"lock:" + uuid, timeout=LEASE)

@@ -14,11 +14,13 @@ from typing import Any
 import msgpack
 
 from ..world import RUNNING, Made
-from .base import Contestant, Row, drop, memory_folder
+from .base import Contestant, Row, drop, memory_folder, pack_data, unpack_data
 
 TABLE = """CREATE TABLE domains (uuid BLOB PRIMARY KEY, name TEXT UNIQUE NOT NULL,
-    id INTEGER UNIQUE, state INTEGER NOT NULL, count INTEGER NOT NULL, definition BLOB NOT NULL)"""
-INSERT = "INSERT INTO domains VALUES (?, ?, ?, ?, 0, ?)"
+    id INTEGER UNIQUE, state INTEGER NOT NULL, data BLOB, definition BLOB NOT NULL)"""
+INSERT = "INSERT INTO domains VALUES (?, ?, ?, ?, NULL, ?)"
+READ_DATA = "SELECT data FROM domains WHERE uuid=?"
+CHANGE_DATA = "UPDATE domains SET data=? WHERE uuid=?"
 
 
 class Sqlite(Contestant):
@@ -96,14 +98,25 @@ class Sqlite(Contestant):
     def rows(self) -> list[Row]:
         return self.db.execute("SELECT id, name, state FROM domains").fetchall()
 
-    def increment(self, uuids: Sequence[bytes]) -> None:
-        execute = self.db.execute
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        execute, unpack = self.db.execute, unpack_data
         for uuid in uuids:
-            execute("UPDATE domains SET count=count+1 WHERE uuid=?", (uuid,))
+            value = unpack(execute(READ_DATA, (uuid,)).fetchone()[0])
+        return value
 
-    def count(self, uuid: bytes) -> int:
-        found = self.db.execute("SELECT count FROM domains WHERE uuid=?", (uuid,)).fetchone()
-        return int(found[0])
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        execute, pack = self.db.execute, pack_data
+        for uuid in uuids:
+            execute(CHANGE_DATA, (pack(value), uuid))
+
+    def increment(self, uuids: Sequence[bytes]) -> None:
+        execute, pack, unpack = self.db.execute, pack_data, unpack_data
+        for uuid in uuids:
+            execute("BEGIN IMMEDIATE")
+            value = unpack(execute(READ_DATA, (uuid,)).fetchone()[0])
+            value["requests"] += 1
+            execute(CHANGE_DATA, (pack(value), uuid))
+            execute("COMMIT")
 
     def hold(self, uuid: bytes) -> None:
         self.db.execute("BEGIN IMMEDIATE")

@@ -1,8 +1,8 @@
 """UltraDict: dicts that every process has in full, kept equal by a stream of pickled changes.
 
 With `shared_lock=True`, as it asks of unrelated processes. There is no lock per key: a change takes
-the dict's. States, definitions and the indexes are dicts of their own, so that a change of state
-streams little; the stream's buffers are large enough that full dumps are rare.
+the dict's. States, the driver's data, definitions and the indexes are dicts of their own, so that a
+change of one streams little; the stream's buffers are large enough that full dumps are rare.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class Ultradict(Contestant):
         definitions: dict[bytes, Any] = {}
         keys: dict[Any, bytes] = {}
         for id, made in enumerate(domains, self.first_id):
-            states[made.uuid] = (RUNNING, id, made.name, 0)
+            states[made.uuid] = (RUNNING, id, made.name)
             definitions[made.uuid] = self.prepare(made.definition)
             keys[made.name] = keys[id] = made.uuid
         self.states = self._make(states)
+        self.data = self._make({})
         self.definitions = self._make(definitions)
         self.keys = self._make(keys)
 
@@ -50,14 +51,14 @@ class Ultradict(Contestant):
         from UltraDict import UltraDict
 
         # The inherited ones must not unlink anything when they go.
-        self.inherited = (self.states, self.definitions, self.keys)
-        self.states, self.definitions, self.keys = (
+        self.inherited = (self.states, self.data, self.definitions, self.keys)
+        self.states, self.data, self.definitions, self.keys = (
             UltraDict(name=one.name, shared_lock=True, buffer_size=BUFFER, auto_unlink=False)
             for one in self.inherited
         )
 
     def close(self) -> None:
-        for one in (self.states, self.definitions, self.keys):
+        for one in (self.states, self.data, self.definitions, self.keys):
             one.close(unlink=True)
 
     def read_state(self, uuids: Sequence[bytes]) -> int:
@@ -100,7 +101,7 @@ class Ultradict(Contestant):
                     raise ValueError("exists")
                 definitions[uuid] = definition
                 keys[name] = uuid
-                states[uuid] = (5, -1, name, 0)
+                states[uuid] = (5, -1, name)
 
     def remove(self, uuids: Sequence[bytes]) -> None:
         states, definitions, keys = self.states, self.definitions, self.keys
@@ -109,6 +110,8 @@ class Ultradict(Contestant):
                 del keys[states[uuid][2]]
                 del states[uuid]
                 del definitions[uuid]
+                if uuid in self.data:
+                    del self.data[uuid]
 
     def by_id(self, ids: Sequence[int]) -> int:
         states, keys = self.states, self.keys
@@ -125,17 +128,27 @@ class Ultradict(Contestant):
 
     def rows(self) -> list[Row]:
         with self.states.lock:
-            return [(id, name, state) for state, id, name, _count in self.states.values()]
+            return [(id, name, state) for state, id, name in self.states.values()]
+
+    def read_data(self, uuids: Sequence[bytes]) -> Any:
+        data = self.data
+        for uuid in uuids:
+            with data.lock:
+                value = data[uuid]
+        return value
+
+    def change_data(self, uuids: Sequence[bytes], value: Any) -> None:
+        data = self.data
+        for uuid in uuids:
+            with data.lock:
+                data[uuid] = value
 
     def increment(self, uuids: Sequence[bytes]) -> None:
-        states = self.states
+        data = self.data
         for uuid in uuids:
-            with states.lock:
-                state, id, name, count = states[uuid]
-                states[uuid] = (state, id, name, count + 1)
-
-    def count(self, uuid: bytes) -> int:
-        return int(self.states[uuid][3])
+            with data.lock:
+                value = data[uuid]
+                data[uuid] = {**value, "requests": value["requests"] + 1}
 
     def hold(self, uuid: bytes) -> None:
         self.states.lock.acquire()
