@@ -79,6 +79,10 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
             with doms.get(uuid=chosen[at & 63]) as dom:
                 dom.data = {"vnc": 5901, "requests": dom.data["requests"] + 1}
 
+    def add(count: int) -> None:
+        for at in range(count):
+            doms.add(chosen[at & 63], "requests")
+
     def large_data(count: int) -> None:
         for at in range(count):
             with doms.get(uuid=keys[1 + at % 8]) as dom:
@@ -121,8 +125,8 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
         for _ in range(count // SHORT):
             _ = [(info.id, info.name, info.state) for info in doms.list(definitions=False)]
 
-    every = [get_state, patch_state, change_state, read_data, change_data, large_data, definition]
-    every += [by_id, miss, peek, replace, define_remove]
+    every = [get_state, patch_state, change_state, read_data, change_data, add, large_data]
+    every += [definition, by_id, miss, peek, replace, define_remove]
     if listed:
         every.append(rows)
     return {one.__name__: one for one in every}

@@ -537,14 +537,14 @@ static void look(uint32_t slot)
     if (result == SD_MISS) return;
     MUST(result == SD_OK || result == SD_DOUBT, "it said %d", result);
     for (int b = 0; b < SD_BLOBS && result == SD_OK; b++) {
-        uint64_t extent;
-        result = sd_view_extent(shared, slot, &view, b, &extent);
+        sd_stored stored;
+        result = sd_view_blob(shared, slot, &view, b, &stored);
         MUST(result != SD_CORRUPT);
         if (result == SD_OK) {
-            size[b] = SD_EXTENT_BYTES(extent) - 8;
+            size[b] = stored.bytes - 8;
             if (size[b] > sizeof found[b]) size[b] = sizeof found[b]; /* torn: the check says so */
-            sum[b] = sd_load(sd_extent_at(shared, extent));
-            sd_copy_out(found[b], sd_extent_at(shared, extent) + 1, size[b]);
+            sum[b] = sd_load(stored.at);
+            sd_copy_out(found[b], stored.at + 1, size[b]);
         }
         if (result == SD_MISS) result = SD_OK;
     }

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from ..holder import LockHolder, this_host
 from ..names import parse_uuid
+from ..packing import pack
 from ..rules import info
 from ..rules.domain import DomainRules
 from ..rules.steps import settle
@@ -86,6 +87,7 @@ core.configure(
     decode=[DomainDef.decode, DomainDef.decode, decode_data, Work.decode],
     encode_definition=_encode_definition,
     encode_data=encode_data,
+    pack=pack,
     encode_work=Work.encode,
     settle=settle,
     not_found=not_found,

@@ -106,54 +106,19 @@ def encode_data(value: Any) -> bytes:
     b'\\x81\\xa3vnc\\xcd\\x17\\r'
     """
     try:
-        encoder = _SPARE.pop()
+        packer = _SPARE.pop()
     except IndexError:
-        encoder = _Encoder()
-    encoded = encoder.encode(value)
+        packer = msgpack.Packer(default=_plain)
+    encoded = bytes(packer.pack(value))
     if len(encoded) <= _KEPT:
-        _SPARE.append(encoder)
+        _SPARE.append(packer)
     return encoded
 
 
-class _Encoder:
-    """A kept `msgpack.Packer`: to make one takes ten times as long as to use one.
-
-    It is not reentrant: what it is in the middle of may run anything, this function, too. So one is
-    taken out of `_SPARE` and put back when it is done, unless it grew large, or failed.
-    """
-
-    def __init__(self) -> None:
-        self._packer = msgpack.Packer(default=self._plain)
-        self._is_doubtful = False
-
-    def encode(self, value: Any) -> bytes:
-        encoded = bytes(self._packer.pack(value))
-        if self._is_doubtful:
-            self._is_doubtful = False
-            decode_data(encoded)
-        return encoded
-
-    def _plain(self, value: Any) -> Any:
-        if isinstance(value, MappingProxyType):
-            self._is_doubtful |= _is_hashable(value)
-            return dict(value)
-        if isinstance(value, int):
-            raise TypeError("data can hold integers from -2^63 to 2^64 - 1, not this one")
-        raise TypeError(f"data can hold what MessagePack can, not {type(value).__name__}")
-
-
-_SPARE: list[_Encoder] = []
+# Making a packer takes longer than packing a small value. None is used twice at once: the value may
+# be of a class that calls this function again. One that failed, or grew large, is not kept.
+_SPARE: list[msgpack.Packer] = []
 _KEPT = 1 << 16
-
-
-def _is_hashable(value: Any) -> bool:
-    """A mapping that is, since Python 3.12, may be part of a key, and the key that is decoded has a
-    dict in its place: such data cannot be read again."""
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def decode_data(blob: bytes) -> Any:
@@ -178,6 +143,14 @@ def decode_data(blob: bytes) -> Any:
 # over the value first allocates nothing and detects a false claim. A blob up to this size is not
 # worth it: all its levels together can claim only a few MiB.
 _HARMLESS = 1024
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MappingProxyType):
+        return dict(value)
+    if isinstance(value, int):
+        raise TypeError("data can hold integers from -2^63 to 2^64 - 1, not this one")
+    raise TypeError(f"data can hold what MessagePack can, not {type(value).__name__}")
 
 
 def key_of(key: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ cdef tuple REASONS = None   # number of a state -> {number: reason}
 cdef tuple DECODE = None    # kind of a blob -> callable: bytes -> value
 cdef object ENCODE_DEFINITION = None  # callable: record, definition -> bytes
 cdef object ENCODE_DATA = None        # callable: value -> bytes
+cdef object PACK = None               # the same, for values that are plain
 cdef object ENCODE_WORK = None        # callable: Work -> bytes
 cdef object SETTLE = None             # callable: list, locked record, timeout
 cdef object NOT_FOUND = None          # callable: uuid, name, id -> DomainNotFound
@@ -44,17 +45,18 @@ cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None  # the module that says who is behind a pid, and makes LockTimeout
 
 
-def configure(*, states, reasons, decode, encode_definition, encode_data, encode_work, settle,
-              not_found, key_of, info, parse_uuid, uuid_class, holders):
+def configure(*, states, reasons, decode, encode_definition, encode_data, pack, encode_work,
+              settle, not_found, key_of, info, parse_uuid, uuid_class, holders):
     """Hand the core what it needs of Python: the types that it makes, how values become bytes and
     back, words for errors. Called once.
 
     `encode_definition(record, definition)` checks that the definition is of this record.
     """
     global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, ENCODE_WORK, SETTLE
-    global NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
+    global PACK, NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
     ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND = encode_definition, encode_data, not_found
+    PACK = pack
     ENCODE_WORK, SETTLE, KEY_OF, INFO = encode_work, settle, key_of, info
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
@@ -77,6 +79,7 @@ include "recover.pxi"   # after a death; salvage after damage
 include "sleep.pxi"     # until a domain, the list or the events change
 include "news.pxi"      # which events a commit makes
 include "hold.pxi"      # a thread's hold of a domain, and its changes
+include "count.pxi"     # a number in the data goes up
 include "named.pxi"     # named locks, which belong to no domain
 include "record.pxi"    # Record, the handle; Records
 include "segment.pxi"   # Segment, the attachment; format_segment

@@ -1,8 +1,8 @@
-# Flat values of the data: numbers, strings, and maps of them, to MessagePack and back.
+# The data's values, to MessagePack and back: flat ones here, in one pass over a buffer on the stack.
 #
-# Most data is one: {"vnc": 5901, "requests": 7}. They are encoded and decoded here in one pass over
-# a buffer on the stack. Whatever is larger or deeper is left to `values.encode_data` and
-# `decode_data`, and so are all errors. Both ways give the same bytes and the same values.
+# Flat are numbers, strings, and maps of them, as most data is: {"vnc": 5901, "requests": 7}. Larger
+# and deeper ones of the usual types are msgspec's (`packing.pack`). Whatever else there is, and all
+# errors, are left to `values.encode_data` and `decode_data`. All ways give the same bytes and values.
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_Copy, PyDict_Next, PyDict_SetItem
@@ -12,6 +12,7 @@ from libc.stdint cimport uint32_t, uint64_t
 cdef enum:
     FLAT_MAX = SMALL_MAX  # bytes
     FLAT_ROOM = SMALL_MAX + 16
+    PLAIN_DEPTH = 50
 
 
 cdef object UNDECODED = object()  # a change of the data that nobody has read yet
@@ -38,6 +39,38 @@ cdef bytes encode_flat(object value):
     if at == NULL or at > end:
         return None
     return PyBytes_FromStringAndSize(<char *>buffer, at - buffer)
+
+
+cdef bint is_plain(object value, int depth) except -1:
+    """Whether msgspec encodes it to the bytes that msgpack does, which can be decoded: exact types,
+    keys that are strings, not deep."""
+    cdef PyObject *key
+    cdef PyObject *one
+    cdef Py_ssize_t place = 0
+    cdef int beyond = 0
+    if value is None or type(value) in (str, bytes, float, bool):
+        return True
+    if type(value) is int:
+        PyLong_AsLongLongAndOverflow(value, &beyond)
+        return not beyond
+    if not depth:
+        return False
+    if type(value) is list:
+        for item in <list>value:
+            if not is_plain(item, depth - 1):
+                return False
+        return True
+    if type(value) is tuple:
+        for item in <tuple>value:
+            if not is_plain(item, depth - 1):
+                return False
+        return True
+    if type(value) is not dict:
+        return False
+    while PyDict_Next(value, &place, &key, &one):
+        if type(<object>key) is not str or not is_plain(<object>one, depth - 1):
+            return False
+    return True
 
 
 cdef inline object read_only(object value):

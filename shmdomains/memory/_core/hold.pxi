@@ -124,10 +124,18 @@ cdef void reload_values(Record record) noexcept:
 
 
 cdef void drop_changes(Record record) noexcept:
-    if record.pending:
-        record.pending = 0
-        _objects, _blobs = record.objects, record.blobs  # freed last: that may run anything
-        record.objects = record.blobs = None
+    cdef unsigned pending = record.pending
+    cdef list changes
+    cdef int b
+    if not pending:
+        return
+    record.pending = 0
+    changes, record.changes = record.changes, None  # to free one may run anything
+    for b in range(BLOBS):
+        if pending >> b & 1:
+            changes[b] = changes[BLOBS + b] = None
+    if record.changes is None:
+        record.changes = changes
 
 
 cdef int commit_changes(Record record, uint64_t deadline) except -1:
@@ -145,8 +153,8 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
         for b in range(BLOBS):
             if is_pending(record, b):
                 changes[b].change = True
-                if record.blobs[b] is not None:
-                    set_change(&changes[b], record.blobs[b])
+                if record.changes[BLOBS + b] is not None:
+                    set_change(&changes[b], record.changes[BLOBS + b])
     if has_news(record):
         collect_news(record, &news)
         told = &news
@@ -156,9 +164,8 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
         result = sd_commit(record.segment.segment, record.slot, &record.values, changed, NULL,
                            told, deadline)
     if result != SD_OK:
-        _objects, _blobs = record.objects, record.blobs  # freed later: that may run anything
-        drop_changes(record)
         reload_values(record)
+        drop_changes(record)
         return raise_poison_or_code(record.segment, result,
                                     f"commit domain {uuid_object(record.uuid_raw)}; rolled back")
     record.touched = False
@@ -175,10 +182,10 @@ cdef void remember_value(Record record, int which) noexcept:
     """What was just committed of it need not be decoded."""
     if not is_pending(record, which):
         return
-    value = record.objects[which]
+    value = record.changes[which]
     if value is None or value is UNDECODED:
         return
-    if which == SD_DATA and PyBytes_GET_SIZE(record.blobs[which]) > CACHED_MAX:
+    if which == SD_DATA and PyBytes_GET_SIZE(record.changes[BLOBS + which]) > CACHED_MAX:
         return
     cache(record.segment.decoded, which, record.slot, record.life, record.values.version[which],
           value)
@@ -378,13 +385,12 @@ cdef int set_blob(Record record, int which, object value, bytes encoded) except 
     """A change that waits for the commit. What it replaces goes last: its end may run anything."""
     if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
         raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
-    if not record.pending:
-        record.objects = [None] * BLOBS
-        record.blobs = [None] * BLOBS
-    _former = record.objects[which]
-    record.objects[which] = value
-    record.blobs[which] = encoded
+    if record.changes is None:
+        record.changes = [None] * (2 * BLOBS)
     record.pending |= 1 << which
+    _former = record.changes[which]
+    record.changes[which] = value
+    record.changes[BLOBS + which] = encoded
     return 0
 
 
@@ -392,7 +398,7 @@ cdef object read_blob(Record record, int which):
     """The holder's own change, else what is committed, else None. Domain lock held."""
     cdef sd_stored stored
     if is_pending(record, which):
-        return record.objects[which]
+        return record.changes[which]
     if not record.values.flags & SD_FLAG_PRESENT(which):
         return None
     if sd_blob_get(record.segment.segment, record.slot, &record.values, which, &stored) != SD_OK:
@@ -408,13 +414,14 @@ cdef object read_data(Record record):
     cdef uint64_t life = record.life
     cdef Decoded decoded = record.segment.decoded
     if is_pending(record, SD_DATA):
-        if record.objects[SD_DATA] is UNDECODED:
-            encoded = record.blobs[SD_DATA]
-            value = DECODE[SD_DATA](encoded)
-            if is_pending(record, SD_DATA) and record.blobs[SD_DATA] is encoded:
-                record.objects[SD_DATA] = value
+        value = record.changes[SD_DATA]
+        if value is not UNDECODED:
             return value
-        return record.objects[SD_DATA]
+        encoded = record.changes[BLOBS + SD_DATA]
+        value = DECODE[SD_DATA](encoded)
+        if is_pending(record, SD_DATA) and record.changes[BLOBS + SD_DATA] is encoded:
+            record.changes[SD_DATA] = value
+        return value
     if not record.values.flags & SD_FLAG_PRESENT(SD_DATA):
         return None
     value = cached(decoded, SD_DATA, slot, life, version)
@@ -449,8 +456,8 @@ cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd
 cdef bint vacate(Record record) noexcept:
     """Make a dead handle lead nowhere, so that it can be reused (handle.h). False: it has more to
     let go of."""
-    # `objects`: changes of a hold that ended with its thread, or was the parent's.
-    if record.nonce or record.objects is not None or record.segment.closed:
+    # `pending`: changes of a hold that ended with its thread, or was the parent's.
+    if record.nonce or record.pending or record.segment.closed:
         return False
     if record.leads:
         record.leads = False

@@ -58,6 +58,10 @@ cdef object decode(int which, bytes blob, const uint64_t *uuid, uint64_t version
             return DECODE[which](blob)
         except (ValueError, TypeError, OverflowError) as exc:
             reason = exc
+    raise_damaged(which, reason)
+
+
+cdef int raise_damaged(int which, object reason) except -1:
     raise errors.SegmentCorrupt(
         f"the {BLOB_NAMES[which]} of a domain is damaged: {reason}") from None
 

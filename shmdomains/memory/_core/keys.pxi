@@ -125,6 +125,10 @@ cdef bint make_any_key(sd_key *key, object any) except -1:
         if len(any) < UUID_DIGITS:
             key.what = SD_NAME_INDEX
             return set_name(key.name, any)
+    elif type(any) is UUID or type(any) is bytes and PyBytes_GET_SIZE(any) == 16:
+        key.what = SD_UUID_INDEX
+        uuid_words(any, key.uuid)
+        return True
     found = KEY_OF(any)
     return make_key(key, None, found.get("uuid"), found.get("name"), found.get("id"))
 

@@ -133,7 +133,8 @@ cdef inline bint is_working(uint16_t state) noexcept:
 cdef bint is_redefined(Record record) noexcept:
     if is_pending(record, SD_DEFINITION):
         return True
-    return is_pending(record, SD_NEXT_DEFINITION) and record.blobs[SD_NEXT_DEFINITION] is not None
+    return (is_pending(record, SD_NEXT_DEFINITION)
+            and record.changes[BLOBS + SD_NEXT_DEFINITION] is not None)
 
 
 cdef void add_change_of_state(Record record, sd_news *news) noexcept:

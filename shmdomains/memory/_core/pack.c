@@ -225,7 +225,7 @@ int sd_pack_add(const unsigned char *from, uint64_t bytes, const void *key, uint
     const unsigned char *end = from + bytes, *pairs = sd_pack_next(from, end, &map);
     if (!pairs) return SD_CORRUPT;
     sum->kind = map.kind;
-    if (map.kind != SD_PACK_MAP) return SD_MISMATCH;
+    if (map.kind != SD_PACK_MAP) return SD_MISS;
     const unsigned char *rest = end, *value = value_of(pairs, &rest, map.size, key, key_size);
     if (!rest) return SD_CORRUPT;
     if (value) {

@@ -54,7 +54,7 @@ unsigned char *sd_pack_map(unsigned char *to, uint32_t pairs);
 /* `to` becomes `from`, a map, with `by` added to the number that `key` leads to; one that is not
  * there is 0.  `to` has room for all of `from`, the key, and SD_PACK_ROOM.
  * SD_OK: `size` is that of `to`, `sum` the new number, which is SD_PACK_INT or SD_PACK_UNSIGNED.
- * SD_MISMATCH: `from` is no map, or there is no integer; `sum->kind` is what there is.
+ * SD_MISS: `from` is no map, SD_MISMATCH: there is no integer; `sum->kind` is what there is.
  * SD_FULL: the sum is none of MessagePack's, -2^63 to 2^64 - 1.  SD_CORRUPT: not MessagePack. */
 int sd_pack_add(const unsigned char *from, uint64_t bytes, const void *key, uint32_t key_size,
                 int64_t by, unsigned char *to, uint64_t *size, sd_token *sum);

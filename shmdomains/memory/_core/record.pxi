@@ -38,8 +38,7 @@ cdef class Record:
     cdef bint intends        # the holder said what it is going to do
     cdef bint says           # what it is doing, in the slot
     cdef unsigned pending    # changed blobs, one bit each
-    cdef list objects        # their values
-    cdef list blobs          # and their bytes; None clears
+    cdef list changes        # their values, then their bytes; None clears
     cdef object __weakref__
 
     def __cinit__(self, *args, **kwargs):
@@ -266,7 +265,7 @@ cdef class Record:
         """
         cdef Record mine = need_locked(self)
         if is_pending(mine, SD_DEFINITION):
-            return mine.objects[SD_DEFINITION]
+            return mine.changes[SD_DEFINITION]
         return read_definition(self.segment, self.slot, self.life, &mine.values)
 
     @definition.setter
@@ -308,8 +307,21 @@ cdef class Record:
         if encoded is not None:
             set_blob(mine, SD_DATA, read_only(value), encoded)
             return
+        if is_plain(value, PLAIN_DEPTH):
+            set_blob(mine, SD_DATA, UNDECODED, PACK(value))
+            return
         encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
-        set_blob(need_changeable(self), SD_DATA, UNDECODED, encoded)
+        decoded = DECODE[SD_DATA](encoded)
+        set_blob(need_changeable(self), SD_DATA, decoded, encoded)
+
+    def add(self, field, by=1):
+        """Add to a number in the data, a mapping, and return the sum. Domain lock.
+
+        Part of the transaction, as if ``dom.data`` had been read and assigned, in a fraction of
+        the time. No data, or no entry `field`, counts as 0. Raises `TypeError` when the data is
+        no mapping or the entry no integer, and `OverflowError` beyond -2^63 to 2^64 - 1.
+        """
+        return add_to_data(self, field, by)
 
     @property
     def previous_owner_died(self):

@@ -212,6 +212,22 @@ cdef class Segment:
         (virDomainFindByName)."""
         return find_with_list(self, "find_by_name", None, name, None, timeout, why)
 
+    def add(self, key, field, by=1, timeout=None):
+        """`Domain.add` in one call: lock the domain with this key, add, commit, unlock. Returns the
+        sum.
+
+        `key` by position, as for `get`; `timeout` in seconds. Raises what `get` and `Domain.add`
+        raise.
+        """
+        cdef sd_key wanted
+        cdef uint64_t deadline = deadline_of(timeout)
+        need_open(self)
+        if make_key(&wanted, key, None, None, None):
+            sum = add_by_key(self, &wanted, field, by, deadline, timeout)
+            if sum is not None:
+                return sum
+        raise not_found(&wanted, key, None, None, None)
+
     # --- who holds what (held.pxi) ---
 
     @property

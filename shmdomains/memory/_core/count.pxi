@@ -1,0 +1,107 @@
+# Counting: a number in the data goes up without the data becoming Python objects and back.
+#
+# The data is a map, and the number one of its values. The bytes before and after it are copied as
+# they are (pack.c); the change waits for the commit like any other. What is damaged is refused, for
+# it would get a checksum that fits.
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from shmdomains import errors
+
+cdef enum:
+    COUNTED_ROOM = 512  # bytes on the stack; what may be longer gets memory
+    EMPTY_MAP = 0x80
+
+cdef tuple KINDS_OF_DATA = ("None", "a bool", "a bool", "an integer", "an integer", "a float",
+                            "a str", "bytes", "an extension type", "a sequence", "a mapping")
+
+
+cdef object add_to_data(Record record, object field, object by):
+    """Add, and return the sum. Domain lock."""
+    cdef unsigned char room[COUNTED_ROOM]
+    cdef unsigned char *to = room
+    cdef uint64_t words[SMALL_WORDS]
+    cdef const unsigned char *at = <const unsigned char *>words
+    cdef const char *key
+    cdef Py_ssize_t key_size
+    cdef uint64_t size
+    cdef sd_token sum
+    cdef int beyond = 0, result
+    cdef int64_t step
+    cdef Record mine
+    if not isinstance(field, str):
+        raise TypeError(f"an entry of the data is named by a str, not {type(field).__name__}")
+    key = PyUnicode_AsUTF8AndSize(field, &key_size)
+    step = PyLong_AsLongLongAndOverflow(PyNumber_Index(by), &beyond)  # may run anything
+    if beyond:
+        raise OverflowError(f"to {field!r} -2^63 to 2^63 - 1 can be added, not {by}")
+    mine = need_changeable(record)
+    base = packed_data(mine, words, &size)
+    if base is not None:
+        at = <const unsigned char *>PyBytes_AS_STRING(base)
+    if size + key_size + SD_PACK_ROOM > COUNTED_ROOM:
+        longer = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size + key_size + SD_PACK_ROOM)
+        to = <unsigned char *>PyBytes_AS_STRING(longer)
+    result = sd_pack_add(at, size, key, <uint32_t>key_size, step, to, &size, &sum)
+    if result != SD_OK:
+        raise_not_added(mine, result, sum.kind, field)
+    set_blob(mine, SD_DATA, UNDECODED, PyBytes_FromStringAndSize(<char *>to, <Py_ssize_t>size))
+    return sum.number if sum.kind == SD_PACK_INT else <uint64_t>sum.number
+
+
+cdef bytes packed_data(Record mine, uint64_t *words, uint64_t *size):
+    """The bytes of the data with the holder's change, an empty map if there is none; or None: they
+    are in `words`."""
+    cdef sd_stored stored
+    cdef uint64_t version = mine.values.version[SD_DATA]
+    cdef bytes packed = None
+    if is_pending(mine, SD_DATA):
+        packed = mine.changes[BLOBS + SD_DATA]
+        if packed is not None:
+            size[0] = <uint64_t>PyBytes_GET_SIZE(packed)
+            return packed
+    if is_pending(mine, SD_DATA) or not mine.values.flags & SD_FLAG_PRESENT(SD_DATA):
+        words[0], size[0] = EMPTY_MAP, 1
+        return None
+    if sd_blob_get(mine.segment.segment, mine.slot, &mine.values, SD_DATA, &stored) != SD_OK:
+        raise_code(SD_CORRUPT, "add to the data")
+    size[0] = stored.bytes - 8
+    if stored.bytes > 8 * SMALL_WORDS:
+        packed = unsealed_blob(SD_DATA, copy_stored(&stored), mine.uuid_raw, version)
+        if packed is None:
+            raise_damaged(SD_DATA, "its checksum does not fit")
+        return packed
+    sd_copy_out(words, stored.at + 1, size[0])
+    if sd_load(stored.at) != sd_blob_sum(mine.uuid_raw, SD_DATA, version, words, size[0]):
+        raise_damaged(SD_DATA, "its checksum does not fit")
+    return None
+
+
+cdef int raise_not_added(Record mine, int result, int kind, object field) except -1:
+    whose = f"the data of {describe(mine.segment, mine.slot)}"
+    if result == SD_FULL:
+        raise OverflowError(
+            f"{whose}: {field!r} would leave what MessagePack can hold, -2^63 to 2^64 - 1")
+    if result == SD_MISS:
+        raise TypeError(f"{whose} is {KINDS_OF_DATA[kind]}, no mapping: nothing can be counted "
+                        "in it")
+    if result == SD_MISMATCH:
+        raise TypeError(f"{whose}: {field!r} is {KINDS_OF_DATA[kind]}, no integer")
+    raise_damaged(SD_DATA, "it is not MessagePack")
+
+
+cdef object add_by_key(Segment doms, const sd_key *key, object field, object by,
+                       uint64_t deadline, object timeout):
+    """Find, lock, add, commit, unlock; the sum. None: there is no such domain."""
+    cdef Record record = find_record(doms, key, deadline, timeout)
+    if record is None:
+        return None
+    try:
+        sum = add_to_data(record, field, by)
+    except BaseException:
+        if locked_or_none(record) is not None:
+            end_hold(record, False)
+        raise
+    unlock_held(record, deadline)
+    return sum
