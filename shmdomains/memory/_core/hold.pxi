@@ -440,7 +440,7 @@ cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd
     cdef uint64_t uuid[2]
     cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
     value = cached(doms.decoded, SD_DEFINITION, slot, life, version)
-    if value is not None:
+    if value is not None and type(value) is not bytes:  # its bytes: somebody peeked at it
         return value
     if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
         decode(SD_DEFINITION, None, NULL, 0)

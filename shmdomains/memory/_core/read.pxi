@@ -15,7 +15,7 @@ cdef enum:
     # What of a record's blobs an info gets.
     WITHOUT = 0
     WITH = 1
-    WHEN_ASKED = 2  # the definition, which is large; the others at once
+    PEEKED = 2  # the definition, which is large, later, unless the cache has room for it
 
 
 cdef uint32_t slot_count(Segment doms) except? 0:
@@ -49,7 +49,7 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, int bl
                 return None
             if not blobs:
                 break
-            result = read_blobs(doms, slot, &view, info.blobs, blobs == WHEN_ASKED)
+            result = read_blobs(doms, slot, &view, info.blobs, blobs == PEEKED)
             if result == SD_CORRUPT:
                 raise_code(result, "read")
             if result == SD_OK:
@@ -68,39 +68,47 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, int bl
 cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs,
                     bint later) except? -1:
     """Copy the blobs that the view leads to into empty `blobs`, but not those that are in the
-    cache, nor, if `later`, the definition. SD_DOUBT: a writer came in between, read again."""
+    cache, nor, if `later` and the cache has no room, the definition. SD_DOUBT: a writer came in between, read again."""
     cdef bytes blob
     cdef sd_stored stored
+    cdef uint64_t version
+    cdef bytes copied = None
     cdef int b, result
     blobs.decoded = doms.decoded
     blobs.slot, blobs.life = slot, view.life
     blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
     memcpy(blobs.version, view.values.version, sizeof(blobs.version))
-    blobs.known = cached(doms.decoded, SD_DEFINITION, slot, view.life,
-                         view.values.version[SD_DEFINITION])
+    version = view.values.version[SD_DEFINITION]
+    keep_definition(blobs, cached(doms.decoded, SD_DEFINITION, slot, view.life, version))
     if view.values.flags & SD_FLAG_PRESENT(SD_DATA):
         blobs.known_data = cached(doms.decoded, SD_DATA, slot, view.life,
                                   view.values.version[SD_DATA])
-    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, BLOBS):
-        if not view.values.flags & SD_FLAG_PRESENT(b) or (
-                b == SD_DATA and blobs.known_data is not None):
+    for b in range(BLOBS):
+        if not view.values.flags & SD_FLAG_PRESENT(b):
+            continue
+        if b == SD_DEFINITION and (blobs.known is not None or blobs.definition is not None):
+            continue
+        if b == SD_DATA and blobs.known_data is not None:
             continue
         result = sd_view_blob(doms.segment, slot, view, b, &stored)
         if result != SD_OK:
             return result
-        if later and b == SD_DEFINITION:
+        if later and b == SD_DEFINITION and not has_place(doms.decoded, slot):
             blobs.later = stored
             continue
         blob = copy_stored(&stored)
         if b == SD_DEFINITION:
-            blobs.definition = blob
+            blobs.definition = copied = blob
         elif b == SD_NEXT_DEFINITION:
             blobs.next_definition = blob
         elif b == SD_DATA:
             blobs.data = blob
         else:
             blobs.work = blob
-    return sd_view_blobs_check(doms.segment, slot, view)
+    result = sd_view_blobs_check(doms.segment, slot, view)
+    if result == SD_OK and later and copied is not None:
+        cache(doms.decoded, SD_DEFINITION, slot, view.life, version, copied)
+    return result
 
 
 cdef DomainInfo read_by_key(Segment doms, const sd_key *key, int blobs, uint64_t deadline):

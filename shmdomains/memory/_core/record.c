@@ -384,6 +384,7 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     next->flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
     next->flags |= now.flags & SD_FLAG_SWAPPED;
     for (int b = 0; b < SD_BLOBS; b++) next->flags |= now.flags & SD_FLAG_CHOICE(b);
+    next->flags |= SD_FLAG_NAME; /* so that a first name lies where finds look first */
     int result = make_blobs(segment, slot, uuid, next, blobs, deadline);
     if (result != SD_OK) return result;
     sd_name_set(segment, slot, uuid, next, name);
