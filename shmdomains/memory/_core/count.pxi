@@ -99,9 +99,8 @@ cdef object add_by_key(Segment doms, const sd_key *key, object field, object by,
         return None
     try:
         sum = add_to_data(record, field, by)
-    except BaseException:
+        commit_changes(record, deadline)
+    finally:
         if locked_or_none(record) is not None:
-            end_hold(record, False)
-        raise
-    unlock_held(record, deadline)
+            end_hold(record, False)  # a death is left for a holder who is told
     return sum

@@ -212,21 +212,23 @@ cdef class Segment:
         (virDomainFindByName)."""
         return find_with_list(self, "find_by_name", None, name, None, timeout, why)
 
-    def add(self, key, field, by=1, timeout=None):
-        """`Domain.add` in one call: lock the domain with this key, add, commit, unlock. Returns the
-        sum.
+    def add(self, key=None, /, field=None, by=1, timeout=None, *, uuid=None, name=None, id=None):
+        """Add to a named integer of a domain's data and commit it; returns the sum.
 
-        `key` by position, as for `get`; `timeout` in seconds. Raises what `get` and `Domain.add`
-        raise.
+        Exactly one key, by position as `get` takes it or by keyword. The domain is locked, changed
+        and unlocked in this call. Raises what `get` and `Domain.add` raise: `AlreadyLocked` if this
+        thread holds the domain, which has `add`, too.
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         need_open(self)
-        if make_key(&wanted, key, None, None, None):
+        if field is None:
+            raise TypeError("say which integer of the data: doms.add('web1', 'requests')")
+        if make_key(&wanted, key, uuid, name, id):
             sum = add_by_key(self, &wanted, field, by, deadline, timeout)
             if sum is not None:
                 return sum
-        raise not_found(&wanted, key, None, None, None)
+        raise not_found(&wanted, key, uuid, name, id)
 
     # --- who holds what (held.pxi) ---
 
