@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -304,6 +305,22 @@ class AsyncDomainList(core.AsyncSegment):
     def lock_many(self, domains: Iterable[Key], timeout: float | None = None) -> _LockMany:
         """Several domains, locked for an ``async with`` block."""
         return _LockMany(self.plain, list(domains), timeout)
+
+    async def add(
+        self,
+        key: Key | None = None,
+        /,
+        field: str | None = None,
+        by: int = 1,
+        timeout: float | None = None,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> int:
+        """Add to a named integer of a domain's data and commit it; returns the sum."""
+        add = partial(self.plain.add, uuid=uuid, name=name, id=id)
+        return await ask(add, key, field, by, timeout, within=timeout)
 
     def mutex(self, name: str, timeout: float | None = None, *, why: str | None = None) -> _Mutex:
         """A named lock, for an ``async with`` block."""

@@ -192,6 +192,9 @@ class DomainBase(Protocol):
     def data(self) -> Any: ...
     @data.setter
     def data(self, value: Any, /) -> None: ...
+    def add(self, field: str, by: int = 1) -> int:
+        """Add to an integer of the data, as part of the transaction (`values.added`)."""
+        ...
 
     @property
     def is_locked(self) -> bool:
