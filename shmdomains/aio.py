@@ -29,7 +29,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from .config import LoadReport
 from .errors import LockTimeout, UncommittedChanges
@@ -306,6 +306,11 @@ class AsyncDomainList(core.AsyncSegment):
         """Several domains, locked for an ``async with`` block."""
         return _LockMany(self.plain, list(domains), timeout)
 
+    def get_many(self, keys: Iterable[Key], timeout: float | None = None) -> _LockMany:
+        """The domains with these keys, locked for an ``async with`` block."""
+        wanted: list[Key] = [one.uuid if isinstance(one, Domain) else one for one in keys]
+        return _LockMany(self.plain, wanted, timeout)
+
     async def add(
         self,
         key: Key | None = None,
@@ -349,6 +354,16 @@ class AsyncDomainList(core.AsyncSegment):
     ) -> _Acquire[Domain]:
         """Add a domain, or give it another definition; locked. List lock held by the task."""
         return _Acquire(self.plain.assign_def, (definition, persistent, timeout), {}, timeout)
+
+    def assign_defs(
+        self,
+        definitions: Iterable[DomainDef | EncodedDef],
+        persistent: bool | None = None,
+        timeout: float | None = None,
+    ) -> _Acquire[LockedDomains]:
+        """Add domains, or give them other definitions; all locked. The list lock is taken."""
+        enter = cast("Callable[..., LockedDomains]", self.plain.assign_defs)
+        return _Acquire(enter, (list(definitions), persistent, timeout), {}, timeout)
 
     async def remove_inactive(self, dom: Domain, timeout: float | None = None) -> None:
         """Remove a domain. List lock held by the task, `dom` not locked by it."""

@@ -7,17 +7,23 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import EVERY_STORE, Party, Store, thread_party, xml
+from helpers import EVERY_STORE, Party, Store, definition, thread_party, xml
 
 from shmdomains import (
     AlreadyLocked,
+    DomainDef,
+    DomainExists,
     DomainNotFound,
     DomainNotLocked,
+    ListNotLocked,
     LockOrder,
     LockTimeout,
+    SegmentFull,
+    TooManyLocks,
 )
+from shmdomains.xml.definition import EncodedDef
 
-A, B = (UUID(int=number) for number in (10, 11))
+A, B, C, D = (UUID(int=number) for number in (10, 11, 12, 13))
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -180,3 +186,236 @@ def test_no_addition_is_lost(doms: Any, other: Party) -> None:
         doms.add("a", "requests")
     assert other.answer() >= 50
     assert doms.peek("a").data == {"requests": 100}
+
+
+# --- get_many ----------------------------------------------------------------------------------
+
+
+def test_get_many_takes_keys_as_get_does(doms: Any) -> None:
+    doms.define(xml("c", C))
+    doms.define(xml("d", D))
+    with doms.get("d") as handle:
+        number = handle.activate()
+    keys = [str(C), "b", number, doms.peek("a")]
+    with doms.get_many(iter(keys)) as many:
+        assert [dom.name for dom in many] == ["c", "b", "d", "a"]
+        assert all(dom.is_locked for dom in many) and len(many) == 4
+        many[1].data = "changed"
+    assert doms.peek("b").data == "changed"
+    with doms.get_many([handle]) as (dom,):
+        assert dom.name == "d" and dom is not handle
+    with doms.get_many([]) as none:
+        assert list(none) == []
+    doms.undefine("c")
+    with doms.locked(), pytest.raises(DomainNotFound):
+        doms.get_many([C])
+
+
+def test_get_many_is_all_or_nothing(doms: Any, other: Party) -> None:
+    other.tell("dom = doms.get('b')")
+    for keys, error in ((["a", "b"], LockTimeout), (["a", "nobody"], DomainNotFound)):
+        with pytest.raises(error):
+            doms.get_many(keys, timeout=0.02)
+        with doms.get("a", timeout=0):
+            pass
+    with pytest.raises(AlreadyLocked):
+        doms.get_many(["a", "a"])
+    with pytest.raises(ValueError):
+        doms.get_many([], timeout=-1)
+    other.tell("dom.unlock()")
+    with pytest.raises(ZeroDivisionError), doms.get_many(["a", "b"]) as many:
+        for dom in many:
+            dom.data = "not this"
+        raise ZeroDivisionError
+    assert [doms.peek(name).data for name in "ab"] == [None, None]
+    with doms.get("a"), pytest.raises(LockOrder):
+        doms.get_many(["b"])
+
+
+# --- assign_defs -------------------------------------------------------------------------------
+
+
+def everything(doms: Any) -> list[tuple[Any, ...]]:
+    return sorted(
+        (info.name, info.uuid, info.persistent, info.definition.title, info.next_definition)
+        for info in doms.snapshot()
+    )
+
+
+def test_definitions_are_entered_in_their_order(doms: Any) -> None:
+    wanted = [
+        definition("d", D, title="d"),
+        definition("b", B, title="b"),
+        definition("e", title="e"),
+        definition("a", title="a"),
+        definition("c", C, title="c"),
+    ]
+    with doms.assign_defs(iter(wanted)) as many:
+        assert [dom.name for dom in many] == ["d", "b", "e", "a", "c"]
+        assert all(dom.is_locked for dom in many) and not doms.is_locked
+        assert [dom.definition.title for dom in many] == ["d", "b", "e", "a", "c"]
+        assert [dom.persistent for dom in many] == [False, True, False, True, False]
+        # New ones are there, what was replaced is not yet.
+        assert {info.name: info.definition.title for info in doms.snapshot()} == {
+            "a": None,
+            "b": None,
+            "c": "c",
+            "d": "d",
+            "e": "e",
+        }
+    assert [doms.peek(name).definition.title for name in "abcde"] == list("abcde")
+    assert (doms.peek("a").uuid, doms.peek("c").uuid) == (A, C)
+    assert doms.peek("e").definition.uuid == doms.peek("e").uuid
+
+
+def test_an_active_domain_gets_its_next_definition(doms: Any) -> None:
+    with doms.get("a") as dom:
+        dom.activate()
+    with doms.assign_defs([definition("a", A, title="next"), definition("c")], persistent=False):
+        pass
+    info = doms.peek("a")
+    assert (info.definition.title, info.next_definition.title) == (None, "next")
+    assert [doms.peek(name).persistent for name in "abc"] == [False, True, False]
+    with doms.assign_defs([definition("a", A), definition("c")], persistent=True):
+        pass
+    assert [doms.peek(name).persistent for name in "abc"] == [True, True, True]
+
+
+def test_encoded_definitions_are_entered_as_they_are(doms: Any) -> None:
+    wanted = [definition("c", C, title="new"), definition("a", A, title="old"), definition("d")]
+    with doms.assign_defs(EncodedDef.of(one) for one in wanted) as many:
+        assert [dom.definition.title for dom in many] == ["new", "old", None]
+
+
+def test_a_block_that_fails_rolls_back_what_was_replaced(doms: Any) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        doms.assign_defs([definition("a", A, title="not this"), definition("c", C)]),
+    ):
+        raise ZeroDivisionError
+    assert doms.peek("a").definition.title is None
+    assert doms.peek("c").uuid == C  # as after assign_def
+
+
+IN_VAIN: dict[str, tuple[list[DomainDef], type[Exception], str]] = {
+    "a name twice": ([definition("c", C), definition("c", D)], DomainExists, "'c'"),
+    "a name twice, without uuids": ([definition("c"), definition("c")], DomainExists, "'c'"),
+    "one that is there twice": ([definition("a"), definition("a", A)], DomainExists, "'a'"),
+    "a uuid twice": ([definition("c", C), definition("d", C)], DomainExists, "'c' and 'd'"),
+    "another uuid": ([definition("c"), definition("a", C)], DomainExists, str(A)),
+    "another name": ([definition("c"), definition("d", A)], DomainExists, "'a'"),
+    "one that is locked": (
+        [definition("c"), definition("a", A, title="x"), definition("b", B), definition("d")],
+        LockTimeout,
+        "'b'",
+    ),
+}
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "list held"])
+@pytest.mark.parametrize("why", IN_VAIN)
+def test_all_definitions_or_none(doms: Any, other: Party, why: str, held: bool) -> None:
+    wanted, error, words = IN_VAIN[why]
+    before, events = everything(doms), doms._event_count
+    other.tell("dom = doms.get('b')")
+    if held:
+        doms.lock()
+    with pytest.raises(error, match=words):
+        doms.assign_defs(wanted, timeout=0.02)
+    assert doms.is_locked == held
+    if held:
+        doms.unlock()
+    other.tell("dom.unlock()")
+    assert everything(doms) == before
+    assert doms._event_count == events  # nobody heard of it
+    with doms.get_many(["a", "b"], timeout=0):
+        pass
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "list held"])
+def test_an_error_among_the_new_ones_takes_them_back(
+    doms: Any, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    before, insert = everything(doms), type(doms)._insert
+
+    def full(self: Any, uuid: Any, name: str, *rest: Any) -> Any:
+        dom = insert(self, uuid, name, *rest)
+        if name == "d":
+            raise SegmentFull("no room for d")
+        return dom
+
+    monkeypatch.setattr(type(doms), "_insert", full)
+    wanted = [definition("c"), definition("a", A, title="x"), definition("d"), definition("e")]
+    if held:
+        doms.lock()
+    with pytest.raises(SegmentFull):
+        doms.assign_defs(wanted)
+    assert doms.is_locked == held
+    if held:
+        doms.unlock()
+    assert everything(doms) == before
+    monkeypatch.undo()
+    with doms.assign_defs(wanted) as many:
+        assert len(many) == 4
+
+
+def test_an_error_after_the_list_lock_takes_all_back(
+    doms: Any, other: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a signal handler does: by then others may have what is new, and change it."""
+    before = everything(doms)
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            doms.lock()
+
+        def __exit__(self, *exc: object) -> None:
+            doms.unlock()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(doms), "_list_held", lambda doms, timeout: Interrupted())
+    took_back = type(doms)._take_back
+
+    def take_back(self: Any, dom: Any, *rest: Any) -> None:
+        monkeypatch.undo()
+        if doms.peek("d") is not None and doms.peek("d").data is None:
+            other.tell("with doms.get('d', timeout=5) as dom: dom.data = 'mine'")
+        took_back(self, dom, *rest)
+
+    monkeypatch.setattr(type(doms), "_take_back", take_back)
+    with pytest.raises(KeyboardInterrupt):
+        doms.assign_defs([definition("c"), definition("a", A, title="x"), definition("d", D)])
+    assert doms.peek("d").data == "mine"
+    remove(doms, "d")
+    assert everything(doms) == before
+    with doms.get_many(["a", "b"], timeout=0):
+        pass
+
+
+def remove(doms: Any, name: str) -> None:
+    with doms.locked():
+        doms.remove_inactive(name)
+
+
+def test_who_must_hold_what_to_assign(doms: Any) -> None:
+    with doms.get("a"), pytest.raises(LockOrder):
+        doms.assign_defs([definition("c")])
+    with doms.locked(), doms.get("a"):
+        with pytest.raises(AlreadyLocked):
+            doms.assign_defs([definition("c"), definition("a")])
+        with doms.assign_defs([definition("d")]) as (dom,):
+            assert dom.name == "d"
+    with pytest.raises(ValueError):
+        doms.assign_defs([], timeout=-1)
+    with doms.assign_defs([]) as none:
+        assert len(none) == 0
+    assert [info.name for info in doms.list()] == ["a", "b", "d"]
+    with pytest.raises(ListNotLocked):
+        doms.assign_def(definition("c"))
+
+
+def test_more_than_can_be_held_are_refused_at_once(doms: Any) -> None:
+    before = everything(doms)
+    with pytest.raises(TooManyLocks, match=r"1001 definitions at once: .* work in batches"):
+        doms.assign_defs(definition(f"d{number}") for number in range(1001))
+    assert everything(doms) == before

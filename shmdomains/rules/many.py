@@ -6,15 +6,96 @@ the seam and the rules about one domain; a native store may do the same in fewer
 
 from __future__ import annotations
 
-from ..names import Uuid
-from .domain_list import DomainListRules
+from collections.abc import Iterable
+from typing import Generic
+from uuid import UUID
+
+from ..errors import DomainExists, TooManyLocks
+from ..names import Uuid, parse_uuid
+from ..states import DomainState
+from ..xml.definition import DomainDef, EncodedDef
+from .domain_list import DomainListRules, as_new, replace_definition
 from .info import DomainInfo
-from .store import D, Deadline
-from .values import one_key
+from .store import D, Deadline, Identity, LockedDomains
+from .values import not_found, one_key
+
+MAX_HELD = 1_000
+"""Domains that one owner may hold; see `TooManyLocks`."""
+
+Definition = DomainDef | EncodedDef
 
 
 class ManyRules(DomainListRules[D]):
     """The rules with these, to be combined with a store."""
+
+    def get_many(
+        self, keys: Iterable[D | DomainInfo | Uuid | int], timeout: float | None = None
+    ) -> LockedDomains[D]:
+        """`get` for several keys: their domains, locked, in the order of the keys.
+
+        All or nothing, and the list lock is held meanwhile, as in `lock_many`, which also takes
+        handles as they are: here they stand for their uuids. Raises what `lock_many` raises.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...        "<os><type>hvm</type></os></domain>")
+        >>> infos = [doms.define(xml), doms.define(xml.replace("web1", "web2"))]
+        >>> with doms.get_many(["web2", infos[0].uuid]) as (second, first):
+        ...     second.name, first.name
+        ('web2', 'web1')
+        """
+        handles = self._handle_type
+        return self.lock_many(
+            [one.uuid if isinstance(one, handles) else one for one in keys], timeout
+        )
+
+    def assign_defs(
+        self,
+        definitions: Iterable[Definition],
+        persistent: bool | None = None,
+        timeout: float | None = None,
+    ) -> LockedDomains[D]:
+        """`assign_def` for several definitions: their domains, locked, in the order given.
+
+        The list lock is taken, unless the caller holds it. All or nothing: an error removes the
+        domains that are new and rolls the others back. If the worker is killed in this call, or
+        loses its locks, the new domains that were entered by then stay. The end of the ``with``
+        block commits what was replaced, or rolls it back; new domains are committed before it
+        begins.
+
+        Raises what `assign_def` raises, and before anything is changed `DomainExists`, also for two
+        definitions with one name or uuid, and `TooManyLocks` for more than 1,000: enter those in
+        batches.
+
+        >>> from shmdomains import DomainDef, DomainList
+        >>> doms = DomainList()
+        >>> web1 = DomainDef.from_xml("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...                           "<os><type>hvm</type></os></domain>")
+        >>> with doms.assign_defs([web1, web1.replace(name="web2")], persistent=True) as new:
+        ...     [dom.name for dom in new]
+        ['web1', 'web2']
+        >>> doms.count(persistent=True)
+        2
+        """
+        deadline = self._deadline(timeout)
+        wanted = list(definitions)
+        if len(wanted) > MAX_HELD:
+            raise TooManyLocks(
+                f"{len(wanted)} definitions at once: {self._this} may hold {MAX_HELD} domains; "
+                "work in batches"
+            )
+        batch = _Batch(self, len(wanted), deadline)
+        try:
+            with self._list_held(deadline.left()):
+                try:
+                    return batch.enter(wanted, persistent)
+                except BaseException:
+                    batch.undo()  # while nobody else can find them
+                    raise
+        except BaseException:
+            batch.undo()  # a signal handler may raise as the list lock is released
+            raise
 
     def add(
         self,
@@ -51,6 +132,74 @@ class ManyRules(DomainListRules[D]):
         finally:
             dom._release_unseen()
         return value
+
+
+class _Batch(Generic[D]):
+    """Domains that are entered together. At each place is its handle once it is locked."""
+
+    def __init__(self, doms: ManyRules[D], count: int, deadline: Deadline) -> None:
+        self._doms, self._deadline = doms, deadline
+        self._places: list[list[D | None]] = [[None] for _ in range(count)]
+        self._known: list[Identity | None] = []
+
+    def enter(self, wanted: list[Definition], persistent: bool | None) -> LockedDomains[D]:
+        doms, left = self._doms, self._deadline.left
+        self._known = [doms._known(definition) for definition in wanted]
+        _need_different(wanted, self._known)
+        # Those that others may hold come first: a wait in vain leaves no event of a new domain.
+        for definition, known, place in zip(wanted, self._known, self._places, strict=True):
+            if known is None:
+                continue
+            place[0] = found = doms.find_by_uuid(known.uuid, left())
+            if found is None:  # a signal handler of this thread removed it
+                raise not_found(uuid=known.uuid)
+            replace_definition(found, definition, persistent)
+        new = [
+            (as_new(definition), place)
+            for definition, known, place in zip(wanted, self._known, self._places, strict=True)
+            if known is None
+        ]
+        for (uuid, name, blob), place in new:
+            doms._insert(uuid, name, blob, DomainState.SHUTOFF, persistent or False, left(), place)
+        entered = doms._empty()
+        for [dom] in self._places:
+            assert dom is not None
+            entered.append(dom)
+        return entered
+
+    def undo(self) -> None:
+        """Unlock all of them and leave nothing; once more is harmless. In a child that a signal
+        handler forked nothing is locked: that is its parent's."""
+        doms, new = self._doms, []
+        for [dom], known in zip(self._places, self._known, strict=False):
+            if dom is None or not dom.is_locked:
+                continue
+            if known is None:
+                new.append((dom, dom._receipt))
+            if known is not None or not doms.is_locked:
+                dom._release_unseen()
+        for dom, made in new:
+            doms._take_back(dom, made, self._deadline.left())
+
+
+def _need_different(wanted: list[Definition], known: list[Identity | None]) -> None:
+    """`DomainExists` for two definitions of one domain."""
+    names: set[str] = set()
+    uuids: dict[UUID, str] = {}
+    for definition, there in zip(wanted, known, strict=True):
+        name = definition.name
+        if name in names:
+            raise DomainExists(f"domain '{name}' is to be entered twice at once")
+        names.add(name)
+        given = definition.uuid if there is None else there.uuid
+        if given is None:
+            continue
+        uuid = parse_uuid(given)
+        if uuid in uuids:
+            raise DomainExists(
+                f"domains '{uuids[uuid]}' and '{name}' are to be entered with one uuid {uuid}"
+            )
+        uuids[uuid] = name
 
 
 def _end(dom: D, deadline: Deadline) -> None:
