@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
@@ -15,12 +17,15 @@ from shmdomains import (
     DomainExists,
     DomainNotFound,
     DomainNotLocked,
+    DomainState,
     ListNotLocked,
     LockOrder,
     LockTimeout,
+    PausedReason,
     SegmentFull,
     TooManyLocks,
 )
+from shmdomains.table import Table, Texts
 from shmdomains.xml.definition import EncodedDef
 
 A, B, C, D = (UUID(int=number) for number in (10, 11, 12, 13))
@@ -419,3 +424,134 @@ def test_more_than_can_be_held_are_refused_at_once(doms: Any) -> None:
     with pytest.raises(TooManyLocks, match=r"1001 definitions at once: .* work in batches"):
         doms.assign_defs(definition(f"d{number}") for number in range(1001))
     assert everything(doms) == before
+
+
+# --- table -------------------------------------------------------------------------------------
+
+DEFAULT = ("id", "name", "uuid", "state", "reason", "persistent", "autostart", "pid")
+
+
+@pytest.fixture
+def various(doms: Any) -> Any:
+    """`doms` with domains that differ in every column, and names that are not ASCII."""
+    with doms.assign_defs([definition("grün", C), definition("北京", D)]) as (green, beijing):
+        green.activate(pid=4711, state=DomainState.PAUSED, reason=PausedReason.USER)
+        green.autostart = True
+        beijing.activate(reason=900)
+    return doms
+
+
+def as_rows(doms: Any, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    def value(info: Any, column: str) -> Any:
+        if column == "active":
+            return int(info.is_active)
+        found = getattr(info, column)
+        if column == "uuid":
+            return found.bytes
+        if column == "name":
+            return found
+        return -1 if found is None else int(found)
+
+    return [tuple(value(info, column) for column in columns) for info in doms.list()]
+
+
+def test_a_table_says_what_a_list_says(various: Any) -> None:
+    table = various.table()
+    assert isinstance(table, Table) and table.columns == DEFAULT and len(table) == 4
+    assert list(table) == list(table.rows()) == as_rows(various, DEFAULT)
+    columns = (*reversed(DEFAULT), "active")
+    assert various.table(columns).columns == columns
+    assert list(various.table(iter(columns))) == as_rows(various, columns)
+    rows = {row[0]: row[1:] for row in various.table(("name", "id", "pid", "reason", "active"))}
+    assert rows["a"] == (-1, -1, 0, 0)
+    assert rows["grün"][1:] == (4711, int(PausedReason.USER), 1) and rows["grün"][0] > 0
+    assert rows["北京"][1:] == (-1, 900, 1)
+
+
+def test_the_columns_are_buffers(various: Any) -> None:
+    table = various.table((*DEFAULT, "active"))
+    for name in ("id", "pid", "state", "reason"):
+        assert type(table[name]) is array and table[name].typecode == "i"
+    for name in ("persistent", "autostart", "active"):
+        assert type(table[name]) is array and table[name].typecode == "B"
+    for name in table.columns:
+        assert len(table[name]) == 4
+    uuids = memoryview(table["uuid"])
+    assert (uuids.shape, uuids.format, uuids.c_contiguous) == ((4, 16), "B", True)
+    assert uuids.tobytes() == b"".join(info.uuid.bytes for info in various.list())
+    names = table["name"]
+    assert isinstance(names, Texts)
+    assert (type(names.offsets), names.offsets.typecode, len(names.offsets)) == (array, "i", 5)
+    assert names.offsets.itemsize == ctypes.sizeof(ctypes.c_int32)  # what Arrow wants
+    assert type(names.data) is bytes
+    bounds = zip(names.offsets, names.offsets[1:], strict=False)
+    assert [names.data[start:end].decode() for start, end in bounds] == [
+        info.name for info in various.list()
+    ]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"active": True},
+        {"active": False},
+        {"persistent": True},
+        {"autostart": True},
+        {"state": "paused"},
+        {"state": [DomainState.RUNNING, "shut off"], "persistent": False},
+        {"host": "elsewhere"},
+        {"active": True, "active_too": True},
+    ],
+    ids=str,
+)
+def test_a_table_has_the_filters_of_list(various: Any, filters: dict[str, Any]) -> None:
+    if filters.pop("active_too", False):
+        with pytest.raises(TypeError):
+            various.table(("name",), True)
+        return
+    table = various.table(("name",), **filters)
+    expected = [info.name for info in various.list(**filters)]
+    assert list(table["name"]) == expected and len(table) == len(expected)
+
+
+def test_a_table_of_nothing(doms: Any) -> None:
+    table = doms.table((*DEFAULT, "active"), active=True)
+    assert len(table) == 0 and list(table) == []
+    assert memoryview(table["uuid"]).shape == (0, 16)
+    assert (list(table["name"]), table["name"].data, table["id"]) == ([], b"", array("i"))
+    assert table["name"].offsets == array("i", [0])
+    without = doms.table(())
+    assert (len(without), without.columns, list(without)) == (2, (), [(), ()])
+
+
+def test_a_column_that_there_is_not(doms: Any) -> None:
+    with pytest.raises(ValueError, match=r"no column 'memory'; there are id, name, uuid, .*active"):
+        doms.table(("id", "memory"))
+    with pytest.raises(ValueError, match="'id' is asked for twice"):
+        doms.table(("id", "name", "id"))
+    with pytest.raises(TypeError, match="several names"):
+        doms.table("id")
+    with pytest.raises(KeyError, match="'name' in this table, which has id, pid"):
+        doms.table(("id", "pid"))["name"]
+
+
+def test_a_table_takes_no_lock(doms: Any, other: Party) -> None:
+    other.tell("doms.lock(); dom = doms.find_by_name('a'); dom.data = 'not yet'; dom.activate()")
+    with doms.get("b", timeout=5) as dom:
+        dom.activate()
+        assert list(doms.table(("name", "active"))) == [("a", 0), ("b", 0)]
+    other.tell("dom.unlock(); doms.unlock()")
+    assert list(doms.table(("name", "active"))) == [("a", 1), ("b", 1)]
+
+
+def test_texts_are_a_sequence() -> None:
+    for words in (["web1", "", "db"], ["grün", "", "北京", "\U0001f600"], []):
+        texts = Texts.of(words)
+        assert (list(texts), len(texts)) == (words, len(words))
+        assert [texts[at] for at in range(len(words))] == words
+        assert [texts[at - len(words)] for at in range(len(words))] == words
+        assert (texts[1:], texts[::-1]) == (words[1:], words[::-1])
+        assert texts == Texts.of(words) and texts != Texts.of([*words, "more"])
+        with pytest.raises(IndexError):
+            texts[len(words)]
+    assert "db" in Texts.of(["db"]) and Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])

@@ -41,6 +41,8 @@ from .work import Caller, Work
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..table import Table
+
 
 class Deadline(Protocol):
     """One time-out over the several waits of one call."""
@@ -549,6 +551,9 @@ class ListBase(Protocol[D]):
         ...
 
     def _count(self, wanted: Filter) -> int: ...
+    def _table(self, columns: tuple[str, ...], wanted: Filter) -> Table:
+        """Columns of the domains that match, of those in `table.COLUMNS`. Takes no lock."""
+        ...
 
     @property
     def _events_max(self) -> int:
