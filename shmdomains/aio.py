@@ -26,7 +26,15 @@ holds something is rolled back and unlocked. So is every task of a loop that is 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
@@ -368,6 +376,19 @@ class AsyncDomainList(core.AsyncSegment):
     async def remove_inactive(self, dom: Domain, timeout: float | None = None) -> None:
         """Remove a domain. List lock held by the task, `dom` not locked by it."""
         await ask(self.plain.remove_inactive, dom, timeout, within=timeout)
+
+    async def update_many(
+        self,
+        changes: Mapping[Any, Mapping[str, Any]] | Iterable[tuple[Any, Mapping[str, Any]]],
+        timeout: float | None = None,
+    ) -> int:
+        """Assign fields of several domains, each in a commit of its own; returns of how many."""
+        given = dict(changes) if isinstance(changes, Mapping) else list(changes)
+        return await work(self.plain.update_many, given, timeout)
+
+    async def remove_many(self, domains: Iterable[Key], timeout: float | None = None) -> int:
+        """Remove domains, each in a commit of its own; returns how many. The list lock is taken."""
+        return await work(self.plain.remove_many, list(domains), timeout)
 
     async def define(
         self,

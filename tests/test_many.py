@@ -13,8 +13,11 @@ from helpers import EVERY_STORE, Party, Store, definition, thread_party, xml
 
 from shmdomains import (
     AlreadyLocked,
+    DomainActive,
+    DomainBusy,
     DomainDef,
     DomainExists,
+    DomainLocked,
     DomainNotFound,
     DomainNotLocked,
     DomainState,
@@ -24,6 +27,7 @@ from shmdomains import (
     PausedReason,
     SegmentFull,
     TooManyLocks,
+    WrongList,
 )
 from shmdomains.table import Table, Texts
 from shmdomains.xml.definition import EncodedDef
@@ -424,6 +428,172 @@ def test_more_than_can_be_held_are_refused_at_once(doms: Any) -> None:
     with pytest.raises(TooManyLocks, match=r"1001 definitions at once: .* work in batches"):
         doms.assign_defs(definition(f"d{number}") for number in range(1001))
     assert everything(doms) == before
+
+
+# --- update_many -------------------------------------------------------------------------------
+
+
+def notes(error: BaseException) -> str:
+    """What a note says; before Python 3.11 the message does."""
+    return " ".join(getattr(error, "__notes__", [str(error)]))
+
+
+def test_each_domain_gets_its_fields(doms: Any) -> None:
+    doms.define(xml("c", C))
+    for name in "ac":
+        with doms.get(name) as dom:
+            dom.activate(pid=7)
+    assert (
+        doms.update_many(
+            {
+                "c": {"data": {"n": [1]}, "autostart": True, "pid": 4711},
+                A: {"reason": PausedReason.USER, "state": DomainState.PAUSED, "persistent": False},
+                doms.peek("b"): {},
+            }
+        )
+        == 3
+    )
+    a, c = doms.peek("a"), doms.peek("c")
+    assert (a.state, a.reason, a.persistent) == (DomainState.PAUSED, PausedReason.USER, False)
+    assert (a.pid, a.autostart, a.data) == (7, False, None)
+    assert (c.pid, c.autostart, c.persistent, c.data["n"]) == (4711, True, True, (1,))
+    assert c.state == DomainState.RUNNING
+    pairs = [("a", {"state": 1}), ("a", {"pid": None}), ("b", {"data": "x"}), ("b", {"data": None})]
+    assert doms.update_many(iter(pairs), timeout=5) == 4
+    assert (doms.peek("a").state, doms.peek("a").reason, doms.peek("a").pid) == (1, 0, None)
+    assert doms.peek("b").data is None
+    assert doms.update_many({}) == doms.update_many([]) == 0
+
+
+def test_each_change_is_a_commit_of_its_own_in_the_order_given(doms: Any) -> None:
+    for name in "ab":
+        with doms.get(name) as dom:
+            dom.activate()
+    watch = doms.watch(timeout=0)
+    doms.update_many([("b", {"state": 3}), ("a", {"state": 3}), ("b", {"state": 1})])
+    assert [(event.name, event.words) for event in watch] == [
+        ("b", "Suspended Paused"),
+        ("a", "Suspended Paused"),
+        ("b", "Resumed Unpaused"),
+    ]
+
+
+SEEN_BEFORE: dict[str, tuple[Any, type[Exception], str]] = {
+    "an unknown field": ({"b": {"title": "x"}}, ValueError, "'b' has no field 'title'.* state, re"),
+    "id": ({B: {"id": 7}}, ValueError, "no field 'id'"),
+    "a state": ({"b": {"state": 99}}, ValueError, "99"),
+    "a reason": ({"b": {"reason": -1}}, ValueError, "0 to 65535"),
+    "a pid": ({"b": {"pid": 0}}, ValueError, "no process id"),
+    "no key": ({2.5: {}}, TypeError, "not float"),
+}
+
+
+@pytest.mark.parametrize("why", SEEN_BEFORE)
+def test_what_can_be_seen_before_is_refused_before(doms: Any, why: str) -> None:
+    changes, error, words = SEEN_BEFORE[why]
+    with pytest.raises(error, match=words):
+        doms.update_many([("a", {"data": "not this"}), *changes.items()])
+    assert doms.peek("a").data is None
+
+
+@pytest.mark.parametrize("why", ["missing", "locked", "value"])
+def test_an_error_in_the_middle_keeps_what_was_done(doms: Any, other: Party, why: str) -> None:
+    doms.define(xml("c", C))
+    other.tell("dom = doms.get('b')" if why == "locked" else "dom = None")
+    bad, error = {
+        "missing": (("nobody", {"data": 1}), DomainNotFound),
+        "locked": (("b", {"data": 1}), LockTimeout),
+        "value": (("b", {"pid": 7, "data": object()}), TypeError),
+    }[why]
+    with pytest.raises(error) as caught:
+        doms.update_many([("a", {"data": 1}), bad, ("c", {"data": 1})], timeout=0.05)
+    assert "1 of 3 domains were changed before" in notes(caught.value)
+    other.tell("dom and dom.unlock()")
+    assert [(doms.peek(name).data, doms.peek(name).pid) for name in "abc"] == [
+        (1, None),
+        (None, None),
+        (None, None),
+    ]
+    with doms.get_many("abc", timeout=0):
+        pass
+
+
+def test_who_must_hold_what_to_update(doms: Any) -> None:
+    with doms.get("a"):
+        with pytest.raises(AlreadyLocked):
+            doms.update_many({"a": {"data": 1}})
+        with pytest.raises(LockOrder):
+            doms.update_many({"b": {"data": 1}})
+    with pytest.raises(ValueError):
+        doms.update_many({}, timeout=-1)
+    with doms.locked():
+        assert doms.update_many({"b": {"data": 1}}) == 1
+
+
+# --- remove_many -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "list held"])
+def test_many_are_removed(doms: Any, held: bool) -> None:
+    doms.define(xml("c", C))
+    doms.define(xml("d", D))
+    with doms.get("d") as handle:
+        pass
+    if held:
+        doms.lock()
+    assert doms.remove_many(iter(["b", str(C), handle])) == 3
+    assert doms.is_locked == held
+    assert [info.name for info in doms.list()] == ["a"]
+    assert doms.remove_many([]) == 0
+    if held:
+        doms.unlock()
+
+
+def test_an_error_in_the_middle_keeps_what_was_removed(doms: Any) -> None:
+    doms.define(xml("c", C))
+    with doms.get("b") as dom:
+        dom.activate()
+    with pytest.raises(DomainActive, match="'b'") as caught:
+        doms.remove_many(["a", "b", "c"])
+    assert "1 of 3 domains were removed before" in notes(caught.value)
+    assert [info.name for info in doms.list()] == ["b", "c"] and not doms.is_locked
+    with doms.locked(), pytest.raises(DomainNotFound) as caught:
+        doms.remove_many(["c", "c"])
+    assert "1 of 2" in notes(caught.value)
+
+
+def test_what_is_held_is_not_removed(doms: Any, other: Party, make: Callable[[], Any]) -> None:
+    with doms.get("b") as dom:
+        with pytest.raises(DomainLocked, match="unlock it first"):
+            doms.remove_many(["a", dom])
+        with pytest.raises(LockOrder):
+            doms.remove_many(["a"])
+    another = make()
+    another.define(xml("x"))
+    with another.get("x") as foreign:
+        pass
+    with pytest.raises(WrongList):
+        doms.remove_many(["a", foreign])
+    another.close()
+    with pytest.raises(TypeError, match="not float"):
+        doms.remove_many(["a", 2.5])
+    with pytest.raises(ValueError):
+        doms.remove_many([], timeout=-1)
+    assert len(doms) == 2
+    other.tell("dom = doms.get('a')")
+    with pytest.raises(LockTimeout, match="'a'"):
+        doms.remove_many(["b", "a"], timeout=0.05)
+    other.tell("dom.unlock()")
+    assert [info.name for info in doms.list()] == ["a"]
+
+
+def test_a_job_excludes_the_removal(doms: Any, other: Party) -> None:
+    other.tell("job = doms.job('b', 'backup'); job.__enter__() and None")
+    with pytest.raises(DomainBusy) as caught:
+        doms.remove_many(["a", "b"], timeout=0.05)
+    assert "1 of 2" in notes(caught.value)
+    other.tell("job.__exit__(None, None, None)")
+    assert doms.remove_many(["b"]) == 1
 
 
 # --- table -------------------------------------------------------------------------------------

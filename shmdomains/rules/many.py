@@ -6,11 +6,11 @@ the seam and the rules about one domain; a native store may do the same in fewer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Generic
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic
 from uuid import UUID
 
-from ..errors import DomainExists, TooManyLocks
+from ..errors import DomainExists, DomainLocked, TooManyLocks
 from ..lazy import LazyModule
 from ..names import Uuid, parse_uuid
 from ..states import DomainState
@@ -18,7 +18,7 @@ from ..xml.definition import DomainDef, EncodedDef
 from .domain_list import DomainListRules, as_new, replace_definition
 from .info import DomainInfo
 from .store import D, Deadline, Filter, Identity, LockedDomains
-from .values import not_found, one_key
+from .values import checked_pid, checked_reason, checked_state, key_of, not_found, one_key
 
 if TYPE_CHECKING:
     from .. import table as tables
@@ -104,6 +104,94 @@ class ManyRules(DomainListRules[D]):
             batch.undo()  # a signal handler may raise as the list lock is released
             raise
 
+    def update_many(
+        self,
+        changes: Mapping[Any, Mapping[str, Any]] | Iterable[tuple[Any, Mapping[str, Any]]],
+        timeout: float | None = None,
+    ) -> int:
+        """Assign fields of several domains; returns of how many.
+
+        `changes` says for each key, as `get` takes it, the new values of ``state``, ``reason``,
+        ``pid``, ``persistent``, ``autostart`` and ``data``: a mapping, or pairs. Each domain is
+        locked, changed, committed and unlocked by itself, in the order given: not all or nothing.
+        `Domain` says what assigning does; a new state has reason 0 unless one is given. The
+        autostart links of config directories are `set_autostart`'s.
+
+        A field that there is not, or a number that a field cannot have, is refused before anything
+        is changed. After any other error the domains before it are changed; a note on the error
+        says how many. Raises what `get`, assigning and `Domain.commit` raise. `timeout` is for all
+        of them together.
+
+        >>> from shmdomains import DomainList, DomainState
+        >>> doms = DomainList()
+        >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...        "<os><type>hvm</type></os></domain>")
+        >>> infos = [doms.define(xml), doms.define(xml.replace("web1", "web2"))]
+        >>> doms.update_many({"web1": {"state": DomainState.PAUSED}, "web2": {"data": "mine"}})
+        2
+        >>> doms["web1"].state.name, doms["web2"].data
+        ('PAUSED', 'mine')
+        """
+        deadline = self._deadline(timeout)
+        pairs = changes.items() if isinstance(changes, Mapping) else changes
+        wanted = [(key_of(key), _checked(key, fields)) for key, fields in pairs]
+        done = 0
+        try:
+            for key, fields in wanted:
+                self._update(key, fields, deadline)
+                done += 1
+        except BaseException as exc:
+            _note(exc, f"{done} of {len(wanted)} domains were changed before")
+            raise
+        return done
+
+    def _update(self, key: dict[str, Any], fields: dict[str, Any], deadline: Deadline) -> None:
+        dom = self.get(**key, timeout=deadline.left())
+        try:
+            for field, value in fields.items():
+                setattr(dom, field, value)
+            _end(dom, deadline)
+        finally:
+            dom._release_unseen()
+
+    def remove_many(
+        self, domains: Iterable[D | DomainInfo | Uuid | int], timeout: float | None = None
+    ) -> int:
+        """`remove_inactive` for several domains, in the order given; returns how many were removed.
+
+        The list lock is taken, unless the caller holds it. A handle that this thread has locked
+        (`DomainLocked`) or of another list (`WrongList`) is refused before anything is removed.
+        After any other error the domains before it are gone; a note on the error says how many.
+        Raises what `remove_inactive` raises.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> xml = ("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...        "<os><type>hvm</type></os></domain>")
+        >>> infos = [doms.define(xml), doms.define(xml.replace("web1", "web2"))]
+        >>> doms.remove_many(infos), len(doms)
+        (2, 0)
+        """
+        deadline = self._deadline(timeout)
+        wanted = list(domains)
+        for one in wanted:
+            if not isinstance(one, self._handle_type):
+                key_of(one)  # the error for what is no key
+                continue
+            self._need_ours(one)
+            if one.is_locked:
+                raise DomainLocked(f"{self._this} holds domain {one.uuid}; unlock it first")
+        done = 0
+        with self._list_held(deadline.left()):
+            try:
+                for one in wanted:
+                    self.remove_inactive(one, deadline.left())
+                    done += 1
+            except BaseException as exc:
+                _note(exc, f"{done} of {len(wanted)} domains were removed before")
+                raise
+        return done
+
     def table(
         self,
         columns: Iterable[str] = (
@@ -179,6 +267,39 @@ class ManyRules(DomainListRules[D]):
         finally:
             dom._release_unseen()
         return value
+
+
+_FIELDS: dict[str, Callable[[Any], object]] = {
+    "state": checked_state,  # first: it sets the reason
+    "reason": checked_reason,
+    "pid": checked_pid,
+    "persistent": bool,
+    "autostart": bool,
+    "data": lambda data: data,  # encoded once, when it is assigned
+}
+"""The fields of `update_many` in the order of their assignment, and what refuses a value."""
+
+
+def _checked(key: object, fields: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [field for field in fields if field not in _FIELDS]
+    if unknown:
+        raise ValueError(
+            f"domain {_shown(key)} has no field {unknown[0]!r} to change; there are "
+            f"{', '.join(_FIELDS)}"
+        )
+    return {field: check(fields[field]) for field, check in _FIELDS.items() if field in fields}
+
+
+def _shown(key: object) -> str:
+    return repr(key) if isinstance(key, (str, int)) else str(getattr(key, "uuid", key))
+
+
+def _note(error: BaseException, note: str) -> None:
+    """Add a note to an error; before Python 3.11 to its message."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]} ({note})", *error.args[1:])
 
 
 class _Batch(Generic[D]):
