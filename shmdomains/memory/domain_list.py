@@ -31,9 +31,9 @@ from ..errors import (
 from ..events import DomainEvent, EventType, detail_of
 from ..holder import this_host
 from ..rules.compare import compare
-from ..rules.domain_list import DomainListRules
 from ..rules.elect import end_elections
 from ..rules.info import DomainInfo
+from ..rules.many import ManyRules
 from ..rules.steps import settle_all
 from ..rules.store import Filter
 from . import holder, mp_locks, passing, segment_file, settings
@@ -138,7 +138,7 @@ def _is_here(wanted: Filter) -> bool:
     return wanted.host is None or wanted.host == this_host()
 
 
-class DomainList(core.Segment[Domain], DomainListRules[Domain]):
+class DomainList(core.Segment[Domain], ManyRules[Domain]):
     """The list of domains in shared memory (virDomainObjList).
 
     ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
