@@ -406,6 +406,20 @@ cdef object read_blob(Record record, int which):
     return decode_stored(which, &stored, record.uuid_raw, record.values.version[which])
 
 
+cdef int assign_data(Record record, object value) except -1:
+    cdef Record mine = need_changeable(record)
+    if value is None:
+        return set_blob(mine, SD_DATA, None, None)
+    encoded = encode_flat(value)
+    if encoded is not None:
+        return set_blob(mine, SD_DATA, read_only(value), encoded)
+    if is_plain(value, PLAIN_DEPTH):
+        return set_blob(mine, SD_DATA, UNDECODED, PACK(value))
+    encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
+    decoded = DECODE[SD_DATA](encoded)
+    return set_blob(need_changeable(record), SD_DATA, decoded, encoded)
+
+
 cdef object read_data(Record record):
     """`read_blob` of the data, decoded once."""
     cdef sd_stored stored
