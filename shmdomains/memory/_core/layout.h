@@ -391,8 +391,9 @@ typedef struct {
     sd_word poisoned_who, poisoned_pid; /* whoever found it: as in sd_owner */
     sd_word poisoned_when;              /* CLOCK_REALTIME, ns */
     /* Of whoever waits for any change of the list.  No lock, compare-and-swap only: `any_waiting`
-     * is raised to the number that is waited for, `any_seq` counts up where that is larger (W1). */
-    sd_word any_waiting, any_seq;
+     * is raised to the number that is waited for, `any_seq` counts up where that is larger (W1).  A
+     * line of their own: each find reads `poisoned`. */
+    _Alignas(SD_CACHE_LINE) sd_word any_waiting, any_seq;
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
@@ -403,10 +404,10 @@ typedef struct {
     sd_word list_level[2];    /* of the UUID and the name index; sealed */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
+    sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init;
                                                    sealed: too few would hide domains */
     sd_word slots_committed;  /* slots and names with memory; stored once they have it; sealed */
-    sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* bit 0: which settings buffer is current; sealed; the commit store
                                  of a change.  A dead writer leaves garbage in the spare one */
     /* What the holder of the list lock said it is doing, as `why` of a slot.  List lock; cleared by
