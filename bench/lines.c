@@ -200,6 +200,13 @@ static void discard(unsigned number)
     sd_list_unlock(segment);
 }
 
+/* Somebody waits for a change of any domain. */
+static void await_any(unsigned number)
+{
+    (void)number;
+    sd_raise(&segment->header->any_waiting, sd_load(&segment->header->any_seq) + 1);
+}
+
 static void nothing(unsigned number)
 {
     (void)number;
@@ -217,6 +224,7 @@ static const struct {
     {"patch", nothing, patch, nothing, 0},
     {"peek", nothing, peek, nothing, 0},
     {"change_untold", nothing, change_untold, nothing, 0},
+    {"change_awaited", await_any, change_untold, nothing, 0},
     {"change", nothing, change, nothing, 0},
     {"start", stop, start, nothing, 0},
     {"replace", nothing, replace, nothing, 0},
@@ -346,9 +354,14 @@ static void time_all(void)
         }
         printf("%s %.1f\n", operations[operation].name, (double)least / CHOSEN);
     }
-    uint64_t began = sd_now();
-    for (int i = 0; i < 100000; i++) sd_now_real();
-    printf("clock %.1f\n", (double)(sd_now() - began) / 100000);
+    uint64_t least = UINT64_MAX;
+    for (int round = 0; round < TIMED; round++) {
+        uint64_t began = sd_now();
+        for (int i = 0; i < 100; i++) sd_now_real();
+        uint64_t took = sd_now() - began;
+        if (took < least) least = took;
+    }
+    printf("clock %.1f\n", (double)least / 100);
 }
 
 int main(int count, char **arguments)

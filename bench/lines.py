@@ -16,7 +16,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from .instructions import CORE, HERE, compiler, missing
@@ -35,6 +34,7 @@ SAID = {
     "patch": "the patch's form: list lock, find, drop, read, unlock",
     "peek": "`peek`, its definition known",
     "change_untold": "find, change the reason (no event), unlock",
+    "change_awaited": "the same, while somebody waits for any change",
     "change": "find, change the state (an event), unlock",
     "start": "find, activate (an id, an event), unlock",
     "data": "find, read and change the data, unlock",

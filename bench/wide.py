@@ -1,13 +1,14 @@
 """What a machine with many processors would do, from the lines that were counted.
 
-``python -m bench.wide`` counts them (lines.py), takes the time of each operation by one worker and
-of a line's way to another processor, both here and now, and prints what the model in bench/README.md
-("Wide machines, on paper") makes of 1, 8 and 64 workers. What two workers really do stands beside
-it, for this is all that can be looked at on two processors.
+``python -m bench.wide`` counts them (lines.py), takes the time of each operation by one worker,
+here and now, and prints what the model in bench/README.md ("Wide machines, on paper") makes of 1,
+8 and 64 workers. ``--two`` has two workers do it as well, beside what the model says of two: that
+needs two processors that do nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import random
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
-from shmdomains import DomainList, DomainState
+from shmdomains import DomainDef, DomainList, DomainState
 
 from . import counted, limits, lines
 from .instructions import missing
@@ -33,8 +34,8 @@ Loop = Callable[[list[bytes]], None]
 
 @dataclass(frozen=True)
 class Work:
-    """An operation: its own time in seconds, and how often it waits for a line of another processor;
-    the same while it holds each of the locks that all share."""
+    """An operation: its own time in seconds, and how often it waits for a line of another
+    processor; the same while it holds each of the locks that all share."""
 
     own: float
     fetches: float
@@ -58,13 +59,22 @@ class Work:
         _, held = self.wall(workers, line)
         return min(most, 1 / held) if held else most
 
+    def crowd(self, line: float) -> int:
+        """How many workers reach the wall; 0: there is none."""
+        if not self.walls:
+            return 0
+        workers = 1
+        while workers * self.wall(workers, line)[1] < self.time(workers, line):
+            workers += 1
+        return workers
+
 
 # --- times of one worker --------------------------------------------------------------------------
 
 
 def loops(doms: DomainList, number: int) -> dict[str, Loop]:
     """Each is one pass over these keys; `number` is the worker's."""
-    model = counted.DomainDef.from_xml(counted.XML.format("y" * 1700))
+    model = DomainDef.from_xml(counted.XML.format("y" * 1700))
     added = model.replace(name=f"added{number}", uuid=UUID(int=number + 2))
     changed = {}
     for info in doms.snapshot():
@@ -163,7 +173,9 @@ def under_the_list_lock(doms: DomainList, keys: list[bytes]) -> float:
 # --- the model's numbers --------------------------------------------------------------------------
 
 
-def _in_core(name: str, one: lines.Counted, took: dict[str, float]) -> dict[str, tuple[float, float]]:
+def _in_core(
+    name: str, one: lines.Counted, took: dict[str, float]
+) -> dict[str, tuple[float, float]]:
     """How long each lock is held: its share of the instructions, at the pace of the core's whole
     operation, and the clock, which is looked at under the event lock."""
     clock = took["clock"] if name in TOLD else 0.0
@@ -228,39 +240,52 @@ def together(doms: DomainList, keys: list[bytes], name: str, workers: int) -> fl
     return done / SECONDS
 
 
+def line_here() -> float:
+    """The least of many: whoever loses its processor meanwhile counts that."""
+    machine = limits.Limits()
+    try:
+        return min(machine.measure(200_000)["line"] for _ in range(20))
+    finally:
+        machine.close()
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.wide", description=__doc__)
+    parser.add_argument("--line", type=float, metavar="NS", help="a line's way; else measured")
+    parser.add_argument("--two", action="store_true", help="two workers do it as well")
+    arguments = parser.parse_args()
     why = missing()
     if why is not None:
         print(why)
         return 1
     tracer = lines.Tracer()
-    machine = limits.Limits()
     doms, keys = counted.fill(DOMAINS)
     try:
         every = lines.count(*tracer.trace())
         in_core = tracer.times()
-        line = min(machine.measure(200_000)["line"] for _ in range(9))
+        line = line_here() if arguments.line is None else arguments.line / 1e9
         gc.disable()
         list_held = under_the_list_lock(doms, keys)
         own = {name: least(run, keys) for name, run in loops(doms, 0).items()}
         found = works(every, in_core, own, list_held)
-        print(f"a line's way: {line * 1e9:.0f} ns here, {FAR * 1e9:.0f} assumed; millions a second")
-        print("| | own, µs | lines | wall | held, µs | 1 | 2 | 2, measured | 8 | 64 | 64, far |")
-        print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+        print(f"a line's way: {line * 1e9:.0f} ns, far: {FAR * 1e9:.0f}; millions a second")
+        print("| | own time, µs | fetches | wall | held, µs | reached by | 1 | 8 | 64 | 64, far |")
+        print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
         for name, work in found.items():
-            ratios = []
-            for _ in range(5):
-                one, two = (together(doms, keys, name, workers) for workers in (1, 2))
-                ratios.append(two / one)
-            measured = statistics.median(ratios) * work.rate(1, line)
             wall, held = work.wall(64, line)
-            rates = [work.rate(workers, line) for workers in (1, 2)] + [measured]
-            rates += [work.rate(workers, line) for workers in WORKERS[1:]] + [work.rate(64, FAR)]
-            cells = [f"{work.own * 1e6:.2f}", f"{work.fetches:.0f}", wall, f"{held * 1e6:.2f}"]
+            held_far = work.wall(64, FAR)[1]
+            shown = f"{held * 1e6:.2f}, {held_far * 1e6:.2f}" if wall else ""
+            cells = [f"{work.own * 1e6:.2f}", f"{work.fetches:.0f}", wall, shown]
+            cells.append(str(work.crowd(line) or ""))
+            rates = [work.rate(workers, line) for workers in WORKERS] + [work.rate(64, FAR)]
             print(f"| {name} | {' | '.join(cells + [f'{rate / 1e6:.2f}' for rate in rates])} |")
+        for name, work in found.items() if arguments.two else ():
+            pairs = [[together(doms, keys, name, count) for count in (1, 2)] for _ in range(5)]
+            ratio = statistics.median(two / one for one, two in pairs)
+            wanted = work.rate(2, line) / work.rate(1, line)
+            print(f"{name}: two workers {ratio:.2f} times one, {wanted:.2f} by the model")
     finally:
         doms.close()
-        machine.close()
         tracer.close()
     return 0
 

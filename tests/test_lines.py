@@ -1,9 +1,9 @@
-"""The cache lines in bench/README.md ("Wide machines, on paper") are those that are counted, and the
-model there does what it says.
+"""The cache lines in bench/README.md ("Wide machines, on paper") are those that are counted, and
+the model there does what it says.
 
-Counted by valgrind's lackey, so no clock is looked at and no second processor is needed. A line more
-than the table says is a change of the core that many processors will feel: `python -m bench.lines
---write` puts the new counts there, which belongs into the commit that changes them.
+Counted by valgrind's lackey, so no clock is looked at and no second processor is needed. A line
+more than the table says is a change of the core that many processors will feel: `python -m
+bench.lines --write` puts the new counts there, which belongs into the commit that changes them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def counts() -> Iterator[dict[str, lines.Counted]]:
 def test_the_table_says_what_is_counted(
     counts: dict[str, lines.Counted], tried: Callable[[str, int], None]
 ) -> None:
-    assert lines.table(counts) == lines.written_in(lines.README.read_text(encoding="utf-8"))
+    known = lines.written_in(lines.README.read_text(encoding="utf-8"))
+    assert lines.table(counts).splitlines() == known.splitlines()
     tried("operations whose cache lines were counted", len(counts))
 
 
@@ -122,4 +123,7 @@ def test_the_model() -> None:
     assert walled.rate(2, line) == free.rate(2, line)
     assert walled.wall(1, line) == ("event_lock", pytest.approx(0.1e-6))
     assert walled.wall(64, line) == ("heap_lock", pytest.approx(0.05e-6 + 3 * line * 63 / 64))
+    assert (free.crowd(line), walled.crowd(line)) == (0, 5)
+    assert walled.rate(4, line) == free.rate(4, line)
+    assert walled.rate(5, line) < free.rate(5, line)
     assert walled.rate(64, line) == pytest.approx(1 / walled.wall(64, line)[1])
