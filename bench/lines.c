@@ -66,10 +66,10 @@ static void commit(const sd_blob blobs[SD_BLOBS], bool told, uint32_t kind)
     MUST(sd_commit(segment, held, &values, blobs, NULL, &news, SD_FOREVER) == SD_OK);
 }
 
-static void read_extent(uint64_t extent)
+static void read_blob(const sd_stored *stored)
 {
-    sd_prefetch_read(sd_extent_at(segment, extent), SD_EXTENT_BYTES(extent));
-    sd_copy_out(copied, sd_extent_at(segment, extent), SD_EXTENT_BYTES(extent));
+    sd_prefetch_read(stored->at, stored->bytes);
+    sd_copy_out(copied, stored->at, stored->bytes);
 }
 
 /* --- the operations -------------------------------------------------------------------------- */
@@ -97,12 +97,12 @@ static void patch(unsigned number)
 static void peek(unsigned number)
 {
     sd_view view;
-    uint64_t extent;
+    sd_stored stored;
     uint32_t slot;
     MUST(sd_find(segment, &by_uuid[number], &slot) == SD_OK);
     MUST(sd_view_begin(segment, slot, &view) == SD_OK);
     for (int b = SD_NEXT_DEFINITION; b < SD_BLOBS; b++) /* the definition was decoded before */
-        if (sd_view_extent(segment, slot, &view, b, &extent) == SD_OK) read_extent(extent);
+        if (sd_view_blob(segment, slot, &view, b, &stored) == SD_OK) read_blob(&stored);
     MUST(sd_view_blobs_check(segment, slot, &view) == SD_OK);
 }
 

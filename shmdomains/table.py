@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, islice, repeat
 from typing import Any, Protocol, TypeAlias, overload
 from uuid import UUID
 
@@ -66,12 +66,13 @@ class Texts(Sequence[str]):
         return self.data[self.offsets[place] : self.offsets[place + 1]].decode()
 
     def __iter__(self) -> Iterator[str]:
-        offsets = self.offsets
         whole = self.data.decode()
         if len(whole) == len(self.data):  # an offset is the same in characters
-            return (whole[start:end] for start, end in pairwise(offsets))
-        data = self.data
-        return (data[start:end].decode() for start, end in pairwise(offsets))
+            return map(whole.__getitem__, self._slices())
+        return map(bytes.decode, map(self.data.__getitem__, self._slices()))
+
+    def _slices(self) -> Iterator[slice]:
+        return map(slice, self.offsets, islice(self.offsets, 1, None))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Texts):
@@ -208,6 +209,36 @@ COLUMNS = tuple(_FILL)
 def of_infos(columns: Sequence[str], infos: Sequence[Row]) -> Table:
     """The table of these infos."""
     return Table({name: _FILL[name](infos) for name in columns}, len(infos))
+
+
+def of_buffers(columns: Sequence[str], count: int, filled: Mapping[str, bytearray],
+               texts: bytearray) -> Table:  # fmt: skip
+    """The table of columns that a native store filled; of the names where each ends in `texts`."""
+    return Table({name: _WRAP[name](filled[name], texts) for name in columns}, count)
+
+
+def _numbers(code: str) -> Callable[[bytearray, bytearray], Column]:
+    def wrap(filled: bytearray, _texts: bytearray) -> Column:
+        column = array(code)
+        column.frombytes(filled)
+        return column
+
+    return wrap
+
+
+def _names(ends: bytearray, texts: bytearray) -> Column:
+    offsets = array("i", [0])
+    offsets.frombytes(ends)
+    return Texts(offsets, bytes(texts))
+
+
+_INTS, _BYTES = _numbers("i"), _numbers("B")
+_WRAP: dict[str, Callable[[bytearray, bytearray], Column]] = {
+    **dict.fromkeys(("id", "pid", "state", "reason"), _INTS),
+    **dict.fromkeys(("persistent", "autostart", "active"), _BYTES),
+    "uuid": lambda filled, _texts: uuid_column(filled),
+    "name": _names,
+}
 
 
 def _values(column: Column) -> Iterable[object]:

@@ -725,12 +725,16 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         state: int | str | Iterable[int | str] | None = None,
         definitions: bool = True,
         host: str | None = None,
-    ) -> list[DomainInfo]:
+    ) -> Sequence[DomainInfo]:
         """The domains that match, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
 
         Filters are combined with AND. `state` is one `DomainState`, or several combined with OR;
         each may also be in words (`DomainState.parse`). `host`: those that run there; in shared
         memory all are of this host.
+
+        What is returned does not change. In shared memory it makes each info when it is looked at,
+        so that a million domains are listed in tens of milliseconds; ``list(doms.list())`` has all
+        of them. `table` gives columns.
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)

@@ -546,7 +546,7 @@ class ListBase(Protocol[D]):
         """An empty collection, for `lock_many`."""
         ...
 
-    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+    def _scan(self, wanted: Filter, definitions: bool) -> Sequence[DomainInfo]:
         """The committed states of the domains that match. Takes no lock."""
         ...
 

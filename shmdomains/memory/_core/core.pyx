@@ -74,6 +74,7 @@ include "locks.pxi"     # the list's lock and a slot's, of either kind
 include "find.pxi"      # from a key to a locked domain
 include "held.pxi"      # who holds which lock, who waits, what was counted
 include "read.pxi"      # without a lock: one, many, filtered
+include "listing.pxi"   # all of them, as infos or as columns
 include "change.pxi"    # create, remove, rename; settings
 include "check.pxi"     # every invariant
 include "recover.pxi"   # after a death; salvage after damage

@@ -77,17 +77,12 @@ int sd_verify(const sd_segment *segment, uint32_t slot, const sd_key *key, sd_va
 }
 
 /* Prefetch what comes next, all at once: one cache line after the other would take longer than
- * everything else in a find.  Of the two names it is nearly always the first. */
+ * everything else in a find. */
 static void to_read(const sd_segment *segment, uint32_t slot, const sd_key *key)
 {
-    const sd_slot *record = &segment->slots[slot];
     (void)key;
-    __builtin_prefetch(&record->life, 0);
-    __builtin_prefetch(&record->copy0, 0);
-    __builtin_prefetch(&record->copy1, 0);
-    __builtin_prefetch(record->uuid, 0);
-    __builtin_prefetch(record->extent, 0);
-    __builtin_prefetch(&segment->names[slot], 0);
+    sd_view_prefetch(segment, slot);
+    __builtin_prefetch(segment->slots[slot].extent, 0);
 }
 
 /* The same for the holder of the lock, for a store where it stores: a line that another process

@@ -299,6 +299,12 @@ cdef class Segment:
         cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
         return list_infos(self, &filter, definitions)
 
+    def _columns(self, int active, int persistent, int autostart, unsigned states,
+                 tuple names not None):
+        """What `rules.many.ManyRules.table` is made of: see list_columns."""
+        cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
+        return list_columns(self, &filter, names)
+
     def _marked(self):
         """Each domain, and what tells whether its definition or its process is another one by now:
         see list_marked."""
