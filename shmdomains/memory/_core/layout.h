@@ -54,8 +54,9 @@
  *     SD_FLAG_CHOICE has it; its version says so, and how many bytes.  Slot lock: the half that does
  *     not count, then `cur`.  No descriptor, map or byte of the heap changes, so it takes no other
  *     lock.  A dead writer leaves garbage in the half that does not count.  A rename, which needs
- *     the whole buffer, moves small data to the heap in a commit of its own before it writes the
- *     name there: in one commit, its death between the two would leave neither.
+ *     the whole buffer, moves small data to the heap in a commit of its own right before it writes
+ *     the name there: in one commit, its death between the two would leave neither.  What may fail
+ *     comes before both, so that a rename that failed has changed nothing.
  *
  * W1  Whoever waits for a commit sleeps on the low half of `cur`, which every commit changes, and
  *     the end of a domain, too.  It raises `waiting` to the number of the commit that it waits for,
