@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import EVERY_STORE, Party, Store, definition, thread_party, xml
+from helpers import EVERY_STORE, STORES, Party, Store, definition, thread_party, xml
 
 from shmdomains import (
     AlreadyLocked,
@@ -17,6 +19,7 @@ from shmdomains import (
     DomainBusy,
     DomainDef,
     DomainExists,
+    DomainList,
     DomainLocked,
     DomainNotFound,
     DomainNotLocked,
@@ -725,3 +728,53 @@ def test_texts_are_a_sequence() -> None:
         with pytest.raises(IndexError):
             texts[len(words)]
     assert "db" in Texts.of(["db"]) and Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])
+
+
+# --- deaths ------------------------------------------------------------------------------------
+
+
+def die_holding(doms: DomainList, work: str) -> int:
+    """Have a child killed that holds what this work locked; its process id."""
+    names = {"doms": doms, "definition": definition}
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(work, names)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0) == (child, signal.SIGKILL)
+    return child
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+def test_a_death_is_told_to_who_looks_for_it(store: Store) -> None:
+    """A call that changes a domain by itself shows its handle to nobody."""
+    with store.make(room=8) as doms:
+        doms.define(xml("a", A))
+        killed = die_holding(doms, "held = doms.get('a'); held.data = 'not this'")
+        assert doms.add("a", "requests") == 1
+        assert doms.update_many({"a": {"pid": 7}}) == 1
+        with doms.get("a") as dom:
+            assert dom.previous_owner_died is not None and dom.previous_owner_died.pid == killed
+            assert (dom.data, dom.pid) == ({"requests": 1}, 7)
+        doms.add("a", "requests")
+        with doms.get("a") as dom:
+            assert dom.previous_owner_died is None
+        assert doms.check().problems == []
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+def test_a_death_leaves_what_is_new_and_not_what_was_replaced(store: Store) -> None:
+    with store.make(room=8) as doms:
+        doms.define(xml("a", A))
+        die_holding(
+            doms,
+            "held = doms.assign_defs([definition('c'), definition('a', title='not this')])\n"
+            "for dom in held: dom.data = 'not this'",
+        )
+        with doms.get_many(["a", "c"], timeout=5) as many:
+            assert [(dom.name, dom.data, dom.definition.title) for dom in many] == [
+                ("a", None, None),
+                ("c", None, None),
+            ]
+        assert doms.check().problems == []
