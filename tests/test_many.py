@@ -37,7 +37,10 @@ from shmdomains.xml.definition import EncodedDef
 
 A, B, C, D = (UUID(int=number) for number in (10, 11, 12, 13))
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_left"),
+    pytest.mark.filterwarnings("error::ResourceWarning"),  # a handle that was left locked
+]
 
 
 @pytest.fixture(params=EVERY_STORE, ids=lambda store: store.name)
@@ -333,7 +336,7 @@ def test_all_definitions_or_none(doms: Any, other: Party, why: str, held: bool) 
     if held:
         doms.lock()
     with pytest.raises(error, match=words):
-        doms.assign_defs(wanted, timeout=0.02)
+        doms.assign_defs(wanted, persistent=True, timeout=0.02)
     assert doms.is_locked == held
     if held:
         doms.unlock()
@@ -356,13 +359,21 @@ def test_an_error_among_the_new_ones_takes_them_back(
             raise SegmentFull("no room for d")
         return dom
 
+    took_back, with_list = type(doms)._take_back, list[bool]()
+
+    def take_back(self: Any, *args: Any) -> None:
+        with_list.append(self.is_locked)
+        took_back(self, *args)
+
     monkeypatch.setattr(type(doms), "_insert", full)
+    monkeypatch.setattr(type(doms), "_take_back", take_back)
     wanted = [definition("c"), definition("a", A, title="x"), definition("d"), definition("e")]
     if held:
         doms.lock()
     with pytest.raises(SegmentFull):
         doms.assign_defs(wanted)
     assert doms.is_locked == held
+    assert with_list == [True, True]  # nobody else could have had them
     if held:
         doms.unlock()
     assert everything(doms) == before
