@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
 import pytest
-from helpers import EVERY_STORE, Party, Store, definition, thread_party, xml
+from helpers import EVERY_STORE, STORES, Party, Store, definition, thread_party, xml
 
 from shmdomains import (
     AlreadyLocked,
@@ -17,6 +19,7 @@ from shmdomains import (
     DomainBusy,
     DomainDef,
     DomainExists,
+    DomainList,
     DomainLocked,
     DomainNotFound,
     DomainNotLocked,
@@ -34,7 +37,10 @@ from shmdomains.xml.definition import EncodedDef
 
 A, B, C, D = (UUID(int=number) for number in (10, 11, 12, 13))
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_left"),
+    pytest.mark.filterwarnings("error::ResourceWarning"),  # a handle that was left locked
+]
 
 
 @pytest.fixture(params=EVERY_STORE, ids=lambda store: store.name)
@@ -330,7 +336,7 @@ def test_all_definitions_or_none(doms: Any, other: Party, why: str, held: bool) 
     if held:
         doms.lock()
     with pytest.raises(error, match=words):
-        doms.assign_defs(wanted, timeout=0.02)
+        doms.assign_defs(wanted, persistent=True, timeout=0.02)
     assert doms.is_locked == held
     if held:
         doms.unlock()
@@ -353,13 +359,21 @@ def test_an_error_among_the_new_ones_takes_them_back(
             raise SegmentFull("no room for d")
         return dom
 
+    took_back, with_list = type(doms)._take_back, list[bool]()
+
+    def take_back(self: Any, *args: Any) -> None:
+        with_list.append(self.is_locked)
+        took_back(self, *args)
+
     monkeypatch.setattr(type(doms), "_insert", full)
+    monkeypatch.setattr(type(doms), "_take_back", take_back)
     wanted = [definition("c"), definition("a", A, title="x"), definition("d"), definition("e")]
     if held:
         doms.lock()
     with pytest.raises(SegmentFull):
         doms.assign_defs(wanted)
     assert doms.is_locked == held
+    assert with_list == [True, True]  # nobody else could have had them
     if held:
         doms.unlock()
     assert everything(doms) == before
@@ -725,3 +739,53 @@ def test_texts_are_a_sequence() -> None:
         with pytest.raises(IndexError):
             texts[len(words)]
     assert "db" in Texts.of(["db"]) and Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])
+
+
+# --- deaths ------------------------------------------------------------------------------------
+
+
+def die_holding(doms: DomainList, work: str) -> int:
+    """Have a child killed that holds what this work locked; its process id."""
+    names = {"doms": doms, "definition": definition}
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(work, names)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0) == (child, signal.SIGKILL)
+    return child
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+def test_a_death_is_told_to_who_looks_for_it(store: Store) -> None:
+    """A call that changes a domain by itself shows its handle to nobody."""
+    with store.make(room=8) as doms:
+        doms.define(xml("a", A))
+        killed = die_holding(doms, "held = doms.get('a'); held.data = 'not this'")
+        assert doms.add("a", "requests") == 1
+        assert doms.update_many({"a": {"pid": 7}}) == 1
+        with doms.get("a") as dom:
+            assert dom.previous_owner_died is not None and dom.previous_owner_died.pid == killed
+            assert (dom.data, dom.pid) == ({"requests": 1}, 7)
+        doms.add("a", "requests")
+        with doms.get("a") as dom:
+            assert dom.previous_owner_died is None
+        assert doms.check().problems == []
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
+def test_a_death_leaves_what_is_new_and_not_what_was_replaced(store: Store) -> None:
+    with store.make(room=8) as doms:
+        doms.define(xml("a", A))
+        die_holding(
+            doms,
+            "held = doms.assign_defs([definition('c'), definition('a', title='not this')])\n"
+            "for dom in held: dom.data = 'not this'",
+        )
+        with doms.get_many(["a", "c"], timeout=5) as many:
+            assert [(dom.name, dom.data, dom.definition.title) for dom in many] == [
+                ("a", None, None),
+                ("c", None, None),
+            ]
+        assert doms.check().problems == []
