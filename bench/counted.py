@@ -83,6 +83,15 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
         for at in range(count):
             doms.add(chosen[at & 63], "requests")
 
+    def get_many(count: int) -> None:
+        for _ in range(count // SHORT):
+            with doms.get_many(chosen[:SHORT]):
+                pass
+
+    def update_many(count: int) -> None:
+        for _ in range(count // SHORT):
+            doms.update_many([(key, {"state": paused}) for key in chosen[:SHORT]])
+
     def large_data(count: int) -> None:
         for at in range(count):
             with doms.get(uuid=keys[1 + at % 8]) as dom:
@@ -126,6 +135,7 @@ def loops(doms: DomainList, keys: list[bytes], listed: int) -> dict[str, Callabl
             _ = [(info.id, info.name, info.state) for info in doms.list(definitions=False)]
 
     every = [get_state, patch_state, change_state, read_data, change_data, add, large_data]
+    every += [get_many, update_many]
     every += [definition, by_id, miss, peek, replace, define_remove]
     if listed:
         every.append(rows)

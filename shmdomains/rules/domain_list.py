@@ -112,13 +112,21 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         ...     len(locked)
         0
         """
-        deadline = self._deadline(timeout)
-        wanted = list(domains)
+        return self._locked_together(list(domains), self._deadline(timeout), self._lock_all)
+
+    def _locked_together(
+        self,
+        wanted: list[D | DomainInfo | Uuid | int],
+        deadline: Deadline,
+        lock_all: Callable[
+            [list[D | DomainInfo | Uuid | int], LockedDomains[D], Deadline], object
+        ],
+    ) -> LockedDomains[D]:
+        """What `lock_all` locks, or none of it."""
         taken = self._empty()
         try:
             with self._list_held(deadline.left()):
-                for one in wanted:
-                    self._lock_one(one, taken, deadline)
+                lock_all(wanted, taken, deadline)
         except BaseException:
             at = len(taken)
             while at:  # a loop that allocates nothing, as the end of the block does
@@ -126,6 +134,15 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
                 taken[at]._release_unseen()
             raise
         return taken
+
+    def _lock_all(
+        self,
+        wanted: list[D | DomainInfo | Uuid | int],
+        taken: LockedDomains[D],
+        deadline: Deadline,
+    ) -> None:
+        for one in wanted:
+            self._lock_one(one, taken, deadline)
 
     def _lock_one(
         self, one: D | DomainInfo | Uuid | int, taken: LockedDomains[D], deadline: Deadline

@@ -52,10 +52,17 @@ class ManyRules(DomainListRules[D]):
         ...     second.name, first.name
         ('web2', 'web1')
         """
-        handles = self._handle_type
-        return self.lock_many(
-            [one.uuid if isinstance(one, handles) else one for one in keys], timeout
-        )
+        deadline = self._deadline(timeout)
+        return self._locked_together(list(keys), deadline, self._get_all)
+
+    def _get_all(
+        self,
+        keys: list[D | DomainInfo | Uuid | int],
+        taken: LockedDomains[D],
+        deadline: Deadline,
+    ) -> None:
+        for key in keys:
+            self._lock_one(key.uuid if isinstance(key, self._handle_type) else key, taken, deadline)
 
     def assign_defs(
         self,
@@ -132,16 +139,24 @@ class ManyRules(DomainListRules[D]):
         >>> doms["web1"].state.name, doms["web2"].data
         ('PAUSED', 'mine')
         """
-        deadline = self._deadline(timeout)
         pairs = changes.items() if isinstance(changes, Mapping) else changes
-        wanted = [(key_of(key), _checked(key, fields)) for key, fields in pairs]
+        return self._update_all(pairs, self._deadline(timeout), _checked, _note)
+
+    def _update_all(
+        self,
+        pairs: Iterable[tuple[Any, Mapping[str, Any]]],
+        deadline: Deadline,
+        checked: Callable[[object, Mapping[str, Any]], dict[str, Any]],
+        note: Callable[[BaseException, str], None],
+    ) -> int:
+        wanted = [(key_of(key), checked(key, fields)) for key, fields in pairs]
         done = 0
         try:
             for key, fields in wanted:
                 self._update(key, fields, deadline)
                 done += 1
         except BaseException as exc:
-            _note(exc, f"{done} of {len(wanted)} domains were changed before")
+            note(exc, f"{done} of {len(wanted)} domains were changed before")
             raise
         return done
 
@@ -173,7 +188,15 @@ class ManyRules(DomainListRules[D]):
         (2, 0)
         """
         deadline = self._deadline(timeout)
-        wanted = list(domains)
+        with self._list_held(deadline.left()):
+            return self._remove_all(list(domains), deadline, _note)
+
+    def _remove_all(
+        self,
+        wanted: list[D | DomainInfo | Uuid | int],
+        deadline: Deadline,
+        note: Callable[[BaseException, str], None],
+    ) -> int:
         for one in wanted:
             if not isinstance(one, self._handle_type):
                 key_of(one)  # the error for what is no key
@@ -182,14 +205,13 @@ class ManyRules(DomainListRules[D]):
             if one.is_locked:
                 raise DomainLocked(f"{self._this} holds domain {one.uuid}; unlock it first")
         done = 0
-        with self._list_held(deadline.left()):
-            try:
-                for one in wanted:
-                    self.remove_inactive(one, deadline.left())
-                    done += 1
-            except BaseException as exc:
-                _note(exc, f"{done} of {len(wanted)} domains were removed before")
-                raise
+        try:
+            for one in wanted:
+                self.remove_inactive(one, deadline.left())
+                done += 1
+        except BaseException as exc:
+            note(exc, f"{done} of {len(wanted)} domains were removed before")
+            raise
         return done
 
     def table(

@@ -83,6 +83,7 @@ include "news.pxi"      # which events a commit makes
 include "hold.pxi"      # a thread's hold of a domain, and its changes
 include "count.pxi"     # a number in the data goes up
 include "named.pxi"     # named locks, which belong to no domain
-include "record.pxi"    # Record, the handle; Records
+include "record.pxi"    # Record, the handle
+include "many.pxi"      # Records, and many domains in one call
 include "segment.pxi"   # Segment, the attachment; format_segment
 include "awaited.pxi"   # what a task awaits to get a domain

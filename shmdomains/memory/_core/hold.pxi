@@ -5,7 +5,7 @@
 # `commit_changes`. A handle that is freed while it is locked is rolled back and unlocked
 # (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 import warnings
@@ -348,6 +348,20 @@ cdef int unlock_held(Record mine, uint64_t deadline) except -1:
     return release_slot(mine.segment, mine.slot, True)
 
 
+cdef int enter_block(Record record) except -1:
+    """The beginning of a ``with`` block."""
+    cdef Record mine
+    if not TASKS and sd_has_context():
+        look_for_tasks(sd_self())
+    mine = locked_or_none(record)
+    if mine is None:
+        lock_record(record, SD_FOREVER, None)
+        mine = record
+    mine = need_changeable(mine)
+    mine.depth += 1
+    return 0
+
+
 cdef int leave_block(Record record, object kind) except -1:
     """The end of a ``with`` block; `kind`: of the exception that ended it."""
     cdef Record mine = locked_or_none(record)
@@ -404,6 +418,18 @@ cdef object read_blob(Record record, int which):
     if sd_blob_get(record.segment.segment, record.slot, &record.values, which, &stored) != SD_OK:
         raise_code(SD_CORRUPT, "read")
     return decode_stored(which, &stored, record.uuid_raw, record.values.version[which])
+
+
+cdef int assign_state(Record record, object value) except -1:
+    need_changeable(record)
+    cdef long number = PyNumber_Index(value)  # may run anything, an unlock, too
+    cdef Record mine = need_changeable(record)
+    if number < 0 or number >= len(STATES):
+        raise ValueError(f"{value!r} is no DomainState")
+    mine.values.state = <uint16_t>number
+    mine.values.reason = 0
+    mine.touched = True
+    return 0
 
 
 cdef int assign_data(Record record, object value) except -1:

@@ -1,4 +1,4 @@
-# `Record`, the handle to a domain, and `Records`, several for one ``with``.
+# `Record`, the handle to a domain.
 #
 # Methods are thin: who holds the domain, and what becomes of changes, stands in hold.pxi. Reading
 # a field needs the domain's lock, but for `uuid`; assigning one changes the handle until a commit.
@@ -138,15 +138,7 @@ cdef class Record:
         reload_values(mine)
 
     def __enter__(self):
-        cdef Record mine
-        if not TASKS and sd_has_context():
-            look_for_tasks(sd_self())
-        mine = locked_or_none(self)
-        if mine is None:
-            lock_record(self, SD_FOREVER, None)
-            mine = self
-        mine = need_changeable(mine)
-        mine.depth += 1
+        enter_block(self)
         return self
 
     def __exit__(self, kind, value, traceback):
@@ -186,14 +178,7 @@ cdef class Record:
 
     @state.setter
     def state(self, value):
-        need_changeable(self)
-        cdef long number = PyNumber_Index(value)  # may run anything, an unlock, too
-        cdef Record mine = need_changeable(self)
-        if number < 0 or number >= len(STATES):
-            raise ValueError(f"{value!r} is no DomainState")
-        mine.values.state = <uint16_t>number
-        mine.values.reason = 0
-        mine.touched = True
+        assign_state(self, value)
 
     @property
     def reason(self):
@@ -456,26 +441,3 @@ cdef class Record:
         if mine is None:
             return f"<{kind} {uuid_object(self.uuid_raw)}>"
         return f"<{kind} {self.name!r} {uuid_object(self.uuid_raw)} locked>"
-
-
-cdef class Records(list):
-    """Locked records for a ``with`` block, which commits and unlocks each, or rolls each back. As
-    in `ListHold`, no signal handler runs before the first line of the block, nor in `__exit__`,
-    except in the wait of a commit: then that one commit fails."""
-
-    def __enter__(self):
-        for record in self:
-            record.__enter__()
-        return self
-
-    def __exit__(self, kind, value, traceback):
-        cdef Py_ssize_t at = len(self)
-        failure = None
-        while at:  # allocates nothing: they are unlocked even when there is no memory
-            at -= 1
-            try:
-                self[at].__exit__(kind, value, traceback)
-            except BaseException as exc:
-                failure = failure or exc
-        if failure is not None:
-            raise failure

@@ -230,6 +230,24 @@ cdef class Segment:
                 return sum
         raise not_found(&wanted, key, uuid, name, id)
 
+    # --- many at once (many.pxi) ---
+
+    def _lock_all(self, list wanted not None, Records taken not None, Deadline deadline not None):
+        """Lock each of these keys and handles, in this order. List lock held."""
+        lock_all(self, wanted, taken, deadline)
+
+    def _get_all(self, list keys not None, Records taken not None, Deadline deadline not None):
+        """Lock each of these keys, in this order. List lock held."""
+        get_all(self, keys, taken, deadline)
+
+    def _update_all(self, pairs, Deadline deadline not None, checked, note):
+        """`rules.many.ManyRules.update_many`."""
+        return update_all(self, pairs, deadline, checked, note)
+
+    def _remove_all(self, list wanted not None, Deadline deadline not None, note):
+        """`rules.many.ManyRules.remove_many`, with the list lock held."""
+        return remove_all(self, wanted, deadline, note)
+
     # --- who holds what (held.pxi) ---
 
     @property
