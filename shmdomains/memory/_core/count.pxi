@@ -36,7 +36,7 @@ cdef object add_to_data(Record record, object field, object by):
     step = PyLong_AsLongLongAndOverflow(PyNumber_Index(by), &beyond)  # may run anything
     if beyond:
         raise OverflowError(f"to {field!r} -2^63 to 2^63 - 1 can be added, not {by}")
-    mine = need_changeable(record)
+    mine = need_room(record)
     base = packed_data(mine, words, &size)
     if base is not None:
         at = <const unsigned char *>PyBytes_AS_STRING(base)

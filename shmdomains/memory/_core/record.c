@@ -206,8 +206,9 @@ static void put_small(sd_segment *segment, uint32_t slot, const uint64_t uuid[2]
                 data->bytes, data->size);
 }
 
-/* Small data leaves the name buffer for the heap, for a name that comes there (I7): a commit that
- * nobody sees, so nobody is told.  What is damaged is not moved: it would get a sum that fits. */
+/* Small data leaves the name buffer for the heap, for a name that comes there (I7): a commit, so
+ * whoever waits is told after it, with the next or, if that fails, without.  What is damaged is not
+ * moved: it would get a sum that fits. */
 static int make_way(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_values *now,
                     uint64_t deadline)
 {
@@ -267,6 +268,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     const uint64_t before = sd_count_value(sd_load(&record->cur));
     int result = name ? make_way(segment, slot, uuid, &now, deadline) : SD_OK;
     if (result != SD_OK) return result;
+    const bool moved = sd_count_value(sd_load(&record->cur)) != before;
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
@@ -302,7 +304,8 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     }
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
-    if (result == SD_OK) tell(segment, slot, before);
+    /* If only make_way() committed, too: who waits for its number sleeps on, while `cur` passes it. */
+    if (result == SD_OK || (moved && result != SD_FORKED)) tell(segment, slot, before);
     /* In a child that a signal handler forked, the new blobs are its parent's. */
     if (result == SD_OK ? tidy : new_blobs && result != SD_FORKED) sd_tidy(segment, slot);
     errno = error;

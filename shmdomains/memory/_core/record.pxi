@@ -273,7 +273,7 @@ cdef class Record:
         need_changeable(self)
         sd_prefetch_replace(self.segment.segment, self.slot)
         encoded = ENCODE_DEFINITION(self, value)
-        set_blob(need_changeable(self), SD_DEFINITION, value, encoded)
+        set_blob(need_room(self), SD_DEFINITION, value, encoded)
 
     @property
     def next_definition(self):
@@ -285,7 +285,7 @@ cdef class Record:
     def next_definition(self, value):
         need_changeable(self)
         encoded = None if value is None else ENCODE_DEFINITION(self, value)
-        set_blob(need_changeable(self), SD_NEXT_DEFINITION, value, encoded)
+        set_blob(need_room(self), SD_NEXT_DEFINITION, value, encoded)
 
     @property
     def data(self):
@@ -299,20 +299,23 @@ cdef class Record:
 
     @data.setter
     def data(self, value):
-        cdef Record mine = need_changeable(self)
+        need_changeable(self)
+        # Each new object may run the collector, and that anything: an unlock, a change of `value`.
+        flat = value
+        if type(value) is dict and len(<dict>value) <= FLAT_PAIRS:
+            flat = PyDict_Copy(value)
+        decoded = UNDECODED
+        encoded = None if value is None else encode_flat(flat)
         if value is None:
-            set_blob(mine, SD_DATA, None, None)
-            return
-        encoded = encode_flat(value)
-        if encoded is not None:
-            set_blob(mine, SD_DATA, read_only(value), encoded)
-            return
-        if is_plain(value, PLAIN_DEPTH):
-            set_blob(mine, SD_DATA, UNDECODED, PACK(value))
-            return
-        encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
-        decoded = DECODE[SD_DATA](encoded)
-        set_blob(need_changeable(self), SD_DATA, decoded, encoded)
+            decoded = None
+        elif encoded is not None:
+            decoded = PyDictProxy_New(flat) if type(flat) is dict else flat
+        elif is_plain(value, PLAIN_DEPTH):
+            encoded = PACK(value)
+        else:
+            encoded = ENCODE_DATA(value)
+            decoded = DECODE[SD_DATA](encoded)
+        set_blob(need_room(self), SD_DATA, decoded, encoded)
 
     def add(self, field, by=1):
         """Add to a number in the data, a mapping, and return the sum. Domain lock.
@@ -349,7 +352,7 @@ cdef class Record:
     def _work(self, value):
         need_changeable(self)
         encoded = None if value is None else ENCODE_WORK(value)
-        cdef Record mine = need_changeable(self)
+        cdef Record mine = need_room(self)
         set_blob(mine, SD_WORK, value, encoded)
         set_unfinished(mine, value)
 
