@@ -176,24 +176,9 @@ def test_a_rename_that_fails_wakes_who_waits(path: Path) -> None:
             with mmap.mmap(file.fileno(), 0) as memory:
                 first = ctypes.c_char.from_buffer(memory, cur)
 
-                def sleep() -> None:
-                    tids.append(threading.get_native_id())
-                    wait = (ctypes.c_long * 2)(20, 0)
-                    woken.append(
-                        libc.syscall(
-                            SYS_FUTEX,
-                            ctypes.byref(first),
-                            FUTEX_WAIT,
-                            ctypes.c_uint32(seen & 0xFFFFFFFF),
-                            wait,
-                            None,
-                            0,
-                        )
-                    )
-
-                thread = threading.Thread(target=sleep)
-                thread.start()
                 where = ctypes.addressof(first)
+                thread = threading.Thread(target=sleep_on, args=(where, seen, woken, tids))
+                thread.start()
                 until(lambda: bool(tids) and sleeps(tids[0], where), "the thread sleeps")
                 with doms.locked(), doms.find_by_name("a") as dom:
                     with pytest.raises(SegmentFull):
@@ -204,6 +189,14 @@ def test_a_rename_that_fails_wakes_who_waits(path: Path) -> None:
                 del first
         assert woken == [0]
         assert doms.check().counts["garbage"] == 0
+
+
+def sleep_on(where: int, seen: int, woken: list[int], tids: list[int]) -> None:
+    """For 20 seconds at most; 0: it was woken."""
+    tids.append(threading.get_native_id())
+    word, low = ctypes.c_void_p(where), ctypes.c_uint32(seen & 0xFFFFFFFF)
+    wait = (ctypes.c_long * 2)(20, 0)
+    woken.append(libc.syscall(SYS_FUTEX, word, FUTEX_WAIT, low, wait, None, 0))
 
 
 def sleeps(tid: int, where: int) -> bool:
