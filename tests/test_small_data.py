@@ -250,3 +250,12 @@ def test_what_was_added_is_read_before_the_commit(path: Path) -> None:
             assert dom.data == {"n": 0}
         info = doms.peek("a")
         assert info is not None and info.data == {"n": 0}
+
+
+def test_what_define_returns_is_what_was_defined(path: Path) -> None:
+    """Its definition was read with the domain locked, so nobody has replaced it."""
+    with DomainList.open(path=path) as doms, DomainList.open(path=path) as others:
+        info = doms.define(xml("a", memory=1000))
+        others.undefine("a")
+        others.define(xml("a", memory=2000))
+        assert info.definition.name == "a" and "1000" in info.definition.to_xml()

@@ -68,7 +68,8 @@ cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, int bl
 cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs,
                     bint later) except? -1:
     """Copy the blobs that the view leads to into empty `blobs`, but not those that are in the
-    cache, nor, if `later`, the definition. SD_DOUBT: a writer came in between, read again."""
+    cache, nor, if `later`, the definition, unless the caller holds the domain: then it is what he
+    made, and the next holder may replace it. SD_DOUBT: a writer came in between, read again."""
     cdef bytes blob
     cdef sd_stored stored
     cdef int b, result
@@ -88,7 +89,8 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
         result = sd_view_blob(doms.segment, slot, view, b, &stored)
         if result != SD_OK:
             return result
-        if later and b == SD_DEFINITION:
+        if later and b == SD_DEFINITION and (me().records == NULL
+                                             or held_pointer(doms, slot, 0) == NULL):
             blobs.later = stored
             continue
         blob = copy_stored(&stored)
