@@ -68,6 +68,7 @@ from shmdomains.rules.work import Begun, Caller, Work
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
 SUM = 8  # bytes of the checksum in front of a blob
+SMALL = 120  # bytes of data that lie in the record
 UUIDS = [str(uuid.UUID(int=i + 1)) for i in range(2000)]
 
 
@@ -106,6 +107,17 @@ def few(doms: DomainList) -> None:
             if number in (1, 3):
                 dom.next_definition = definition(number, 2000)
     doms.undefine(name="vm4")
+
+
+def few_small(doms: DomainList) -> None:
+    """Their data lies in the record."""
+    few(doms)
+    for number in range(4):
+        with doms.get(f"vm{number}") as dom:
+            dom.data = {"number": number}
+            if number % 2:
+                dom.commit()
+                dom.data = {"number": number, "text": "x" * 90}
 
 
 def a_dead_holder(doms: DomainList) -> None:
@@ -444,7 +456,7 @@ def change_a_blob_to_a_larger_one(doms: DomainList) -> Iterator[None]:
     yield
 
 
-@operation(points=24)
+@operation(points=22)
 def change_a_blob_to_a_smaller_one(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
         dom.data = "y"
@@ -513,6 +525,60 @@ def rename(doms: DomainList) -> Iterator[None]:
     with doms.locked(), doms.find_by_name("vm3") as dom:
         doms.rename(dom, "renamed to something long " * 5)
         yield
+
+
+@operation(points=431, on=few_small)
+def rename_with_small_data(doms: DomainList) -> Iterator[None]:
+    """The data leaves for the heap, and comes back."""
+    with doms.locked(), doms.find_by_name("vm3") as dom:
+        doms.rename(dom, "renamed to something long " * 5)
+        yield
+        dom.data = {"number": 3, "text": "y" * 90}
+        dom.commit()
+        yield
+        doms.rename(dom, "back")
+        yield
+
+
+@operation(points=81, on=few_small, locks=1)
+def change_small_data(doms: DomainList) -> Iterator[None]:
+    with doms.get(name="vm1") as dom:
+        dom.data = {"number": 9}
+    yield
+    doms.add("vm1", "number", 5)
+    yield
+    with doms.get(name="vm1") as dom:
+        dom.data = "z" * 119
+        dom.set_state(DomainState.CRASHED, 1)
+    yield
+
+
+@operation(points=167, on=few_small)
+def small_data_grows_and_shrinks(doms: DomainList) -> Iterator[None]:
+    with doms.get(name="vm0") as dom:
+        dom.data = "z" * 300
+    yield
+    with doms.get(name="vm0") as dom:
+        dom.data = "y"
+        dom.definition = definition(0, 3000)
+    yield
+    with doms.get(name="vm0") as dom:
+        dom.data = None
+    yield
+    with doms.get(name="vm0") as dom:
+        dom.data = 1
+    yield
+
+
+@operation(points=128, on=few_small)
+def remove_with_small_data(doms: DomainList) -> Iterator[None]:
+    doms.undefine(name="vm0")
+    yield
+    doms.define(definition(5))
+    yield
+    with doms.get(name="vm5") as dom:
+        dom.data = {"a": 1}
+    yield
 
 
 @operation(points=15, locks=1)
@@ -765,7 +831,10 @@ def fits(known: State | None, state: State) -> bool:
 
 def cells_of(state: State) -> int:
     """The cells of the heap that the blobs of this state need."""
-    return sum(cells(blob) for one in domains_of(state).values() for blob in one[3:6])
+    return sum(
+        cells(one[3]) + cells(one[4]) + (0 if one[5] and len(one[5]) <= SMALL else cells(one[5]))
+        for one in domains_of(state).values()
+    )
 
 
 def cells_of_work(doms: DomainList) -> int:

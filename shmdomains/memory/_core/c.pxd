@@ -297,6 +297,7 @@ cdef extern from "core.h" nogil:
     unsigned char *sd_pack_float(unsigned char *, double)
     unsigned char *sd_pack_str(unsigned char *, const void *, uint32_t)
     unsigned char *sd_pack_map(unsigned char *, uint32_t)
+    bint sd_pack_plain(const unsigned char *, uint64_t)
     int sd_pack_add(const unsigned char *, uint64_t, const void *, uint32_t, int64_t,
                     unsigned char *, uint64_t *, sd_token *)
     uint64_t sd_blob_sum(const uint64_t *, int, uint64_t, const void *, uint64_t)

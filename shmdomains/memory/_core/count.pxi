@@ -31,6 +31,7 @@ cdef object add_to_data(Record record, object field, object by):
     step = PyLong_AsLongLongAndOverflow(by, &beyond)
     if beyond:
         return add_as_values(record, field, by)
+    mine = need_room(record)
     base = packed_data(mine, words, &size)
     if base is not None:
         at = <const unsigned char *>PyBytes_AS_STRING(base)

@@ -11,6 +11,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 cdef enum:
     FLAT_MAX = SMALL_MAX  # bytes
+    FLAT_PAIRS = 60  # each takes two bytes at least
     FLAT_ROOM = SMALL_MAX + 16
     PLAIN_DEPTH = 50
 
@@ -71,11 +72,6 @@ cdef bint is_plain(object value, int depth) except -1:
         if type(<object>key) is not str or not is_plain(<object>one, depth - 1):
             return False
     return True
-
-
-cdef inline object read_only(object value):
-    """A flat value as it will be read: the caller may go on changing his dict."""
-    return PyDictProxy_New(PyDict_Copy(value)) if type(value) is dict else value
 
 
 cdef unsigned char *put_flat(unsigned char *at, const unsigned char *end, object value) noexcept:

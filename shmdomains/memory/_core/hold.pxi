@@ -60,6 +60,18 @@ cdef Record need_changeable(Record record):
     return mine
 
 
+cdef Record need_room(Record record):
+    """The same, with room for a changed blob, so that `set_blob` runs nothing before the change is
+    complete."""
+    cdef Record mine = need_changeable(record)
+    while mine.changes is None:
+        room = [None] * (2 * BLOBS)  # the collector may run anything, a change or an unlock, too
+        mine = need_changeable(record)
+        if mine.changes is None:
+            mine.changes = room
+    return mine
+
+
 cdef int begin_hold(Record record) except -1:
     """The slot is locked: the handle is the caller's from here on."""
     if sd_values_get(record.segment.segment, record.slot, &record.values) != SD_OK:
@@ -123,7 +135,8 @@ cdef void reload_values(Record record) noexcept:
     remember_state(record)
 
 
-cdef void drop_changes(Record record) noexcept:
+cdef void drop_changes(Record record, bint committed=False) noexcept:
+    """They are no more. What was just committed need not be decoded."""
     cdef unsigned pending = record.pending
     cdef list changes
     cdef int b
@@ -131,11 +144,27 @@ cdef void drop_changes(Record record) noexcept:
         return
     record.pending = 0
     changes, record.changes = record.changes, None  # to free one may run anything
+    if committed:
+        remember_changes(record, pending, changes)
     for b in range(BLOBS):
         if pending >> b & 1:
             changes[b] = changes[BLOBS + b] = None
     if record.changes is None:
         record.changes = changes
+
+
+cdef void remember_changes(Record record, unsigned pending, list changes) noexcept:
+    cdef Decoded decoded = record.segment.decoded
+    cdef uint32_t slot = record.slot
+    cdef uint64_t life = record.life
+    cdef uint64_t data = record.values.version[SD_DATA]  # what leaves the cache may run anything
+    if pending >> SD_DEFINITION & 1 and changes[SD_DEFINITION] is not None:
+        cache(decoded, SD_DEFINITION, slot, life, record.values.version[SD_DEFINITION],
+              changes[SD_DEFINITION])
+    value = changes[SD_DATA]
+    if (pending >> SD_DATA & 1 and value is not None and value is not UNDECODED
+            and PyBytes_GET_SIZE(changes[BLOBS + SD_DATA]) <= CACHED_MAX):
+        cache(decoded, SD_DATA, slot, life, data, value)
 
 
 cdef int commit_changes(Record record, uint64_t deadline) except -1:
@@ -171,24 +200,8 @@ cdef int commit_changes(Record record, uint64_t deadline) except -1:
     record.touched = False
     record.noted.count = 0
     remember_state(record)
-    if record.pending:
-        remember_value(record, SD_DEFINITION)
-        remember_value(record, SD_DATA)
-        drop_changes(record)
+    drop_changes(record, True)
     return 0
-
-
-cdef void remember_value(Record record, int which) noexcept:
-    """What was just committed of it need not be decoded."""
-    if not is_pending(record, which):
-        return
-    value = record.changes[which]
-    if value is None or value is UNDECODED:
-        return
-    if which == SD_DATA and PyBytes_GET_SIZE(record.changes[BLOBS + which]) > CACHED_MAX:
-        return
-    cache(record.segment.decoded, which, record.slot, record.life, record.values.version[which],
-          value)
 
 
 cdef int commit_work(Record record, object work, bytes encoded, uint64_t deadline,
@@ -246,7 +259,7 @@ cdef int end_intention(Record record) except -1:
     if work is not None and work.intended is not None:
         work = work.without_intention()
         encoded = None if work is None else ENCODE_WORK(work)  # may run anything, an unlock, too
-        set_blob(need_changeable(record), SD_WORK, work, encoded)
+        set_blob(need_room(record), SD_WORK, work, encoded)
     record.intends = False
     return 0
 
@@ -396,11 +409,10 @@ cdef int set_flag(Record record, uint64_t flag, bint value) except -1:
 
 
 cdef int set_blob(Record record, int which, object value, bytes encoded) except -1:
-    """A change that waits for the commit. What it replaces goes last: its end may run anything."""
+    """A change that waits for the commit, of a record from `need_room`. What it replaces goes last:
+    its end may run anything."""
     if encoded is not None and not 0 < len(encoded) <= SD_BLOB_MAX:
         raise errors.SegmentFull(f"a value of {len(encoded)} bytes; the limit is 16 MiB")
-    if record.changes is None:
-        record.changes = [None] * (2 * BLOBS)
     record.pending |= 1 << which
     _former = record.changes[which]
     record.changes[which] = value
@@ -433,17 +445,25 @@ cdef int assign_state(Record record, object value) except -1:
 
 
 cdef int assign_data(Record record, object value) except -1:
-    cdef Record mine = need_changeable(record)
+    cdef bytes encoded
+    need_changeable(record)
+    # Each new object may run the collector, and that anything: an unlock, a change of `value`.
+    flat = value
+    if type(value) is dict and len(<dict>value) <= FLAT_PAIRS:
+        flat = PyDict_Copy(value)
+    decoded = UNDECODED
+    encoded = None if value is None else encode_flat(flat)
     if value is None:
-        return set_blob(mine, SD_DATA, None, None)
-    encoded = encode_flat(value)
-    if encoded is not None:
-        return set_blob(mine, SD_DATA, read_only(value), encoded)
-    if is_plain(value, PLAIN_DEPTH):
-        return set_blob(mine, SD_DATA, UNDECODED, PACK(value))
-    encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
-    decoded = DECODE[SD_DATA](encoded)
-    return set_blob(need_changeable(record), SD_DATA, decoded, encoded)
+        decoded = None
+    elif encoded is not None:
+        decoded = PyDictProxy_New(flat) if type(flat) is dict else flat
+    else:
+        encoded = PACK(value) if is_plain(value, PLAIN_DEPTH) else ENCODE_DATA(value)
+        # Else it may be that it cannot be decoded: what it holds may have changed after the look.
+        if not sd_pack_plain(<const unsigned char *>PyBytes_AS_STRING(encoded),
+                             PyBytes_GET_SIZE(encoded)):
+            decoded = DECODE[SD_DATA](encoded)
+    return set_blob(need_room(record), SD_DATA, decoded, encoded)
 
 
 cdef object read_data(Record record):

@@ -118,6 +118,31 @@ static const unsigned char *skip(const unsigned char *at, const unsigned char *e
     return at;
 }
 
+#define PLAIN_DEPTH 100
+
+/* Behind a value that is plain; NULL: it is not. */
+static const unsigned char *plain(const unsigned char *at, const unsigned char *end, int depth)
+{
+    sd_token token, key;
+    at = sd_pack_next(at, end, &token);
+    if (!at || token.kind == SD_PACK_EXT || !depth) return NULL;
+    const bool is_map = token.kind == SD_PACK_MAP;
+    if (!is_map && token.kind != SD_PACK_ARRAY) return at;
+    for (uint64_t left = token.size; left && at; left--) {
+        if (is_map) {
+            at = sd_pack_next(at, end, &key);
+            if (!at || key.kind != SD_PACK_STR) return NULL;
+        }
+        at = plain(at, end, depth - 1);
+    }
+    return at;
+}
+
+bool sd_pack_plain(const unsigned char *at, uint64_t bytes)
+{
+    return plain(at, at + bytes, PLAIN_DEPTH) == at + bytes;
+}
+
 /* --- writing --------------------------------------------------------------------------------- */
 
 unsigned char *sd_pack_unsigned(unsigned char *to, uint64_t value)
@@ -174,22 +199,23 @@ unsigned char *sd_pack_map(unsigned char *to, uint32_t pairs)
 
 /* --- counting -------------------------------------------------------------------------------- */
 
-/* Where the value of `key` begins in a map whose pairs begin at `at`.  NULL: it has none, and
- * `*end` is where the pairs end; or, with NULL there, it is not MessagePack. */
-static const unsigned char *value_of(const unsigned char *at, const unsigned char **end,
-                                     uint64_t pairs, const void *key, uint32_t key_size)
+/* Where the value of `key` begins in a map whose pairs are all that is between `at` and `end`; of
+ * several, the last one: that is what a reader gets.  NULL: it has none.  False: not MessagePack. */
+static bool value_of(const unsigned char *at, const unsigned char *end, uint64_t pairs,
+                     const void *key, uint32_t key_size, const unsigned char **value)
 {
     sd_token token;
+    *value = NULL;
     for (; pairs && at; pairs--) {
-        const unsigned char *value = sd_pack_next(at, *end, &token);
-        if (!value) break;
-        if (token.kind == SD_PACK_STR && token.size == key_size &&
-            !memcmp(token.bytes, key, key_size))
-            return value;
-        at = skip(skip(at, *end), *end);
+        const unsigned char *next = sd_pack_next(at, end, &token);
+        if (next && token.kind == SD_PACK_STR) {
+            if (token.size == key_size && !memcmp(token.bytes, key, key_size)) *value = next;
+        } else {
+            next = skip(at, end);
+        }
+        at = next ? skip(next, end) : NULL;
     }
-    *end = pairs ? NULL : at;
-    return NULL;
+    return at == end;
 }
 
 static bool is_number(const sd_token *token)
@@ -226,11 +252,10 @@ int sd_pack_add(const unsigned char *from, uint64_t bytes, const void *key, uint
     if (!pairs) return SD_CORRUPT;
     sum->kind = map.kind;
     if (map.kind != SD_PACK_MAP) return SD_MISS;
-    const unsigned char *rest = end, *value = value_of(pairs, &rest, map.size, key, key_size);
-    if (!rest) return SD_CORRUPT;
+    const unsigned char *value;
+    if (!value_of(pairs, end, map.size, key, key_size, &value)) return SD_CORRUPT;
     if (value) {
-        rest = sd_pack_next(value, end, sum);
-        if (!rest) return SD_CORRUPT;
+        const unsigned char *rest = sd_pack_next(value, end, sum);
         if (!is_number(sum)) return SD_MISMATCH;
         if (!add(sum, by)) return SD_FULL;
         memcpy(to, from, (size_t)(value - from));

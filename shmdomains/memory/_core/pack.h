@@ -48,6 +48,10 @@ unsigned char *sd_pack_str(unsigned char *to, const void *bytes, uint32_t size);
 unsigned char *sd_pack_bin(unsigned char *to, const void *bytes, uint32_t size);
 unsigned char *sd_pack_map(unsigned char *to, uint32_t pairs);
 
+/* Is it one value whose maps have strings as keys, without extension types, and not very deep?  Such
+ * a one can be decoded. */
+bool sd_pack_plain(const unsigned char *at, uint64_t bytes);
+
 /* How much longer a value may get by sd_pack_add(), besides the key. */
 #define SD_PACK_ROOM 24
 

@@ -74,8 +74,9 @@ cdef int settle_view(Segment doms, uint32_t slot, const sd_key *key, Blobs blobs
 cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs,
                     bint later) except? -1:
     """Copy the blobs that the view leads to into `blobs`, but not those that are in the cache, nor,
-    if `later` and the cache has no room, the definition. SD_DOUBT: a writer came in between, read
-    again."""
+    if `later`, the definition, unless the cache has room for it, or the caller holds the domain:
+    then it is what he made, and the next holder may replace it. SD_DOUBT: a writer came in between,
+    read again."""
     cdef bytes blob
     cdef sd_stored stored
     cdef uint64_t version
@@ -103,7 +104,8 @@ cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blob
         result = sd_view_blob(doms.segment, slot, view, b, &stored)
         if result != SD_OK:
             return result
-        if later and b == SD_DEFINITION and not has_place(doms.decoded, slot):
+        if later and b == SD_DEFINITION and not has_place(doms.decoded, slot) and (
+                me().records == NULL or held_pointer(doms, slot, 0) == NULL):
             blobs.later = stored
             continue
         blob = copy_stored(&stored)

@@ -212,8 +212,8 @@ static int move_small(const sd_segment *segment, uint32_t slot, const uint64_t u
                       const sd_values *now, uint64_t copy[SD_SMALL_WORDS], sd_blob *data)
 {
     sd_stored small;
-    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now))
-        return SD_OK;
+    if (!(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now)) return SD_OK;
+    if (data->change) return SD_MISMATCH; /* no caller's: it could not come with the name at once */
     if (sd_blob_get(segment, slot, now, SD_DATA, &small) != SD_OK) return SD_CORRUPT;
     sd_copy_out(copy, small.at, small.bytes);
     if (copy[0] != sd_blob_sum(uuid, SD_DATA, now->version[SD_DATA], copy + 1, small.bytes - 8))
@@ -311,6 +311,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     }
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
+    /* If only make_way() committed, too: who waits for its number sleeps on, while `cur` passes it. */
     if (result == SD_OK) tell(segment, slot, before);
     /* In a child that a signal handler forked, the new blobs are its parent's. */
     if (result == SD_OK ? tidy : new_blobs && result != SD_FORKED) sd_tidy(segment, slot);

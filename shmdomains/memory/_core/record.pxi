@@ -258,7 +258,7 @@ cdef class Record:
         need_changeable(self)
         sd_prefetch_replace(self.segment.segment, self.slot)
         encoded = ENCODE_DEFINITION(self, value)
-        set_blob(need_changeable(self), SD_DEFINITION, value, encoded)
+        set_blob(need_room(self), SD_DEFINITION, value, encoded)
 
     @property
     def next_definition(self):
@@ -270,7 +270,7 @@ cdef class Record:
     def next_definition(self, value):
         need_changeable(self)
         encoded = None if value is None else ENCODE_DEFINITION(self, value)
-        set_blob(need_changeable(self), SD_NEXT_DEFINITION, value, encoded)
+        set_blob(need_room(self), SD_NEXT_DEFINITION, value, encoded)
 
     @property
     def data(self):
@@ -322,7 +322,7 @@ cdef class Record:
     def _work(self, value):
         need_changeable(self)
         encoded = None if value is None else ENCODE_WORK(value)
-        cdef Record mine = need_changeable(self)
+        cdef Record mine = need_room(self)
         set_blob(mine, SD_WORK, value, encoded)
         set_unfinished(mine, value)
 
