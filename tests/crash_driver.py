@@ -68,6 +68,7 @@ from shmdomains.rules.work import Begun, Caller, Work
 DEADLINE = 10  # seconds; for what takes milliseconds
 CELL = 64
 SUM = 8  # bytes of the checksum in front of a blob
+SMALL = 120  # bytes of data that lie in the record
 UUIDS = [str(uuid.UUID(int=i + 1)) for i in range(2000)]
 
 
@@ -106,6 +107,14 @@ def few(doms: DomainList) -> None:
             if number in (1, 3):
                 dom.next_definition = definition(number, 2000)
     doms.undefine(name="vm4")
+
+
+def small_data(doms: DomainList) -> None:
+    """As few, but for data that lies in the record, of which vm3's was written twice; vm2 has none."""
+    few(doms)
+    for number, data in ((0, {"count": 1}), (1, "y" * 118), (2, None), (3, "first"), (3, "second")):
+        with doms.get(f"vm{number}") as dom:
+            dom.data = data
 
 
 def a_dead_holder(doms: DomainList) -> None:
@@ -447,7 +456,7 @@ def change_a_blob_to_a_larger_one(doms: DomainList) -> Iterator[None]:
 @operation(points=24)
 def change_a_blob_to_a_smaller_one(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
-        dom.data = "y"
+        dom.data = "y" * 130
     yield
 
 
@@ -455,6 +464,66 @@ def change_a_blob_to_a_smaller_one(doms: DomainList) -> Iterator[None]:
 def change_a_blob_to_one_of_equal_size(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
         dom.data = {"number": 9, "text": "y" * 200}
+    yield
+
+
+@operation(points=52, on=small_data, locks=1)
+def change_small_data(doms: DomainList) -> Iterator[None]:
+    """From one half into the other, back, and as many bytes as there is room for."""
+    with doms.get(name="vm0") as dom:
+        for data in ({"count": 2}, {"count": 3, "name": "é"}, "z" * (SMALL - 2)):
+            dom.data = data
+            dom.commit()
+            yield
+
+
+@operation(points=205, on=small_data)
+def change_small_data_to_large(doms: DomainList) -> Iterator[None]:
+    """By one byte, and back; then by way of none."""
+    with doms.get(name="vm3") as dom:
+        for size in (SMALL - 2, SMALL - 1, SMALL - 2):
+            dom.data = "z" * size
+            dom.commit()
+            yield
+        dom.data = None
+        dom.commit()
+        yield
+        dom.data = "z" * 500
+        dom.commit()
+        yield
+        dom.data = 1
+    yield
+
+
+@operation(points=37, on=small_data)
+def give_small_data(doms: DomainList) -> Iterator[None]:
+    """To one that has none, and take it away."""
+    with doms.get(name="vm2") as dom:
+        dom.data = [1, 2, 3]
+        dom.commit()
+        yield
+        dom.data = None
+        dom.commit()
+        yield
+        dom.data = [1, 2, 3, 4]
+        dom.set_state(DomainState.CRASHED, 1)
+    yield
+
+
+@operation(points=81, on=small_data, locks=2)
+def count_in_the_data(doms: Any) -> Iterator[None]:
+    """In the record, where it is created, and until it grows out of it."""
+    with doms.get(name="vm0") as dom:
+        dom.add("count")
+        dom.add("count", 500)
+        dom.commit()
+        yield
+        dom.add("x" * 108)
+        dom.commit()
+        yield
+    doms.add("vm2", "count", -1)
+    yield
+    doms.add("vm2", "count", 1 << 40)
     yield
 
 
@@ -512,6 +581,34 @@ def set_autostart(doms: DomainList) -> Iterator[None]:
 def rename(doms: DomainList) -> Iterator[None]:
     with doms.locked(), doms.find_by_name("vm3") as dom:
         doms.rename(dom, "renamed to something long " * 5)
+        yield
+
+
+@operation(points=391, on=small_data)
+def rename_with_small_data(doms: DomainList) -> Iterator[None]:
+    """It makes way for the name; then it comes to lie where the name before was, and makes way
+    once more."""
+    with doms.locked(), doms.find_by_name("vm3") as dom:
+        doms.rename(dom, "renamed to something long " * 5)
+        yield
+        dom.data = "third"
+        dom.commit()
+        yield
+        doms.rename(dom, "vm3")
+        yield
+
+
+@operation(points=64, on=small_data)
+def swap_with_small_data(doms: DomainList) -> Iterator[None]:
+    """The definitions change places, the data goes from half to half, an id comes and goes."""
+    with doms.get(name="vm1") as dom:
+        dom.deactivate()
+        dom.data = "first"
+        dom.commit()
+        yield
+        dom.data = "second"
+        dom.activate(pid=12)
+        dom.commit()
         yield
 
 
@@ -605,6 +702,25 @@ def remove_inactive(doms: DomainList) -> Iterator[None]:
 @operation(points=14)
 def undefine_active(doms: DomainList) -> Iterator[None]:
     doms.undefine(name="vm1")
+    yield
+
+
+@operation(points=166, on=small_data)
+def remove_with_small_data(doms: DomainList) -> Iterator[None]:
+    """The next one gets the slot, no data, and then some."""
+    with doms.locked():
+        doms.remove_inactive(doms._handles()[0])
+        yield
+        dom = doms.assign_def(definition(5), True)
+        yield
+    with dom:
+        dom.data = "first"
+        dom.commit()
+        yield
+        dom.data = "second"
+        dom.commit()
+        yield
+    doms.undefine(name="vm5")
     yield
 
 
@@ -764,8 +880,10 @@ def fits(known: State | None, state: State) -> bool:
 
 
 def cells_of(state: State) -> int:
-    """The cells of the heap that the blobs of this state need."""
-    return sum(cells(blob) for one in domains_of(state).values() for blob in one[3:6])
+    """The cells of the heap that the blobs of this state need, once small data is in the records."""
+    blobs = [blob for one in domains_of(state).values() for blob in one[3:5]]
+    data = [one[5] for one in domains_of(state).values()]
+    return sum(map(cells, blobs)) + sum(cells(one) for one in data if one and len(one) > SMALL)
 
 
 def cells_of_work(doms: DomainList) -> int:
