@@ -393,8 +393,13 @@ static _Atomic int writers_left;
 static _Atomic uint64_t accepted, doubted;
 static const uint64_t seed_word = 0x9e3779b97f4a7c15ull;
 
+/* Bits of the number of a record which its name does not follow from. */
+#define SAME_NAME 27
+#define NAMESAKES 8
+
 static void spell_name(uint64_t k, unsigned char *name)
 {
+    k &= ~((uint64_t)(NAMESAKES - 1) << SAME_NAME);
     int n = snprintf((char *)name + 1, SD_NAME_MAX, "domain-%lu-%.*s", k, (int)(k % 200),
                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
@@ -417,9 +422,13 @@ static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[SD_BLOBS][64
     values->started = k * seed_word;
     for (int b = 0; b < SD_BLOBS; b++) {
         uint64_t n = 1 + (k * seed_word >> (8 * b)) % 64;
-        for (uint64_t i = 0; i < n; i++) words[b][i] = k * seed_word + i + b;
+        for (uint64_t i = 0; i < 64; i++) words[b][i] = k * seed_word + i + b;
         blobs[b] = (sd_blob){true, b && k % 5 == 0 ? NULL : words[b], n * 8};
     }
+    /* More often than not in the record, and just not any more. */
+    uint64_t turn = k * seed_word >> 40;
+    if (turn % 4) blobs[SD_DATA].size = turn % 4 == 1 ? SD_SMALL_MAX - 2 + turn / 4 % 4
+                                                      : 1 + turn / 4 % SD_SMALL_MAX;
     return k;
 }
 
@@ -471,6 +480,11 @@ static void *change(void *argument)
         MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
         MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
         MUST(sd_commit(shared, slot, &values, blobs, name, &NEWS, SD_FOREVER) == SD_OK);
+        /* Some that leave the name, as small data does. */
+        for (uint64_t same = draw(&state, NAMESAKES); same; same--) {
+            spell(k | same << SAME_NAME, &values, words, blobs);
+            MUST(sd_commit(shared, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
+        }
         /* And one of fields only, which a reader of the blobs need not mind. */
         memset(blobs, 0, sizeof blobs);
         MUST(sd_values_get(shared, slot, &values) == SD_OK);
@@ -723,7 +737,7 @@ static void inspect(void)
     if (stores % 5 == 0) blame_nobody();
 }
 
-/* Rename a domain and change all of it, or start or stop it. */
+/* Rename a domain and change all of it, or all but the name, or start or stop it. */
 static void work_on(uint32_t slot, uint64_t k)
 {
     uint64_t words[SD_BLOBS][64];
@@ -738,6 +752,10 @@ static void work_on(uint32_t slot, uint64_t k)
     if (!start && !stop) spell(k, &values, words, blobs), spell_name(k, name);
     MUST(sd_commit(shared, slot, &values, blobs, start || stop ? NULL : name,
                    start ? &NEWS : NULL, SD_FOREVER) == SD_OK);
+    for (uint64_t same = start || stop ? 0 : k / 3 % NAMESAKES; same; same--) {
+        spell(k | same << SAME_NAME, &values, words, blobs);
+        MUST(sd_commit(shared, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
+    }
     sd_slot_unlock(shared, slot, true);
 }
 
