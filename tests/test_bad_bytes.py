@@ -225,7 +225,9 @@ def test_bits_of_what_is_used(
 def test_bits_of_small_data(nursery: Nursery, specimen: Specimen, tried: Tried) -> None:
     """Of both halves of a name buffer that has it, what is not in use included."""
     start, _ = specimen.parts["names"]
-    damages = some(bits(range(start + 512 * IDLE, start + 512 * (IDLE + 1))), 10_000 if SOAK else 400)
+    damages = some(
+        bits(range(start + 512 * IDLE, start + 512 * (IDLE + 1))), 10_000 if SOAK else 400
+    )
     met = try_all(nursery, specimen, damages)
     assert met["SegmentCorrupt"]
     tried("bits of small data flipped before attaching", len(damages))

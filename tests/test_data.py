@@ -6,6 +6,7 @@ in the record, more in the heap; what was committed is kept decoded. Nobody can 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +17,17 @@ import pytest
 from helpers import SOAK, xml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from killing import Nursery, Pipe
 
-from shmdomains import Busy, DomainDef, DomainList, SegmentFull, UncommittedChanges
+from shmdomains import (
+    AlreadyLocked,
+    DomainList,
+    DomainNotFound,
+    DomainNotLocked,
+    LockTimeout,
+    SegmentFull,
+    UncommittedChanges,
+)
 from shmdomains.rules.values import decode_data, encode_data
 
 SMALL = 120  # bytes that lie in the record
@@ -32,8 +42,10 @@ often = settings(
 )
 
 edges = st.sampled_from(
-    [0, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
-    + [-1, -32, -33, -128, -129, -32768, -32769, -(2**31), -(2**31) - 1, -(2**63)]
+    [
+        *(0, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1),
+        *(-1, -32, -33, -128, -129, -32768, -32769, -(2**31), -(2**31) - 1, -(2**63)),
+    ]
 )
 numbers = edges | st.integers(-(2**63), 2**64 - 1)
 texts = st.text(max_size=40) | st.text("ab", min_size=28, max_size=130)
@@ -318,3 +330,154 @@ def test_small_data_needs_no_room_in_the_heap(segment_dir: Path) -> None:
                 dom.commit()
         assert doms["web1"].data == {"count": 4}
         assert doms.check()
+
+
+# --- counting -------------------------------------------------------------------------------------
+
+names = st.sampled_from(["", "a", "requests", "é", "x" * 31, "x" * 32, "x" * 255, "x" * 256])
+steps = edges.filter(lambda n: n < 2**63) | st.integers(-(2**63), 2**63 - 1)
+counters = st.dictionaries(names, edges | st.integers(-9, 9), max_size=4) | st.dictionaries(
+    texts, scalars | st.lists(scalars, max_size=3), max_size=18
+)
+
+
+@often
+@given(before=counters | st.none(), name=names, by=steps, waits=st.booleans())
+@example(before={str(n): n for n in range(15)}, name="new", by=1, waits=False)
+@example(before={str(n): n for n in range(16)}, name="15", by=2**63 - 1, waits=True)
+@example(before={"b": {"a": 7}, "c": [1, "a", {"a": 1}], "a": 2}, name="a", by=-3, waits=False)
+def test_add_is_a_value_read_and_assigned(
+    doms: Any, other: Any, before: Any, name: str, by: int, waits: bool
+) -> None:
+    """`waits`: what it is added to has not been committed yet."""
+    with doms.get("web1") as dom:
+        dom.data = before
+        if not waits:
+            dom.commit()
+        known = dict(dom.data or {})
+        was = known.get(name, 0)
+        if type(was) is not int:
+            with pytest.raises(TypeError, match="no integer"):
+                dom.add(name, by)
+            assert plainly(dom.data) == plainly(before)
+            return
+        if not -(2**63) <= was + by < 2**64:
+            with pytest.raises(OverflowError, match="what MessagePack can hold"):
+                dom.add(name, by)
+            assert plainly(dom.data) == plainly(before)
+            return
+        known[name] = was + by
+        assert dom.add(name, by) == was + by
+        assert same(dom.data, decode_data(encode_data(known)))
+    assert stored(doms) == encode_data(known)
+    assert same(other["web1"].data, decode_data(encode_data(known)))
+
+
+@pytest.mark.parametrize("data", ["text", 7, [1], b"a", True, 1.5, 2**64 - 1, "x" * 300])
+def test_nothing_can_be_counted_in_what_is_no_mapping(doms: Any, data: Any) -> None:
+    with doms.get("web1") as dom:
+        dom.data = data
+    for call in (lambda: doms.add("web1", "a"), lambda: add_held(doms)):
+        with pytest.raises(TypeError, match="'web1' is .*, no mapping"):
+            call()
+    assert doms["web1"].data == decode_data(encode_data(data))
+    with doms.get("web1", timeout=0):
+        pass
+
+
+def add_held(doms: Any) -> None:
+    with doms.get("web1", timeout=0) as dom:
+        dom.add("a")
+
+
+def test_add_in_one_call(doms: Any, other: Any) -> None:
+    assert [doms.add("web1", "a"), doms.add(UUID, "a", 5), other.add("web1", "a", by=-6)] == [
+        1,
+        6,
+        0,
+    ]
+    with doms.get("web1") as dom:
+        id = dom.activate()
+    assert other.add(id, "b" * 200, 2**40) == 2**40
+    assert doms.add("web1", "b" * 200, timeout=0) == 2**40 + 1
+    assert doms["web1"].data == other["web1"].data == {"a": 0, "b" * 200: 2**40 + 1}
+
+
+def test_what_add_refuses_changes_nothing(doms: Any, other: Any) -> None:
+    doms.add("web1", "a", 3)
+    with pytest.raises(DomainNotFound):
+        doms.add("web2", "a")
+    with pytest.raises(DomainNotFound):
+        doms.add("x/y", "a")
+    for field, by, error in (
+        (b"a", 1, TypeError),
+        (None, 1, TypeError),
+        ("a", 1.5, TypeError),
+        ("a", "1", TypeError),
+        ("a", 2**63, OverflowError),
+        ("\ud800", 1, ValueError),
+    ):
+        with pytest.raises(error):
+            doms.add("web1", field, by)
+        with doms.get("web1", timeout=0) as dom, pytest.raises(error):
+            dom.add(field, by)
+    with doms.get("web1") as dom:
+        with pytest.raises(AlreadyLocked):
+            doms.add("web1", "a")
+        refused: list[Exception | None] = []
+
+        def add() -> None:
+            try:
+                other.add("web1", "a", timeout=0)
+            except LockTimeout as exc:
+                refused.append(exc)
+
+        thread = threading.Thread(target=add)
+        thread.start()
+        thread.join()
+        assert len(refused) == 1
+        dom.add("a")
+        dom.rollback()
+    with pytest.raises(DomainNotLocked):
+        dom.add("a")
+    assert doms["web1"].data == other["web1"].data == {"a": 3}
+
+
+def test_what_add_asks_may_do_anything(doms: Any) -> None:
+    """`by` unlocks the domain, while the number is asked for."""
+
+    class Ends:
+        def __index__(self) -> int:
+            dom.unlock()
+            return 1
+
+    dom = doms.get("web1")
+    with pytest.raises(DomainNotLocked):
+        dom.add("a", Ends())
+    assert doms["web1"].data is None
+
+
+def test_nothing_is_lost_of_what_many_add(doms: Any, nursery: Nursery, segment_dir: Path) -> None:
+    """In several processes, with a rename and a larger value now and then."""
+    path = str(segment_dir / "list.segment")
+    children = [nursery.start(add_many, path, 200) for _ in range(3)]
+    names = ["web1", "web2"]
+    for number in range(40):
+        with doms.locked(), doms.get(uuid=UUID) as dom:
+            doms.rename(dom, names[dom.name == names[0]])
+            if number % 4 == 0:
+                dom.data = {**(dom.data or {}), "padding": "x" * (number % 8 * 30)}
+    for child in children:
+        assert child.hear() == 200
+        child.close()
+    counted = {name: count for name, count in doms[UUID].data.items() if name != "padding"}
+    assert sum(counted.values()) == 600
+
+
+def add_many(pipe: Pipe, path: str, times: int) -> None:
+    with DomainList.attach(path=path) as doms:
+        other: Any = doms
+        for number in range(times):
+            other.add(UUID, "even" if number % 2 else "odd")
+        pipe.say(times)
+        pipe.rest()

@@ -216,7 +216,9 @@ class Small(Subject):
 def renamed(kills: int = 1, **how: Any) -> Model:
     """While others change the data, and look."""
     small = Small(**how)
-    return small.model(small.rename("second"), small.commit((SMALL, "two")), small.read, kills=kills)
+    return small.model(
+        small.rename("second"), small.commit((SMALL, "two")), small.read, kills=kills
+    )
 
 
 def twice(kills: int = 2, **how: Any) -> Model:
