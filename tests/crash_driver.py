@@ -548,10 +548,10 @@ def change_everything(doms: DomainList) -> Iterator[None]:
 @operation(points=44)
 def commit_mid_way(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
-        dom.data = "first"
+        dom.data = "first" * 30
         dom.commit()
         yield
-        dom.data = "second"
+        dom.data = "second" * 30
         dom.autostart = True
         dom.commit()
         yield
