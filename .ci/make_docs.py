@@ -15,6 +15,7 @@ from shmdomains.cli import cli
 MODULES = (
     *("shmdomains", "shmdomains.errors", "shmdomains.drivers", "shmdomains.drivers.qemu"),
     *("shmdomains.metrics", "shmdomains.aio", "shmdomains.green", "shmdomains.libvirts"),
+    "shmdomains.table",
 )
 
 

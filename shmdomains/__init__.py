@@ -15,7 +15,8 @@ Where to look: `help(shmdomains.DomainList)` has every operation, `help(shmdomai
 locked domain can do, `shmdomains.errors` what is raised. `shmdomains.open` takes a URL, also of a
 list on PostgreSQL (and stands in no ``import *``: it would hide Python's own). `shmdomains.drivers`
 run virtual machines; `shmdomains.aio` and `shmdomains.green` are for tasks, `shmdomains.metrics`
-for Prometheus, `shmdomains.libvirts` for a libvirt. On the command line: ``shmdomains --help``.
+for Prometheus, `shmdomains.table` for columns, `shmdomains.libvirts` for a libvirt. On the command
+line: ``shmdomains --help``.
 """
 
 import sys as _sys

@@ -26,9 +26,18 @@ holds something is rolled back and unlocked. So is every task of a loop that is 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from .config import LoadReport
 from .errors import LockTimeout, UncommittedChanges
@@ -305,6 +314,27 @@ class AsyncDomainList(core.AsyncSegment):
         """Several domains, locked for an ``async with`` block."""
         return _LockMany(self.plain, list(domains), timeout)
 
+    def get_many(self, keys: Iterable[Key], timeout: float | None = None) -> _LockMany:
+        """The domains with these keys, locked for an ``async with`` block."""
+        wanted: list[Key] = [one.uuid if isinstance(one, Domain) else one for one in keys]
+        return _LockMany(self.plain, wanted, timeout)
+
+    async def add(
+        self,
+        key: Key | None = None,
+        /,
+        field: str | None = None,
+        by: int = 1,
+        timeout: float | None = None,
+        *,
+        uuid: Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> int:
+        """Add to a named integer of a domain's data and commit it; returns the sum."""
+        add = partial(self.plain.add, uuid=uuid, name=name, id=id)
+        return await ask(add, key, field, by, timeout, within=timeout)
+
     def mutex(self, name: str, timeout: float | None = None, *, why: str | None = None) -> _Mutex:
         """A named lock, for an ``async with`` block."""
         return _Mutex(self.plain.mutex(name, timeout, why=why), timeout)
@@ -333,9 +363,32 @@ class AsyncDomainList(core.AsyncSegment):
         """Add a domain, or give it another definition; locked. List lock held by the task."""
         return _Acquire(self.plain.assign_def, (definition, persistent, timeout), {}, timeout)
 
+    def assign_defs(
+        self,
+        definitions: Iterable[DomainDef | EncodedDef],
+        persistent: bool | None = None,
+        timeout: float | None = None,
+    ) -> _Acquire[LockedDomains]:
+        """Add domains, or give them other definitions; all locked. The list lock is taken."""
+        enter = cast("Callable[..., LockedDomains]", self.plain.assign_defs)
+        return _Acquire(enter, (list(definitions), persistent, timeout), {}, timeout)
+
     async def remove_inactive(self, dom: Domain, timeout: float | None = None) -> None:
         """Remove a domain. List lock held by the task, `dom` not locked by it."""
         await ask(self.plain.remove_inactive, dom, timeout, within=timeout)
+
+    async def update_many(
+        self,
+        changes: Mapping[Any, Mapping[str, Any]] | Iterable[tuple[Any, Mapping[str, Any]]],
+        timeout: float | None = None,
+    ) -> int:
+        """Assign fields of several domains, each in a commit of its own; returns of how many."""
+        given = dict(changes) if isinstance(changes, Mapping) else list(changes)
+        return await work(self.plain.update_many, given, timeout)
+
+    async def remove_many(self, domains: Iterable[Key], timeout: float | None = None) -> int:
+        """Remove domains, each in a commit of its own; returns how many. The list lock is taken."""
+        return await work(self.plain.remove_many, list(domains), timeout)
 
     async def define(
         self,

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from killing import DEADLINE, Pipe
+from killing import DEADLINE, Pipe, xml
 from tasks import Start, new_list
 
-from shmdomains import DomainList, green
+from shmdomains import DomainDef, DomainList, green
 from shmdomains.memory.rooms import hub_of
 
 LEAVES_NOTHING = pytest.mark.usefixtures("nothing_left")
@@ -26,6 +26,9 @@ LOCKS: dict[str, Callable[[DomainList], Any]] = {
     "handle": lambda doms: handle(doms, "a"),
     "locked": lambda doms: doms.locked(),
     "lock_many": lambda doms: doms.lock_many(["b", "a"]),
+    "assign_defs": lambda doms: doms.assign_defs(
+        [DomainDef.from_xml(xml("b")), DomainDef.from_xml(xml("a"))]
+    ),
     "mutex": lambda doms: doms.mutex("m"),
     "job": lambda doms: doms.job("a", "backup"),
 }

@@ -28,7 +28,16 @@ WAITS = {
     *("get", "lookup", "find_by_id", "find_by_uuid", "find_by_name", "lock_many", "locked"),
     *("assign_def", "remove_inactive", "rename", "define", "undefine", "load_all_configs"),
     *("save_config", "delete_config", "set_autostart", "forget_configs", "free", "wait"),
-    *("wait_any", "lock", "acquire"),
+    *(
+        "wait_any",
+        "lock",
+        "acquire",
+        "get_many",
+        "assign_defs",
+        "update_many",
+        "remove_many",
+        "add",
+    ),
 }
 ENTERED = {*WAITS, "mutex"}
 
@@ -36,7 +45,7 @@ ENTERED = {*WAITS, "mutex"}
 def through_aio(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a task calls in place of this method: something to await or to enter."""
     whose, name = getattr(method, "__self__", None), method.__name__
-    if name == "lock_many" and kwargs.get("timeout") == 0:
+    if name in ("lock_many", "get_many") and kwargs.get("timeout") == 0:
         return method(*args, **kwargs)  # it waits for nobody, and needs no block
     elsewhere = type(whose).__module__.startswith("shmdomains.postgres.")
     is_list = hasattr(whose, "assign_def")

@@ -12,6 +12,7 @@ from killing import DEADLINE, Child, Pipe, xml
 
 from shmdomains import (
     Domain,
+    DomainDef,
     DomainList,
     LockTimeout,
     aio,
@@ -113,6 +114,10 @@ LOCKS: dict[str, Callable[[Doms], Any]] = {
     "handle": lambda doms: handle(doms, "a"),
     "locked": lambda doms: doms.locked(),
     "lock_many": lambda doms: doms.lock_many(["b", "a"]),
+    "get_many": lambda doms: doms.get_many(["b", "a"]),
+    "assign_defs": lambda doms: doms.assign_defs(
+        [DomainDef.from_xml(xml("b")), DomainDef.from_xml(xml("a"))]
+    ),
     "mutex": lambda doms: doms.mutex("m"),
     "job": lambda doms: doms.job("a", "backup"),
     "key of a job": lambda doms: doms.plain.job("a", "backup"),

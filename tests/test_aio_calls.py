@@ -195,6 +195,78 @@ def test_lock_many(doms: Doms, start: Start, path: str) -> None:
     run(main())
 
 
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.parametrize("what", ["get_many", "assign_defs"])
+def test_many_are_locked_or_none(doms: Doms, start: Start, path: str, what: str) -> None:
+    """Whatever ends the wait: the time, a cancellation, or the lock that was waited for."""
+    holder, looker = start(hold, path, "c"), start(say_what_is_taken, path)
+    assert holder.hear() == "held"
+    wanted = [DomainDef.from_xml(xml(name)) for name in "nabc"]
+
+    async def main() -> None:
+        async def many(timeout: float | None = None) -> list[str]:
+            block = (
+                doms.get_many("abc", timeout)
+                if what == "get_many"
+                else doms.assign_defs(wanted, timeout=timeout)
+            )
+            async with block as found:
+                for dom in found:
+                    dom.data = "mine"
+                return [dom.name for dom in found]
+
+        with pytest.raises(LockTimeout, match="domain 'c'"):
+            await many(timeout=2 * SLICE)
+        assert looker.ask() == ["c"]
+        task = asyncio.create_task(many())
+        await queued(1)
+        task.cancel()
+        assert await ended(task) is asyncio.CancelledError
+        assert looker.ask() == ["c"] and "n" not in doms
+        task = asyncio.create_task(many())
+        await queued(1)
+        assert holder.ask("x") == "free"
+        assert await task == list("abc" if what == "get_many" else "nabc")
+        assert looker.ask() == []
+        assert [doms.peek(name).data for name in "abc"] == ["mine"] * 3
+
+    run(main())
+
+
+def test_calls_that_change_and_unlock(doms: Doms, start: Start, path: str) -> None:
+    """They wait without the loop's thread, and are cancelled in their wait."""
+    holder = start(hold, path, "c")
+    assert holder.hear() == "held"
+    waits: list[Callable[[float | None], Awaitable[int]]] = [
+        lambda timeout: doms.add("c", "requests", timeout=timeout),
+        lambda timeout: doms.update_many({"c": {"data": {"requests": 1}}}, timeout),
+        lambda timeout: doms.remove_many(iter("c"), timeout),
+    ]
+
+    async def main() -> None:
+        assert await doms.add("a", "requests") == 1
+        assert await doms.add(name="a", field="requests", by=2) == 3
+        assert await doms.update_many([("a", {"pid": 7}), ("b", {"data": "mine"})]) == 2
+        assert (doms.peek("a").pid, doms.peek("b").data) == (7, "mine")
+        async with doms.locked():
+            assert await doms.remove_many(["b"]) == 1
+        assert await doms.remove_many(["a"]) == 1
+        for wait in waits:
+            with pytest.raises(LockTimeout, match="'c'"):
+                await wait(2 * SLICE)
+            task = asyncio.ensure_future(wait(None))
+            await asyncio.sleep(0)
+            task.cancel()
+            assert await ended(task) is asyncio.CancelledError
+        task = asyncio.ensure_future(doms.update_many({"c": {"data": {"requests": 1}}}))
+        assert holder.ask("x") == "free"
+        assert (await task, await doms.add("c", "requests")) == (1, 2)
+        assert await doms.remove_many("c") == 1
+        assert [row[0] for row in doms.table(("name",))] == ["d"]
+
+    run(main())
+
+
 # --- files ------------------------------------------------------------------------------------
 
 

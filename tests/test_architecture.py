@@ -32,6 +32,7 @@ RANKS = [
         "files",
         "deadline",
         "lazy",
+        "table",
     ],
     ["xml"],
     ["config"],

@@ -143,6 +143,11 @@ def test_a_locked_domain_is_the_holders_alone(one: Party, two: Party) -> None:
         "doms.lookup(name='web1', timeout=0.02)",
         "with doms.locked(): doms.find_by_name('web1', timeout=0)",
         "doms.lock_many([doms.peek(name='web1')], timeout=0.02)",
+        "doms.get_many(['web1'], timeout=0.02)",
+        "doms.assign_defs([definition('new'), definition('web1')], timeout=0.02)",
+        "doms.update_many({'web1': {'data': 1}}, timeout=0)",
+        "doms.remove_many(['web1'], timeout=0.02)",
+        "doms.add('web1', 'requests', timeout=0.02)",
         "with doms.locked(): doms.assign_def(definition('web1'), timeout=0)",
         f"doms.define({xml('web1')!r}, timeout=0)",
         "doms.undefine(name='web1', timeout=0.02)",
@@ -199,6 +204,9 @@ def test_the_list_lock_excludes(one: Party, two: Party) -> None:
         f"doms.define({xml('web1')!r}, timeout=0.02)",
         "doms.undefine(name='web1', timeout=0)",
         "doms.lock_many([], timeout=0)",
+        "doms.get_many([], timeout=0)",
+        "doms.assign_defs([], timeout=0.02)",
+        "doms.remove_many([], timeout=0.02)",
     ):
         with pytest.raises(LockTimeout) as caught:
             one.tell(attempt)
@@ -256,6 +264,40 @@ def test_lock_many_is_all_or_nothing(one: Party, two: Party) -> None:
         "with doms.lock_many(doms.snapshot()) as many: seen = [dom.name for dom in many]\nseen"
     )
     assert one.answer() == ["a", "b", "c"]
+
+
+def test_definitions_that_are_entered_at_once(one: Party, two: Party) -> None:
+    define(one, "a", "b")
+    one.tell(
+        "wanted = [definition('c'), definition('b', title='new'), definition('d')]\n"
+        "with doms.assign_defs(wanted, persistent=True) as many:\n"
+        "    for dom in many: dom.data = dom.name"
+    )
+    assert two.tell(
+        "[(info.name, info.data, info.definition.title, info.persistent) for info in doms.list()]"
+    ) == [
+        ("a", None, None, True),
+        ("b", "b", "new", True),
+        ("c", "c", None, True),
+        ("d", "d", None, True),
+    ]
+    two.tell("dom = doms.get('d')")
+    with pytest.raises(LockTimeout):
+        one.tell("doms.assign_defs([definition('e'), definition('d')], timeout=0.02)")
+    two.tell("dom.unlock()")
+    assert two.tell("[info.name for info in doms.list()]") == ["a", "b", "c", "d"]
+    one.start("doms.remove_many(['a', 'b', 'd'])")
+    assert one.answer() == 3
+    assert two.tell("list(doms.table(('name', 'persistent')))") == [("c", 1)]
+
+
+def test_no_addition_is_lost(one: Party, two: Party) -> None:
+    define(one, "web1")
+    work = "for _ in range(300): last = doms.add('web1', 'requests', timeout=20)\nlast"
+    one.start(work)
+    two.start(work)
+    assert max(one.answer(), two.answer()) == 600
+    assert one.tell("doms.peek(name='web1').data['requests']") == 600
 
 
 def test_every_acknowledged_change_counts(one: Party, two: Party) -> None:

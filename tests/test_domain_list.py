@@ -242,6 +242,11 @@ WAITS: dict[str, Callable[[DomainList, Any], Any]] = {
     "get": lambda doms, t: doms.get(name="web1", timeout=t),
     "lookup": lambda doms, t: doms.lookup(uuid=WEB1, timeout=t),
     "lock_many": lambda doms, t: doms.lock_many([WEB1], timeout=t),
+    "get_many": lambda doms, t: doms.get_many([WEB1], timeout=t),
+    "assign_defs": lambda doms, t: doms.assign_defs([definition("web1", WEB1)], timeout=t),
+    "update_many": lambda doms, t: doms.update_many({WEB1: {"data": 1}}, timeout=t),
+    "remove_many": lambda doms, t: doms.remove_many([WEB1], timeout=t),
+    "add": lambda doms, t: doms.add(WEB1, "requests", timeout=t),
     "define": lambda doms, t: doms.define(xml("web1", WEB1), timeout=t),
     "undefine": lambda doms, t: doms.undefine(name="web1", timeout=t),
     "find_by_name": lambda doms, t: with_list(doms, lambda: doms.find_by_name("web1", t)),
@@ -303,6 +308,12 @@ NEVER_WAIT: dict[str, Callable[[DomainList, Any], Any]] = {
     "peek": lambda doms, t: doms.peek(name="nobody", timeout=t),
     "peek id=-1": lambda doms, t: doms.peek(id=-1, timeout=t),
     "lock_many []": lambda doms, t: doms.lock_many([], timeout=t),
+    "get_many []": lambda doms, t: doms.get_many([], timeout=t),
+    "assign_defs": lambda doms, t: doms.assign_defs([definition("new")], timeout=t),
+    "assign_defs []": lambda doms, t: doms.assign_defs([], timeout=t),
+    "update_many {}": lambda doms, t: doms.update_many({}, timeout=t),
+    "remove_many []": lambda doms, t: doms.remove_many([], timeout=t),
+    "add": lambda doms, t: doms.add("nobody", "requests", timeout=t),
     "undefine": lambda doms, t: doms.undefine(name="nobody", timeout=t),
     "find_by_name": lambda doms, t: with_list(doms, lambda: doms.find_by_name("nobody", t)),
     "find_by_id": lambda doms, t: with_list(doms, lambda: doms.find_by_id(-1, t)),
@@ -347,7 +358,10 @@ def test_waiting_for_a_domain_ends(
     other.tell("dom.unlock()")
 
 
-NEED_THE_LIST = ["lock", "locked", "acquire", "lock_many", "define", "undefine"]
+NEED_THE_LIST = [
+    *("lock", "locked", "acquire", "lock_many", "define", "undefine"),
+    *("get_many", "assign_defs", "remove_many"),
+]
 
 
 @pytest.mark.parametrize("timeout", [0, 0.03], ids=str)
@@ -367,7 +381,9 @@ def test_waiting_for_the_list_ends(
 
 
 @pytest.mark.parametrize("timeout", [0, 0.0, 5, None, math.inf, True], ids=str)
-@pytest.mark.parametrize("wait", ["get", "lookup", "lock_many", "Domain.lock"])
+@pytest.mark.parametrize(
+    "wait", ["get", "lookup", "lock_many", "get_many", "assign_defs", "Domain.lock"]
+)
 def test_what_is_free_is_had_at_once(waiting: DomainList, wait: str, timeout: Any) -> None:
     got = WAITS[wait](waiting, timeout) or STALE[0]
     for dom in got if isinstance(got, list) else [got]:

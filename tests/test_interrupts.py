@@ -26,7 +26,7 @@ import pytest
 from helpers import SOAK, Store, xml
 
 import shmdomains
-from shmdomains import DomainList, WaitTimeout
+from shmdomains import DomainDef, DomainList, WaitTimeout
 from shmdomains.config import LOCK_NAME
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -85,6 +85,7 @@ class World:
         domains = {
             info.name: (
                 *(info.definition.memory, info.persistent, info.autostart, info.is_active),
+                info.data,
                 *(job.operation for job in info.jobs),
             )
             for info in self.doms.snapshot()
@@ -134,6 +135,12 @@ def lock_many(world: World) -> None:
         pass
 
 
+def assign_many(world: World) -> None:
+    wanted = [xml("c", C), xml("b", B), xml("d")]
+    with world.doms.assign_defs(DomainDef.from_xml(one) for one in wanted):
+        pass
+
+
 def remove(world: World) -> None:
     dom = world.doms.get(name="b")
     dom.unlock()
@@ -176,6 +183,8 @@ RULES: dict[str, Callable[[World], Any]] = {
     "set autostart": lambda world: set_autostart(world, "b", True),
     "unset autostart": lambda world: set_autostart(world, "a", False),
     "lock many": lock_many,
+    "assign many": assign_many,
+    "add": lambda world: world.doms.add("b", "requests"),
     "remove": remove,
     "load": World.load,
     "job": job,

@@ -9,8 +9,9 @@ import pytest
 
 from shmdomains import Domain, DomainInfo, DomainList, LockedDomains
 from shmdomains.memory._core import core
+from shmdomains.table import Table, Texts
 
-CLASSES = [DomainList, Domain, DomainInfo, core.DomainInfo, LockedDomains]
+CLASSES = [DomainList, Domain, DomainInfo, core.DomainInfo, LockedDomains, Table, Texts]
 OWN = [
     pytest.param(one, name, id=f"{one.__module__.rpartition('.')[2]}.{one.__name__}.{name}")
     for one in CLASSES
@@ -41,10 +42,17 @@ def test_a_key_goes_by_position_or_by_keyword(name: str) -> None:
 
 # --- examples -------------------------------------------------------------------------------------
 
-MODULES = ["shmdomains", "shmdomains.drivers", "shmdomains.metrics", "shmdomains.aio"]
+MODULES = [
+    "shmdomains",
+    "shmdomains.drivers",
+    "shmdomains.metrics",
+    "shmdomains.aio",
+    "shmdomains.table",
+]
 WITHOUT = {
     "AnyDomainList",  # for type hints
     "HeldLock",  # only while another process lives and holds
+    "COLUMNS",
     "INVARIANTS",
     "FAMILIES",
     "Family",

@@ -131,7 +131,7 @@ def _id_text(info: DomainInfo) -> str:
     return str(info.id) if info.is_active else "-"
 
 
-def _bare_lines(infos: list[DomainInfo], flags: dict[str, bool]) -> Iterator[str]:
+def _bare_lines(infos: Sequence[DomainInfo], flags: dict[str, bool]) -> Iterator[str]:
     only_id = flags["id"] and not flags["name"] and not flags["uuid"]
     for info in infos:
         if only_id and not info.is_active:
@@ -144,7 +144,7 @@ def _bare_lines(infos: list[DomainInfo], flags: dict[str, bool]) -> Iterator[str
         yield " ".join(word for word in words if word is not None)
 
 
-def _print_domains(infos: list[DomainInfo], flags: dict[str, bool], hosts: bool) -> None:
+def _print_domains(infos: Sequence[DomainInfo], flags: dict[str, bool], hosts: bool) -> None:
     columns = [Column("Id"), Column("Name"), Column("State", colour=_STATE_COLOURS.get)]
     rows = [[_id_text(info), info.name, info.state.words] for info in infos]
     if hosts:

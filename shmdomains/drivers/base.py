@@ -275,7 +275,7 @@ class Driver(Changes):
         """The domain with this key. Raises `DomainNotFound`."""
         return self.doms[key]
 
-    def list(self, **filters: Any) -> list[DomainInfo]:
+    def list(self, **filters: Any) -> Sequence[DomainInfo]:
         """The domains that match, by the filters of `DomainList.list`."""
         return self.doms.list(**filters)
 

@@ -15,7 +15,14 @@ from ..packing import pack
 from ..rules import info
 from ..rules.domain import DomainRules
 from ..rules.steps import settle
-from ..rules.values import checked_definition, decode_data, encode_data, key_of, not_found
+from ..rules.values import (
+    added,
+    checked_definition,
+    decode_data,
+    encode_data,
+    key_of,
+    not_found,
+)
 from ..rules.work import Caller, Work
 from ..states import REASONS, DomainState
 from ..xml.definition import DomainDef
@@ -88,6 +95,7 @@ core.configure(
     encode_definition=_encode_definition,
     encode_data=encode_data,
     pack=pack,
+    added=added,
     encode_work=Work.encode,
     settle=settle,
     not_found=not_found,

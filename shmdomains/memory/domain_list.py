@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -30,10 +31,11 @@ from ..errors import (
 )
 from ..events import DomainEvent, EventType, detail_of
 from ..holder import this_host
+from ..lazy import LazyModule
 from ..rules.compare import compare
-from ..rules.domain_list import DomainListRules
 from ..rules.elect import end_elections
 from ..rules.info import DomainInfo
+from ..rules.many import ManyRules
 from ..rules.steps import settle_all
 from ..rules.store import Filter
 from . import holder, mp_locks, passing, segment_file, settings
@@ -53,9 +55,15 @@ from .invariants import (
 if TYPE_CHECKING:
     from multiprocessing import context as mp_context
 
+    from .. import table as tables
+    from ..table import Table
+else:
+    tables = LazyModule("shmdomains.table")
+
 logger = logging.getLogger(__name__)
 
 DomainInfo.register(core.DomainInfo)
+Sequence.register(core.Infos)
 Mutex = core.Mutex
 
 DEFAULT_EVENTS = 16_384
@@ -138,7 +146,7 @@ def _is_here(wanted: Filter) -> bool:
     return wanted.host is None or wanted.host == this_host()
 
 
-class DomainList(core.Segment[Domain], DomainListRules[Domain]):
+class DomainList(core.Segment[Domain], ManyRules[Domain]):
     """The list of domains in shared memory (virDomainObjList).
 
     ``DomainList()`` lives in a memfd: shared with forked children, passed by pickling to spawned
@@ -568,8 +576,13 @@ class DomainList(core.Segment[Domain], DomainListRules[Domain]):
 
     # --- for the rules: thin wrappers of the core's methods ---
 
-    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+    def _scan(self, wanted: Filter, definitions: bool) -> Sequence[DomainInfo]:
         return self._list(*_as_numbers(wanted), definitions) if _is_here(wanted) else []
+
+    def _table(self, columns: tuple[str, ...], wanted: Filter) -> Table:
+        if not _is_here(wanted):
+            return tables.of_infos(columns, [])
+        return tables.of_buffers(columns, *self._columns(*_as_numbers(wanted), columns))
 
     def _count(self, wanted: Filter) -> int:
         return self._count_all(*_as_numbers(wanted)) if _is_here(wanted) else 0

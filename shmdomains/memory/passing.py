@@ -23,7 +23,6 @@ is used for raises the reason, in the task, from where it gets to the caller.
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import TYPE_CHECKING, Any, NoReturn, final
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -39,6 +38,7 @@ from ..lazy import LazyModule
 from . import mp_locks, segment_file
 
 if TYPE_CHECKING:
+    import copy
     from multiprocessing import context as mp_context
     from multiprocessing import reduction
     from pathlib import Path
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Place = tuple[int, int | None, tuple[int, int]]
     """The pickling process, its descriptor, and the device and number of the file."""
 else:
+    copy = LazyModule("copy")
     mp_context = LazyModule("multiprocessing.context")
     reduction = LazyModule("multiprocessing.reduction")
 

@@ -17,6 +17,7 @@ from ..states import DomainState, RunningReason, ShutoffReason
 from . import jobs
 from .tasks import ask
 from .values import (
+    added,
     checked_host,
     checked_pid,
     checked_reason,
@@ -116,6 +117,26 @@ class DomainRules(DomainWaitRules):
         if successor is not None:
             self.definition = successor
             self.next_definition = None
+
+    def add(self, field: str, by: int = 1) -> int:
+        """Add to a named integer of `data`, which is a mapping; returns the sum. Part of the
+        transaction. `DomainList.add` does it in one call.
+
+        No data, or no such entry, counts as 0. Raises `DomainNotLocked`; `TypeError` if the data is
+        no mapping or the entry no integer (a bool is none); `OverflowError` for a sum outside of
+        -2^63 to 2^64 - 1. After an error the data is as it was.
+
+        >>> from shmdomains import DomainList
+        >>> doms = DomainList()
+        >>> info = doms.define("<domain type='kvm'><name>web1</name><memory>1024</memory>"
+        ...                    "<os><type>hvm</type></os></domain>")
+        >>> with doms.get("web1") as dom:
+        ...     dom.add("requests"), dom.add("requests", 41), dict(dom.data)
+        (1, 42, {'requests': 42})
+        """
+        data, value = added(self.data, field, by)
+        self.data = data
+        return value
 
     def intend(self, name: str | None, data: Any = None, timeout: float | None = None) -> None:
         """Say what you are about to do, so that whoever gets the domain after your death knows it.

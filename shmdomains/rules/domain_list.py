@@ -63,6 +63,32 @@ def _as_definition(definition: DomainDef | str | bytes) -> DomainDef:
     return definition if isinstance(definition, DomainDef) else DomainDef.from_xml(definition)
 
 
+def as_new(definition: DomainDef | EncodedDef) -> tuple[Uuid, str, bytes]:
+    """Identity and definition of a new record; without a uuid it gets a random one."""
+    uuid = definition.uuid
+    if uuid is None:
+        uuid = uuid_module.uuid4()
+        if isinstance(definition, EncodedDef):
+            definition = definition.decoded()
+        definition = definition.replace(uuid=uuid)
+    return uuid, definition.name, definition.encode()
+
+
+def replace_definition(dom: D, definition: DomainDef | EncodedDef, persistent: bool | None) -> None:
+    """Give a locked domain another definition, at once or for the next start, as part of its
+    transaction."""
+    if isinstance(definition, EncodedDef):
+        definition = definition.decoded()
+    if definition.uuid is None:
+        definition = definition.replace(uuid=dom.uuid)
+    if dom.is_active:
+        dom.next_definition = definition
+    else:
+        dom.definition = definition
+    if persistent is not None:
+        dom.persistent = persistent
+
+
 class DomainListRules(WaitRules[D], WatchRules[D]):
     """The rules, to be combined with a store."""
 
@@ -235,16 +261,7 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         if found is None:  # a signal handler of this thread removed it
             return self._make(definition, persistent, timeout)
         try:
-            if isinstance(definition, EncodedDef):
-                definition = definition.decoded()
-            if definition.uuid is None:
-                definition = definition.replace(uuid=known.uuid)
-            if found.is_active:
-                found.next_definition = definition
-            else:
-                found.definition = definition
-            if persistent is not None:
-                found.persistent = persistent
+            replace_definition(found, definition, persistent)
         except BaseException:
             found._release_unseen()
             raise
@@ -270,18 +287,12 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         timeout: float | None,
         step: Step | None = None,
     ) -> D:
-        uuid = definition.uuid
-        if uuid is None:
-            uuid = uuid_module.uuid4()
-            if isinstance(definition, EncodedDef):
-                definition = definition.decoded()
-            definition = definition.replace(uuid=uuid)
-        blob = definition.encode()
+        uuid, name, blob = as_new(definition)
         work = None if step is None else Work(step)
         made: list[D | None] = [None]
         try:
             return self._insert(
-                uuid, definition.name, blob, _SHUTOFF, persistent or False, timeout, made, work
+                uuid, name, blob, _SHUTOFF, persistent or False, timeout, made, work
             )
         except BaseException:
             # A signal handler may raise as `_insert` returns. If it forked, the child does not
@@ -714,12 +725,16 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         state: int | str | Iterable[int | str] | None = None,
         definitions: bool = True,
         host: str | None = None,
-    ) -> list[DomainInfo]:
+    ) -> Sequence[DomainInfo]:
         """The domains that match, as `DomainInfo`s; takes no lock (virConnectListAllDomains).
 
         Filters are combined with AND. `state` is one `DomainState`, or several combined with OR;
         each may also be in words (`DomainState.parse`). `host`: those that run there; in shared
         memory all are of this host.
+
+        What is returned does not change. In shared memory it makes each info when it is looked at,
+        so that a million domains are listed in tens of milliseconds; ``list(doms.list())`` has all
+        of them. `table` gives columns.
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)

@@ -71,7 +71,7 @@ class Owner:
         others = {info.name for info in self._infos()}
         return file_of(self._dirs.config_dir, name, uuid, others - to_read)
 
-    def _infos(self) -> list[DomainInfo]:
+    def _infos(self) -> Sequence[DomainInfo]:
         return self._doms._scan(Filter(persistent=True), False)
 
 

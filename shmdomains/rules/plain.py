@@ -40,10 +40,10 @@ from ..names import Uuid, check_name, parse_uuid
 from ..states import DomainState
 from ..xml.definition import DomainDef
 from .domain import DomainRules
-from .domain_list import DomainListRules
 from .elect import end_elections
 from .events import news_of_change, news_of_end, news_of_new
 from .info import DomainInfo, reason_of
+from .many import ManyRules
 from .plain_mutex import PlainMutex
 from .steps import settle
 from .store import Changes, Filter, Identity, Key, NewDomain, News, Store
@@ -505,7 +505,7 @@ class PlainLockedDomains(list[PlainDomain[R]]):
             raise failure
 
 
-class PlainDomainList(DomainListRules[PlainDomain[R]], Generic[R]):
+class PlainDomainList(ManyRules[PlainDomain[R]], Generic[R]):
     """A list of domains over a `Store`; the public methods are `shmdomains.DomainList`'s."""
 
     _handle_type: type[PlainDomain[R]] = PlainDomain

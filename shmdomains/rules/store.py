@@ -41,6 +41,8 @@ from .work import Caller, Work
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..table import Table
+
 
 class Deadline(Protocol):
     """One time-out over the several waits of one call."""
@@ -192,6 +194,9 @@ class DomainBase(Protocol):
     def data(self) -> Any: ...
     @data.setter
     def data(self, value: Any, /) -> None: ...
+    def add(self, field: str, by: int = 1) -> int:
+        """Add to an integer of the data, as part of the transaction (`values.added`)."""
+        ...
 
     @property
     def is_locked(self) -> bool:
@@ -541,11 +546,14 @@ class ListBase(Protocol[D]):
         """An empty collection, for `lock_many`."""
         ...
 
-    def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
+    def _scan(self, wanted: Filter, definitions: bool) -> Sequence[DomainInfo]:
         """The committed states of the domains that match. Takes no lock."""
         ...
 
     def _count(self, wanted: Filter) -> int: ...
+    def _table(self, columns: tuple[str, ...], wanted: Filter) -> Table:
+        """Columns of the domains that match, of those in `table.COLUMNS`. Takes no lock."""
+        ...
 
     @property
     def _events_max(self) -> int:

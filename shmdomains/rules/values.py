@@ -8,6 +8,7 @@ with the same limits and words.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID
@@ -151,6 +152,36 @@ def _plain(value: Any) -> Any:
     if isinstance(value, int):
         raise TypeError("data can hold integers from -2^63 to 2^64 - 1, not this one")
     raise TypeError(f"data can hold what MessagePack can, not {type(value).__name__}")
+
+
+MIN_COUNT, MAX_COUNT = -(1 << 63), (1 << 64) - 1
+"""What an integer of MessagePack can be."""
+
+
+def added(data: Any, field: str, by: int) -> tuple[dict[Any, Any], int]:
+    """Return the data with `by` added to its integer `field`, and that integer; what is not there
+    counts as 0.
+
+    Raises `TypeError` for data without named values and for a value that is no integer, and
+    `OverflowError` for a sum that MessagePack cannot carry.
+
+    >>> added({"requests": 2, "vnc": 5901}, "requests", 1)
+    ({'requests': 3, 'vnc': 5901}, 3)
+    """
+    if not isinstance(field, str):
+        raise TypeError(f"an integer of the data is named by a str, not {type(field).__name__}")
+    if isinstance(by, bool):
+        raise TypeError(f"{by} cannot be added to {field!r}: it is no int")
+    step = operator.index(by)
+    if data is not None and not isinstance(data, Mapping):
+        raise TypeError(f"the data has no {field!r}: it is no mapping, but {type(data).__name__}")
+    before = 0 if data is None else data.get(field, 0)
+    if type(before) is not int:
+        raise TypeError(f"{field!r} of the data is no int, but {type(before).__name__}")
+    value = before + step
+    if not MIN_COUNT <= value <= MAX_COUNT:
+        raise OverflowError(f"{field!r} would be {value}: data holds -2^63 to 2^64 - 1")
+    return {**(data or {}), field: value}, value
 
 
 def key_of(key: Any) -> dict[str, Any]:

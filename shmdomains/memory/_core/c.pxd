@@ -313,6 +313,8 @@ cdef extern from "core.h" nogil:
                   const sd_values *, const sd_blob *, const sd_news *, uint64_t)
     int sd_remove(sd_segment *, uint32_t, const sd_news *, uint64_t)
     int sd_view_begin(const sd_segment *, uint32_t, sd_view *)
+    int sd_view_fields(const sd_segment *, uint32_t, sd_view *)
+    void sd_view_prefetch(const sd_segment *, uint32_t)
     int sd_view_blob(const sd_segment *, uint32_t, const sd_view *, int, sd_stored *)
     int sd_view_check(const sd_segment *, uint32_t, const sd_view *)
     int sd_view_blobs_check(const sd_segment *, uint32_t, const sd_view *)

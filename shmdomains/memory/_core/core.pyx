@@ -34,6 +34,7 @@ cdef tuple DECODE = None    # kind of a blob -> callable: bytes -> value
 cdef object ENCODE_DEFINITION = None  # callable: record, definition -> bytes
 cdef object ENCODE_DATA = None        # callable: value -> bytes
 cdef object PACK = None               # the same, for values that are plain
+cdef object ADD_TO = None             # callable: data, field, by -> data, sum
 cdef object ENCODE_WORK = None        # callable: Work -> bytes
 cdef object SETTLE = None             # callable: list, locked record, timeout
 cdef object NOT_FOUND = None          # callable: uuid, name, id -> DomainNotFound
@@ -45,7 +46,7 @@ cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None  # the module that says who is behind a pid, and makes LockTimeout
 
 
-def configure(*, states, reasons, decode, encode_definition, encode_data, pack, encode_work,
+def configure(*, states, reasons, decode, encode_definition, encode_data, pack, added, encode_work,
               settle, not_found, key_of, info, parse_uuid, uuid_class, holders):
     """Hand the core what it needs of Python: the types that it makes, how values become bytes and
     back, words for errors. Called once.
@@ -53,10 +54,10 @@ def configure(*, states, reasons, decode, encode_definition, encode_data, pack, 
     `encode_definition(record, definition)` checks that the definition is of this record.
     """
     global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, ENCODE_WORK, SETTLE
-    global PACK, NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
+    global PACK, ADD_TO, NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
     ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND = encode_definition, encode_data, not_found
-    PACK = pack
+    PACK, ADD_TO = pack, added
     ENCODE_WORK, SETTLE, KEY_OF, INFO = encode_work, settle, key_of, info
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
     SAFE_UNKNOWN = uuid_class(int=0).is_safe
@@ -73,6 +74,7 @@ include "locks.pxi"     # the list's lock and a slot's, of either kind
 include "find.pxi"      # from a key to a locked domain
 include "held.pxi"      # who holds which lock, who waits, what was counted
 include "read.pxi"      # without a lock: one, many, filtered
+include "listing.pxi"   # all of them, as infos or as columns
 include "change.pxi"    # create, remove, rename; settings
 include "check.pxi"     # every invariant
 include "recover.pxi"   # after a death; salvage after damage

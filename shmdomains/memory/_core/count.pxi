@@ -7,15 +7,9 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from shmdomains import errors
-
 cdef enum:
     COUNTED_ROOM = 512  # bytes on the stack; what may be longer gets memory
     EMPTY_MAP = 0x80
-
-cdef tuple KINDS_OF_DATA = ("None", "a bool", "a bool", "an integer", "an integer", "a float",
-                            "a str", "bytes", "an extension type", "a sequence", "a mapping")
-
 
 cdef object add_to_data(Record record, object field, object by):
     """Add, and return the sum. Domain lock."""
@@ -30,13 +24,13 @@ cdef object add_to_data(Record record, object field, object by):
     cdef int beyond = 0, result
     cdef int64_t step
     cdef Record mine
-    if not isinstance(field, str):
-        raise TypeError(f"an entry of the data is named by a str, not {type(field).__name__}")
-    key = PyUnicode_AsUTF8AndSize(field, &key_size)
-    step = PyLong_AsLongLongAndOverflow(PyNumber_Index(by), &beyond)  # may run anything
-    if beyond:
-        raise OverflowError(f"to {field!r} -2^63 to 2^63 - 1 can be added, not {by}")
     mine = need_changeable(record)
+    if type(field) is not str or type(by) is not int:
+        return add_as_values(record, field, by)
+    key = PyUnicode_AsUTF8AndSize(field, &key_size)
+    step = PyLong_AsLongLongAndOverflow(by, &beyond)
+    if beyond:
+        return add_as_values(record, field, by)
     base = packed_data(mine, words, &size)
     if base is not None:
         at = <const unsigned char *>PyBytes_AS_STRING(base)
@@ -45,7 +39,7 @@ cdef object add_to_data(Record record, object field, object by):
         to = <unsigned char *>PyBytes_AS_STRING(longer)
     result = sd_pack_add(at, size, key, <uint32_t>key_size, step, to, &size, &sum)
     if result != SD_OK:
-        raise_not_added(mine, result, sum.kind, field)
+        return add_as_values(record, field, by)
     set_blob(mine, SD_DATA, UNDECODED, PyBytes_FromStringAndSize(<char *>to, <Py_ssize_t>size))
     return sum.number if sum.kind == SD_PACK_INT else <uint64_t>sum.number
 
@@ -78,17 +72,11 @@ cdef bytes packed_data(Record mine, uint64_t *words, uint64_t *size):
     return None
 
 
-cdef int raise_not_added(Record mine, int result, int kind, object field) except -1:
-    whose = f"the data of {describe(mine.segment, mine.slot)}"
-    if result == SD_FULL:
-        raise OverflowError(
-            f"{whose}: {field!r} would leave what MessagePack can hold, -2^63 to 2^64 - 1")
-    if result == SD_MISS:
-        raise TypeError(f"{whose} is {KINDS_OF_DATA[kind]}, no mapping: nothing can be counted "
-                        "in it")
-    if result == SD_MISMATCH:
-        raise TypeError(f"{whose}: {field!r} is {KINDS_OF_DATA[kind]}, no integer")
-    raise_damaged(SD_DATA, "it is not MessagePack")
+cdef object add_as_values(Record record, object field, object by):
+    """The same by `values.added`, which also has the words for what is no integer."""
+    data, sum = ADD_TO(read_data(need_locked(record)), field, by)
+    assign_data(record, data)
+    return sum
 
 
 cdef object add_by_key(Segment doms, const sd_key *key, object field, object by,
@@ -99,9 +87,8 @@ cdef object add_by_key(Segment doms, const sd_key *key, object field, object by,
         return None
     try:
         sum = add_to_data(record, field, by)
-    except BaseException:
+        commit_changes(record, deadline)
+    finally:
         if locked_or_none(record) is not None:
-            end_hold(record, False)
-        raise
-    unlock_held(record, deadline)
+            end_hold(record, False)  # a death is left for a holder who is told
     return sum

@@ -162,7 +162,7 @@ int sd_blob_get(const sd_segment *segment, uint32_t slot, const sd_values *value
 
 /* --- views ----------------------------------------------------------------------------------- */
 
-int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
+int sd_view_fields(const sd_segment *segment, uint32_t slot, sd_view *view)
 {
     const sd_slot *record = &segment->slots[slot];
     view->life = sd_load_acquire(&record->life);
@@ -172,9 +172,16 @@ int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
     view->uuid[0] = sd_load(&record->uuid[0]);
     view->uuid[1] = sd_load(&record->uuid[1]);
     sound &= read_fields(record, view->cur, &view->values);
-    sd_name_get(segment, slot, view->values.flags, view->name);
     if (sd_view_check(segment, slot, view) != SD_OK) return SD_DOUBT;
     return sound ? SD_OK : SD_CORRUPT;
+}
+
+int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view)
+{
+    int result = sd_view_fields(segment, slot, view);
+    if (result != SD_OK && result != SD_CORRUPT) return result;
+    sd_name_get(segment, slot, view->values.flags, view->name);
+    return sd_view_check(segment, slot, view) == SD_OK ? result : SD_DOUBT;
 }
 
 int sd_view_blob(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,

@@ -81,6 +81,18 @@ typedef struct {
 } sd_view;
 
 int sd_view_begin(const sd_segment *segment, uint32_t slot, sd_view *view);
+/* The same without the name. */
+int sd_view_fields(const sd_segment *segment, uint32_t slot, sd_view *view);
+/* Fetch what sd_view_begin() reads, all at once.  Of the two names it is nearly always the first. */
+static inline void sd_view_prefetch(const sd_segment *segment, uint32_t slot)
+{
+    const sd_slot *record = &segment->slots[slot];
+    __builtin_prefetch(&record->life, 0);
+    __builtin_prefetch(&record->copy0, 0);
+    __builtin_prefetch(&record->copy1, 0);
+    __builtin_prefetch(record->uuid, 0);
+    __builtin_prefetch(&segment->names[slot], 0);
+}
 int sd_view_blob(const sd_segment *segment, uint32_t slot, const sd_view *view, int blob,
                  sd_stored *stored); /* SD_OK, SD_MISS (none), SD_DOUBT, SD_CORRUPT */
 int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view);

@@ -406,6 +406,20 @@ cdef object read_blob(Record record, int which):
     return decode_stored(which, &stored, record.uuid_raw, record.values.version[which])
 
 
+cdef int assign_data(Record record, object value) except -1:
+    cdef Record mine = need_changeable(record)
+    if value is None:
+        return set_blob(mine, SD_DATA, None, None)
+    encoded = encode_flat(value)
+    if encoded is not None:
+        return set_blob(mine, SD_DATA, read_only(value), encoded)
+    if is_plain(value, PLAIN_DEPTH):
+        return set_blob(mine, SD_DATA, UNDECODED, PACK(value))
+    encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
+    decoded = DECODE[SD_DATA](encoded)
+    return set_blob(need_changeable(record), SD_DATA, decoded, encoded)
+
+
 cdef object read_data(Record record):
     """`read_blob` of the data, decoded once."""
     cdef sd_stored stored
@@ -440,7 +454,7 @@ cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd
     cdef uint64_t uuid[2]
     cdef uint64_t version = values.version[SD_DEFINITION]  # decoding may run a signal handler
     value = cached(doms.decoded, SD_DEFINITION, slot, life, version)
-    if value is not None:
+    if value is not None and type(value) is not bytes:  # its bytes: somebody peeked at it
         return value
     if not values.flags & SD_FLAG_PRESENT(SD_DEFINITION):
         decode(SD_DEFINITION, None, NULL, 0)

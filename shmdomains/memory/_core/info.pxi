@@ -108,7 +108,8 @@ cdef struct cache_key:
 @cython.no_gc
 cdef class Decoded:
     """The cache of decoded definitions and data, one place of each for each of CACHE_SIZE slots: a
-    committed version is decoded once while it stays here.
+    committed version is decoded once while it stays here. In place of a definition there may be its
+    bytes behind their checksum, once somebody peeked at it.
 
     A list and its infos share the cache, and it leads to neither: what is in it are immutable
     values. So no cycle runs through a `DomainInfo`, and the collector need not visit them, which it
@@ -144,6 +145,13 @@ cdef object cached(Decoded decoded, int which, uint32_t slot, uint64_t life, uin
     return None
 
 
+cdef bint has_place(Decoded decoded, uint32_t slot) noexcept:
+    """Whether no other domain has the definition's place: in a list of up to CACHE_SIZE domains
+    none ever has."""
+    cdef const cache_key *key = &decoded.keys[cache_place(SD_DEFINITION, slot)]
+    return key.slot == slot or not key.version
+
+
 cdef void cache(Decoded decoded, int which, uint32_t slot, uint64_t life, uint64_t version,
                 object value) noexcept:
     cdef uint32_t at = cache_place(which, slot)
@@ -159,9 +167,10 @@ cdef void cache(Decoded decoded, int which, uint32_t slot, uint64_t life, uint64
 cdef class Blobs:
     """The definitions and data of a `DomainInfo`: copied with it, decoded when first asked for.
 
-    The definition of one that was peeked at is copied when it is asked for: until then `later` is
-    where it lies. Its checksum covers its version, so what is copied is of that moment, or does
-    not pass.
+    The definition of one that was peeked at is copied once, and its bytes stand in the cache until
+    somebody decodes them. Where another domain has that place, so that the list is larger than the
+    cache, it is copied when it is asked for: until then `later` is where it lies. Its checksum
+    covers its version, so what is copied is of that moment, or does not pass.
 
     Filled before the `DomainInfo` is handed out, unless the record is damaged. One that is not
     filled has no cache, so neither this nor a `DomainInfo` can be made from a pickle.
@@ -180,13 +189,21 @@ cdef class Blobs:
 cdef object live_definition(Blobs blobs):
     cdef uint64_t version = blobs.version[SD_DEFINITION]
     if blobs.known is None:
-        blobs.known = cached(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version)
+        keep_definition(blobs, cached(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version))
     if blobs.known is None:
         if blobs.definition is None and blobs.later.bytes:
             blobs.definition = definition_of_then(blobs)
         blobs.known = decode(SD_DEFINITION, blobs.definition, blobs.uuid_raw, version)
         cache(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version, blobs.known)
     return blobs.known
+
+
+cdef inline void keep_definition(Blobs blobs, object found) noexcept:
+    """What the cache has of it, if anything: decoded, or its bytes."""
+    if type(found) is bytes:
+        blobs.definition = found
+    else:
+        blobs.known = found
 
 
 cdef bytes definition_of_then(Blobs blobs):
@@ -309,8 +326,8 @@ cdef class DomainInfo:
     def definition(self):
         """The live definition (`DomainDef`), decoded when first asked for.
 
-        Of an info that was peeked at it is read only then, too. If it was replaced meanwhile and
-        this process has not seen it before, that raises `Busy`."""
+        Of an info that was peeked at in a list of more than 4,096 domains it is read only then,
+        too. If it was replaced meanwhile that raises `Busy`: see `DomainList.peek`."""
         return live_definition(blobs_of(self))
 
     @property

@@ -54,8 +54,9 @@
  *     SD_FLAG_CHOICE has it; its version says so, and how many bytes.  Slot lock: the half that does
  *     not count, then `cur`.  No descriptor, map or byte of the heap changes, so it takes no other
  *     lock.  A dead writer leaves garbage in the half that does not count.  A rename, which needs
- *     the whole buffer, moves small data to the heap in a commit of its own before it writes the
- *     name there: in one commit, its death between the two would leave neither.
+ *     the whole buffer, moves small data to the heap in a commit of its own right before it writes
+ *     the name there: in one commit, its death between the two would leave neither.  What may fail
+ *     comes before both, so that a rename that failed has changed nothing.
  *
  * W1  Whoever waits for a commit sleeps on the low half of `cur`, which every commit changes, and
  *     the end of a domain, too.  It raises `waiting` to the number of the commit that it waits for,
@@ -391,8 +392,9 @@ typedef struct {
     sd_word poisoned_who, poisoned_pid; /* whoever found it: as in sd_owner */
     sd_word poisoned_when;              /* CLOCK_REALTIME, ns */
     /* Of whoever waits for any change of the list.  No lock, compare-and-swap only: `any_waiting`
-     * is raised to the number that is waited for, `any_seq` counts up where that is larger (W1). */
-    sd_word any_waiting, any_seq;
+     * is raised to the number that is waited for, `any_seq` counts up where that is larger (W1).  A
+     * line of their own: each find reads `poisoned`. */
+    _Alignas(SD_CACHE_LINE) sd_word any_waiting, any_seq;
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;
@@ -403,10 +405,10 @@ typedef struct {
     sd_word list_level[2];    /* of the UUID and the name index; sealed */
     sd_word list_dirty;       /* not 0: a repair was put off, the next holder does it */
     sd_word live;             /* domains; derived: rebuilt by recovery */
+    sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     _Alignas(SD_CACHE_LINE) sd_word slot_count; /* slots with a mutex; stored after its init;
                                                    sealed: too few would hide domains */
     sd_word slots_committed;  /* slots and names with memory; stored once they have it; sealed */
-    sd_word free_head;        /* first FREE slot + 1; derived: rebuilt by recovery */
     sd_word settings_choice;  /* bit 0: which settings buffer is current; sealed; the commit store
                                  of a change.  A dead writer leaves garbage in the spare one */
     /* What the holder of the list lock said it is doing, as `why` of a slot.  List lock; cleared by

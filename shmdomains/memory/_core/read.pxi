@@ -15,7 +15,7 @@ cdef enum:
     # What of a record's blobs an info gets.
     WITHOUT = 0
     WITH = 1
-    WHEN_ASKED = 2  # the definition, which is large; the others at once
+    PEEKED = 2  # the definition, which is large, later, unless the cache has room for it
 
 
 cdef uint32_t slot_count(Segment doms) except? 0:
@@ -26,84 +26,102 @@ cdef uint32_t slot_count(Segment doms) except? 0:
     return slots
 
 
-cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, int blobs,
+cdef DomainInfo read_slot(Segment doms, uint32_t slot, const sd_key *key, int wants,
                           uint64_t deadline):
     """A consistent copy of the slot. None: no domain lives there, or not the one of `key`."""
     cdef sd_view view
-    cdef int result
     cdef int damage = 0
     cdef DomainInfo info = DomainInfo.__new__(DomainInfo)
-    cdef unsigned tries = 0
-    if blobs:
+    if wants != WITHOUT:
         info.blobs = Blobs.__new__(Blobs)
-    while True:
-        result = sd_view_begin(doms.segment, slot, &view)
-        if result == SD_MISS:
-            return None
-        damage = FIELDS if result == SD_CORRUPT else 0
-        if damage:
-            break
-        if result == SD_OK:
-            damage = 0 if view.name[0] else IDENTITY
-            if key != NULL and not has_key(&view, key):
-                return None
-            if not blobs:
-                break
-            result = read_blobs(doms, slot, &view, info.blobs, blobs == WHEN_ASKED)
-            if result == SD_CORRUPT:
-                raise_code(result, "read")
-            if result == SD_OK:
-                break
-        if blobs:
-            info.blobs = Blobs.__new__(Blobs)  # of what was copied so far some may be gone
-        tries += 1
-        if tries > PATIENT_READS:
-            back_off(deadline)
+    if settle_view(doms, slot, key, info.blobs, wants == PEEKED, deadline, &view, &damage):
+        return None
     if damage and key != NULL:
         raise_code(SD_CORRUPT, "read")
     info.damage = damage
     return fill_info(info, &view)
 
 
+cdef int settle_view(Segment doms, uint32_t slot, const sd_key *key, Blobs blobs, bint later,
+                     uint64_t deadline, sd_view *view, int *damage) except -1:
+    """Look until no writer came in between; the same moment's blobs go into `blobs`, unless that is
+    None. SD_OK or SD_MISS."""
+    cdef int result
+    cdef unsigned tries = 0
+    while True:
+        result = sd_view_begin(doms.segment, slot, view)
+        if result == SD_MISS:
+            return SD_MISS
+        if result == SD_CORRUPT:
+            damage[0] = FIELDS
+            return SD_OK
+        if result == SD_OK:
+            damage[0] = 0 if view.name[0] else IDENTITY
+            if key != NULL and not has_key(view, key):
+                return SD_MISS
+            if blobs is None:
+                return SD_OK
+            result = read_blobs(doms, slot, view, blobs, later)
+            if result == SD_CORRUPT:
+                raise_code(result, "read")
+            if result == SD_OK:
+                return SD_OK
+        tries += 1
+        if tries > PATIENT_READS:
+            back_off(deadline)
+
+
 cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs,
                     bint later) except? -1:
-    """Copy the blobs that the view leads to into empty `blobs`, but not those that are in the
-    cache, nor, if `later`, the definition. SD_DOUBT: a writer came in between, read again."""
+    """Copy the blobs that the view leads to into `blobs`, but not those that are in the cache, nor,
+    if `later` and the cache has no room, the definition. SD_DOUBT: a writer came in between, read
+    again."""
     cdef bytes blob
     cdef sd_stored stored
+    cdef uint64_t version
+    cdef bytes copied = None
     cdef int b, result
+    blobs.definition = blobs.next_definition = blobs.data = blobs.work = None
+    blobs.known = blobs.known_data = None
+    blobs.later.bytes = 0
     blobs.decoded = doms.decoded
     blobs.slot, blobs.life = slot, view.life
     blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]
     memcpy(blobs.version, view.values.version, sizeof(blobs.version))
-    blobs.known = cached(doms.decoded, SD_DEFINITION, slot, view.life,
-                         view.values.version[SD_DEFINITION])
+    version = view.values.version[SD_DEFINITION]
+    keep_definition(blobs, cached(doms.decoded, SD_DEFINITION, slot, view.life, version))
     if view.values.flags & SD_FLAG_PRESENT(SD_DATA):
         blobs.known_data = cached(doms.decoded, SD_DATA, slot, view.life,
                                   view.values.version[SD_DATA])
-    for b in range(SD_DEFINITION if blobs.known is None else SD_NEXT_DEFINITION, BLOBS):
-        if not view.values.flags & SD_FLAG_PRESENT(b) or (
-                b == SD_DATA and blobs.known_data is not None):
+    for b in range(BLOBS):
+        if not view.values.flags & SD_FLAG_PRESENT(b):
+            continue
+        if b == SD_DEFINITION and (blobs.known is not None or blobs.definition is not None):
+            continue
+        if b == SD_DATA and blobs.known_data is not None:
             continue
         result = sd_view_blob(doms.segment, slot, view, b, &stored)
         if result != SD_OK:
             return result
-        if later and b == SD_DEFINITION:
+        if later and b == SD_DEFINITION and not has_place(doms.decoded, slot):
             blobs.later = stored
             continue
         blob = copy_stored(&stored)
         if b == SD_DEFINITION:
-            blobs.definition = blob
+            blobs.definition = copied = blob
         elif b == SD_NEXT_DEFINITION:
             blobs.next_definition = blob
         elif b == SD_DATA:
             blobs.data = blob
         else:
             blobs.work = blob
-    return sd_view_blobs_check(doms.segment, slot, view)
+    result = sd_view_blobs_check(doms.segment, slot, view)
+    if result == SD_OK and later and copied is not None:
+        cache(doms.decoded, SD_DEFINITION, slot, view.life, version, copied)
+    return result
 
 
-cdef DomainInfo read_by_key(Segment doms, const sd_key *key, int blobs, uint64_t deadline):
+cdef DomainInfo read_by_key(Segment doms, const sd_key *key, int wants, uint64_t deadline):
     """The committed state of a domain, or None. An index that is in the middle of a change, maybe
     of somebody who was stopped, or that is damaged, is passed by. Raises `Busy` at the deadline."""
     cdef uint32_t slot
@@ -117,7 +135,7 @@ cdef DomainInfo read_by_key(Segment doms, const sd_key *key, int blobs, uint64_t
         if result == SD_MISS:
             return None
         if result == SD_OK:
-            info = read_slot(doms, slot, key, blobs, deadline)
+            info = read_slot(doms, slot, key, wants, deadline)
             if info is not None:
                 return info
         elif result != SD_DOUBT:
@@ -209,29 +227,15 @@ cdef bint view_matches(const sd_view *view, const listing_filter *filter) noexce
 cdef bint may_match(Segment doms, uint32_t slot, const listing_filter *filter) noexcept:
     """Whether it is worth a copy. What cannot be read yet, or is damaged, is."""
     cdef sd_view view
-    cdef int result = sd_view_begin(doms.segment, slot, &view)
+    cdef int result = sd_view_fields(doms.segment, slot, &view)
     return result == SD_DOUBT or result == SD_CORRUPT or (
         result == SD_OK and view_matches(&view, filter))
 
 
-cdef list list_infos(Segment doms, const listing_filter *filter, bint definitions):
-    cdef uint32_t slot
-    cdef DomainInfo info
-    cdef list found = []
-    cdef uint64_t deadline = sd_now() + SECOND
-    cdef bint filtered = ((filter.active & filter.persistent & filter.autostart) >= 0
-                          or filter.states != ALL_STATES)
-    need_open(doms)
-    for slot in range(slot_count(doms)):
-        if filtered and not may_match(doms, slot, filter):
-            continue
-        info = read_slot(doms, slot, NULL, definitions, deadline)
-        if info is None:
-            continue
-        if (info.damage == FIELDS
-                or matches(info.number, info.marks, info.state_number, filter)):
-            found.append(info)
-    return found
+cdef bint filters(const listing_filter *filter) noexcept:
+    """Whether it leaves anything out."""
+    return ((filter.active & filter.persistent & filter.autostart) >= 0
+            or filter.states != ALL_STATES)
 
 
 cdef tuple list_marked(Segment doms):
@@ -273,9 +277,9 @@ cdef uint64_t count_domains(Segment doms, const listing_filter *filter) except? 
     cdef int result
     need_open(doms)
     for slot in range(slot_count(doms)):
-        result = sd_view_begin(doms.segment, slot, &view)
+        result = sd_view_fields(doms.segment, slot, &view)
         while result == SD_DOUBT:
-            result = sd_view_begin(doms.segment, slot, &view)
+            result = sd_view_fields(doms.segment, slot, &view)
         if result == SD_CORRUPT:
             raise_code(result, "count")
         if result == SD_OK and view_matches(&view, filter):

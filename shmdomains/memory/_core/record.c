@@ -206,27 +206,31 @@ static void put_small(sd_segment *segment, uint32_t slot, const uint64_t uuid[2]
                 data->bytes, data->size);
 }
 
-/* Small data leaves the name buffer for the heap, for a name that comes there (I7): a commit that
- * nobody sees, so nobody is told.  What is damaged is not moved: it would get a sum that fits. */
-static int make_way(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], sd_values *now,
-                    uint64_t deadline)
+/* A name is about to come where small data lies (I7): the data is to go to the heap like any other
+ * blob.  `copy` keeps its bytes.  What is damaged is not moved: it would get a sum that fits. */
+static int move_small(const sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
+                      const sd_values *now, uint64_t copy[SD_SMALL_WORDS], sd_blob *data)
 {
     sd_stored small;
-    uint64_t copy[SD_SMALL_WORDS];
-    sd_blob blobs[SD_BLOBS] = {{0}};
-    sd_values next = *now;
-    if (!(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now)) return SD_OK;
+    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now))
+        return SD_OK;
     if (sd_blob_get(segment, slot, now, SD_DATA, &small) != SD_OK) return SD_CORRUPT;
     sd_copy_out(copy, small.at, small.bytes);
-    uint64_t size = small.bytes - 8;
-    if (copy[0] != sd_blob_sum(uuid, SD_DATA, now->version[SD_DATA], copy + 1, size))
+    if (copy[0] != sd_blob_sum(uuid, SD_DATA, now->version[SD_DATA], copy + 1, small.bytes - 8))
         return SD_CORRUPT;
-    blobs[SD_DATA] = (sd_blob){true, copy + 1, size};
-    int result = make_blobs(segment, slot, uuid, &next, blobs, deadline);
-    if (result != SD_OK) return result;
-    sd_values_flip(&segment->slots[slot], &next);
-    *now = next;
+    *data = (sd_blob){true, copy + 1, small.bytes - 8};
     return SD_OK;
+}
+
+/* The data that `next` chooses counts from now on, and nothing else that is new: a commit of its
+ * own, which nobody sees.  The name comes right after it, and nothing in between can fail. */
+static void leave_name_buffer(sd_slot *record, const sd_values *now, const sd_values *next)
+{
+    sd_values moved = *now;
+    const uint64_t of_data = SD_FLAG_CHOICE(SD_DATA) | SD_FLAG_PRESENT(SD_DATA);
+    moved.flags = (now->flags & ~of_data) | (next->flags & of_data);
+    moved.version[SD_DATA] = next->version[SD_DATA];
+    sd_values_flip(record, &moved);
 }
 
 /* The flip, with what belongs to it in indexes and events; their locks are held. */
@@ -256,6 +260,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     unsigned char old_name[SD_NAME_MAX + 1];
     const uint64_t private_flags =
         ~(SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED);
+    uint64_t copy[SD_SMALL_WORDS];
     bool new_blobs = false, tidy = sd_load(&record->dirty);
     const uint64_t uuid[2] = {sd_load(&record->uuid[0]), sd_load(&record->uuid[1])};
     if (!sd_has_news(segment, news)) news = NULL;
@@ -265,8 +270,7 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
         if (name && !old_name[0]) return SD_CORRUPT;
     }
     const uint64_t before = sd_count_value(sd_load(&record->cur));
-    int result = name ? make_way(segment, slot, uuid, &now, deadline) : SD_OK;
-    if (result != SD_OK) return result;
+    int result = SD_OK;
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
@@ -282,10 +286,12 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
             blobs[SD_DATA].change = false;
             tidy |= now.flags & SD_FLAG_PRESENT(SD_DATA) && !sd_small_bytes(&now);
         }
-        for (int b = 0; b < SD_BLOBS; b++) {
-            tidy |= blobs[b].change;
-            new_blobs |= blobs[b].change && blobs[b].bytes;
-        }
+    }
+    if (name) result = move_small(segment, slot, uuid, &now, copy, &blobs[SD_DATA]);
+    if (result != SD_OK) return result;
+    for (int b = 0; b < SD_BLOBS; b++) {
+        tidy |= blobs[b].change;
+        new_blobs |= blobs[b].change && blobs[b].bytes;
     }
     int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0);
 
@@ -296,7 +302,10 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     /* An id that takes another one's place needs no room: a table is half empty at least. */
     if (locked && next.id >= 0 && now.id < 0) result = reserve(segment, SD_ID_INDEX);
     if (result == SD_OK) {
-        if (name) sd_name_set(segment, slot, uuid, &next, name);
+        if (name) {
+            if (blobs[SD_DATA].bytes == copy + 1) leave_name_buffer(record, &now, &next);
+            sd_name_set(segment, slot, uuid, &next, name);
+        }
         flip(segment, slot, uuid, &now, &next, old_name, name, news);
         *values = next;
     }
@@ -384,6 +393,7 @@ static int prepare(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
     next->flags &= SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
     next->flags |= now.flags & SD_FLAG_SWAPPED;
     for (int b = 0; b < SD_BLOBS; b++) next->flags |= now.flags & SD_FLAG_CHOICE(b);
+    next->flags |= SD_FLAG_NAME; /* so that a first name lies where finds look first */
     int result = make_blobs(segment, slot, uuid, next, blobs, deadline);
     if (result != SD_OK) return result;
     sd_name_set(segment, slot, uuid, next, name);

@@ -299,27 +299,15 @@ cdef class Record:
 
     @data.setter
     def data(self, value):
-        cdef Record mine = need_changeable(self)
-        if value is None:
-            set_blob(mine, SD_DATA, None, None)
-            return
-        encoded = encode_flat(value)
-        if encoded is not None:
-            set_blob(mine, SD_DATA, read_only(value), encoded)
-            return
-        if is_plain(value, PLAIN_DEPTH):
-            set_blob(mine, SD_DATA, UNDECODED, PACK(value))
-            return
-        encoded = ENCODE_DATA(value)  # may run anything, an unlock, too
-        decoded = DECODE[SD_DATA](encoded)
-        set_blob(need_changeable(self), SD_DATA, decoded, encoded)
+        assign_data(self, value)
 
     def add(self, field, by=1):
-        """Add to a number in the data, a mapping, and return the sum. Domain lock.
+        """Add to a named integer of `data`, which is a mapping; returns the sum. Part of the
+        transaction. `DomainList.add` does it in one call.
 
-        Part of the transaction, as if ``dom.data`` had been read and assigned, in a fraction of
-        the time. No data, or no entry `field`, counts as 0. Raises `TypeError` when the data is
-        no mapping or the entry no integer, and `OverflowError` beyond -2^63 to 2^64 - 1.
+        No data, or no such entry, counts as 0. Raises `DomainNotLocked`; `TypeError` if the data is
+        no mapping or the entry no integer (a bool is none); `OverflowError` for a sum outside of
+        -2^63 to 2^64 - 1. After an error the data is as it was.
         """
         return add_to_data(self, field, by)
 

@@ -212,21 +212,23 @@ cdef class Segment:
         (virDomainFindByName)."""
         return find_with_list(self, "find_by_name", None, name, None, timeout, why)
 
-    def add(self, key, field, by=1, timeout=None):
-        """`Domain.add` in one call: lock the domain with this key, add, commit, unlock. Returns the
-        sum.
+    def add(self, key=None, /, field=None, by=1, timeout=None, *, uuid=None, name=None, id=None):
+        """Add to a named integer of a domain's data and commit it; returns the sum.
 
-        `key` by position, as for `get`; `timeout` in seconds. Raises what `get` and `Domain.add`
-        raise.
+        Exactly one key, by position as `get` takes it or by keyword. The domain is locked, changed
+        and unlocked in this call. Raises what `get` and `Domain.add` raise: `AlreadyLocked` if this
+        thread holds the domain, which has `add`, too.
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
         need_open(self)
-        if make_key(&wanted, key, None, None, None):
+        if field is None:
+            raise TypeError("say which integer of the data: doms.add('web1', 'requests')")
+        if make_key(&wanted, key, uuid, name, id):
             sum = add_by_key(self, &wanted, field, by, deadline, timeout)
             if sum is not None:
                 return sum
-        raise not_found(&wanted, key, None, None, None)
+        raise not_found(&wanted, key, uuid, name, id)
 
     # --- who holds what (held.pxi) ---
 
@@ -267,9 +269,10 @@ cdef class Segment:
         for one.
 
         One key, as for `get`. `timeout`: seconds after which a read that writers keep overtaking
-        raises `Busy`. The info is of one moment. `definitions`: None reads the definition when it
-        is asked for, and raises `Busy` there if it was replaced meanwhile and this process has
-        never seen it; True reads it now; False leaves definitions and data out.
+        raises `Busy`. The info is of one moment, its definition too. `definitions`: True reads it
+        now; False leaves definitions and data out; None is True in a list of up to 4,096 domains.
+        In a larger one it reads the definition when it is asked for, which raises `Busy` if it was
+        replaced meanwhile, for copying it takes longer than all the rest.
         """
         cdef sd_key wanted
         cdef uint64_t deadline = deadline_of(timeout)
@@ -277,7 +280,7 @@ cdef class Segment:
         if not make_key(&wanted, key, uuid, name, id):
             return None
         if definitions is None:
-            return read_by_key(self, &wanted, WHEN_ASKED, deadline)
+            return read_by_key(self, &wanted, PEEKED, deadline)
         return read_by_key(self, &wanted, WITH if definitions else WITHOUT, deadline)
 
     def _who_has(self, uuid, name):
@@ -295,6 +298,12 @@ cdef class Segment:
     def _list(self, int active, int persistent, int autostart, unsigned states, bint definitions):
         cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
         return list_infos(self, &filter, definitions)
+
+    def _columns(self, int active, int persistent, int autostart, unsigned states,
+                 tuple names not None):
+        """What `rules.many.ManyRules.table` is made of: see list_columns."""
+        cdef listing_filter filter = listing_filter(active, persistent, autostart, states)
+        return list_columns(self, &filter, names)
 
     def _marked(self):
         """Each domain, and what tells whether its definition or its process is another one by now:
