@@ -115,22 +115,22 @@ PLANTED = {
 """,
         ),
         (
-            "    if (!(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now)) return SD_OK;\n",
-            "    if (!(now->flags & SD_FLAG_PRESENT(SD_DATA)) || !sd_small_bytes(now)) return SD_OK;\n"
-            "    if (sd_planted == 9) return SD_OK;\n",
+            "    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) ||",
+            "    if (sd_planted == 9) return SD_OK;\n"
+            "    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) ||",
         ),
         (
             """
                 data->bytes, data->size);
 }
 
-/* Small data leaves""",
+/* A name is about""",
             """
                 data->bytes, data->size);
     if (sd_planted == 10) usleep(300);
 }
 
-/* Small data leaves""",
+/* A name is about""",
         ),
         (
             """

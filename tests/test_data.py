@@ -335,7 +335,7 @@ def test_small_data_needs_no_room_in_the_heap(segment_dir: Path) -> None:
 # --- counting -------------------------------------------------------------------------------------
 
 names = st.sampled_from(["", "a", "requests", "é", "x" * 31, "x" * 32, "x" * 255, "x" * 256])
-steps = edges.filter(lambda n: n < 2**63) | st.integers(-(2**63), 2**63 - 1)
+steps = edges | st.integers(-(2**63), 2**63 - 1) | st.integers(-(2**64), 2**65)
 counters = st.dictionaries(names, edges | st.integers(-9, 9), max_size=4) | st.dictionaries(
     texts, scalars | st.lists(scalars, max_size=3), max_size=18
 )
@@ -357,12 +357,12 @@ def test_add_is_a_value_read_and_assigned(
         known = dict(dom.data or {})
         was = known.get(name, 0)
         if type(was) is not int:
-            with pytest.raises(TypeError, match="no integer"):
+            with pytest.raises(TypeError, match="no int"):
                 dom.add(name, by)
             assert plainly(dom.data) == plainly(before)
             return
         if not -(2**63) <= was + by < 2**64:
-            with pytest.raises(OverflowError, match="what MessagePack can hold"):
+            with pytest.raises(OverflowError, match="data holds"):
                 dom.add(name, by)
             assert plainly(dom.data) == plainly(before)
             return
@@ -378,7 +378,7 @@ def test_nothing_can_be_counted_in_what_is_no_mapping(doms: Any, data: Any) -> N
     with doms.get("web1") as dom:
         dom.data = data
     for call in (lambda: doms.add("web1", "a"), lambda: add_held(doms)):
-        with pytest.raises(TypeError, match="'web1' is .*, no mapping"):
+        with pytest.raises(TypeError, match="no mapping"):
             call()
     assert doms["web1"].data == decode_data(encode_data(data))
     with doms.get("web1", timeout=0):
@@ -414,7 +414,9 @@ def test_what_add_refuses_changes_nothing(doms: Any, other: Any) -> None:
         (None, 1, TypeError),
         ("a", 1.5, TypeError),
         ("a", "1", TypeError),
-        ("a", 2**63, OverflowError),
+        ("a", True, TypeError),
+        ("a", 2**64, OverflowError),
+        ("a", -(2**63) - 4, OverflowError),
         ("\ud800", 1, ValueError),
     ):
         with pytest.raises(error):
