@@ -110,7 +110,7 @@ def few(doms: DomainList) -> None:
 
 
 def small_data(doms: DomainList) -> None:
-    """As few, but for data that lies in the record, of which vm3's was written twice; vm2 has none."""
+    """As few, but all data lies in the record, vm3's was written twice, and vm2 has none."""
     few(doms)
     for number, data in ((0, {"count": 1}), (1, "y" * 118), (2, None), (3, "first"), (3, "second")):
         with doms.get(f"vm{number}") as dom:
@@ -880,7 +880,7 @@ def fits(known: State | None, state: State) -> bool:
 
 
 def cells_of(state: State) -> int:
-    """The cells of the heap that the blobs of this state need, once small data is in the records."""
+    """The cells of the heap that this state needs, once small data is in the records."""
     blobs = [blob for one in domains_of(state).values() for blob in one[3:5]]
     data = [one[5] for one in domains_of(state).values()]
     return sum(map(cells, blobs)) + sum(cells(one) for one in data if one and len(one) > SMALL)

@@ -182,8 +182,8 @@ PLANTED = {
     return sd_load(&record->life) == view->life && """,
         ),
         (
-            "    return sound ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_blob(",
-            "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_blob(",
+            "    return sound ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_begin(",
+            "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_begin(",
         ),
         (
             "/* --- name and uuid ",

@@ -332,6 +332,41 @@ def test_small_data_needs_no_room_in_the_heap(segment_dir: Path) -> None:
         assert doms.check()
 
 
+def test_a_rename_that_finds_no_room_leaves_record_and_file(
+    segment_dir: Path, tmp_path: Path
+) -> None:
+    """The data could make way, and the definition not: of that nothing may be seen."""
+    names = [f"full{number}" for number in range(60)]
+    with DomainList.create("full", max_domains=100, max_bytes=3 << 20) as doms:
+        doms.load_all_configs(tmp_path, tmp_path / "autostart")
+        doms.define(xml("web1", UUID, description="x" * 1000))
+        for name in names:
+            doms.define(xml(name))
+        with doms.get("web1") as dom:
+            dom.data = {"count": 1}
+        for name in names[:30]:
+            with doms.get(name) as dom:
+                dom.data = b"x" * 150
+        size, left = 1 << 20, names[30:]
+        while size > 140:
+            try:
+                with doms.get(left[0]) as dom:
+                    dom.data = b"x" * size
+                left.pop(0)
+            except SegmentFull:
+                size = size * 9 // 10
+        for name in names[:12:2]:  # holes, each for small data and no more
+            with doms.get(name) as dom:
+                dom.data = None
+        with doms.locked(), doms.find_by_name("web1") as dom:
+            with pytest.raises(SegmentFull):
+                doms.rename(dom, "web2")
+            assert (dom.name, dom.data, dom._work) == ("web1", {"count": 1}, None)
+        assert doms.peek("web2") is None and doms[UUID].data == {"count": 1}
+        assert (tmp_path / "web1.xml").exists() and not (tmp_path / "web2.xml").exists()
+        assert doms.check()
+
+
 # --- counting -------------------------------------------------------------------------------------
 
 names = st.sampled_from(["", "a", "requests", "é", "x" * 31, "x" * 32, "x" * 255, "x" * 256])

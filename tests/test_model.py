@@ -121,7 +121,7 @@ FEWEST = {
     "small: twice": 4_800,
     "small: sizes": 88_600,
     "small: reused": 7_870,
-    "small: crowd": 1,
+    "small: crowd": 135_200,
     "growth: one grows": 1_570,
     "growth: two grow": 14_900,
     "growth: two grow, four kills": 17_800,

@@ -176,12 +176,10 @@ class Small(Subject):
         if fields[2] == NONE:
             return
         data = yield call(self.gather, tuple(self.places(fields)))
-        if self.follows("version again"):
-            if (yield from self.settled("copy", 0))[3] != fields[3]:
-                return
-        if self.follows("life again"):
-            if (yield load(LIFE)) != life:
-                return
+        if self.follows("version again") and ((yield from self.settled("copy", 0))[3] != fields[3]):
+            return
+        if self.follows("life again") and (yield load(LIFE)) != life:
+            return
         if len(set(data)) > 1 or data[0][0] != fields[3]:
             yield fail(f"reads the data {data} of {fields}")
 
@@ -252,7 +250,6 @@ def crowd(kills: int = 2, **how: Any) -> Model:
     return small.model(
         small.rename("second"),
         small.replace("third", (SMALL, "two")),
-        small.commit((SMALL, "three"), (HEAP, "four")),
         small.read,
         kills=kills,
     )
