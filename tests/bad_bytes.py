@@ -80,6 +80,9 @@ def fill(path: str, lock: Any = "robust", config: str | None = None) -> None:
             doms.assign_def(definition("idle", IDLE)).unlock()
             with doms.find_by_name("old") as dom:
                 doms.rename(dom, "vm3")
+        for count in (1, 2, 3):  # in the record, in one half after the other
+            with doms.get(name="idle") as dom:
+                dom.data = {"count": count, "seat": "é" * count}
         with doms.get(uuid=TWO) as dom:
             dom.activate(pid=7)
             dom.data = {"disks": ["vda", "vdb"] * 20}
@@ -343,12 +346,18 @@ def use_each(trial: Trial) -> None:
 
         def use(dom: Any, key: dict[str, Any] = key, uuid: UUID = uuid) -> None:
             trial.judge(f"get({key})", dom, **key)
-            value = {"by": os.getpid(), "more": "x" * 300}
+            for size in (300, 20):  # in the heap, and in the record
+                value = {"by": os.getpid(), "more": "x" * size}
+                trial.expect(uuid, data=value)
+                dom.data = value
+                dom.autostart = not dom.autostart
+                dom.commit(PATIENCE)
+                trial.judge(f"get({key}) and commit", dom, **key)
+            value = {**value, "times": 1}
             trial.expect(uuid, data=value)
-            dom.data = value
-            dom.autostart = not dom.autostart
+            dom.add("times")
             dom.commit(PATIENCE)
-            trial.judge(f"get({key}) and commit", dom, **key)
+            trial.judge(f"get({key}) and count", dom, **key)
 
         def get(key: dict[str, Any] = key, use: Callable[[Any], None] = use) -> None:
             holding(trial, doms.get(**key, timeout=PATIENCE), use)

@@ -393,8 +393,13 @@ static _Atomic int writers_left;
 static _Atomic uint64_t accepted, doubted;
 static const uint64_t seed_word = 0x9e3779b97f4a7c15ull;
 
+/* Bits of the number of a record which its name does not follow from. */
+#define SAME_NAME 27
+#define NAMESAKES 8
+
 static void spell_name(uint64_t k, unsigned char *name)
 {
+    k &= ~((uint64_t)(NAMESAKES - 1) << SAME_NAME);
     int n = snprintf((char *)name + 1, SD_NAME_MAX, "domain-%lu-%.*s", k, (int)(k % 200),
                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
@@ -404,8 +409,9 @@ static void spell_name(uint64_t k, unsigned char *name)
 
 static const sd_news NEWS = {2, {SD_KIND(1, 2), SD_KIND(3, 4)}, {5, 6}, 0};
 
-/* Everything of a record follows from one number. */
-static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[SD_BLOBS][64],
+/* Everything of a record follows from one number, but for the data: that follows from `started`,
+ * since a commit with a name leaves it as it is. */
+static uint64_t spell(uint64_t k, uint64_t data, sd_values *values, uint64_t words[SD_BLOBS][64],
                       sd_blob blobs[SD_BLOBS])
 {
     memset(values, 0, sizeof *values);
@@ -414,12 +420,16 @@ static uint64_t spell(uint64_t k, sd_values *values, uint64_t words[SD_BLOBS][64
     values->state = (uint16_t)(k & 7);
     values->reason = (uint16_t)(k >> 3);
     values->flags = k & 8 ? SD_FLAG_PERSISTENT : SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED;
-    values->started = k * seed_word;
+    values->started = data;
     for (int b = 0; b < SD_BLOBS; b++) {
-        uint64_t n = 1 + (k * seed_word >> (8 * b)) % 64;
-        for (uint64_t i = 0; i < n; i++) words[b][i] = k * seed_word + i + b;
-        blobs[b] = (sd_blob){true, b && k % 5 == 0 ? NULL : words[b], n * 8};
+        uint64_t from = b == SD_DATA ? data : k, n = 1 + (from * seed_word >> (8 * b)) % 64;
+        for (uint64_t i = 0; i < 64; i++) words[b][i] = from * seed_word + i + b;
+        blobs[b] = (sd_blob){true, b && from % 5 == 0 ? NULL : words[b], n * 8};
     }
+    /* More often than not in the record, and just not any more. */
+    uint64_t turn = data * seed_word >> 40;
+    if (turn % 4) blobs[SD_DATA].size = turn % 4 == 1 ? SD_SMALL_MAX - 2 + turn / 4 % 4
+                                                      : 1 + turn / 4 % SD_SMALL_MAX;
     return k;
 }
 
@@ -438,7 +448,7 @@ static uint32_t add(uint64_t n, uint64_t k)
     sd_word *link = NULL;
     uint32_t slot;
     domain_uuid(n, uuid);
-    spell(k, &values, words, blobs);
+    spell(k, k, &values, words, blobs);
     spell_name(k, name);
     MUST(sd_free_slot(shared, &link, &slot) == SD_OK);
     MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
@@ -466,11 +476,19 @@ static void *change(void *argument)
         sd_blob blobs[SD_BLOBS];
         unsigned char name[SD_NAME_MAX + 1];
         uint32_t slot = (uint32_t)draw(&state, DOMAINS);
-        uint64_t k = spell((uint64_t)i << 8 | *(uint64_t *)argument % 251, &values, words, blobs);
+        uint64_t k = (uint64_t)i << 8 | *(uint64_t *)argument % 251;
         spell_name(k, name);
         MUST(sd_list_lock(shared, SD_FOREVER) == SD_OK);
         MUST(sd_slot_lock(shared, slot, SD_FOREVER) == SD_OK);
+        MUST(sd_values_get(shared, slot, &values) == SD_OK);
+        spell(k, values.started, &values, words, blobs);
+        blobs[SD_DATA].change = false;
         MUST(sd_commit(shared, slot, &values, blobs, name, &NEWS, SD_FOREVER) == SD_OK);
+        /* Some that leave the name, as small data does. */
+        for (uint64_t same = draw(&state, NAMESAKES); same; same--) {
+            spell(k | same << SAME_NAME, k + same, &values, words, blobs);
+            MUST(sd_commit(shared, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
+        }
         /* And one of fields only, which a reader of the blobs need not mind. */
         memset(blobs, 0, sizeof blobs);
         MUST(sd_values_get(shared, slot, &values) == SD_OK);
@@ -513,10 +531,9 @@ static void check_view(const sd_view *view, uint64_t found[SD_BLOBS][64], const 
     unsigned char name[SD_NAME_MAX + 1];
     sd_values values;
     sd_blob blobs[SD_BLOBS];
-    spell(k, &values, words, blobs);
+    spell(k, view->values.started, &values, words, blobs);
     spell_name(k, name);
     MUST(view->values.state == values.state && view->values.reason == values.reason);
-    MUST(view->values.started == values.started);
     MUST((view->values.flags & (SD_FLAG_PERSISTENT | SD_FLAG_AUTOSTART | SD_FLAG_UNFINISHED)) ==
          values.flags);
     MUST(!memcmp(view->name, name, (size_t)name[0] + 1), "name of another commit");
@@ -723,7 +740,7 @@ static void inspect(void)
     if (stores % 5 == 0) blame_nobody();
 }
 
-/* Rename a domain and change all of it, or start or stop it. */
+/* Rename a domain and change all of it, or all but the name, or start or stop it. */
 static void work_on(uint32_t slot, uint64_t k)
 {
     uint64_t words[SD_BLOBS][64];
@@ -735,9 +752,16 @@ static void work_on(uint32_t slot, uint64_t k)
     bool start = values.id < 0 && k % 3 == 0, stop = values.id >= 0;
     if (start) MUST(sd_take_id(shared, &values.id, SD_FOREVER) == SD_OK);
     if (stop) values.id = -1;
-    if (!start && !stop) spell(k, &values, words, blobs), spell_name(k, name);
+    if (!start && !stop) {
+        spell(k, values.started, &values, words, blobs), spell_name(k, name);
+        blobs[SD_DATA].change = false;
+    }
     MUST(sd_commit(shared, slot, &values, blobs, start || stop ? NULL : name,
                    start ? &NEWS : NULL, SD_FOREVER) == SD_OK);
+    for (uint64_t same = start || stop ? 0 : k / 3 % NAMESAKES; same; same--) {
+        spell(k | same << SAME_NAME, k + same, &values, words, blobs);
+        MUST(sd_commit(shared, slot, &values, blobs, NULL, NULL, SD_FOREVER) == SD_OK);
+    }
     sd_slot_unlock(shared, slot, true);
 }
 

@@ -109,15 +109,12 @@ def few(doms: DomainList) -> None:
     doms.undefine(name="vm4")
 
 
-def few_small(doms: DomainList) -> None:
-    """Their data lies in the record."""
+def small_data(doms: DomainList) -> None:
+    """As few, but all data lies in the record, vm3's was written twice, and vm2 has none."""
     few(doms)
-    for number in range(4):
+    for number, data in ((0, {"count": 1}), (1, "y" * 118), (2, None), (3, "first"), (3, "second")):
         with doms.get(f"vm{number}") as dom:
-            dom.data = {"number": number}
-            if number % 2:
-                dom.commit()
-                dom.data = {"number": number, "text": "x" * 90}
+            dom.data = data
 
 
 def a_dead_holder(doms: DomainList) -> None:
@@ -456,10 +453,10 @@ def change_a_blob_to_a_larger_one(doms: DomainList) -> Iterator[None]:
     yield
 
 
-@operation(points=22)
+@operation(points=24)
 def change_a_blob_to_a_smaller_one(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
-        dom.data = "y"
+        dom.data = "y" * 130
     yield
 
 
@@ -467,6 +464,66 @@ def change_a_blob_to_a_smaller_one(doms: DomainList) -> Iterator[None]:
 def change_a_blob_to_one_of_equal_size(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
         dom.data = {"number": 9, "text": "y" * 200}
+    yield
+
+
+@operation(points=52, on=small_data, locks=1)
+def change_small_data(doms: DomainList) -> Iterator[None]:
+    """From one half into the other, back, and as many bytes as there is room for."""
+    with doms.get(name="vm0") as dom:
+        for data in ({"count": 2}, {"count": 3, "name": "é"}, "z" * (SMALL - 2)):
+            dom.data = data
+            dom.commit()
+            yield
+
+
+@operation(points=205, on=small_data)
+def change_small_data_to_large(doms: DomainList) -> Iterator[None]:
+    """By one byte, and back; then by way of none."""
+    with doms.get(name="vm3") as dom:
+        for size in (SMALL - 2, SMALL - 1, SMALL - 2):
+            dom.data = "z" * size
+            dom.commit()
+            yield
+        dom.data = None
+        dom.commit()
+        yield
+        dom.data = "z" * 500
+        dom.commit()
+        yield
+        dom.data = 1
+    yield
+
+
+@operation(points=37, on=small_data)
+def give_small_data(doms: DomainList) -> Iterator[None]:
+    """To one that has none, and take it away."""
+    with doms.get(name="vm2") as dom:
+        dom.data = [1, 2, 3]
+        dom.commit()
+        yield
+        dom.data = None
+        dom.commit()
+        yield
+        dom.data = [1, 2, 3, 4]
+        dom.set_state(DomainState.CRASHED, 1)
+    yield
+
+
+@operation(points=81, on=small_data, locks=2)
+def count_in_the_data(doms: Any) -> Iterator[None]:
+    """In the record, where it is created, and until it grows out of it."""
+    with doms.get(name="vm0") as dom:
+        dom.add("count")
+        dom.add("count", 500)
+        dom.commit()
+        yield
+        dom.add("x" * 108)
+        dom.commit()
+        yield
+    doms.add("vm2", "count", -1)
+    yield
+    doms.add("vm2", "count", 1 << 40)
     yield
 
 
@@ -491,10 +548,10 @@ def change_everything(doms: DomainList) -> Iterator[None]:
 @operation(points=44)
 def commit_mid_way(doms: DomainList) -> Iterator[None]:
     with doms.get(name="vm0") as dom:
-        dom.data = "first"
+        dom.data = "first" * 30
         dom.commit()
         yield
-        dom.data = "second"
+        dom.data = "second" * 30
         dom.autostart = True
         dom.commit()
         yield
@@ -527,58 +584,32 @@ def rename(doms: DomainList) -> Iterator[None]:
         yield
 
 
-@operation(points=431, on=few_small)
+@operation(points=391, on=small_data)
 def rename_with_small_data(doms: DomainList) -> Iterator[None]:
-    """The data leaves for the heap, and comes back."""
+    """It makes way for the name; then it comes to lie where the name before was, and makes way
+    once more."""
     with doms.locked(), doms.find_by_name("vm3") as dom:
         doms.rename(dom, "renamed to something long " * 5)
         yield
-        dom.data = {"number": 3, "text": "y" * 90}
+        dom.data = "third"
         dom.commit()
         yield
-        doms.rename(dom, "back")
+        doms.rename(dom, "vm3")
         yield
 
 
-@operation(points=81, on=few_small, locks=1)
-def change_small_data(doms: DomainList) -> Iterator[None]:
+@operation(points=64, on=small_data)
+def swap_with_small_data(doms: DomainList) -> Iterator[None]:
+    """The definitions change places, the data goes from half to half, an id comes and goes."""
     with doms.get(name="vm1") as dom:
-        dom.data = {"number": 9}
-    yield
-    doms.add("vm1", "number", 5)
-    yield
-    with doms.get(name="vm1") as dom:
-        dom.data = "z" * 119
-        dom.set_state(DomainState.CRASHED, 1)
-    yield
-
-
-@operation(points=167, on=few_small)
-def small_data_grows_and_shrinks(doms: DomainList) -> Iterator[None]:
-    with doms.get(name="vm0") as dom:
-        dom.data = "z" * 300
-    yield
-    with doms.get(name="vm0") as dom:
-        dom.data = "y"
-        dom.definition = definition(0, 3000)
-    yield
-    with doms.get(name="vm0") as dom:
-        dom.data = None
-    yield
-    with doms.get(name="vm0") as dom:
-        dom.data = 1
-    yield
-
-
-@operation(points=128, on=few_small)
-def remove_with_small_data(doms: DomainList) -> Iterator[None]:
-    doms.undefine(name="vm0")
-    yield
-    doms.define(definition(5))
-    yield
-    with doms.get(name="vm5") as dom:
-        dom.data = {"a": 1}
-    yield
+        dom.deactivate()
+        dom.data = "first"
+        dom.commit()
+        yield
+        dom.data = "second"
+        dom.activate(pid=12)
+        dom.commit()
+        yield
 
 
 @operation(points=15, locks=1)
@@ -671,6 +702,25 @@ def remove_inactive(doms: DomainList) -> Iterator[None]:
 @operation(points=14)
 def undefine_active(doms: DomainList) -> Iterator[None]:
     doms.undefine(name="vm1")
+    yield
+
+
+@operation(points=166, on=small_data)
+def remove_with_small_data(doms: DomainList) -> Iterator[None]:
+    """The next one gets the slot, no data, and then some."""
+    with doms.locked():
+        doms.remove_inactive(doms._handles()[0])
+        yield
+        dom = doms.assign_def(definition(5), True)
+        yield
+    with dom:
+        dom.data = "first"
+        dom.commit()
+        yield
+        dom.data = "second"
+        dom.commit()
+        yield
+    doms.undefine(name="vm5")
     yield
 
 
@@ -830,11 +880,10 @@ def fits(known: State | None, state: State) -> bool:
 
 
 def cells_of(state: State) -> int:
-    """The cells of the heap that the blobs of this state need."""
-    return sum(
-        cells(one[3]) + cells(one[4]) + (0 if one[5] and len(one[5]) <= SMALL else cells(one[5]))
-        for one in domains_of(state).values()
-    )
+    """The cells of the heap that this state needs, once small data is in the records."""
+    blobs = [blob for one in domains_of(state).values() for blob in one[3:5]]
+    data = [one[5] for one in domains_of(state).values()]
+    return sum(map(cells, blobs)) + sum(cells(one) for one in data if one and len(one) > SMALL)
 
 
 def cells_of_work(doms: DomainList) -> int:

@@ -285,7 +285,8 @@ class Worker:
         call.will(record_of(dom))
 
     def alter(self, dom: Domain) -> None:
-        dom.data = [self.mark()] * self.chance.randint(1, 60)
+        size = 9 if self.perhaps() else 60  # in the record, or most often in the heap
+        dom.data = [self.mark()] * self.chance.randint(1, size)
         if self.rarely():
             dom.persistent = not dom.persistent
         if self.perhaps():

@@ -34,6 +34,8 @@ BUGS = {
     "misses without looking at the sequence": 6,
     "undoes a commit when it repairs": 7,
     "stores next_id after it gave the id out": 8,
+    "renames over small data": 9,
+    "writes small data where it counts": 10,
 }
 
 _SWITCH = '__attribute__((visibility("default"))) long sd_planted;'
@@ -113,6 +115,34 @@ PLANTED = {
 """,
         ),
         (
+            "    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) ||",
+            "    if (sd_planted == 9) return SD_OK;\n"
+            "    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) ||",
+        ),
+        (
+            """
+                data->bytes, data->size);
+}
+
+/* A name is about""",
+            """
+                data->bytes, data->size);
+    if (sd_planted == 10) usleep(300);
+}
+
+/* A name is about""",
+        ),
+        (
+            """
+    next->flags ^= SD_FLAG_CHOICE(SD_DATA);
+    next->flags |= SD_FLAG_PRESENT(SD_DATA);
+    sd_blob_put(""",
+            """
+    if (sd_planted != 10) next->flags ^= SD_FLAG_CHOICE(SD_DATA);
+    next->flags |= SD_FLAG_PRESENT(SD_DATA);
+    sd_blob_put(""",
+        ),
+        (
             """
     else
         sd_values_flip(&segment->slots[slot], next);
@@ -152,8 +182,8 @@ PLANTED = {
     return sd_load(&record->life) == view->life && """,
         ),
         (
-            "    return sound ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_extent(",
-            "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_extent(",
+            "    return sound ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_begin(",
+            "    return sound || sd_planted == 4 ? SD_OK : SD_CORRUPT;\n}\n\nint sd_view_begin(",
         ),
         (
             "/* --- name and uuid ",

@@ -155,6 +155,7 @@ def watch(child: Child, damages: list[Damage], failures: list[str], met: Counter
 
 
 AT_ONCE = 10_000  # what fits into one message
+IDLE = 5  # the slot of the domain whose data was written three times
 
 
 def try_all(
@@ -217,6 +218,19 @@ def test_bits_of_what_is_used(
     damages = some(bits(specimen.used(part)), 12_000 if SOAK else 150)
     try_all(nursery, specimen, damages)
     tried("bits of what is used flipped before attaching", len(damages))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_bits_of_small_data(nursery: Nursery, specimen: Specimen, tried: Tried) -> None:
+    """Of both halves of a name buffer that has it, what is not in use included."""
+    start, _ = specimen.parts["names"]
+    damages = some(
+        bits(range(start + 512 * IDLE, start + 512 * (IDLE + 1))), 10_000 if SOAK else 400
+    )
+    met = try_all(nursery, specimen, damages)
+    assert met["SegmentCorrupt"]
+    tried("bits of small data flipped before attaching", len(damages))
 
 
 @pytest.mark.soak

@@ -17,7 +17,7 @@ from crash_driver import OPERATIONS
 from helpers import SOAK
 
 PATIENCE = 3600 if SOAK else 60  # seconds for one operation
-RECOVERIES = 1491  # deaths in recoveries that are known, all cases together
+RECOVERIES = 3400  # deaths in recoveries that are known, all cases together
 
 CASES = [pytest.param(name, "robust", id=name) for name in OPERATIONS] + [
     pytest.param(name, "multiprocessing", id=f"{name}, multiprocessing")

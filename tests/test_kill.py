@@ -354,17 +354,46 @@ def test_half_a_change_of_the_heap(
     planted.write(planted.header("heap_used"), 1)
     holder.kill()
     with soon("the repair"), doms.get(name="a", timeout=DEADLINE) as dom:
-        dom.data = "y"
+        dom.data = "y" * 200
     assert doms.peek(name="b").data == "x" * 5000
     sound(doms)
     # The garbage goes with the next commit there, and the space is accounted for.
     with doms.get(name="c") as dom:
-        dom.data = "z"
+        dom.data = "z" * 200
     with doms.get(name="c") as dom, doms.get(name="a", timeout=0) as other:
         dom.data = other.data = None
     sound(doms)
     assert doms.check().counts["garbage"] == 0
     assert doms.info.heap_used == used
+
+
+def test_small_data_asks_for_no_lock_of_the_heap(
+    start: Callable[..., Child], doms: DomainList, planted: Planted, path: str
+) -> None:
+    """Whose holder is stopped. The large data that it replaced is freed once that has gone on, in
+    whichever of its two places it lies."""
+    used = doms.info.heap_used
+    for commits in (1, 2, 3):
+        with doms.get(name="b") as dom:
+            dom.data = "x" * 5000
+        holder = start(hold_mutex, path, planted.header("heap_mutex"))
+        holder.hear()
+        with soon("a change of small data"):
+            for number in range(commits):
+                with doms.get(name="b", timeout=0) as dom:
+                    dom.data = {"count": number}
+            with pytest.raises(LockTimeout), doms.get(name="a", timeout=0) as dom:
+                dom.data = "y" * 200
+                dom.commit(timeout=0)
+        assert doms.peek(name="b").data == {"count": commits - 1}
+        assert doms.info.heap_used > used
+        holder.kill()
+        with soon("the repair"), doms.get(name="b", timeout=DEADLINE) as dom:
+            dom.autostart = not dom.autostart
+        assert doms.peek(name="b").data == {"count": commits - 1}
+        sound(doms)
+        assert doms.check().counts["garbage"] == 0
+        assert doms.info.heap_used == used
 
 
 def test_the_garbage_in_free_slots_goes_when_the_list_is_repaired(

@@ -6,9 +6,7 @@ Kills at every store of these commits are in crash_driver.py.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,6 @@ from shmdomains import DomainList, DomainNotLocked, SegmentFull
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-libc = ctypes.CDLL(None, use_errno=True)
-SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]
-FUTEX_WAIT = 0
 
 
 @pytest.fixture
@@ -159,8 +154,8 @@ def test_adding_to_a_key_that_is_there_twice(path: Path) -> None:
 
 
 def test_a_rename_that_fails_has_changed_nothing(path: Path) -> None:
-    """There is room for the data, which goes to the heap, and none for the definition. Who waits for
-    the next commit waits on."""
+    """There is room for the data, which goes to the heap, and none for the definition. Whoever
+    waits for the next commit waits on."""
     with DomainList.create(path=path, max_domains=64, max_bytes=8 << 20) as doms:
         doms.define(xml("a", title="x" * 500))
         with doms.get("a") as dom:

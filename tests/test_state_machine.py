@@ -53,6 +53,8 @@ ROOM = 6
 
 names = st.sampled_from(NAMES)
 who = st.integers(0, 1)
+sizes = st.sampled_from([0, 1, 50, 100, 117, 118, 119, 120, 200, 4100])
+"""Of data in the record, and in the heap."""
 pick = st.integers(0, 10**6)
 """Chooses one of what is there at the moment."""
 
@@ -88,9 +90,10 @@ class Model:
 
 LOOK = """
 def look(info):
-    nxt = info.next_definition
+    nxt, data = info.next_definition, info.data
+    data = data if data is None or isinstance(data, str) else dict(data)
     return (info.name, info.definition.memory, None if nxt is None else nxt.memory, info.id,
-            int(info.state), int(info.reason), info.pid, info.persistent, info.autostart, info.data)
+            int(info.state), int(info.reason), info.pid, info.persistent, info.autostart, data)
 """
 
 FORMS = {
@@ -393,8 +396,9 @@ class Machine(RuleBasedStateMachine):
     # --- what a holder does ---
 
     @rule(party=who, number=pick, change=st.sampled_from(["memory", "next", "pid", "state",
-          "persistent", "autostart", "data"]), value=st.integers(1, 300))  # fmt: skip
-    def alter(self, party: int, number: int, change: str, value: int) -> None:
+          "persistent", "autostart", "data", "add"]), value=st.integers(1, 300),
+          size=sizes)  # fmt: skip
+    def alter(self, party: int, number: int, change: str, value: int, size: int) -> None:
         model = self.chosen(self.held(party), number)
         if model is None:
             return
@@ -417,12 +421,51 @@ class Machine(RuleBasedStateMachine):
             self.do(party, f"{dom}.set_state({value % 8}, {value % 3})")
             self.change(model, state=value % 8, reason=value % 3)
         elif change == "data":
-            data = None if value % 7 == 0 else "x" * (value * value % 5000)
+            data = (None, {"a": 0}, "x" * size, {"a": value, "b": "x" * size})[value % 4]
             self.do(party, f"{dom}.data = {data!r}")
             self.change(model, data=data)
+        elif change == "add":
+            self.add(party, model, value)
         else:
             self.do(party, f"{dom}.{change} = {flag}")
             self.change(model, **{change: flag})
+
+    def add(self, party: int, model: Model, by: int) -> None:
+        """In the core where it can, else as it says that it is."""
+        assert model.pending is not None
+        dom, data = f"handles[{model.handle!r}]", model.pending.data or {}
+        call = f"{dom}.add('a', {by})"
+        if isinstance(data, str):
+            if self.store in STORES:
+                with pytest.raises(TypeError, match="no mapping"):
+                    self.do(party, call)
+            return
+        total = data.get("a", 0) + by
+        if self.store in STORES:
+            assert self.do(party, call) == total
+        else:
+            self.do(party, f"{dom}.data = {{**({dom}.data or {{}}), 'a': {total}}}")
+        self.change(model, data={**data, "a": total})
+
+    @precondition(lambda self: self.store in STORES and self.live)
+    @rule(party=who, number=pick, form=st.sampled_from(list(FORMS)), by=st.integers(-300, 300))
+    def add_in_one_call(self, party: int, number: int, form: str, by: int) -> None:
+        model = self.chosen(self.live, number)
+        assert model is not None
+        form = "name" if form == "id" and model.committed.id == -1 else form
+        key = FORMS[form].format(model).partition("=")[2]
+        call = f"doms.add({key}, 'a', {by}, timeout=0)"
+        error = self.try_error(party, model)
+        data = model.committed.data or {}
+        if error is not None:
+            self.refused(party, call, error)
+        elif isinstance(data, str):
+            with pytest.raises(TypeError, match="no mapping"):
+                self.do(party, call)
+        else:
+            total = data.get("a", 0) + by
+            assert self.do(party, call) == total
+            model.committed = replace(model.committed, data={**data, "a": total})
 
     @rule(party=who, number=pick)
     def activate(self, party: int, number: int) -> None:
