@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from . import starting, world
+from . import loading, starting, world
 from .results import Results
 
 OURS, DICT, HAND, LMDB = "shmdomains", "dict + threading.Lock", "shared_memory by hand", "LMDB"
@@ -173,9 +173,11 @@ def _rest(results: Results, domains: int) -> Iterator[Target]:
 
 def _loading(results: Results) -> Iterator[Target]:
     files = next((figure.domains for figure in results.figures if figure.work == "load"), 0)
-    alone = results.get("load", "limit: lxml, read and parse", files)
+    alone = results.get("load", loading.LIMIT, files)
     one, two = (results.get("load", OURS, files, workers) for workers in (1, 2))
     yield at_most("j", f"load {files:,} files: lxml alone", 2.5, ratio(one, alone), unit="x")
+    again = results.get("load", loading.AGAIN, files)
+    yield at_most("j", "load them again, unchanged", 5e-6, again, 1e6, "µs a file")
     start = 0.1 / files if files else 0
     aside = None if two is None or two <= start else two - start
     yield at_least("j", "2 workers, their start aside: one", 1.7, ratio(one, aside))

@@ -667,6 +667,15 @@ class ConfigDirs(msgspec.Struct, frozen=True):
             change.remove(link)
         change.remove(self.config_file(name))
 
+    def links(self) -> set[str]:
+        """The names in the autostart directory; which of them lead where, `points_to` says."""
+        if self.autostart_dir is None:
+            return set()
+        try:
+            return set(os.listdir(self.autostart_dir))
+        except OSError:
+            return set()
+
     def points_to(self, config_file: Path) -> bool:
         """Whether the autostart link of the file's name leads to this file."""
         if self.autostart_dir is None:

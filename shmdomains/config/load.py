@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Protocol
+from uuid import UUID
 
 from ..deadline import check_timeout
 from ..errors import ContractError, SegmentError, SegmentFull, ShmDomainsError
@@ -20,6 +21,7 @@ from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
 from .change import ConfigDirs
 from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_all, scan_paths
+from .remembered import Known, Records, Remembered
 from .report import LoadFailure, LoadReport
 
 logger = logging.getLogger(__package__)
@@ -32,6 +34,8 @@ Progress = Callable[[int, int], object]
 class _LockedDomain(Protocol):
     autostart: bool
 
+    @property
+    def uuid(self) -> UUID: ...
     @property
     def changed(self) -> bool: ...
     def commit(self, timeout: float | None = None) -> None: ...
@@ -58,6 +62,7 @@ def load_all(
     workers: int | None = None,
     timeout: float | None = None,
     begin: Callable[[], object] = lambda: None,
+    records: Records | None = None,
 ) -> LoadReport:
     """Load every config file as a persistent domain (virDomainObjListLoadAllConfigs).
 
@@ -73,6 +78,9 @@ def load_all(
     damaged segment. `begin` is called once the directory is listed, before anything is loaded: an
     error before that has changed nothing.
 
+    With `records` a file is passed over that this list has loaded before, if neither the file nor
+    its domain changed since (`remembered`). It counts as loaded.
+
     As in libvirt a file need not be named after its domain. If several files hold one domain (a
     forgotten ``web1-backup.xml``), the one named after it is loaded, else the first in order; the
     others are failures.
@@ -81,12 +89,32 @@ def load_all(
     paths, skipped = scan_all(dirs.config_dir)
     for path in skipped:
         logger.warning("skipped: %s: its name begins with '.'", shown_path(path))
-    with closing(parse_files(paths, workers)) as items:
-        begin()
-        loader = _Loader(store, dirs, paths, timeout)
-        loader.load(items, progress)
+    memory = None if records is None else Remembered(dirs, records, len(paths))
+    known = {} if memory is None else memory.unchanged(paths)
+    rest = [path for path in paths if path not in known] if known else paths
+    if memory is not None and rest:
+        memory.begin()
+    try:
+        with closing(parse_files(rest, workers)) as parsed:
+            begin()
+            loader = _Loader(store, dirs, paths, timeout, memory)
+            loader.load(_items(paths, known, parsed), progress)
+    finally:
+        if memory is not None:
+            memory.end()
     _warn_of_dangling_links(dirs)
     return loader.report(skipped)
+
+
+_Item = tuple[str, ParsedFile | Known]
+"""A path and what the file holds, or what it made when it was loaded before."""
+
+
+def _items(
+    paths: list[str], known: dict[str, Known], parsed: Iterator[ParsedFile]
+) -> Iterator[_Item]:
+    for path in paths:
+        yield path, known.get(path) or next(parsed)
 
 
 def _warn_of_dangling_links(dirs: ConfigDirs) -> None:
@@ -106,17 +134,24 @@ def _warn_of_dangling_links(dirs: ConfigDirs) -> None:
 
 class _Loader:
     def __init__(
-        self, store: Store, dirs: ConfigDirs, paths: list[str], timeout: float | None
+        self,
+        store: Store,
+        dirs: ConfigDirs,
+        paths: list[str],
+        timeout: float | None,
+        memory: Remembered | None,
     ) -> None:
         self._store = store
         self._dirs = dirs
         self._timeout = timeout
+        self._memory = memory
+        self._links = dirs.links()
         self._paths = set(paths)
         self._inside = os.path.join(dirs.config_dir, "")
         self._loaded: dict[str, str] = {}
         self._failures: list[LoadFailure] = []
 
-    def load(self, items: Iterator[ParsedFile], progress: Progress | None) -> None:
+    def load(self, items: Iterator[_Item], progress: Progress | None) -> None:
         done = 0
         if progress is not None:
             progress(done, len(self._paths))
@@ -131,24 +166,30 @@ class _Loader:
         failures = sorted(self._failures, key=lambda failure: failure.path)
         return LoadReport(list(self._loaded), failures, skipped)
 
-    def _load_batch(self, batch: list[ParsedFile]) -> None:
+    def _load_batch(self, batch: list[_Item]) -> None:
+        if all(isinstance(item, Known) for _, item in batch):
+            for path, known in batch:
+                self._load_item(path, known)
+            return
         for _ in range(1 + REPARSES):
             with self._store.locked(self._timeout):
-                stale = [item.path for item in batch if not self._load_item(item)]
+                stale = [path for path, item in batch if not self._load_item(path, item)]
             if not stale:
                 return
-            batch = [parse_file(path) for path in stale]
+            batch = [(path, parse_file(path)) for path in stale]
         for path in stale:
             self._fail(LoadFailure(Path(path), None, "the file is being replaced again and again"))
 
-    def _load_item(self, item: ParsedFile) -> bool:
+    def _load_item(self, path: str, item: ParsedFile | Known) -> bool:
         """Assign one definition, list lock held; False if the file must be parsed again."""
+        if isinstance(item, Known):
+            if not self._conflicts(path, item.name):
+                self._loaded[item.name] = path
+            return True
         if isinstance(item.result, LoadFailure):
             self._fail(item.result)
             return True
-        reason = self._conflict(item.path, item.result.name)
-        if reason is not None:
-            self._fail(LoadFailure(Path(item.path), None, reason))
+        if self._conflicts(path, item.result.name):
             return True
         if item.is_stale():
             return False
@@ -171,22 +212,36 @@ class _Loader:
             # While we waited, the domain's holder may have saved another definition.
             if dom.changed and item.is_stale():
                 return False
-            if self._dirs.autostart_dir is not None:
-                autostart = self._dirs.points_to(Path(item.path))
-                if dom.autostart != autostart:
-                    dom.autostart = autostart
+            self._set_autostart(dom, item.path)
             dom.commit(self._timeout)
+            if self._memory is not None and item.stamp is not None:
+                self._memory.loaded(
+                    item.path, item.stamp, definition.name, dom.uuid.bytes, dom.autostart
+                )
         finally:
             dom._release_unseen()
         return True
 
-    def _conflict(self, path: str, name: str) -> str | None:
+    def _set_autostart(self, dom: _LockedDomain, path: str) -> None:
+        if self._dirs.autostart_dir is None:
+            return
+        if os.path.basename(path) not in self._links and not dom.autostart:
+            return  # as it was when the links were listed; to look at each takes longer
+        autostart = self._dirs.points_to(Path(path))
+        if dom.autostart != autostart:
+            dom.autostart = autostart
+
+    def _conflicts(self, path: str, name: str) -> bool:
+        """Whether another file is loaded for this domain; then this one is a failure."""
         own = self._own_path(name)
         if path != own and own in self._paths:
-            return f"domain '{name}' has a file of its own, {name + SUFFIX}"
-        if name in self._loaded:
-            return f"domain '{name}' was loaded from {shown_path(self._loaded[name])}"
-        return None
+            reason = f"domain '{name}' has a file of its own, {name + SUFFIX}"
+        elif name in self._loaded:
+            reason = f"domain '{name}' was loaded from {shown_path(self._loaded[name])}"
+        else:
+            return False
+        self._fail(LoadFailure(Path(path), None, reason))
+        return True
 
     def _own_path(self, name: str) -> str:
         return self._inside + name + SUFFIX

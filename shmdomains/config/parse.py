@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import operator
 import os
 import re
 import stat
 import sys
 from collections import deque
-from collections.abc import Container, Generator
+from collections.abc import Callable, Container, Generator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,29 +42,23 @@ MAX_FILE_BYTES = 16 << 20  # as a definition in the segment
 BATCH = 64  # files per hold of the list lock, and at most per message to a parsing worker
 
 
-_Stamp = tuple[int, int, int, int, int]
+Stamp = tuple[int, int, int, int, int]
 """Identifies a file's content: device, inode, size, times of the last changes."""
 
 
-def _stamp(status: os.stat_result) -> _Stamp:
-    return (
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
+_NAMES = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+stamp_of: Callable[[os.stat_result], Stamp] = operator.attrgetter(*_NAMES)
 
 
 class ParsedFile(NamedTuple):
     path: str  # making a Path takes as long as reading the file
-    stamp: _Stamp | None
+    stamp: Stamp | None
     result: DomainDef | EncodedDef | LoadFailure  # encoded if another process parsed it
 
     def is_stale(self) -> bool:
         """Whether the file was replaced, changed or removed since it was read."""
         try:
-            return self.stamp != _stamp(os.stat(self.path))
+            return self.stamp != stamp_of(os.stat(self.path))
         except OSError:
             return True
 
@@ -153,7 +148,7 @@ def first_uuid(path: str) -> UUID | None:
 _TO_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-def _read(path: str) -> tuple[_Stamp, bytes]:
+def _read(path: str) -> tuple[Stamp, bytes]:
     # Opening a device may have side effects, so check first. A FIFO may take the file's place
     # before the open, so do not block, and check again.
     _check_regular(os.stat(path))
@@ -169,7 +164,7 @@ def _read(path: str) -> tuple[_Stamp, bytes]:
         os.close(fd)
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(errno.EFBIG, f"more than {MAX_FILE_BYTES >> 20} MiB")
-    return _stamp(status), data
+    return stamp_of(status), data
 
 
 def _check_regular(status: os.stat_result) -> None:
@@ -196,7 +191,7 @@ _serve(requests, answers)
 
 # One file's answer: plain tuples, strings and the encoded definition. Unpickling a Path, UUID,
 # named tuple or definition would cost the parent more than the worker saves.
-_Answer = tuple[_Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
+_Answer = tuple[Stamp | None, tuple[str, bytes | None, bytes] | LoadFailure]
 _READY: list[_Answer] = []
 
 

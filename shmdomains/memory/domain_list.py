@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import msgspec
 
 from ..config import ConfigDirs
+from ..config.remembered import Receipt, Records
 from ..deadline import Deadline
 from ..errors import (
     DescriptorLost,
@@ -608,6 +609,13 @@ class DomainList(core.Segment[Domain], ManyRules[Domain]):
             self._set_settings(settings.encode(self._said()._replace(dirs=dirs)))
             return
         self._set_settings(settings.encode(settings.Settings(dirs)))
+
+    def _records(self) -> Records:
+        def receipt(uuid: bytes) -> Receipt | None:
+            dom = self._handle_of(uuid=uuid)
+            return None if dom is None else dom._receipt
+
+        return Records(self._identity, receipt)
 
     def _said(self) -> settings.Settings:
         return settings.decode(self._settings())

@@ -28,6 +28,7 @@ from typing import Any
 
 from ..config.change import ConfigDirs
 from ..config.load import load_all
+from ..config.remembered import Records
 from ..config.report import LoadReport
 from ..errors import (
     AlreadyLocked,
@@ -657,6 +658,10 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         ones stay. `progress(done, total)` is called first and after each batch. `workers` is how
         many processes parse, including this one. `timeout` in seconds is for each wait: too long a
         wait for a domain is that file's failure, for the list lock it is `LockTimeout`.
+
+        A list in shared memory passes over what it loaded before if neither the file nor its domain
+        changed since: the domain counts as loaded, is not waited for, and there is no event. The
+        memory of that is ``.loaded`` in `config_dir`, if there are 64 files or more.
         """
         autostart_dir = Path(config_dir, "autostart") if autostart_dir is None else autostart_dir
         dirs = ConfigDirs(Path(config_dir), Path(autostart_dir))
@@ -666,7 +671,11 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
             with self.locked(timeout):
                 self._remember(dirs)
 
-        return load_all(self, dirs, progress, workers, timeout, begin)
+        return load_all(self, dirs, progress, workers, timeout, begin, self._records())
+
+    def _records(self) -> Records | None:
+        """For a list that remembers what it loaded; ``None``: this one does not."""
+        return None
 
     def forget_configs(self, timeout: float | None = None) -> None:
         """Forget the directories of `load_all_configs`: from now on no process's changes reach a
