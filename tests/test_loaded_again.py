@@ -418,6 +418,7 @@ def test_a_file_name_that_is_no_utf8(doms: DomainList, load: Loads) -> None:
     for parsed in (COUNT, 1):
         report = load(doms)
         assert (len(report.loaded), report.failures, len(load.parsed)) == (COUNT, [], parsed)
+    os.rename(load.dirs.config_dir / odd, load.dirs.config_file(ONE))
 
 
 def test_a_definition_without_uuid_keeps_the_one_that_it_got(doms: DomainList, load: Loads) -> None:
