@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-_ENCODER = msgspec.msgpack.Encoder()
+ENCODER = msgspec.msgpack.Encoder()
+"""For whoever has a buffer of his own."""
 
 # Unused buffers: making one takes as long as filling it. There are never more than there were calls
 # of `pack` at once, by threads and by signal handlers in the middle of one.
@@ -29,7 +30,7 @@ def pack(value: Any) -> bytes:
         buffer = _SPARE.pop()
     except IndexError:
         buffer = bytearray(4096)  # most definitions fit; growing takes longer than zeroing
-    _ENCODER.encode_into(value, buffer)
+    ENCODER.encode_into(value, buffer)
     packed = bytes(buffer)
     if len(packed) <= _KEPT:
         _SPARE.append(buffer)

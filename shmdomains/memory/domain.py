@@ -11,7 +11,7 @@ from uuid import UUID
 
 from ..holder import LockHolder, this_host
 from ..names import parse_uuid
-from ..packing import pack
+from ..packing import ENCODER
 from ..rules import info
 from ..rules.domain import DomainRules
 from ..rules.steps import settle
@@ -94,7 +94,8 @@ core.configure(
     decode=[DomainDef.decode, DomainDef.decode, decode_data, Work.decode],
     encode_definition=_encode_definition,
     encode_data=encode_data,
-    pack=pack,
+    encode_into=ENCODER.encode_into,
+    definition=DomainDef,
     added=added,
     encode_work=Work.encode,
     settle=settle,

@@ -262,11 +262,35 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         ...     dom.name, dom.persistent, dom.definition.memory
         ('web1', True, 1024)
         """
-        self._need_list_lock("assign_def")
+        made: list[D | None] = [None]
+        try:
+            dom = self._assign_new(definition, persistent, timeout, made)
+            if dom is not None:
+                return dom
+        except BaseException:
+            self._unmake(made)
+            raise
         known = self._known(definition)
         if known is None:
             return self._make(definition, persistent, timeout)
         return self._redefine(known, definition, persistent, timeout)
+
+    def _assign_new(
+        self,
+        definition: DomainDef | EncodedDef,
+        persistent: bool | None,
+        timeout: float | None,
+        made: list[D | None],
+    ) -> D | None:
+        """A native store's short way for a domain that is new."""
+        self._need_list_lock("assign_def")
+        return None
+
+    def _unmake(self, made: list[D | None]) -> None:
+        """A signal handler may raise as a new record is returned. If it forked, the child does not
+        hold the record: that is its parent's."""
+        if made[0] is not None and made[0].is_locked:
+            self._remove(made[0])
 
     def _redefine(
         self,
@@ -313,10 +337,7 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
                 uuid, name, blob, _SHUTOFF, persistent or False, timeout, made, work
             )
         except BaseException:
-            # A signal handler may raise as `_insert` returns. If it forked, the child does not
-            # hold the record: that is its parent's.
-            if made[0] is not None and made[0].is_locked:
-                self._remove(made[0])
+            self._unmake(made)
             raise
 
     def _take_back(self, dom: D, made: object, timeout: float | None) -> None:

@@ -12,6 +12,7 @@ from shmdomains import errors
 
 cdef enum:
     SLOTS_TRIED = 64  # and passed over because they are held, before one is waited for
+    SHUT_OFF = 5  # DomainState.SHUTOFF
 
 
 cdef DomainInfo read_identity(Segment doms, object uuid, object name):
@@ -35,13 +36,7 @@ cdef DomainInfo read_identity(Segment doms, object uuid, object name):
 cdef Record insert_record(Segment doms, object uuid, object name, bytes definition, int state,
                           bint persistent, object timeout, object work):
     cdef sd_key key
-    cdef sd_values values
-    cdef sd_blob blobs[BLOBS]
-    cdef sd_news news
-    cdef uint32_t slot
-    cdef sd_word *link
     cdef uint64_t deadline = deadline_of(timeout)
-    cdef uint64_t epoch = sd_fork_epoch
     cdef Record record
     cdef int result
     encoded = None if work is None else ENCODE_WORK(work)  # may run anything, an unlock, too
@@ -50,6 +45,56 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     uuid_words(uuid, key.uuid)
     if not set_name(key.name, name):
         raise errors.InvalidName(f"{name!r} cannot be a domain's name")
+    record = new_record(doms)
+    # The caller has looked, but a signal handler of this thread holds the list lock, too, and may
+    # have defined the domain since. From here on a handler is refused.
+    result = read_either(doms, &key)
+    if result == SD_OK:
+        raise errors.DomainExists(
+            f"a domain with the name '{name}' or the uuid {uuid_object(key.uuid)} was defined "
+            "meanwhile by a signal handler of this thread")
+    if result != SD_MISS:
+        raise_code(result, f"define domain {name!r}")
+    insert_into(record, &key, definition, state, persistent, deadline, timeout, work, encoded)
+    return record
+
+
+cdef Record assign_new(Segment doms, object definition, bint persistent, object timeout):
+    """Insert a domain that nobody has yet, with the usual definition. None: it is another case."""
+    cdef sd_key key
+    cdef uint64_t deadline = deadline_of(timeout)
+    cdef Record record
+    need_list(doms, "assign_def")
+    if type(definition) is not DEFINITION or definition.uuid is None:
+        return None
+    sd_prefetch_insert(doms.segment)
+    encoded = packed(definition)
+    record = new_record(doms)
+    # Whatever that ran, from here on a signal handler is refused.
+    need_list(doms, "assign_def")
+    may_wait(doms, deadline)
+    uuid_words(definition.uuid, key.uuid)
+    if not set_name(key.name, definition.name) or PyBytes_GET_SIZE(encoded) > SD_BLOB_MAX:
+        return None
+    if read_either(doms, &key) != SD_MISS:
+        return None
+    insert_into(record, &key, encoded, SHUT_OFF, persistent, deadline, timeout, None, None)
+    return record
+
+
+cdef int insert_into(Record record, const sd_key *key, bytes definition, int state,
+                     bint persistent, uint64_t deadline, object timeout, object work,
+                     bytes encoded) except -1:
+    """The new domain in a free slot, committed and locked through this handle. No domain has its
+    uuid or its name. List lock held."""
+    cdef Segment doms = record.segment
+    cdef sd_values values
+    cdef sd_blob blobs[BLOBS]
+    cdef sd_news news
+    cdef uint32_t slot
+    cdef sd_word *link
+    cdef uint64_t epoch = sd_fork_epoch
+    cdef int result
     memset(&values, 0, sizeof(values))
     memset(blobs, 0, sizeof(blobs))
     values.id = values.pid = -1
@@ -62,16 +107,6 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     if work is not None:
         set_change(&blobs[SD_WORK], encoded)
         values.flags |= SD_FLAG_UNFINISHED if work.step is not None else 0
-    record = new_record(doms)
-    # The caller has looked, but a signal handler of this thread holds the list lock, too, and may
-    # have defined the domain since. From here on a handler is refused.
-    result = read_either(doms, &key)
-    if result == SD_OK:
-        raise errors.DomainExists(
-            f"a domain with the name '{name}' or the uuid {uuid_object(key.uuid)} was defined "
-            "meanwhile by a signal handler of this thread")
-    if result != SD_MISS:
-        raise_code(result, f"define domain {name!r}")
     lock_free_slot(doms, &slot, &link, deadline, timeout)
     result = sd_insert(doms.segment, slot, link, key.uuid, key.name, &values, blobs, &news,
                        deadline)
@@ -81,10 +116,10 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
     if result != SD_OK:
         if epoch == sd_fork_epoch:  # else the lock is the parent's
             release_slot(doms, slot, False)
-        raise_poison_or_code(doms, result, f"define domain {name!r}")
+        return raise_poison_or_code(doms, result, f"define domain {name_object(key.name)!r}")
     lead_to(record, slot)
     begin_hold(record)
-    return record
+    return 0
 
 
 cdef int lock_free_slot(Segment doms, uint32_t *slot, sd_word **link, uint64_t deadline,

@@ -33,7 +33,8 @@ cdef tuple REASONS = None   # number of a state -> {number: reason}
 cdef tuple DECODE = None    # kind of a blob -> callable: bytes -> value
 cdef object ENCODE_DEFINITION = None  # callable: record, definition -> bytes
 cdef object ENCODE_DATA = None        # callable: value -> bytes
-cdef object PACK = None               # the same, for values that are plain
+cdef object ENCODE_INTO = None        # msgspec's: value, bytearray
+cdef object DEFINITION = None         # the class of definitions
 cdef object ADD_TO = None             # callable: data, field, by -> data, sum
 cdef object ENCODE_WORK = None        # callable: Work -> bytes
 cdef object SETTLE = None             # callable: list, locked record, timeout
@@ -46,18 +47,20 @@ cdef object SAFE_UNKNOWN = None
 cdef object HOLDERS = None  # the module that says who is behind a pid, and makes LockTimeout
 
 
-def configure(*, states, reasons, decode, encode_definition, encode_data, pack, added, encode_work,
-              settle, not_found, key_of, info, parse_uuid, uuid_class, holders):
+def configure(*, states, reasons, decode, encode_definition, encode_data, encode_into, definition,
+              added, encode_work, settle, not_found, key_of, info, parse_uuid, uuid_class,
+              holders):
     """Hand the core what it needs of Python: the types that it makes, how values become bytes and
     back, words for errors. Called once.
 
     `encode_definition(record, definition)` checks that the definition is of this record.
     """
     global STATES, REASONS, DECODE, ENCODE_DEFINITION, ENCODE_DATA, ENCODE_WORK, SETTLE
-    global PACK, ADD_TO, NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
+    global ENCODE_INTO, DEFINITION, ADD_TO
+    global NOT_FOUND, KEY_OF, INFO, PARSE_UUID, UUID, SAFE_UNKNOWN, HOLDERS
     STATES, REASONS, DECODE = tuple(states), tuple(reasons), tuple(decode)
     ENCODE_DEFINITION, ENCODE_DATA, NOT_FOUND = encode_definition, encode_data, not_found
-    PACK, ADD_TO = pack, added
+    ENCODE_INTO, DEFINITION, ADD_TO = encode_into, definition, added
     ENCODE_WORK, SETTLE, KEY_OF, INFO = encode_work, settle, key_of, info
     PARSE_UUID, UUID, HOLDERS = parse_uuid, uuid_class, holders
     SAFE_UNKNOWN = uuid_class(int=0).is_safe

@@ -1,9 +1,11 @@
 # The data's values, to MessagePack and back: flat ones here, in one pass over a buffer on the stack.
 #
 # Flat are numbers, strings, and maps of them, as most data is: {"vnc": 5901, "requests": 7}. Larger
-# and deeper ones of the usual types are msgspec's (`packing.pack`). Whatever else there is, and all
+# and deeper ones of the usual types are msgspec's (`packed`). Whatever else there is, and all
 # errors, are left to `values.encode_data` and `decode_data`. All ways give the same bytes and values.
 
+from cpython.bytearray cimport (PyByteArray_AS_STRING, PyByteArray_FromStringAndSize,
+                                PyByteArray_GET_SIZE)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_Copy, PyDict_Next, PyDict_SetItem
 from cpython.unicode cimport PyUnicode_DecodeUTF8
@@ -14,6 +16,26 @@ cdef enum:
     FLAT_PAIRS = 60  # each takes two bytes at least
     FLAT_ROOM = SMALL_MAX + 16
     PLAIN_DEPTH = 50
+    BUFFER_BYTES = 4096
+    BUFFER_KEPT = 65536
+
+
+cdef list SPARE_BUFFERS = []  # of `packed`: never more than there were calls at once
+
+
+cdef bytes packed(object value):
+    """`packing.pack`, without a frame of Python's: what is encoded most are values of 2 KB."""
+    cdef bytearray buffer
+    cdef bytes made
+    if SPARE_BUFFERS:
+        buffer = SPARE_BUFFERS.pop()
+    else:
+        buffer = PyByteArray_FromStringAndSize(NULL, BUFFER_BYTES)
+    ENCODE_INTO(value, buffer)
+    made = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(buffer), PyByteArray_GET_SIZE(buffer))
+    if PyByteArray_GET_SIZE(buffer) <= BUFFER_KEPT:
+        SPARE_BUFFERS.append(buffer)
+    return made
 
 
 cdef object UNDECODED = object()  # a change of the data that nobody has read yet

@@ -6,7 +6,7 @@
 # (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 
 import warnings
 
@@ -432,6 +432,31 @@ cdef object read_blob(Record record, int which):
     return decode_stored(which, &stored, record.uuid_raw, record.values.version[which])
 
 
+cdef bytes encode_definition(Record record, object value):
+    """The bytes of a definition that is the record's. Domain lock."""
+    cdef bytes encoded
+    if type(value) is DEFINITION and is_identity(record, value.uuid, value.name):
+        encoded = packed(value)
+        if PyBytes_GET_SIZE(encoded) <= SD_BLOB_MAX:
+            return encoded
+    return ENCODE_DEFINITION(record, value)  # it makes the error
+
+
+cdef bint is_identity(Record record, object uuid, object name) except -1:
+    """Whether these are the domain's uuid and name. Domain lock."""
+    cdef uint64_t words[2]
+    cdef unsigned char mine[252]
+    cdef unsigned char other[252]
+    sd_name_get(record.segment.segment, record.slot, need_locked(record).values.flags, mine)
+    if not mine[0]:
+        raise_code(SD_CORRUPT, "name")
+    if uuid is None or not set_name(other, name):
+        return False
+    uuid_words(uuid, words)
+    return (words[0] == record.uuid_raw[0] and words[1] == record.uuid_raw[1]
+            and memcmp(mine, other, mine[0] + 1) == 0)
+
+
 cdef int assign_state(Record record, object value) except -1:
     need_changeable(record)
     cdef long number = PyNumber_Index(value)  # may run anything, an unlock, too
@@ -458,7 +483,7 @@ cdef int assign_data(Record record, object value) except -1:
     elif encoded is not None:
         decoded = PyDictProxy_New(flat) if type(flat) is dict else flat
     else:
-        encoded = PACK(value) if is_plain(value, PLAIN_DEPTH) else ENCODE_DATA(value)
+        encoded = packed(value) if is_plain(value, PLAIN_DEPTH) else ENCODE_DATA(value)
         # Else it may be that it cannot be decoded: what it holds may have changed after the look.
         if not sd_pack_plain(<const unsigned char *>PyBytes_AS_STRING(encoded),
                              PyBytes_GET_SIZE(encoded)):

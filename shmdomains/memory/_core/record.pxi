@@ -6,7 +6,6 @@
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport INT32_MAX, int32_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp
 
 from shmdomains import errors
 
@@ -257,7 +256,7 @@ cdef class Record:
     def definition(self, value):
         need_changeable(self)
         sd_prefetch_replace(self.segment.segment, self.slot)
-        encoded = ENCODE_DEFINITION(self, value)
+        encoded = encode_definition(self, value)
         set_blob(need_room(self), SD_DEFINITION, value, encoded)
 
     @property
@@ -269,7 +268,7 @@ cdef class Record:
     @next_definition.setter
     def next_definition(self, value):
         need_changeable(self)
-        encoded = None if value is None else ENCODE_DEFINITION(self, value)
+        encoded = None if value is None else encode_definition(self, value)
         set_blob(need_room(self), SD_NEXT_DEFINITION, value, encoded)
 
     @property
@@ -371,17 +370,7 @@ cdef class Record:
 
     def _is(self, uuid, name):
         """Whether these are the domain's uuid and name. Domain lock."""
-        cdef uint64_t words[2]
-        cdef unsigned char mine[252]
-        cdef unsigned char other[252]
-        sd_name_get(self.segment.segment, self.slot, need_locked(self).values.flags, mine)
-        if not mine[0]:
-            raise_code(SD_CORRUPT, "name")
-        if uuid is None or not set_name(other, name):
-            return False
-        uuid_words(uuid, words)
-        return (words[0] == self.uuid_raw[0] and words[1] == self.uuid_raw[1]
-                and memcmp(mine, other, mine[0] + 1) == 0)
+        return is_identity(self, uuid, name)
 
     def _take_id(self, timeout=None):
         """The next id, entered into this transaction; never given out again."""

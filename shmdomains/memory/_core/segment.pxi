@@ -419,6 +419,12 @@ cdef class Segment:
         made[0] = insert_record(self, uuid, name, definition, state, persistent, timeout, work)
         return made[0]
 
+    def _assign_new(self, definition, persistent, timeout, list made):
+        """The short way of `assign_def` for a domain that is new, as `_insert`; or None: the rule has
+        to look at it. List lock held."""
+        made[0] = assign_new(self, definition, bool(persistent), timeout)
+        return made[0]
+
     def _remove(self, Record record not None, timeout=None):
         """Remove a record that this thread has locked; its lock is released. List lock held."""
         remove_record(self, record, timeout)
