@@ -9,9 +9,10 @@ Claims, in every state:
 
 A name fills a buffer, small data a half of it, data in the heap a cell of its own. A field copy
 says which buffer has the name, which half or cell is chosen, where the data is, and its version. A
-commit of data writes what is not chosen, the spare copy, `cur`. A rename moves small data to
+commit of data writes what is not chosen, the spare copy, `cur`. A rename moves small data to the
 heap by such a commit, then writes the buffer that has not the name, the spare copy, `cur`. Remove
-counts `cur` by two; an insert writes the first buffer of the free slot, the spare copy, `cur`, `life`.
+counts `cur` by two; an insert writes the first buffer of the free slot, the spare copy, `cur`, and
+`life`.
 
 That extents are free when they are needed is the business of `heap`, who may rename that of
 `index`.
