@@ -50,8 +50,15 @@ edges = st.sampled_from(
 )
 numbers = edges | st.integers(-(2**63), 2**64 - 1)
 texts = st.text(max_size=40) | st.text("ab", min_size=28, max_size=130)
-scalars = st.none() | st.booleans() | numbers | st.floats(allow_nan=False) | texts
-scalars |= st.binary(max_size=130)
+scalars: st.SearchStrategy[Any]
+scalars = (
+    st.binary(max_size=130)
+    | st.none()
+    | st.booleans()
+    | numbers
+    | st.floats(allow_nan=False)
+    | texts
+)
 flat = scalars | st.dictionaries(texts, scalars, max_size=20)
 keys = texts | st.integers(-5, 5)
 values = flat | st.recursive(
@@ -359,7 +366,7 @@ def test_a_rename_that_finds_no_room_leaves_record_and_file(
         for name in names[:12:2]:  # holes, each for small data and no more
             with doms.get(name) as dom:
                 dom.data = None
-        with doms.locked(), doms.find_by_name("web1") as dom:
+        with doms.locked(), doms.get("web1") as dom:
             with pytest.raises(SegmentFull):
                 doms.rename(dom, "web2")
             assert (dom.name, dom.data, dom._work) == ("web1", {"count": 1}, None)
