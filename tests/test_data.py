@@ -427,6 +427,9 @@ counters = st.dictionaries(names, edges | st.integers(-9, 9), max_size=4) | st.d
 
 @often
 @given(before=counters | st.none(), name=names, by=steps, waits=st.booleans())
+@example(before={"a": -(2**63)}, name="a", by=-1, waits=False)
+@example(before={"a": 2**64 - 1}, name="a", by=1, waits=False)
+@example(before={str(n): n for n in range(14)}, name="new", by=1, waits=False)
 @example(before={str(n): n for n in range(15)}, name="new", by=1, waits=False)
 @example(before={str(n): n for n in range(16)}, name="15", by=2**63 - 1, waits=True)
 @example(before={"b": {"a": 7}, "c": [1, "a", {"a": 1}], "a": 2}, name="a", by=-3, waits=False)
