@@ -584,7 +584,7 @@ def rename(doms: DomainList) -> Iterator[None]:
         yield
 
 
-@operation(points=391, on=small_data)
+@operation(points=389, on=small_data)
 def rename_with_small_data(doms: DomainList) -> Iterator[None]:
     """It makes way for the name; then it comes to lie where the name before was, and makes way
     once more."""

@@ -383,6 +383,12 @@ class Planted:
         size = self.at["names.size"]
         return self.at["names"] + number * size + buffer * size // 2 + self.at["names.length"]
 
+    def small(self, number: int) -> int:
+        """Where small data lies that was the first of its domain, checksum first: the second half
+        of the second name buffer."""
+        size = self.at["names.size"]
+        return self.at["names"] + number * size + size * 3 // 4
+
     def copy(self, number: int, field: str) -> int:
         """A field in the copy that counts."""
         copy = "copy1" if self.read(self.slot(number, "cur")) & 1 else "copy0"

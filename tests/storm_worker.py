@@ -172,9 +172,9 @@ def own_memory(state: int) -> int:
 
 def padding(counts: Iterable[int]) -> str:
     """So that a record's size changes with each commit, and with it its place in the heap; and
-    some are so large that the commit takes a while."""
+    some are so large that the commit takes a while, some so small that they are in the record."""
     total = sum(counts)
-    return "x" * (total * 37 % 500 * (1 if total % 4 else 50))
+    return "x" * (total % 60 if total % 2 else total * 37 % 500 * (1 if total % 4 else 50))
 
 
 def counts_of(view: Domain | DomainInfo) -> tuple[int, ...]:

@@ -131,18 +131,18 @@ FREE_SLOT = 4
 DAMAGE: dict[str, tuple[Plant, str, str]] = {
     # I1: identity
     "a name of no bytes": (
-        word(lambda at: at.name(0, 1), lambda old: old & ~0xFF),
+        word(lambda at: at.name(0, 0), lambda old: old & ~0xFF),
         "I1 identity",
         "slot 0 has a name of 0 bytes",
     ),
     "a name of too many bytes": (
-        word(lambda at: at.name(0, 1), lambda old: old | 0xFF),
+        word(lambda at: at.name(0, 0), lambda old: old | 0xFF),
         "I1 identity",
         "slot 0 has a name of",
     ),
     "another uuid": (slot(0, "uuid", lambda old: old ^ 1), "I5 index", "UUID index"),
     "another name": (
-        word(lambda at: at.name(0, 1), lambda old: old ^ 1 << 16),
+        word(lambda at: at.name(0, 0), lambda old: old ^ 1 << 16),
         "I5 index",
         "name index",
     ),
@@ -212,6 +212,16 @@ DAMAGE: dict[str, tuple[Plant, str, str]] = {
     ),
     "the heap's watermark": (header("heap_committed", lambda old: 1 << 40), "heap", "watermark"),
     # I3: fields
+    "small data": (
+        word(lambda at: at.small(2) + 8, lambda old: old ^ 1 << 3),
+        "I2 extents",
+        "slot 2: blob 2 does not fit its checksum",
+    ),
+    "the checksum of small data": (
+        word(lambda at: at.small(2), lambda old: old ^ 1),
+        "I2 extents",
+        "slot 2: blob 2 does not fit its checksum",
+    ),
     "a blob newer than its record": (
         field(1, "version", lambda old: old + 1000, 8 * DATA),
         "I3 fields",
@@ -505,7 +515,7 @@ BLOBS = ("definition", "next_definition", "data")
         (slot(1, "cur", lambda old: old ^ 1), ()),
         (slot(1, "life", lambda old: old ^ 1 << 20), ()),
         (slot(1, "uuid", lambda old: old ^ 1), ("next_definition",)),  # there is none
-        (word(lambda at: at.name(1, 1), lambda old: old ^ 1 << 8), BLOBS),
+        (word(lambda at: at.name(1, 0), lambda old: old ^ 1 << 8), BLOBS),
     ],
     ids=["fields", "which fields", "whether it is there", "uuid", "name"],
 )
@@ -677,7 +687,7 @@ def test_a_name_of_an_impossible_length_is_never_handed_out(
     doms: DomainList, planted: Planted, size: int
 ) -> None:
     """Nor is anything read behind its buffer; what cannot be told is empty, or an error."""
-    where = planted.name(0, 1)
+    where = planted.name(0, 0)
     uses: list[Callable[[], str]] = [
         lambda: doms.peek(uuid=target).name,
         lambda: doms.snapshot()[0].name,

@@ -17,7 +17,7 @@ import pytest
 from helpers import SOAK, xml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from killing import Nursery, Pipe
+from killing import Nursery, Pipe, Planted, driver
 
 from shmdomains import (
     AlreadyLocked,
@@ -25,6 +25,7 @@ from shmdomains import (
     DomainNotFound,
     DomainNotLocked,
     LockTimeout,
+    SegmentCorrupt,
     SegmentFull,
     UncommittedChanges,
 )
@@ -49,8 +50,15 @@ edges = st.sampled_from(
 )
 numbers = edges | st.integers(-(2**63), 2**64 - 1)
 texts = st.text(max_size=40) | st.text("ab", min_size=28, max_size=130)
-scalars = st.none() | st.booleans() | numbers | st.floats(allow_nan=False) | texts
-scalars |= st.binary(max_size=130)
+scalars: st.SearchStrategy[Any]
+scalars = (
+    st.binary(max_size=130)
+    | st.none()
+    | st.booleans()
+    | numbers
+    | st.floats(allow_nan=False)
+    | texts
+)
 flat = scalars | st.dictionaries(texts, scalars, max_size=20)
 keys = texts | st.integers(-5, 5)
 values = flat | st.recursive(
@@ -358,13 +366,54 @@ def test_a_rename_that_finds_no_room_leaves_record_and_file(
         for name in names[:12:2]:  # holes, each for small data and no more
             with doms.get(name) as dom:
                 dom.data = None
-        with doms.locked(), doms.find_by_name("web1") as dom:
+        with doms.locked(), doms.get("web1") as dom:
             with pytest.raises(SegmentFull):
                 doms.rename(dom, "web2")
             assert (dom.name, dom.data, dom._work) == ("web1", {"count": 1}, None)
         assert doms.peek("web2") is None and doms[UUID].data == {"count": 1}
         assert (tmp_path / "web1.xml").exists() and not (tmp_path / "web2.xml").exists()
         assert doms.check()
+
+
+def test_the_half_that_does_not_count_is_nobodys_business(doms: Any, segment_dir: Path) -> None:
+    """What counts is refused if it is damaged, also as what a rename moves and an `add` adds to."""
+    assert driver() is not None, "no C compiler, so nobody says where the words of a segment lie"
+    with doms.get("web1") as dom:
+        dom.data = {"a": 1}
+    with Planted(str(segment_dir / "list.segment")) as planted:
+        where = planted.small(0)
+        for at in range(where - 128, where, 8):
+            planted.write(at, planted.read(at) ^ 1 << at % 61)
+        assert doms["web1"].data == {"a": 1} and doms.check()
+        for bit in (0, 63, 64, 95):
+            at = where + bit // 64 * 8
+            with (
+                planted.changed(at, planted.read(at) ^ 1 << bit % 64),
+                DomainList.attach("list") as other,
+            ):
+                assert not other.check()
+                for call in (data_of, add_held, add_to, rename_held):
+                    with pytest.raises(SegmentCorrupt):
+                        call(other)
+                assert not other.is_locked and other["web1"].name == "web1"
+        assert doms.add("web1", "a") == 2
+        with doms.locked(), doms.get("web1") as dom:
+            doms.rename(dom, "web2")
+        assert doms["web2"].data == {"a": 2}
+
+
+def data_of(doms: Any) -> Any:
+    with doms.get("web1", timeout=0) as dom:
+        return dom.data
+
+
+def add_to(doms: Any) -> None:
+    doms.add("web1", "a")
+
+
+def rename_held(doms: Any) -> None:
+    with doms.locked(), doms.get("web1", timeout=0) as dom:
+        doms.rename(dom, "web2")
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -378,6 +427,9 @@ counters = st.dictionaries(names, edges | st.integers(-9, 9), max_size=4) | st.d
 
 @often
 @given(before=counters | st.none(), name=names, by=steps, waits=st.booleans())
+@example(before={"a": -(2**63)}, name="a", by=-1, waits=False)
+@example(before={"a": 2**64 - 1}, name="a", by=1, waits=False)
+@example(before={str(n): n for n in range(14)}, name="new", by=1, waits=False)
 @example(before={str(n): n for n in range(15)}, name="new", by=1, waits=False)
 @example(before={str(n): n for n in range(16)}, name="15", by=2**63 - 1, waits=True)
 @example(before={"b": {"a": 7}, "c": [1, "a", {"a": 1}], "a": 2}, name="a", by=-3, waits=False)

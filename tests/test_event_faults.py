@@ -266,7 +266,7 @@ def test_who_watches_where_the_event_lock_is_damaged(doms: DomainList, planted: 
 def test_a_domain_with_a_damaged_name_can_be_stopped(doms: DomainList, planted: Planted) -> None:
     with doms.get("b") as dom:
         id = dom.activate()
-    count, at = doms._event_count, planted.name(1, 1)
+    count, at = doms._event_count, planted.name(1, 0)
     with planted.changed(at, planted.read(at) ^ 1 << 8):
         with doms.get(id=id) as dom:
             dom.deactivate()

@@ -49,7 +49,7 @@ IMAGES = {
     "change small data to large": 233,
     "give small data": 38,
     "count in the data": 84,
-    "rename with small data": 441,
+    "rename with small data": 419,
     "swap with small data": 129,
     "remove with small data": 212,
     "clear a blob": 34,

@@ -63,6 +63,8 @@ from shmdomains import (
 NAMES = ["a", "b", "c"]
 NO_SUCH_TID = 0x3FFFFFF0  # above every pid_max
 
+LARGE = "x" * 200  # data that lies in the heap
+
 
 @pytest.fixture
 def doms(path: str) -> Iterator[DomainList]:
@@ -162,7 +164,7 @@ def test_a_commit_that_timed_out_leaves_no_pending_entry(
 ) -> None:
     with doms.get(name="a") as dom:
         dom.activate()
-        dom.data = "x"
+        dom.data = LARGE
         holder = start(hold_mutex, path, mutex_of(planted, which))
         assert holder.hear() == 0
         with soon("the time-out", 3), pytest.raises(LockTimeout):
@@ -463,7 +465,7 @@ def use_list(doms: DomainList, dom: Domain | None) -> None:
 def use_heap(doms: DomainList, dom: Domain | None) -> None:
     if dom is None:
         dom = doms.get(name="a", timeout=DEADLINE)
-    dom.data = "x"
+    dom.data = LARGE
     dom.commit(timeout=DEADLINE)
 
 
@@ -491,7 +493,7 @@ def poison_outcomes(pipe: Pipe, path: str, use: str) -> None:
     [
         ("list", use_list, lambda at: at.write(at.header("list_level"), 40)),
         ("list", use_list, lambda at: at.write(at.header("list_level") + 8, 1 << 60)),
-        ("list", use_list, lambda at: at.write(at.name(2, 1), 0, 1)),
+        ("list", use_list, lambda at: at.write(at.name(2, 0), 0, 1)),
         ("id", use_ids, lambda at: at.write(at.header("id_level"), 40)),
         ("heap", use_heap, lambda at: at.write(at.slot(1, "extent") + 16, 1 << 62 | 64)),
         ("heap", use_heap, lambda at: at.write(at.slot(2, "extent") + 24, 64 << 25)),
@@ -512,8 +514,8 @@ def test_a_repair_that_fails_poisons_and_never_wedges(
     handle = doms.get(name="b")
     handle.unlock()
     before = [info.definition for info in doms.snapshot()]
-    # The second name buffer is the one that counts in a new slot; say so if that ever changes.
-    assert planted.read(planted.name(2, 1), 1) == 1
+    # The first name buffer is the one that counts in a new slot; say so if that ever changes.
+    assert planted.read(planted.name(2, 0), 1) == 1
     child = (
         start(hold, path, "list")
         if held == "list"
@@ -1076,7 +1078,7 @@ def take_domain(doms: DomainList, timeout: float) -> None:
 
 def commit_blob(doms: DomainList, timeout: float) -> None:
     with doms.get(name="a", timeout=0) as dom:
-        dom.data = "x"
+        dom.data = LARGE
         dom.commit(timeout or 1)
 
 
@@ -1240,7 +1242,7 @@ def define_new(doms: DomainList) -> None:
 
 def commit_it(doms: DomainList) -> None:
     with doms.get(name="b", timeout=0) as dom:
-        dom.data = "x"
+        dom.data = LARGE
         try:
             dom.commit()
         except KeyboardInterrupt:
@@ -1252,7 +1254,7 @@ def commit_it(doms: DomainList) -> None:
 
 def unlock_it(doms: DomainList) -> None:
     dom = doms.get(name="b", timeout=0)
-    dom.data = "x"
+    dom.data = LARGE
     try:
         dom.unlock()
     except KeyboardInterrupt:

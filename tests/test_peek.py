@@ -84,13 +84,14 @@ def test_replaced_once(doms: DomainList, other: DomainList) -> None:
 
 CHANGES: dict[str, Callable[[DomainList], object]] = {
     "replaced": lambda doms: redefine(doms, 30),
-    "removed": lambda doms: (doms.undefine("web1"), refill(doms, TWO, "web1")),
-    "removed, and defined anew": lambda doms: (doms.undefine("web1"), refill(doms, ONE, "web1")),
+    "removed": lambda doms: refill(doms, TWO, "web1"),
+    "removed, and defined anew": lambda doms: refill(doms, ONE, "web1"),
 }
 
 
 def refill(doms: DomainList, uuid: UUID, name: str) -> None:
-    """Over and over."""
+    """The slot of web1, over and over."""
+    doms.undefine("web1")
     for number in range(20):
         doms.define(definition(name, uuid, memory=3000 + number, title="t" * number))
         doms.define(definition(name, uuid, memory=4000 + number))
@@ -205,8 +206,8 @@ def test_without_definitions(doms: DomainList, other: DomainList) -> None:
     for blob in ("definition", "next_definition", "data"):
         with pytest.raises(AttributeError, match="definitions=False"):
             getattr(info, blob)
-    assert other.peek("web2", definitions=False) is other.peek("web2", definitions=True) is None
-    assert other.peek("web2") is None
+    for how in ({}, {"definitions": False}, {"definitions": True}):
+        assert other.peek("web2", **how) is None
 
 
 def test_of_a_damaged_one(

@@ -271,7 +271,7 @@ Damage = Callable[[Planted], None]
     ("held", "damage", "words"),
     [
         ("list", lambda at: at.write(at.header("list_level"), 40), "UUID and the name index"),
-        ("list", lambda at: at.write(at.name(2, 1), 0, 1), "(list lock), at slot 2, found"),
+        ("list", lambda at: at.write(at.name(2, 0), 0, 1), "(list lock), at slot 2, found"),
         (
             "list",
             lambda at: at.flip(at.slot(1, "life"), 0),
@@ -355,7 +355,7 @@ def rich(doms: DomainList) -> DomainList:
         dom.activate()
         dom.next_definition = dom.definition.replace(title="next")
     with doms.get(name="b") as dom:
-        dom.data = {"port": 5901}
+        dom.data = {"port": 5901, "note": "x" * 120}  # in the heap
     return doms
 
 
@@ -430,7 +430,7 @@ RESCUES: dict[str, tuple[Damage, set[str], list[tuple[str, str]]]] = {
         [("a", "next definition")],
     ),
     "a name": (
-        lambda at: at.write(at.name(2, 1), 0, 1),
+        lambda at: at.write(at.name(2, 0), 0, 1),
         set(),
         [("slot 2", "another name than its definition; it is in c.xml")],
     ),

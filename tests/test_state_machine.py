@@ -431,23 +431,18 @@ class Machine(RuleBasedStateMachine):
             self.change(model, **{change: flag})
 
     def add(self, party: int, model: Model, by: int) -> None:
-        """In the core where it can, else as it says that it is."""
         assert model.pending is not None
         dom, data = f"handles[{model.handle!r}]", model.pending.data or {}
         call = f"{dom}.add('a', {by})"
         if isinstance(data, str):
-            if self.store in STORES:
-                with pytest.raises(TypeError, match="no mapping"):
-                    self.do(party, call)
+            with pytest.raises(TypeError, match="no mapping"):
+                self.do(party, call)
             return
         total = data.get("a", 0) + by
-        if self.store in STORES:
-            assert self.do(party, call) == total
-        else:
-            self.do(party, f"{dom}.data = {{**({dom}.data or {{}}), 'a': {total}}}")
+        assert self.do(party, call) == total
         self.change(model, data={**data, "a": total})
 
-    @precondition(lambda self: self.store in STORES and self.live)
+    @precondition(lambda self: self.live)
     @rule(party=who, number=pick, form=st.sampled_from(list(FORMS)), by=st.integers(-300, 300))
     def add_in_one_call(self, party: int, number: int, form: str, by: int) -> None:
         model = self.chosen(self.live, number)

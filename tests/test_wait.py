@@ -903,12 +903,13 @@ def test_what_changed_is_told_after_an_error(named: DomainList, path: str) -> No
     named.define(xml("c"))
     marks = named._marks()
     assert [info.name for info in named._changed(marks)] == ["a", "b", "c"]
+    large = "x" * 200  # in the heap
     for name in "abc":
-        set_data(named, name, 1)
+        set_data(named, name, large)
     with Planted(path) as planted, planted.changed(planted.extent(1, 2), 1 << 62 | 1):
         for _ in range(2):
             with pytest.raises(SegmentCorrupt):
                 named._changed(marks)
     told = {info.name: info.data for info in named._changed(marks)}
-    assert told == dict.fromkeys("abc", 1)
+    assert told == dict.fromkeys("abc", large)
     assert named._changed(marks) == []

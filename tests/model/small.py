@@ -11,7 +11,8 @@ A name fills a buffer, small data a half of it, data in the heap a cell of its o
 says which buffer has the name, which half or cell is chosen, where the data is, and its version. A
 commit of data writes what is not chosen, the spare copy, `cur`. A rename moves small data to the
 heap by such a commit, then writes the buffer that has not the name, the spare copy, `cur`. Remove
-counts `cur` by two; an insert writes a buffer of the free slot, the spare copy, `cur`, `life`.
+counts `cur` by two; an insert writes the first buffer of the free slot, the spare copy, `cur`, and
+`life`.
 
 That extents are free when they are needed is the business of `heap`, who may rename that of
 `index`.
@@ -44,7 +45,7 @@ Places = list[Word]
 
 
 class Small(Subject):
-    """One slot, with small data in the first half of its second buffer."""
+    """One slot, whose domain was renamed once, with small data where the first name was."""
 
     rules = RULES
 
@@ -53,11 +54,11 @@ class Small(Subject):
 
     def words(self) -> dict[Word, Any]:
         """`name` and `data` are facts: what was committed last."""
-        fields = (0, 0, SMALL, 0)
+        fields = (1, 0, SMALL, 0)
         words: dict[Word, Any] = {LIFE: 1, CUR: 0, "name": "first", "data": "one"}
         words.update({("copy", 0, i): fields for i in (0, 1)})
-        words.update({("buffer", 0, w): "first" for w in range(BUFFER)})
-        words.update({("buffer", 1, w): (0, "one") if w < HALF else None for w in range(BUFFER)})
+        words.update({("buffer", 1, w): "first" for w in range(BUFFER)})
+        words.update({("buffer", 0, w): (0, "one") if w < HALF else None for w in range(BUFFER)})
         words.update({("cell", i, w): None for i in (0, 1) for w in range(HALF)})
         return words
 
@@ -153,8 +154,8 @@ class Small(Subject):
     def insert(self, name: str) -> Steps:
         life = yield load(LIFE)
         cur, (_, chosen, *_) = yield call(self.current)
-        yield call(self.spell, 1, name)
-        yield call(self.flip, (1, chosen, NONE, cur + 1), ("name", name))
+        yield call(self.spell, 0, name)
+        yield call(self.flip, (0, chosen, NONE, cur + 1), ("name", name))
         yield store(LIFE, life | 1)
 
     # --- a reader ---
