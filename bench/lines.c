@@ -126,11 +126,11 @@ static void change_untold(unsigned number)
 static void change_data(unsigned number)
 {
     sd_blob blobs[SD_BLOBS] = {[SD_DATA] = {true, data, DATA}};
-    uint64_t extent;
+    sd_stored stored;
     find(&by_uuid[number]);
     if (values.flags & SD_FLAG_PRESENT(SD_DATA)) {
-        MUST(sd_blob_get(segment, held, &values, SD_DATA, &extent) == SD_OK);
-        read_extent(extent);
+        MUST(sd_blob_get(segment, held, &values, SD_DATA, &stored) == SD_OK);
+        read_blob(&stored);
     }
     commit(blobs, false, 0);
     unlock();

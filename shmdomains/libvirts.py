@@ -63,7 +63,7 @@ def _take(libvirt: Any, doms: AnyDomainList, domain: Any, timeout: float | None)
     autostart = bool(domain.autostart())
     with doms.locked(timeout):
         for key in ({"uuid": definition.uuid}, {"name": definition.name}):
-            found = doms.peek(**key)
+            found = doms.peek(**key, definitions=True)
             if found is not None:
                 raise DriverError(f"the list has a domain '{found.name}' ({found.uuid}) already")
         with doms.assign_def(definition, persistent=True, timeout=timeout) as dom:

@@ -264,7 +264,8 @@ def test_a_damaged_domain_is_counted_and_the_others_are_there(
             bits = damage(doms, planted, damaged)
             for at, bit in bits:
                 planted.flip(at, bit, 8)
-            collector = DomainCollector(doms)
+            another = DomainList.attach(path=path)  # one that has not seen the definitions
+            collector = DomainCollector(another)
             for _ in range(2):
                 found = scrape(collector)
                 assert found["libvirt_up",] == found["shmdomains_damaged_domains",] == 1

@@ -6,7 +6,7 @@ Names, flags, order and words are virsh's. Reading takes no lock.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -96,7 +96,7 @@ def list_domains(target: Target, /, form: str, host: str | None, **flags: bool) 
         )
         if flags["with_job"]:
             infos = [info for info in infos if info.jobs]
-        infos.sort(key=_virsh_order)
+        infos = sorted(infos, key=_virsh_order)
         if form == "json":
             print_records([_list_record(info, flags) for info in infos])
         elif flags["name"] or flags["uuid"] or flags["id"]:

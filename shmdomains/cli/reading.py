@@ -102,8 +102,10 @@ def domstats(target: Target, /, domains: tuple[str, ...], **flags: bool) -> None
     if not domains:
         active = None if flags["list_active"] == flags["list_inactive"] else flags["list_active"]
         with target.attach() as doms:
-            infos = doms.list(active=active)
-        infos.sort(key=lambda info: (not info.is_active, info.id if info.is_active else 0))
+            infos = sorted(
+                doms.list(active=active),
+                key=lambda info: (not info.is_active, info.id if info.is_active else 0),
+            )
     for number, info in enumerate(infos):
         if number:
             click.echo()

@@ -241,7 +241,7 @@ def edit(target: Target, domain: str, timeout: float | None) -> None:
         if text == before:
             click.echo(printable(f"Domain '{info.name}' XML configuration not changed."))
             return
-        now = doms.peek(uuid=info.uuid)
+        now = doms.peek(uuid=info.uuid, definitions=True)
         if now is None or next_xml(now) != before:
             raise Failure("The XML configuration was changed by another user.")
         definition = DomainDef.from_xml(text)

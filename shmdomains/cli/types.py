@@ -143,11 +143,11 @@ def found_domain(
 
 def _by_id(doms: AnyDomainList, key: str) -> DomainInfo | None:
     id = parse_number(key, _MAX_ID)
-    return None if id is None else doms.peek(id=id)
+    return None if id is None else doms.peek(id=id, definitions=True)
 
 
 def _by_name(doms: AnyDomainList, key: str) -> DomainInfo | None:
-    return doms.peek(name=key)
+    return doms.peek(name=key, definitions=True)
 
 
 def _by_uuid(doms: AnyDomainList, key: str) -> DomainInfo | None:
@@ -157,7 +157,7 @@ def _by_uuid(doms: AnyDomainList, key: str) -> DomainInfo | None:
         uuid = parse_uuid(key)
     except DefinitionError:
         return None
-    return doms.peek(uuid=uuid)
+    return doms.peek(uuid=uuid, definitions=True)
 
 
 # --- seconds and bytes ----------------------------------------------------------------------

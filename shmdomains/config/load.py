@@ -11,18 +11,24 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 from uuid import UUID
 
 from ..deadline import check_timeout
 from ..errors import ContractError, SegmentError, SegmentFull, ShmDomainsError
+from ..lazy import LazyModule
 from ..names import SUFFIX
 from ..text import shown_path
 from ..xml.definition import DomainDef, EncodedDef
 from .change import ConfigDirs
 from .parse import BATCH, ParsedFile, parse_file, parse_files, scan_all, scan_paths
-from .remembered import Known, Records, Remembered
 from .report import LoadFailure, LoadReport
+
+if TYPE_CHECKING:
+    from . import remembered
+    from .remembered import Known, Records, Remembered
+else:
+    remembered = LazyModule("shmdomains.config.remembered")
 
 logger = logging.getLogger(__package__)
 
@@ -89,7 +95,7 @@ def load_all(
     paths, skipped = scan_all(dirs.config_dir)
     for path in skipped:
         logger.warning("skipped: %s: its name begins with '.'", shown_path(path))
-    memory = None if records is None else Remembered(dirs, records, len(paths))
+    memory = None if records is None else remembered.Remembered(dirs, records, len(paths))
     known = {} if memory is None else memory.unchanged(paths)
     rest = [path for path in paths if path not in known] if known else paths
     if memory is not None and rest:
@@ -106,7 +112,7 @@ def load_all(
     return loader.report(skipped)
 
 
-_Item = tuple[str, ParsedFile | Known]
+_Item: TypeAlias = "tuple[str, ParsedFile | Known]"
 """A path and what the file holds, or what it made when it was loaded before."""
 
 
@@ -167,7 +173,7 @@ class _Loader:
         return LoadReport(list(self._loaded), failures, skipped)
 
     def _load_batch(self, batch: list[_Item]) -> None:
-        if all(isinstance(item, Known) for _, item in batch):
+        if all(isinstance(item, remembered.Known) for _, item in batch):
             for path, known in batch:
                 self._load_item(path, known)
             return
@@ -182,7 +188,7 @@ class _Loader:
 
     def _load_item(self, path: str, item: ParsedFile | Known) -> bool:
         """Assign one definition, list lock held; False if the file must be parsed again."""
-        if isinstance(item, Known):
+        if isinstance(item, remembered.Known):
             if not self._conflicts(path, item.name):
                 self._loaded[item.name] = path
             return True

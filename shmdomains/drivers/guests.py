@@ -166,7 +166,7 @@ class Guests(Hooks):
         """End a guest that was not started to the end. If even that fails, it stays as one that is
         starting up, and the next job ends it."""
         try:
-            now = self.doms.peek(dom)  # another host may have it by now
+            now = self.doms.peek(dom, definitions=True)  # another host may have it by now
             self.kill(now if now is not None and now.id == info.id else info)
             self._off(dom, info, ShutoffReason.FAILED)
         except ShmDomainsError as error:
@@ -362,7 +362,7 @@ class Guests(Hooks):
 
     def _differs(self, guest: DomainInfo) -> tuple[DomainState, int] | None:
         """The state that the guest is in, if the record has another one."""
-        info = self.doms.peek(guest.uuid)
+        info = self.doms.peek(guest.uuid, definitions=True)
         if info is None or not is_same(info, guest) or not _may_differ(info):
             return None
         seen = self.seen(info)
@@ -416,7 +416,7 @@ class Guests(Hooks):
         return buried
 
     def _is_recorded(self, orphan: Orphan) -> bool:
-        info = None if orphan.uuid is None else self.doms.peek(orphan.uuid)
+        info = None if orphan.uuid is None else self.doms.peek(orphan.uuid, definitions=True)
         return info is not None and info.is_active and info.pid in (None, orphan.pid)
 
 

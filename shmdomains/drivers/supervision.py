@@ -22,7 +22,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,7 +116,7 @@ class _Watch:
             for event in self._events:
                 if isinstance(event, EventsMissed):
                     return
-                info = self._doms.peek(event.uuid)
+                info = self._doms.peek(event.uuid, definitions=True)
                 self._loop.call_soon_threadsafe(self._look_at, event.uuid, info)
                 if self._over.is_set() or time.monotonic() >= end:
                     break
@@ -127,7 +127,7 @@ class _Watch:
 
     # --- in the loop ---
 
-    def _look_at_these(self, active: list[DomainInfo]) -> None:
+    def _look_at_these(self, active: Sequence[DomainInfo]) -> None:
         infos = {info.uuid: info for info in active}
         for uuid in self._tasks.keys() | infos.keys():
             self._look_at(uuid, infos.get(uuid))
@@ -225,13 +225,13 @@ class _Watch:
     def _look(self, guest: DomainInfo, news: News) -> str:
         """What has become of it. A worker that has a job on the domain may take long, and may be
         ending the guest: no thread waits for it."""
-        now = self._doms.peek(guest.uuid)
+        now = self._doms.peek(guest.uuid, definitions=True)
         if now is not None and any(
             job.kind is not Job.ASYNC and job.holder.alive for job in now.jobs
         ):
             return _WORKED_ON
         self._driver.look(guest, news)
-        now = self._doms.peek(guest.uuid)
+        now = self._doms.peek(guest.uuid, definitions=True)
         return _THERE if now is not None and is_same(now, guest) else _LET_GO
 
     # --- hooks and locks ---

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import msgspec
 
 from ..config import ConfigDirs
-from ..config.remembered import Receipt, Records
 from ..deadline import Deadline
 from ..errors import (
     DescriptorLost,
@@ -57,8 +56,11 @@ if TYPE_CHECKING:
     from multiprocessing import context as mp_context
 
     from .. import table as tables
+    from ..config import remembered
+    from ..config.remembered import Receipt, Records
     from ..table import Table
 else:
+    remembered = LazyModule("shmdomains.config.remembered")
     tables = LazyModule("shmdomains.table")
 
 logger = logging.getLogger(__name__)
@@ -615,7 +617,7 @@ class DomainList(core.Segment[Domain], ManyRules[Domain]):
             dom = self._handle_of(uuid=uuid)
             return None if dom is None else dom._receipt
 
-        return Records(self._identity, receipt)
+        return remembered.Records(self._identity, receipt)
 
     def _said(self) -> settings.Settings:
         return settings.decode(self._settings())

@@ -140,7 +140,7 @@ class Domains:
                 return
         for name in names:
             try:
-                info = self._doms.peek(name=name)
+                info = self._doms.peek(name=name, definitions=True)
             except SegmentCorrupt:
                 yield name, None
             else:

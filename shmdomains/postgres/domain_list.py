@@ -488,11 +488,14 @@ class PostgresDomainList(PlainDomainList[int]):
         name: str | None = None,
         id: int | None = None,
         timeout: float | None = 1.0,
+        definitions: bool | None = None,
     ) -> DomainInfo | None:
-        """The committed state of one domain, or None. Takes no lock."""
+        """The committed state of one domain, or None. Takes no lock. `definitions=False` leaves
+        definitions and data out."""
         Deadline(timeout)
         self._usable()
-        return self._store.glance(self._key(key, uuid, name, id))
+        info = self._store.glance(self._key(key, uuid, name, id))
+        return info._without_blobs() if info is not None and definitions is False else info
 
     def _scan(self, wanted: Filter, definitions: bool) -> list[DomainInfo]:
         self._usable()

@@ -131,7 +131,7 @@ def _differences(
         if owner.holds(own):
             yield f"domain '{name}' is not persistent, and {shown_path(own)} holds it"
         return
-    info = doms.peek(uuid=dom.uuid)
+    info = doms.peek(uuid=dom.uuid, definitions=True)
     assert info is not None  # we hold it
     file = own if os.path.lexists(own) and _holds(own, info) else owner.find()
     if file is None:

@@ -21,14 +21,13 @@ import os
 import re
 import threading
 import uuid as uuid_module
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.change import ConfigDirs
 from ..config.load import load_all
-from ..config.remembered import Records
 from ..config.report import LoadReport
 from ..errors import (
     AlreadyLocked,
@@ -53,6 +52,9 @@ from .values import key_of, not_found, one_key
 from .wait import WaitRules
 from .watch import WatchRules
 from .work import Step, Work
+
+if TYPE_CHECKING:
+    from ..config.remembered import Records
 
 logger = logging.getLogger(__name__)
 

@@ -748,6 +748,7 @@ class PlainDomainList(ManyRules[PlainDomain[R]], Generic[R]):
         name: str | None = None,
         id: int | None = None,
         timeout: float | None = 1.0,
+        definitions: bool | None = None,
     ) -> DomainInfo | None:
         """The committed state of one domain, or None. Takes no lock."""
         Deadline(timeout)
@@ -755,7 +756,9 @@ class PlainDomainList(ManyRules[PlainDomain[R]], Generic[R]):
         wanted = self._key(key, uuid, name, id)
         record = self._store.find(wanted)
         info = None if record is None else self._store.read(record)
-        return info if info is not None and getattr(info, wanted.kind) == wanted.value else None
+        if info is None or getattr(info, wanted.kind) != wanted.value:
+            return None
+        return info._without_blobs() if definitions is False else info
 
     def snapshot(self, definitions: bool = True) -> list[DomainInfo]:
         """All domains, each as it was committed."""

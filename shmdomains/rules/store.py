@@ -415,8 +415,10 @@ class ListBase(Protocol[D]):
         name: str | None = None,
         id: int | None = None,
         timeout: float | None = 1.0,
+        definitions: bool | None = None,
     ) -> DomainInfo | None:
-        """The committed state, or ``None``. Takes no lock and blocks nobody."""
+        """The committed state, or ``None``. Takes no lock and blocks nobody. `definitions`: with
+        them, without, or, where that is faster, read when they are asked for."""
         ...
 
     def _deadline(self, timeout: float | None) -> Deadline: ...

@@ -524,7 +524,7 @@ def patient_peek(doms: AnyDomainList, uuid: bytes, timeout: float) -> DomainInfo
     end = time.monotonic() + timeout
     while True:
         try:
-            return doms.peek(uuid=uuid)
+            return doms.peek(uuid=uuid, definitions=True)
         except Busy:
             if time.monotonic() >= end:
                 raise

@@ -199,7 +199,7 @@ class Proof:
             keys.append({"id": id})
             self._active.append(id)
         for key in keys:
-            info = self._doms.peek(**key)
+            info = self._doms.peek(**key, definitions=True)
             if info is None or info.uuid.bytes != uuid:
                 found = "nothing" if info is None else f"{info.name!r} {info.uuid}"
                 self.indexes.blame(f"{key} should lead to {name!r} {UUID(bytes=uuid)}, not {found}")

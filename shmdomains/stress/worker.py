@@ -279,7 +279,7 @@ class Worker:
         return dom
 
     def _info_of(self, uuid: bytes) -> DomainInfo:
-        info = self._doms.peek(uuid=uuid)
+        info = self._doms.peek(uuid=uuid, definitions=True)
         if info is None:
             raise Wrong(f"lost: a domain that was loaded, {uuid.hex()}")
         return info
@@ -539,13 +539,13 @@ class Worker:
         began = self._begin(Kind.PEEK)
         if way == 0 and self._ids:
             id = self._random.choice(self._ids)
-            info = self._doms.peek(id=id)
+            info = self._doms.peek(id=id, definitions=True)
             if info is not None and info.id != id:
                 raise Wrong(f"torn: peek at id {id} found id {info.id}")
         elif way == 1:
-            info = self._doms.peek(name=self._name_of(target))
+            info = self._doms.peek(name=self._name_of(target), definitions=True)
         else:
-            info = self._doms.peek(uuid=self._uuid_of(target))
+            info = self._doms.peek(uuid=self._uuid_of(target), definitions=True)
         self._end(Kind.PEEK, began)
         if info is not None:
             self._look_at(info)

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType, TracebackType
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, overload
 from uuid import UUID
 
 from typing_extensions import Self
@@ -31,6 +31,9 @@ def configure(
     decode: Sequence[Callable[[bytes], Any]],
     encode_definition: Callable[[Any, DomainDef], bytes],
     encode_data: Callable[[Any], bytes],
+    encode_into: Callable[[Any, bytearray], None],
+    definition: type[DomainDef],
+    added: Callable[[Any, str, int], tuple[dict[Any, Any], int]],
     encode_work: Callable[[Any], bytes],
     settle: Callable[[Any, Any, float | None], object],
     not_found: Callable[[Any, str | None, int | None], Exception],
@@ -168,6 +171,13 @@ def work_for(
 
 class DomainInfo(_Value): ...  # registered as one
 
+class Infos(Sequence[_Value]):  # registered as one
+    @overload
+    def __getitem__(self, at: int, /) -> _Value: ...
+    @overload
+    def __getitem__(self, at: slice, /) -> list[_Value]: ...
+    def __len__(self) -> int: ...
+
 class Deadline:
     def __init__(self, timeout: float | None) -> None: ...
     def left(self) -> float | None: ...
@@ -270,8 +280,9 @@ class Segment(Generic[R]):
         name: str | None = None,
         id: int | None = None,
         timeout: float | None = 1.0,
+        definitions: bool | None = None,
     ) -> _Value | None: ...
-    def snapshot(self, definitions: bool = True) -> list[_Value]: ...
+    def snapshot(self, definitions: bool = True) -> Sequence[_Value]: ...
     def __len__(self) -> int: ...
     def __contains__(self, key: _Key) -> bool: ...
     def __iter__(self) -> Iterator[_Value]: ...
@@ -279,7 +290,10 @@ class Segment(Generic[R]):
     def _who_has(self, uuid: _Uuid | None, name: str) -> _Value | None: ...
     def _list(
         self, active: int, persistent: int, autostart: int, states: int, definitions: bool
-    ) -> list[_Value]: ...
+    ) -> Sequence[_Value]: ...
+    def _columns(
+        self, active: int, persistent: int, autostart: int, states: int, names: tuple[str, ...]
+    ) -> tuple[int, dict[str, bytearray], bytearray]: ...
     def _count_all(self, active: int, persistent: int, autostart: int, states: int) -> int: ...
     def _insert(
         self,
@@ -292,6 +306,44 @@ class Segment(Generic[R]):
         made: list[R | None],
         work: Any = None,
     ) -> R: ...
+    def _assign_new(
+        self,
+        definition: Any,
+        persistent: bool | None,
+        timeout: float | None,
+        made: list[R | None],
+    ) -> R | None: ...
+    def _lock_all(self, wanted: list[Any], taken: Any, deadline: Any) -> None: ...
+    def _get_all(self, keys: list[Any], taken: Any, deadline: Any) -> None: ...
+    def _assign_all(
+        self,
+        definitions: list[Any],
+        persistent: bool | None,
+        deadline: Any,
+        places: list[list[R | None]],
+    ) -> bool: ...
+    def _update_all(
+        self,
+        pairs: Any,
+        deadline: Any,
+        checked: Callable[..., dict[str, Any]],
+        note: Callable[[BaseException, str], None],
+    ) -> int: ...
+    def _remove_all(
+        self, wanted: list[Any], deadline: Any, note: Callable[[BaseException, str], None]
+    ) -> int: ...
+    def add(
+        self,
+        key: _Key | None = None,
+        /,
+        field: str | None = None,
+        by: int = 1,
+        timeout: float | None = None,
+        *,
+        uuid: _Uuid | None = None,
+        name: str | None = None,
+        id: int | None = None,
+    ) -> int: ...
     def _need_ours(self, record: R) -> None: ...
     def _remove(self, record: R, timeout: float | None = None) -> None: ...
     def _rename(
@@ -413,6 +465,7 @@ class Record:
     definition: DomainDef
     next_definition: DomainDef | None
     data: Any
+    def add(self, field: str, by: int = 1) -> int: ...
     @property
     def previous_owner_died(self) -> LockHolder | None: ...
     def _note(self, type: int, detail: int = 0) -> None: ...

@@ -201,8 +201,8 @@ int sd_view_check(const sd_segment *segment, uint32_t slot, const sd_view *view)
 }
 
 /* A current blob, small data too, is not overwritten before a commit with another version of it, or
- * the end of this life.  So what was copied is whole, and belongs to the view, if neither has come by now, however
- * many other commits have.  (Asking for the same `cur` would be right as well, but each change of
+ * the end of this life.  So what was copied is whole, and belongs to the view, if neither has come
+ * by now, however many other commits have.  (Asking for the same `cur` would be right as well, but each change of
  * state would send the reader back.) */
 int sd_view_blobs_check(const sd_segment *segment, uint32_t slot, const sd_view *view)
 {

@@ -48,7 +48,7 @@ cdef Record find_record(Segment doms, const sd_key *key, uint64_t deadline, obje
     if TASKS:
         need_room_for_lock()
     if owner.records != NULL:
-        # With the list lock he may wait for any other: `find_in_slot` looks at the one that it finds.
+        # With the list lock he may wait for any other; `find_in_slot` looks at the one it finds.
         if doms.segment.list_nonce != owner.nonce and sd_find(doms.segment, key, &slot) == SD_OK:
             need_not_held(doms, slot)
         may_wait(doms, deadline)

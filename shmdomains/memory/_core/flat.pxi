@@ -1,8 +1,9 @@
-# The data's values, to MessagePack and back: flat ones here, in one pass over a buffer on the stack.
+# The data's values, to MessagePack and back.
 #
-# Flat are numbers, strings, and maps of them, as most data is: {"vnc": 5901, "requests": 7}. Larger
-# and deeper ones of the usual types are msgspec's (`packed`). Whatever else there is, and all
-# errors, are left to `values.encode_data` and `decode_data`. All ways give the same bytes and values.
+# Flat ones are encoded and decoded here, in one pass over a buffer on the stack: numbers, strings,
+# and maps of them, as most data is: {"vnc": 5901, "requests": 7}. Larger and deeper ones of the
+# usual types are msgspec's (`packed`). Whatever else there is, and all errors, are left to
+# `values.encode_data` and `decode_data`. All ways give the same bytes and values.
 
 from cpython.bytearray cimport (PyByteArray_AS_STRING, PyByteArray_FromStringAndSize,
                                 PyByteArray_GET_SIZE)

@@ -1,9 +1,9 @@
 # Infos: what was committed of a domain, copied out of the segment and checked.
 #
 # `DomainInfo` is what is read without a lock, `Blobs` the large part of it, `Decoded` the cache of
-# definitions and of data. Every blob carries a checksum over its bytes, its domain's uuid, its kind and its
-# version, and is checked before it is decoded. What is damaged raises `SegmentCorrupt`; it is
-# never handed out.
+# definitions and of data. Every blob carries a checksum over its bytes, its domain's uuid, its kind
+# and its version, and is checked before it is decoded. What is damaged raises `SegmentCorrupt`; it
+# is never handed out.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -189,7 +189,8 @@ cdef class Blobs:
 cdef object live_definition(Blobs blobs):
     cdef uint64_t version = blobs.version[SD_DEFINITION]
     if blobs.known is None:
-        keep_definition(blobs, cached(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version))
+        found = cached(blobs.decoded, SD_DEFINITION, blobs.slot, blobs.life, version)
+        keep_definition(blobs, found)
     if blobs.known is None:
         if blobs.definition is None and blobs.later.bytes:
             blobs.definition = definition_of_then(blobs)

@@ -93,8 +93,8 @@
  * Damage.  A flipped bit must not make a wrong domain under a right name.  So what says which
  * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
  * uuid, the uuid alone (for a find by id, which need not read the name), the field copies with
- * their `cur`, each blob, small data too, with uuid, kind and version.  Words that stand alone are sealed with their
- * own complement.  A checksum is written into the spare together with what it covers, so it commits
+ * their `cur`, each blob, small data too, with uuid, kind and version.  Words that stand alone are
+ * sealed with their own complement.  A checksum is written into the spare together with what it covers, so it commits
  * with it and needs no repair.  What is derived (indexes, counts, map, hints) has no checksum: it
  * is verified against the record, and rebuilt.
  *

@@ -11,8 +11,6 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmdomains import errors
-
 cdef enum:
     AHEAD = 6  # slots whose lines are fetched before they are read
     NAME_GUESS = 24  # bytes, of which room for names is made at first

@@ -65,9 +65,42 @@ cdef int get_into(Segment doms, object one, Records taken, Deadline deadline) ex
     return 0
 
 
+cdef bint all_new(Segment doms, list definitions) except -1:
+    """Whether these are usual definitions with uuids, of domains that nobody has, and no two of one
+    domain. List lock held."""
+    cdef sd_key key
+    cdef set names = set()
+    cdef set uuids = set()
+    need_list(doms, "assign_defs")
+    for one in definitions:
+        if type(one) is not DEFINITION or one.uuid is None:
+            return False
+        uuid_words(one.uuid, key.uuid)
+        if not set_name(key.name, one.name) or read_either(doms, &key) != SD_MISS:
+            return False
+        names.add(one.name)
+        uuids.add(one.uuid.int)
+    return len(names) == len(uuids) == len(definitions)
+
+
+cdef int assign_all(Segment doms, list definitions, bint persistent, Deadline deadline,
+                    list places) except -1:
+    """Insert these new domains; each handle goes to its place, a list of one, once it is locked."""
+    cdef Record record
+    cdef Py_ssize_t at
+    for at in range(len(definitions)):
+        record = assign_new(doms, definitions[at], persistent, seconds_left(deadline.end))
+        if record is None:
+            raise errors.DomainExists(
+                f"domain {definitions[at].name!r} was defined meanwhile by a signal handler of "
+                "this thread")
+        (<list?>places[at])[0] = record
+    return 0
+
+
 cdef object update_all(Segment doms, object pairs, Deadline deadline, object checked, object note):
-    """Change each by itself; how many. `checked(key, fields)` is asked for all that is not usual, and
-    `note(error, text)` says how many were done before an error."""
+    """Change each by itself; how many. `checked(key, fields)` is asked for all that is not usual,
+    and `note(error, text)` says how many were done before an error."""
     cdef sd_key key
     cdef list wanted = []
     cdef uint64_t done = 0

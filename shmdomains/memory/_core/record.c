@@ -311,7 +311,6 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     }
     int error = errno; /* of SD_NO_MEMORY; a wait for a lock may change it */
     if (locked) sd_short_unlock(segment, locks);
-    /* If only make_way() committed, too: who waits for its number sleeps on, while `cur` passes it. */
     if (result == SD_OK) tell(segment, slot, before);
     /* In a child that a signal handler forked, the new blobs are its parent's. */
     if (result == SD_OK ? tidy : new_blobs && result != SD_FORKED) sd_tidy(segment, slot);

@@ -240,6 +240,15 @@ cdef class Segment:
         """Lock each of these keys, in this order. List lock held."""
         get_all(self, keys, taken, deadline)
 
+    def _assign_all(self, list definitions not None, persistent, Deadline deadline not None,
+                    list places not None):
+        """The short way of `assign_defs` for domains that are all new, a handle to each place; or
+        False: the rule has to look at them. List lock held."""
+        if not all_new(self, definitions):
+            return False
+        assign_all(self, definitions, bool(persistent), deadline, places)
+        return True
+
     def _update_all(self, pairs, Deadline deadline not None, checked, note):
         """`rules.many.ManyRules.update_many`."""
         return update_all(self, pairs, deadline, checked, note)
@@ -420,8 +429,8 @@ cdef class Segment:
         return made[0]
 
     def _assign_new(self, definition, persistent, timeout, list made):
-        """The short way of `assign_def` for a domain that is new, as `_insert`; or None: the rule has
-        to look at it. List lock held."""
+        """The short way of `assign_def` for a domain that is new, as `_insert`; or None: the rule
+        has to look at it. List lock held."""
         made[0] = assign_new(self, definition, bool(persistent), timeout)
         return made[0]
 
