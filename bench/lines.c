@@ -253,6 +253,7 @@ static void print_regions(void)
     } parts[] = {
         {"constants", header},
         {"poisoned", &header->poisoned},
+        {"any_change", &header->any_waiting},
         {"list_lock", &header->list_mutex},
         {"list_seq", &header->list_seq},
         {"slot_count", &header->slot_count},

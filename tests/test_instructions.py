@@ -40,7 +40,8 @@ def test_every_hot_path_is_counted(
     counts: dict[str, float], tried: Callable[[str, int], None]
 ) -> None:
     python = {"get_state", "patch_state", "change_state", "definition", "by_id", "miss", "peek"}
-    python |= {"replace", "define_remove"}
+    python |= {"replace", "define_remove", "read_data", "change_data", "large_data", "add"}
+    python |= {"get_many", "update_many"}
     assert counts.keys() == {*python, "rows", "core_get", "core_change", "core_miss"}
     assert all(count > 20 for count in counts.values())
     tried("hot paths whose instructions were counted", len(counts))

@@ -577,12 +577,14 @@ def test_an_error_in_the_middle_keeps_what_was_removed(doms: Any) -> None:
 
 
 def test_what_is_held_is_not_removed(doms: Any, other: Party, make: Callable[[], Any]) -> None:
-    with doms.get("b") as dom:
-        with pytest.raises(LockOrder):
-            doms.remove_many(["a"])
-    with doms.locked(), doms.get("b") as dom:
-        with pytest.raises(DomainLocked, match="unlock it first"):
-            doms.remove_many(["a", dom])
+    with doms.get("b") as dom, pytest.raises(LockOrder):
+        doms.remove_many(["a"])
+    with (
+        doms.locked(),
+        doms.get("b") as dom,
+        pytest.raises(DomainLocked, match="unlock it first"),
+    ):
+        doms.remove_many(["a", dom])
     another = make()
     another.define(xml("x"))
     with another.get("x") as foreign:

@@ -19,7 +19,6 @@ from shmdomains import DomainList, DomainNotLocked, SegmentFull
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "list.segment"

@@ -115,7 +115,7 @@ class Robust(Contestant):
             assert lookup(uuid=uuid) is None
 
     def rows(self) -> list[Row]:
-        return [(info.id, info.name, info.state) for info in self.doms.list(definitions=False)]
+        return list(self.doms.table(("id", "name", "state")))
 
     def peek(self, uuids: Sequence[bytes]) -> int:
         peek = self.doms.peek

@@ -6,8 +6,8 @@ throughout each change of theirs; the others drop it after the find. Their words
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import logging
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -244,7 +244,8 @@ class Driver(Changes):
     def _settle_namesake(self, definition: DomainDef) -> None:
         """Settle what a dead worker left of the domain that this definition is of."""
         uuid = definition.uuid
-        info = self.doms.peek(uuid=uuid, definitions=True) if uuid else self.doms.peek(name=definition.name, definitions=True)
+        key: dict[str, Any] = {"uuid": uuid} if uuid else {"name": definition.name}
+        info = self.doms.peek(**key, definitions=True)
         if info is not None and not self._is_settled(info):
             self._settle_one(info)
 

@@ -121,9 +121,7 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         self,
         wanted: list[D | DomainInfo | Uuid | int],
         deadline: Deadline,
-        lock_all: Callable[
-            [list[D | DomainInfo | Uuid | int], LockedDomains[D], Deadline], object
-        ],
+        lock_all: Callable[[list[D | DomainInfo | Uuid | int], LockedDomains[D], Deadline], object],
     ) -> LockedDomains[D]:
         """What `lock_all` locks, or none of it."""
         taken = self._empty()

@@ -394,7 +394,8 @@ typedef struct {
     /* Of whoever waits for any change of the list.  No lock, compare-and-swap only: `any_waiting`
      * is raised to the number that is waited for, `any_seq` counts up where that is larger (W1).  A
      * line of their own: each find reads `poisoned`. */
-    _Alignas(SD_CACHE_LINE) sd_word any_waiting, any_seq;
+    _Alignas(SD_CACHE_LINE) sd_word any_waiting;
+    sd_word any_seq;
 
     /* The list lock and what it protects. */
     _Alignas(SD_CACHE_LINE) pthread_mutex_t list_mutex;

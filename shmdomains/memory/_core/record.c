@@ -251,10 +251,33 @@ static void flip(sd_segment *segment, uint32_t slot, const uint64_t uuid[2], con
     if (news) sd_ring_publish(segment, next->event);
 }
 
-int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_blob changes[SD_BLOBS],
-              const unsigned char *name, const sd_news *news, uint64_t deadline)
+/* Which blobs go to the heap: a definition does not that lies there already, nor small data, unless
+ * the name needs its place. */
+static int sort_blobs(sd_segment *segment, uint32_t slot, const uint64_t uuid[2],
+                      const sd_values *now, sd_values *next, const sd_blob changes[SD_BLOBS],
+                      const unsigned char *name, uint64_t copy[SD_SMALL_WORDS],
+                      sd_blob blobs[SD_BLOBS])
 {
-    sd_blob blobs[SD_BLOBS] = {{0}}; /* those of the heap */
+    memset(blobs, 0, SD_BLOBS * sizeof *blobs);
+    if (changes) memcpy(blobs, changes, SD_BLOBS * sizeof *blobs);
+    sd_blob *data = &blobs[SD_DATA];
+    if (blobs[SD_DEFINITION].change && is_next(segment, slot, uuid, now, changes)) {
+        change_places(next);
+        blobs[SD_DEFINITION].change = false;
+    }
+    if (name) return move_small(segment, slot, uuid, now, copy, data);
+    if (data->change && data->bytes && data->size <= SD_SMALL_MAX) {
+        put_small(segment, slot, uuid, next, data);
+        data->change = false;
+    }
+    return SD_OK;
+}
+
+int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values,
+              const sd_blob changes[SD_BLOBS], const unsigned char *name, const sd_news *news,
+              uint64_t deadline)
+{
+    sd_blob blobs[SD_BLOBS]; /* those of the heap, if there are changes or a name */
     sd_slot *record = &segment->slots[slot];
     sd_values now, next = *values;
     unsigned char old_name[SD_NAME_MAX + 1];
@@ -274,24 +297,15 @@ int sd_commit(sd_segment *segment, uint32_t slot, sd_values *values, const sd_bl
     next.flags = (values->flags & ~private_flags) | (now.flags & private_flags);
     memcpy(next.version, now.version, sizeof next.version);
     next.event = now.event;
-    if (changes) {
-        const sd_blob *data = &changes[SD_DATA];
-        memcpy(blobs, changes, sizeof blobs);
-        if (changes[SD_DEFINITION].change && is_next(segment, slot, uuid, &now, changes)) {
-            change_places(&next);
-            blobs[SD_DEFINITION].change = false;
+    if (changes || name) {
+        result = sort_blobs(segment, slot, uuid, &now, &next, changes, name, copy, blobs);
+        if (result != SD_OK) return result;
+        tidy |= now.flags & SD_FLAG_PRESENT(SD_DATA) && !sd_small_bytes(&now) &&
+                sd_small_bytes(&next); /* it leaves the heap */
+        for (int b = 0; b < SD_BLOBS; b++) {
+            tidy |= blobs[b].change;
+            new_blobs |= blobs[b].change && blobs[b].bytes;
         }
-        if (data->change && data->bytes && data->size <= SD_SMALL_MAX && !name) {
-            put_small(segment, slot, uuid, &next, data);
-            blobs[SD_DATA].change = false;
-            tidy |= now.flags & SD_FLAG_PRESENT(SD_DATA) && !sd_small_bytes(&now);
-        }
-    }
-    if (name) result = move_small(segment, slot, uuid, &now, copy, &blobs[SD_DATA]);
-    if (result != SD_OK) return result;
-    for (int b = 0; b < SD_BLOBS; b++) {
-        tidy |= blobs[b].change;
-        new_blobs |= blobs[b].change && blobs[b].bytes;
     }
     int locks = (now.id != next.id ? SD_IDS : 0) | (news ? SD_EVENTS : 0);
 
