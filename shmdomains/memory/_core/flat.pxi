@@ -8,7 +8,7 @@
 from cpython.bytearray cimport (PyByteArray_AS_STRING, PyByteArray_FromStringAndSize,
                                 PyByteArray_GET_SIZE)
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.dict cimport PyDict_Copy, PyDict_Next, PyDict_SetItem
+from cpython.dict cimport PyDict_Next, PyDict_SetItem
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -100,7 +100,6 @@ cdef bint is_plain(object value, int depth) except -1:
 cdef unsigned char *put_flat(unsigned char *at, const unsigned char *end, object value) noexcept:
     """Write one that holds no other. NULL: not this one, or not before `end`."""
     cdef Py_ssize_t size = 0
-    cdef const char *text
     cdef int beyond = 0
     cdef long long number
     if at + 9 > end + (FLAT_ROOM - FLAT_MAX):

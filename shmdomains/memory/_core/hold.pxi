@@ -5,6 +5,7 @@
 # `commit_changes`. A handle that is freed while it is locked is rolled back and unlocked
 # (`abandon`); a dead process's hold was never written, so the next holder finds what was committed.
 
+from cpython.dict cimport PyDict_Copy
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memset
 

@@ -7,7 +7,7 @@
 cimport cython
 from cpython.bytearray cimport (PyByteArray_AS_STRING, PyByteArray_FromStringAndSize,
                                 PyByteArray_Resize)
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -204,7 +204,7 @@ cdef tuple list_columns(Segment doms, const listing_filter *filter, tuple names)
     cdef list columns = [None] * COLUMNS
     cdef uint32_t slot, slots
     cdef uint64_t rows = 0, used = 0, room = 0
-    cdef int column, damage = 0
+    cdef int column
     cdef sd_view view
     cdef bytearray texts = bytearray()
     cdef uint64_t deadline = sd_now() + SECOND
