@@ -131,6 +131,22 @@ def test_the_collector_changes_a_value_that_is_assigned(path: Path, number: int)
         assert here is not None and there is not None and here.data == there.data
 
 
+def test_a_handle_that_the_collector_freed_is_one_as_any_other(path: Path) -> None:
+    """It empties the list in which the handle kept its changes, and the handle is used again."""
+    with DomainList.open(path=path) as doms:
+        doms.define(xml("a"))
+        for _ in range(3):
+            with doms.get("a") as dom:
+                dom.data = 1
+            cycle: list[Any] = [dom]
+            cycle.append(cycle)
+            del cycle, dom
+            gc.collect()
+            with doms.get("a") as dom:
+                dom.data = {"n": 2}
+            assert doms["a"].data == {"n": 2}
+
+
 # --- counting -------------------------------------------------------------------------------------
 
 

@@ -545,6 +545,9 @@ cdef bint vacate(Record record) noexcept:
     # `pending`: changes of a hold that ended with its thread, or was the parent's.
     if record.nonce or record.pending or record.segment.closed:
         return False
+    # The collector empties the list of a handle that it frees.
+    if record.changes is not None and len(record.changes) != 2 * BLOBS:
+        record.changes = None
     if record.leads:
         record.leads = False
         record.segment.segment.handles -= 1
