@@ -115,9 +115,8 @@ PLANTED = {
 """,
         ),
         (
-            "    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) ||",
-            "    if (sd_planted == 9) return SD_OK;\n"
-            "    if (data->change || !(now->flags & SD_FLAG_PRESENT(SD_DATA)) ||",
+            "    if (data->change) return SD_MISMATCH;",
+            "    if (sd_planted == 9) return SD_OK;\n    if (data->change) return SD_MISMATCH;",
         ),
         (
             """

@@ -1001,9 +1001,9 @@ def test_assign_def_gives_a_uuid(doms: DomainList) -> None:
 def test_what_a_signal_handler_defines_in_the_middle_of_assign_def_stays(
     doms: DomainList, monkeypatch: pytest.MonkeyPatch, name: str, uuid: UUID
 ) -> None:
-    encode = DomainDef.encode
+    encode = EncodedDef.encode
 
-    def interrupted(given: DomainDef) -> bytes:
+    def interrupted(given: EncodedDef) -> bytes:
         monkeypatch.undo()
         signal.raise_signal(signal.SIGUSR1)
         return encode(given)
@@ -1012,10 +1012,10 @@ def test_what_a_signal_handler_defines_in_the_middle_of_assign_def_stays(
         doms.assign_def(definition(name, uuid)).unlock()
 
     before = signal.signal(signal.SIGUSR1, handler)
-    monkeypatch.setattr(DomainDef, "encode", interrupted)
+    monkeypatch.setattr(EncodedDef, "encode", interrupted)
     try:
         with doms.locked(), pytest.raises(DomainExists, match="by a signal handler"):
-            doms.assign_def(definition("web1", WEB1))
+            doms.assign_def(EncodedDef.of(definition("web1", WEB1)))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert [(info.name, info.uuid) for info in doms] == [(name, uuid)]

@@ -463,7 +463,7 @@ def test_a_domain_is_stopped_in_a_full_heap(lock: Any) -> None:
                 while True:
                     doms.define(definition(f"fill{len(doms)}", description="z" * size))
         with doms.get(name=names[0]) as dom:
-            dom.data = b"x" * 100
+            dom.data = b"x" * 130
             with pytest.raises(SegmentFull):
                 dom.commit()
         info = doms.peek(name="web1")

@@ -174,7 +174,7 @@ def test_only_damage_is_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a signal handler raises while a value is decoded goes its way."""
     doms = filled("a")
     with doms.get(name="a") as dom:
-        dom.data = {"k": 1}
+        dom.data = {"k": [1]}
 
     class Alarm(Exception):
         pass
@@ -243,9 +243,13 @@ def take_all(pipe: Pipe, doms: DomainList) -> None:
     pipe.say("free")
 
 
+LARGE = ("x" * 200,)
+"""Of data that lies in the heap."""
+
+
 def get_it(doms: DomainList) -> None:
     with doms.get(name="a") as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
 
 
 def lock_it(doms: DomainList) -> None:
@@ -255,28 +259,28 @@ def lock_it(doms: DomainList) -> None:
 
 def find_it(doms: DomainList) -> None:
     with doms.locked(), doms.find_by_name("a") as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
 
 
 def assign_it(doms: DomainList) -> None:
     with doms.locked(), doms.assign_def(DomainDef.from_xml(XML.format("a"))) as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
 
 
 def commit_it(doms: DomainList) -> None:
     with doms.get(name="a", timeout=0) as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
         dom.commit()
 
 
 def unlock_it(doms: DomainList) -> None:
     with doms.get(name="a", timeout=0) as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
 
 
 def activate_it(doms: DomainList) -> None:
     with doms.get(name="a", timeout=0) as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
         dom.activate()
 
 
@@ -284,7 +288,7 @@ def define_it(doms: DomainList) -> None:
     doms.define(XML.format("d"))
     # By now the child that was forked in the wait may hold it for a moment.
     with doms.get(name="a", timeout=DEADLINE) as dom:
-        dom.data = (dom.data or ()) + (os.getpid(),)
+        dom.data = (dom.data or LARGE) + (os.getpid(),)
 
 
 # What is held by somebody else, and who waits for it.
@@ -347,7 +351,7 @@ def fork_in_a_wait(
     others = os.read(ours, 4096).decode()
     os.waitpid(born[0], 0)
     pipe.say((outcome, others))
-    assert doms.peek(name="a").data == (me,)
+    assert doms.peek(name="a").data == (*LARGE, me)
     with doms.get(name="a", timeout=DEADLINE) as dom:
         assert dom.previous_owner_died is None
     all_free(doms)
@@ -1522,7 +1526,7 @@ def test_a_python_that_was_made_to_run_without_its_lock_is_refused() -> None:
 # --- handles that die and come back ---------------------------------------------------------------
 
 
-def spares_of(doms: DomainList, count: int = 20) -> None:
+def spares_of(doms: DomainList, count: int = 140) -> None:
     """As many dead handles wait for the next look-up as are ever kept."""
     dom = unlocked(doms)
     handles = [pickle.loads(pickle.dumps(dom)) for _ in range(count)]
@@ -1697,14 +1701,14 @@ def test_a_handle_takes_its_list_and_the_handles_that_it_kept_along() -> None:
     for _ in range(20):
         goes = Keeping(max_domains=2)
         goes.define(XML.format("a"))
-        goes.kept = [unlocked(doms) for _ in range(40)]
+        goes.kept = [unlocked(doms) for _ in range(140)]
         dom, weak = unlocked(goes), weakref.ref(goes)
         del goes
         assert weak() is not None
         del dom
         assert weak() is None
-        handles = [unlocked(doms) for _ in range(40)]
-        assert len({id(dom) for dom in handles}) == 40
+        handles = [unlocked(doms) for _ in range(140)]
+        assert len({id(dom) for dom in handles}) == 140
         del handles
     assert references(doms) == before
 

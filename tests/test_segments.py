@@ -53,7 +53,7 @@ pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.usefixtures("
 MAGIC, LAYOUT, SIGNATURE, BOOT, PID_NAMESPACE, KIND, TOTAL, MAX_SLOTS, HEAP_CELLS = (
     0, 8, 16, 24, 40, 48, 56, 64, 72,
 )  # fmt: skip
-POISONED, LIST_SEQUENCE = 192, 320
+POISONED, LIST_SEQUENCE = 192, 384
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 

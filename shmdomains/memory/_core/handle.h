@@ -1,8 +1,7 @@
 /*
  * Handles that are kept for reuse. A handle lives as long as a find; to make and free it as Python
  * does (`__new__`, a subclass's deallocation, the collector's allocator) took a ninth of a find's
- * instructions, so dead handles are kept: as many as a thread may hold (SD_HELD_MAX), so that locking
- * many at once has them, too.
+ * instructions, so up to 128 dead handles are kept: many that are locked at once have them, too.
  *
  * One type has spares: the first one given to `keep_spares`, the Domain that lists hand out. A
  * handle is kept only if nothing can tell that it had a life before: no weak reference, no
@@ -15,12 +14,11 @@
 
 #include <Python.h>
 
-#include "codes.h"
 #include "layout.h"
 
 _Static_assert(SD_BLOBS == 4, "BLOBS of core.pyx");
 
-#define SPARES SD_HELD_MAX
+#define SPARES 128
 static PyTypeObject *spared;       /* a heap type; it and its spares stay for good */
 static int (*vacate_handle)(PyObject *);  /* make it lead nowhere; false: it may not be kept */
 static PyObject *spares[SPARES];

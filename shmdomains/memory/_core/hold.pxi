@@ -539,15 +539,26 @@ cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd
     return value
 
 
+cdef bint is_vacant(Record record) noexcept:
+    """Whether the list of changes can be used again. A hold that ended with its thread leaves some in
+    it; and the collector empties the list of a handle that it frees."""
+    cdef int at
+    if len(record.changes) != 2 * BLOBS:
+        return False
+    for at in range(2 * BLOBS):
+        if record.changes[at] is not None:
+            return False
+    return True
+
+
 cdef bint vacate(Record record) noexcept:
     """Make a dead handle lead nowhere, so that it can be reused (handle.h). False: it has more to
     let go of."""
     # `pending`: changes of a hold that ended with its thread, or was the parent's.
     if record.nonce or record.pending or record.segment.closed:
         return False
-    # The collector empties the list of a handle that it frees.
-    if record.changes is not None and len(record.changes) != 2 * BLOBS:
-        record.changes = None
+    if record.changes is not None and not is_vacant(record):
+        return False
     if record.leads:
         record.leads = False
         record.segment.segment.handles -= 1
