@@ -540,8 +540,8 @@ cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd
 
 
 cdef bint is_vacant(Record record) noexcept:
-    """Whether the list of changes can be used again. A hold that ended with its thread leaves some in
-    it; and the collector empties the list of a handle that it frees."""
+    """Whether the list of changes can be used again. A hold that ended with its thread leaves some
+    in it; and the collector empties the list of a handle that it frees."""
     cdef int at
     if len(record.changes) != 2 * BLOBS:
         return False
