@@ -10,11 +10,12 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from killing import Planted, xml
 
-from shmdomains import DomainList, DomainNotLocked, SegmentFull
+from shmdomains import DomainDef, DomainExists, DomainList, DomainNotLocked, SegmentFull
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -91,6 +92,33 @@ def test_the_collector_unlocks_while_data_is_assigned(path: Path, number: int) -
         else:
             dom.rollback()
             dom.unlock()
+
+
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_the_collector_defines_a_domain_while_it_is_assigned(
+    path: Path, name: str, number: int
+) -> None:
+    """Or one with its uuid. It is there once, and whoever comes second is told, or redefines it."""
+    uuid = UUID(int=1)
+    with DomainList.open(path=path) as doms, doms.locked():
+        wanted = DomainDef.from_xml(xml("a", uuid, memory=1000))
+        other = DomainDef.from_xml(xml(name, uuid, memory=2000))
+        done: list[str] = []
+
+        def assign(definition: DomainDef) -> None:
+            try:
+                doms.assign_def(definition).unlock()
+            except DomainExists:
+                done.append("refused")
+            else:
+                done.append(definition.name)
+
+        collecting(number, lambda: not done and assign(other), lambda: assign(wanted))
+        assert doms.check().problems == [] and len(doms) == 1
+        [info] = doms.list()
+        assert info.uuid == uuid and info.name in done
+        assert name == "a" or "refused" in done or len(done) == 1
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -779,9 +779,8 @@ class DomainListRules(WaitRules[D], WatchRules[D]):
         each may also be in words (`DomainState.parse`). `host`: those that run there; in shared
         memory all are of this host.
 
-        What is returned does not change. In shared memory it makes each info when it is looked at,
-        so that a million domains are listed in tens of milliseconds; ``list(doms.list())`` has all
-        of them. `table` gives columns.
+        What is returned does not change. In shared memory it makes each info when it is looked at;
+        ``list(doms.list())`` has all of them. `table` gives columns.
 
         >>> from shmdomains import DomainList
         >>> DomainList().list(active=True)

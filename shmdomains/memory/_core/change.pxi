@@ -62,21 +62,22 @@ cdef Record insert_record(Segment doms, object uuid, object name, bytes definiti
 cdef Record assign_new(Segment doms, object definition, bint persistent, object timeout):
     """Insert a domain that nobody has yet, with the usual definition. None: it is another case."""
     cdef sd_key key
-    cdef uint64_t deadline = deadline_of(timeout)
+    cdef uint64_t seen, deadline = deadline_of(timeout)
     cdef Record record
     need_list(doms, "assign_def")
     if type(definition) is not DEFINITION or definition.uuid is None:
         return None
     sd_prefetch_insert(doms.segment)
+    seen = sd_load(&doms.segment.header.list_seq)
+    uuid_words(definition.uuid, key.uuid)
+    if not set_name(key.name, definition.name) or read_either(doms, &key) != SD_MISS:
+        return None
     encoded = packed(definition)
     record = new_record(doms)
-    # Whatever that ran, from here on a signal handler is refused.
+    # Those two may have run anything; from here on a signal handler is refused.
     need_list(doms, "assign_def")
     may_wait(doms, deadline)
-    uuid_words(definition.uuid, key.uuid)
-    if not set_name(key.name, definition.name) or PyBytes_GET_SIZE(encoded) > SD_BLOB_MAX:
-        return None
-    if read_either(doms, &key) != SD_MISS:
+    if sd_load(&doms.segment.header.list_seq) != seen or PyBytes_GET_SIZE(encoded) > SD_BLOB_MAX:
         return None
     insert_into(record, &key, encoded, SHUT_OFF, persistent, deadline, timeout, None, None)
     return record

@@ -11,6 +11,7 @@ cdef enum:
     COUNTED_ROOM = 512  # bytes on the stack; what may be longer gets memory
     EMPTY_MAP = 0x80
 
+
 cdef object add_to_data(Record record, object field, object by):
     """Add, and return the sum. Domain lock."""
     cdef unsigned char room[COUNTED_ROOM]
@@ -88,7 +89,7 @@ cdef object add_by_key(Segment doms, const sd_key *key, object field, object by,
         return None
     try:
         sum = add_to_data(record, field, by)
-        commit_changes(record, deadline)
+        commit_changes(need_changeable(record), deadline)
     finally:
         if locked_or_none(record) is not None:
             end_hold(record, False)  # a death is left for a holder who is told

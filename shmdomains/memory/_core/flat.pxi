@@ -15,7 +15,7 @@ from libc.stdint cimport uint32_t, uint64_t
 cdef enum:
     FLAT_MAX = SMALL_MAX  # bytes
     FLAT_PAIRS = 60  # each takes two bytes at least
-    FLAT_ROOM = SMALL_MAX + 16
+    FLAT_ROOM = SMALL_MAX + 16  # so that what is too long is seen once it is written
     PLAIN_DEPTH = 50
     BUFFER_BYTES = 4096
     BUFFER_KEPT = 65536
@@ -46,21 +46,23 @@ cdef bytes encode_flat(object value):
     """The value's bytes. None: it is not flat, or not small, or an error."""
     cdef unsigned char buffer[FLAT_ROOM]
     cdef unsigned char *at = buffer
-    cdef const unsigned char *end = buffer + FLAT_MAX
+    cdef const unsigned char *end = buffer + FLAT_ROOM
     cdef PyObject *key
     cdef PyObject *one
     cdef Py_ssize_t place = 0
     if type(value) is not dict:
         at = put_flat(at, end, value)
+    elif len(<dict>value) > FLAT_PAIRS:
+        return None
     else:
-        at = sd_pack_map(at, <uint32_t>min(len(<dict>value), FLAT_MAX))
+        at = sd_pack_map(at, <uint32_t>len(<dict>value))
         while at != NULL and PyDict_Next(value, &place, &key, &one):
             if type(<object>key) is not str:
                 return None
             at = put_flat(at, end, <object>key)
             if at != NULL:
                 at = put_flat(at, end, <object>one)
-    if at == NULL or at > end:
+    if at == NULL or at - buffer > FLAT_MAX:
         return None
     return PyBytes_FromStringAndSize(<char *>buffer, at - buffer)
 
@@ -102,7 +104,7 @@ cdef unsigned char *put_flat(unsigned char *at, const unsigned char *end, object
     cdef Py_ssize_t size = 0
     cdef int beyond = 0
     cdef long long number
-    if at + 9 > end + (FLAT_ROOM - FLAT_MAX):
+    if end - at < 9:
         return NULL
     if type(value) is int:
         number = PyLong_AsLongLongAndOverflow(value, &beyond)
@@ -111,7 +113,7 @@ cdef unsigned char *put_flat(unsigned char *at, const unsigned char *end, object
         if not PyUnicode_IS_COMPACT_ASCII(value):
             return NULL
         size = len(<str>value)
-        if size + 5 > end - at + 3:
+        if end - at < size + 5:
             return NULL
         return sd_pack_str(at, PyUnicode_1BYTE_DATA(value), <uint32_t>size)
     if type(value) is float:

@@ -16,7 +16,7 @@
 
 #include "layout.h"
 
-_Static_assert(SD_BLOBS == 4, "BLOBS of core.pyx");
+_Static_assert(SD_BLOBS == 4 && SD_SMALL_WORDS == 16 && SD_SMALL_MAX == 120, "numbers of core.pyx");
 
 #define SPARES 128
 static PyTypeObject *spared;       /* a heap type; it and its spares stay for good */

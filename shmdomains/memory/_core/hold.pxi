@@ -94,6 +94,7 @@ cdef void enter_thread(Record record) noexcept:
     owner.records = <void *>record
     if TASKS:
         count_held(owner, 1)
+    record.stale |= record.pending != 0
     record.pending = 0
     record.touched = False
     record.intends = False
@@ -243,6 +244,7 @@ cdef int commit_work(Record record, object work, bytes encoded, uint64_t deadlin
         record.values.state, record.values.reason = waiting.state, waiting.reason
         record.values.started = waiting.started
         record.values.flags = (waiting.flags & public) | (record.values.flags & ~public)
+    record.stale |= is_pending(record, SD_WORK)
     record.pending &= ~(1 << SD_WORK)
     if result != SD_OK:
         raise_poison_or_code(record.segment, result,
@@ -539,26 +541,14 @@ cdef object read_definition(Segment doms, uint32_t slot, uint64_t life, const sd
     return value
 
 
-cdef bint is_vacant(Record record) noexcept:
-    """Whether the list of changes can be used again. A hold that ended with its thread leaves some
-    in it; and the collector empties the list of a handle that it frees."""
-    cdef int at
-    if len(record.changes) != 2 * BLOBS:
-        return False
-    for at in range(2 * BLOBS):
-        if record.changes[at] is not None:
-            return False
-    return True
-
-
 cdef bint vacate(Record record) noexcept:
     """Make a dead handle lead nowhere, so that it can be reused (handle.h). False: it has more to
     let go of."""
     # `pending`: changes of a hold that ended with its thread, or was the parent's.
     if record.nonce or record.pending or record.segment.closed:
         return False
-    if record.changes is not None and not is_vacant(record):
-        return False
+    if record.changes is not None and (record.stale or len(record.changes) != 2 * BLOBS):
+        return False  # the collector empties the list of a handle that it frees
     if record.leads:
         record.leads = False
         record.segment.segment.handles -= 1

@@ -55,8 +55,9 @@
  *     not count, then `cur`.  No descriptor, map or byte of the heap changes, so it takes no other
  *     lock.  A dead writer leaves garbage in the half that does not count.  A rename, which needs
  *     the whole buffer, moves small data to the heap in a commit of its own right before it writes
- *     the name there: in one commit, its death between the two would leave neither.  What may fail
- *     comes before both, so that a rename that failed has changed nothing.
+ *     the name there: in one commit, its death between the two would leave neither.  A death between
+ *     those two commits leaves the name as it was, and the data in the heap.  What may fail comes
+ *     before both, so a rename that failed has changed nothing.
  *
  * W1  Whoever waits for a commit sleeps on the low half of `cur`, which every commit changes, and
  *     the end of a domain, too.  It raises `waiting` to the number of the commit that it waits for,
@@ -94,9 +95,9 @@
  * domain this is, and in which state, carries a checksum: the header's constants (`sum`), name and
  * uuid, the uuid alone (for a find by id, which need not read the name), the field copies with
  * their `cur`, each blob, small data too, with uuid, kind and version.  Words that stand alone are
- * sealed with their own complement.  A checksum is written into the spare together with what it covers, so it commits
- * with it and needs no repair.  What is derived (indexes, counts, map, hints) has no checksum: it
- * is verified against the record, and rebuilt.
+ * sealed with their own complement.  A checksum is written into the spare together with what it
+ * covers, so it commits with it and needs no repair.  What is derived (indexes, counts, map, hints)
+ * has no checksum: it is verified against the record, and rebuilt.
  *
  * Every word of the segment that changes after creation is a 64-bit word written by the inlines at
  * the end of this file; only the attached table, the

@@ -198,8 +198,8 @@ cdef tuple COLUMN_NAMES = ("id", "pid", "state", "reason", "persistent", "autost
 
 
 cdef tuple list_columns(Segment doms, const listing_filter *filter, tuple names):
-    """(number of rows, a bytearray of each column, the UTF-8 of all names or None). Of the names
-    the column says where each ends."""
+    """(number of rows, name of a column -> its bytes, the UTF-8 of all names). The column of names
+    says where each ends."""
     cdef unsigned char *to[COLUMNS]
     cdef list columns = [None] * COLUMNS
     cdef uint32_t slot, slots

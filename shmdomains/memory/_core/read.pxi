@@ -66,25 +66,29 @@ cdef int settle_view(Segment doms, uint32_t slot, const sd_key *key, Blobs blobs
                 raise_code(result, "read")
             if result == SD_OK:
                 return SD_OK
+            empty(blobs)  # of what was copied so far some may be gone
         tries += 1
         if tries > PATIENT_READS:
             back_off(deadline)
 
 
+cdef void empty(Blobs blobs) noexcept:
+    blobs.definition = blobs.next_definition = blobs.data = blobs.work = None
+    blobs.known = blobs.known_data = None
+    blobs.later.bytes = 0
+
+
 cdef int read_blobs(Segment doms, uint32_t slot, const sd_view *view, Blobs blobs,
                     bint later) except? -1:
-    """Copy the blobs that the view leads to into `blobs`, but not those that are in the cache, nor,
-    if `later`, the definition, unless the cache has room for it, or the caller holds the domain:
-    then it is what he made, and the next holder may replace it. SD_DOUBT: a writer came in between,
-    read again."""
+    """Copy the blobs that the view leads to into empty `blobs`, but not those that are in the
+    cache, nor, if `later`, the definition, unless the cache has room for it, or the caller holds
+    the domain: then it is what he made, and the next holder may replace it. SD_DOUBT: a writer came
+    in between, read again."""
     cdef bytes blob
     cdef sd_stored stored
     cdef uint64_t version
     cdef bytes copied = None
     cdef int b, result
-    blobs.definition = blobs.next_definition = blobs.data = blobs.work = None
-    blobs.known = blobs.known_data = None
-    blobs.later.bytes = 0
     blobs.decoded = doms.decoded
     blobs.slot, blobs.life = slot, view.life
     blobs.uuid_raw[0], blobs.uuid_raw[1] = view.uuid[0], view.uuid[1]

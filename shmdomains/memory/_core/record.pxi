@@ -38,6 +38,7 @@ cdef class Record:
     cdef bint says           # what it is doing, in the slot
     cdef unsigned pending    # changed blobs, one bit each
     cdef list changes        # their values, then their bytes; None clears
+    cdef bint stale          # it may have some of a hold that ended otherwise
     cdef object __weakref__
 
     def __cinit__(self, *args, **kwargs):
